@@ -1,0 +1,87 @@
+# Every target sets itself up in .venv: a clone, Python and make are all that is needed.
+#
+#   make test TORCH='torch==2.11.0'    another torch, in place of the pinned CPU build
+#   make test PYTHON=python3.13        another interpreter
+
+PYTHON ?= python3
+TORCH ?=
+OUT ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+KEY := $(VENV)/key
+CONSTRAINTS := $(VENV)/constraints.txt
+PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint format types bench clean FORCE
+
+help:
+	@echo 'make demo      train a small transformer under three optimizers, write one HTML page'
+	@echo 'make test      the tests; `make test-all` adds the slow ones'
+	@echo 'make lint      ruff check and format --check; `make format` applies both'
+	@echo 'make types     mypy'
+	@echo 'make bench     time the optimizer step on GPT-2 124M shapes (about 15 minutes, 10 GB of memory)'
+	@echo 'make clean     remove .venv and caches'
+
+demo: $(VENV)/demo
+	$(BIN)/sharpwise demo $(if $(OUT),--out $(OUT))
+
+test: $(VENV)/dev
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/dev
+	$(PYTEST)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is built anew when the interpreter or TORCH changes; `key` is written only then, so that the two
+# stamps below stay valid otherwise.
+$(KEY): FORCE
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "sharpwise needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: make ... PYTHON=python3.12" >&2; exit 1; }
+	@key="$$($(PYTHON) -c 'import sys; print(*sys.version_info[:3], sys.base_prefix)') $(TORCH)"; \
+	if [ "$$(cat $@ 2>/dev/null)" != "$$key" ]; then \
+	  echo 'Setting up $(VENV), once; this takes some minutes.'; \
+	  rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && echo "$$key" > $@; \
+	fi
+
+# torch comes first and alone: plain `pip install` of anything that needs torch may bring a CUDA build of several GB.
+# `+cpu` is how PyTorch names its CPU wheels on Linux; where the configured index has none (or on macOS, where every
+# wheel is a CPU wheel), the plain pin is installed. CONTRIBUTING.md tells how to make pip find the CPU wheels.
+$(CONSTRAINTS): $(KEY) constraints.txt
+ifeq ($(TORCH),)
+	@$(PIP) 'torch==$(PIN)+cpu' 2>/dev/null || { \
+	  echo 'No wheel named torch==$(PIN)+cpu where pip looks: taking torch==$(PIN) as it is (on Linux this can be a'; \
+	  echo 'CUDA build of several GB; see CONTRIBUTING.md, "torch").'; \
+	  $(PIP) 'torch==$(PIN)'; }
+	@cp constraints.txt $@
+else
+	@$(PIP) '$(TORCH)'
+	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > $@
+endif
+
+# Two stamps in one environment: the demo must not wait for the tools of the tests.
+$(VENV)/demo $(VENV)/dev: $(VENV)/%: $(CONSTRAINTS) pyproject.toml
+	@$(PIP) -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
+
+FORCE:

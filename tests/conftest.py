@@ -1,0 +1,27 @@
+"""What every test starts from: one thread, fixed seeds, GPU tests skipped where there is no GPU."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+# Results are bit-repeatable only at a fixed number of threads, and xdist runs two processes on two cores.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
