@@ -1,0 +1,309 @@
+"""The block map: every trainable element of a model in exactly one segment."""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from sharpwise.blocks import overrides as _overrides
+from sharpwise.blocks.families import Families
+from sharpwise.blocks.names import canonical_name, collapse
+from sharpwise.blocks.overrides import Override, as_role
+from sharpwise.blocks.roles import Role
+from sharpwise.blocks.segment import Segment
+from sharpwise.table import Table
+
+logger = logging.getLogger("sharpwise.blocks")
+
+VERSION = 1
+_DEFAULTS = {f.name: f.default for f in fields(Segment) if f.default is not MISSING}
+
+
+class BlockMap:
+    """Segments that place every element of every parameter exactly once. Immutable.
+
+    Iterating and `len` go over the segments; `map[name]` are the segments of one parameter in the order of their rows;
+    `name in map` asks for a parameter.
+
+    Args:
+        segments: all segments of all parameters; parameters stay in the order given.
+
+    Raises:
+        ValueError: rows of a parameter belong to no segment or to several, or its segments disagree about its shape.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+        >>> print(BlockMap.of(model, overrides={"0.*": "tok_emb", "1.*": "head"}).table())
+        name      shape   role     type  layer  rows  heads  source
+        0.weight  10 x 4  tok_emb  Emb   -      all   -      override
+        1.weight  10 x 4  head     Head  -      all   -      override
+        1.bias    10      head     Head  -      all   -      override
+    """
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        by_name: dict[str, list[Segment]] = {}
+        for segment in segments:
+            by_name.setdefault(segment.name, []).append(segment)
+        for name, parts in by_name.items():
+            parts.sort(key=attrgetter("start"))
+            _check_partition(name, parts)
+        self._by_name = {name: tuple(parts) for name, parts in by_name.items()}
+        self.segments = tuple(segment for parts in self._by_name.values() for segment in parts)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        overrides: Mapping[str, Override] | None = None,
+        strict: bool = False,
+        include_frozen: bool = False,
+    ) -> "BlockMap":
+        """The map of a model: by its family where that is known, by `overrides` where they say so, else role `other`.
+
+        Args:
+            model: any module, on any device, wrapped or not.
+            overrides: by glob on canonical names (case counts, the last match wins): a role such as `"up"`, which keeps
+                dimension, layer and heads that the family found; or the fields of a Segment, as
+                `{"role": "q", "heads": 12}`; or a list of these that together cover the parameter.
+            strict: raise where nothing explains a parameter, instead of listing it in one line of the log.
+            include_frozen: also parameters that require no gradient.
+
+        Raises:
+            ValueError: an override matches nothing or is not one, or with `strict` a parameter has no known role.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"BlockMap.of: got {type(model).__name__}, expected a torch.nn.Module; "
+                "for named parameters without a model there is BlockMap.unknown(named)"
+            )
+        families = Families(model)
+        names, found, frozen = _all_names(model), {}, []
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name}: a lazy parameter has no shape yet; run the model once, then build the map")
+            canonical, *tied = names[id(parameter)]
+            if not (parameter.requires_grad or include_frozen):
+                frozen += [canonical, *tied]
+                continue
+            if canonical in found:
+                raise ValueError(
+                    f"two parameters are called {canonical!r} once wrapper prefixes are off; rename one of the modules"
+                )
+            shape = tuple(parameter.shape)
+            parts = _explained(families, canonical, tied, shape)
+            found[canonical] = [replace(part, tied=tuple(tied)) for part in parts]
+        if overrides:
+            _overrides.apply(found, overrides, frozen)
+        result = cls(segment for parts in found.values() for segment in parts)
+        result._report(strict)
+        return result
+
+    @classmethod
+    def unknown(cls, named: Iterable[tuple[str, Tensor]]) -> "BlockMap":
+        """The map of tensors of which only names are known: all `other`."""
+        return cls(_unexplained(canonical_name(name), tuple(tensor.shape)) for name, tensor in named)
+
+    @property
+    def unexplained(self) -> tuple[str, ...]:
+        """Parameters that no source explains."""
+        return tuple(name for name, parts in self._by_name.items() if not parts[0].source)
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the parameters, in order."""
+        return tuple(self._by_name)
+
+    def subset(self, names: Iterable[str]) -> "BlockMap":
+        """The map of these parameters alone, in the order of this map. Raises KeyError for a name that is not here."""
+        wanted = set(names)
+        for name in wanted:
+            self[name]
+        return BlockMap(segment for segment in self.segments if segment.name in wanted)
+
+    def table(self) -> Table:
+        """One row per segment: name, shape, role, type, layer, rows, heads, source."""
+        columns = ("name", "shape", "role", "type", "layer", "rows", "heads", "source")
+        return Table(
+            columns,
+            [
+                (
+                    s.name,
+                    " x ".join(map(str, s.shape)) or "scalar",
+                    str(s.role),
+                    str(s.block_type),
+                    s.layer,
+                    s.describe_rows(),
+                    s.heads,
+                    s.source or None,
+                )
+                for s in self.segments
+            ],
+        )
+
+    def to_json(self) -> str:
+        """JSON text, one segment per line; what has its default value is left out."""
+        lines = [json.dumps(_plain(segment), separators=(",", ":")) for segment in self.segments]
+        return f'{{"version":{VERSION},"segments":[\n' + ",\n".join(lines) + "\n]}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "BlockMap":
+        """The map that `to_json` wrote. Raises ValueError where the text is not such a map."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"block map: not JSON ({error}); expected what BlockMap.to_json() writes") from None
+        if not isinstance(data, dict) or "version" not in data:
+            raise ValueError("block map: expected an object with 'version' and 'segments', as to_json() writes")
+        if data["version"] != VERSION:
+            raise ValueError(
+                f"block map: version {data['version']!r}, this sharpwise reads version {VERSION}; build the map anew"
+            )
+        if not isinstance(data.get("segments"), list):
+            raise ValueError(f"block map: 'segments' is {data.get('segments')!r}, expected a list")
+        return cls(_from_plain(item, i) for i, item in enumerate(data["segments"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json()` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "BlockMap":
+        """Read a file that `save` wrote. Raises ValueError naming the file where it is not one."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __getitem__(self, name: str) -> tuple[Segment, ...]:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            close = difflib.get_close_matches(str(name), self._by_name, n=3)
+            hint = f"; closest: {', '.join(close)}" if close else ""
+            raise KeyError(f"no parameter {name!r} in this block map of {len(self._by_name)}{hint}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __eq__(self, other: object) -> bool:
+        return self.segments == other.segments if isinstance(other, BlockMap) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.segments)
+
+    def __repr__(self) -> str:
+        roles = ", ".join(dict.fromkeys(str(segment.role) for segment in self.segments))
+        return f"BlockMap({len(self._by_name)} parameters, {len(self.segments)} segments: {roles})"
+
+    def _report(self, strict: bool) -> None:
+        unexplained = self.unexplained
+        if not unexplained:
+            return
+        listed = ", ".join(collapse(unexplained))
+        if strict:
+            raise ValueError(
+                f"{len(unexplained)} parameters have no known role: {listed}. Say what they are, by glob: "
+                f"overrides={{'{unexplained[0]}': 'up', ...}} with one of {', '.join(Role)}; "
+                "or pass strict=False to treat them as 'other'"
+            )
+        logger.info("%d of %d parameters have no known role: %s", len(unexplained), len(self._by_name), listed)
+
+
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    """All canonical names of each parameter, by the id of the tensor, in the order of the model."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = names.setdefault(id(parameter), [])
+        if (canonical := canonical_name(name)) not in known:
+            known.append(canonical)
+    return names
+
+
+def _explained(families: Families, name: str, tied: list[str], shape: tuple[int, ...]) -> list[Segment]:
+    """What the families say about a tensor under any of its names; a tied embedding counts as one, not as the head."""
+    answers = [parts for n in (name, *tied) if (parts := families.segments(n, shape))]
+    if not answers:
+        return [_unexplained(name, shape, families.output_dim(name, shape))]
+    parts = next((parts for parts in answers if parts[0].role is Role.TOK_EMB), answers[0])
+    return [replace(part, name=name) for part in parts]
+
+
+def _unexplained(name: str, shape: tuple[int, ...], dim: int = 0) -> Segment:
+    return Segment(name=name, shape=shape, dim=dim, bias=len(shape) == 1 and name.rpartition(".")[2] == "bias")
+
+
+def _check_partition(name: str, parts: list[Segment]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.shape, part.dim, part.stacked) != (first.shape, first.dim, first.stacked):
+            raise ValueError(
+                f"{name}: segments disagree: shape {first.shape} dim={first.dim} stacked={first.stacked}, "
+                f"and shape {part.shape} dim={part.dim} stacked={part.stacked}"
+            )
+        if bool(part.source) != bool(first.source):
+            raise ValueError(f"{name}: some of its segments have a source and some do not; explain all or none")
+    ranges = sorted(r for part in parts for r in _ranges(part))
+    end = 0
+    for begin, stop in [*ranges, (first.output_size, first.output_size)]:
+        if begin > end:
+            raise ValueError(f"{name}: rows {end}:{begin} of {first.output_size} belong to no segment; cover every row")
+        if begin < end:
+            raise ValueError(f"{name}: rows {begin}:{min(end, stop)} belong to two segments; each needs exactly one")
+        end = stop
+
+
+def _ranges(segment: Segment) -> list[tuple[int, int]]:
+    if not segment.rows:
+        return []
+    if segment.stride == segment.length:
+        return [(segment.start, segment.start + segment.rows)]
+    begins = (segment.start + i * segment.stride for i in range(segment.count))
+    return [(begin, begin + segment.length) for begin in begins]
+
+
+def _plain(segment: Segment) -> dict[str, Any]:
+    plain = {"name": segment.name, "shape": list(segment.shape)}
+    for field, default in _DEFAULTS.items():
+        value = getattr(segment, field)
+        implied = {"length": segment.output_size, "stride": segment.length}.get(field, default)
+        if value != implied:
+            plain[field] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def _from_plain(item: Any, index: int) -> Segment:
+    what = f"block map: segment {index}"
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise ValueError(f"{what}: got {item!r}, expected an object with a name")
+    what += f" ({item['name']})"
+    values = dict(item)
+    shape = values.get("shape")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{what}: shape {shape!r} is not a list of sizes")
+    tied = values.setdefault("tied", [])
+    if not isinstance(tied, list) or not all(isinstance(n, str) for n in tied):
+        raise ValueError(f"{what}: tied {tied!r} is not a list of names")
+    if not isinstance(values.setdefault("source", ""), str):
+        raise ValueError(f"{what}: source {values['source']!r} is not a string")
+    known = {key: values.pop(key) for key in ("name", "source")}
+    known |= {"shape": tuple(values.pop("shape")), "tied": tuple(values.pop("tied"))}
+    _overrides.check_fields(values, what)
+    role = as_role(values.pop("role", Role.OTHER), what)
+    try:
+        return Segment(role=role, **known, **values)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None

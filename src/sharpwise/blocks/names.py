@@ -1,0 +1,65 @@
+"""Names of parameters: without wrappers, and collapsed where only a layer number differs."""
+
+import re
+from collections.abc import Iterable
+
+# What torch.compile, FSDP1 and activation checkpointing put in front of a name, at any depth ...
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# ... and DDP, DeepSpeed and AveragedModel at the outermost only: deeper down, `module` is an attribute like any other.
+_OUTER = _WRAPPERS | {"module"}
+
+
+def canonical_name(name: str) -> str:
+    """The name of a parameter without the prefixes that wrappers add.
+
+    >>> canonical_name("_orig_mod.module.transformer.h.0._checkpoint_wrapped_module.ln_1.weight")
+    'transformer.h.0.ln_1.weight'
+    """
+    path, _, leaf = name.rpartition(".")
+    path = canonical_path(path)
+    return f"{path}.{leaf}" if path else leaf
+
+
+def canonical_path(path: str) -> str:
+    """The same for the path of a module, where the last part may be a wrapper too.
+
+    >>> canonical_path("module"), canonical_path("model._orig_mod")
+    ('', 'model')
+    """
+    parts = path.split(".") if path else []
+    while parts and parts[0] in _OUTER:
+        del parts[0]
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """One line for all names that differ in their first number only, in order of first appearance.
+
+    >>> collapse(["h.0.ln.weight", "h.1.ln.weight", "h.3.ln.weight", "wte.weight"])
+    ['h.{0..1,3}.ln.weight', 'wte.weight']
+    """
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+        key = name if found is None else f"{name[: found.start()]}{{}}{name[found.end() :]}"
+        groups.setdefault(key, [])
+        if found is not None:
+            groups[key].append(int(found.group()))
+    return [key if not numbers else key.replace("{}", number_ranges(numbers), 1) for key, numbers in groups.items()]
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Numbers in words: `7` for one, else braces with ranges.
+
+    >>> number_ranges([3]), number_ranges([0, 1, 2, 5])
+    ('3', '{0..2,5}')
+    """
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    if len(runs) == 1 and runs[0][0] == runs[0][1]:
+        return str(runs[0][0])
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"

@@ -1,0 +1,135 @@
+"""A segment: the part of one parameter that has one role, and how it is cut into blocks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from sharpwise.blocks.roles import BLOCK_TYPE, BlockType, Role
+
+Cut = Literal["element", "row", "head", "tensor"]
+CUTS: tuple[Cut, ...] = get_args(Cut)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Equally spaced ranges of output rows of one parameter, all of one role.
+
+    An *output row* is one index along `dim`, with everything that feeds that output: a row of a Linear weight
+    (`dim=0`), a column of a Hugging Face Conv1D weight (`dim=1`), one element of a bias or norm.
+
+    Args:
+        name: canonical fully qualified name of the parameter (no wrapper prefixes).
+        shape: shape of the whole parameter.
+        role: what these rows do.
+        layer: index of the transformer layer, None outside the stack.
+        dim: the output dimension of the parameter.
+        start, length, stride, count: the rows `start + i*stride + j` for i < count, j < length, in that order.
+            `length=-1` means all rows.
+        heads: how many attention heads the rows hold (q, k, v), else None. Rows divide evenly among them, in order.
+        stacked: the leading dimension counts stacked copies (experts), each cut on its own; then `dim` >= 1.
+        bias: a vector that is added; it has the role of its matrix.
+        source: who says so: a family ("gpt2"), "override", or "" when no source explains the parameter.
+        tied: other names of the same tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role = Role.OTHER
+    layer: int | None = None
+    dim: int = 0
+    start: int = 0
+    length: int = -1
+    stride: int = 0
+    count: int = 1
+    heads: int | None = None
+    stacked: bool = False
+    bias: bool = False
+    source: str = ""
+    tied: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.shape and not 0 <= self.dim < len(self.shape):
+            raise ValueError(f"{self.name}: dim={self.dim} is not a dimension of shape {self.shape}")
+        out = self.output_size
+        if self.length < 0:
+            object.__setattr__(self, "length", out)
+        if self.stride == 0:
+            object.__setattr__(self, "stride", self.length)
+        if self.stacked and self.dim == 0:
+            raise ValueError(f"{self.name}: a stacked parameter has its copies along dimension 0, got dim=0")
+        end = self.start + (self.count - 1) * self.stride + self.length
+        if self.start < 0 or self.count < 1 or end > out or (self.count > 1 and self.stride < self.length):
+            raise ValueError(
+                f"{self.name}: ranges start={self.start} length={self.length} stride={self.stride} "
+                f"count={self.count} do not fit {out} output rows"
+            )
+        if self.heads is not None and (self.heads < 1 or self.rows % self.heads):
+            raise ValueError(f"{self.name}: {self.rows} {self.role} rows do not divide into {self.heads} heads")
+
+    @property
+    def block_type(self) -> BlockType:
+        """The paper's block type."""
+        return BLOCK_TYPE[self.role]
+
+    @property
+    def output_size(self) -> int:
+        """Output rows of the whole parameter (of one copy, if stacked)."""
+        return self.shape[self.dim] if self.shape else 1
+
+    @property
+    def copies(self) -> int:
+        """Stacked copies (experts), 1 if not stacked."""
+        return self.shape[0] if self.stacked else 1
+
+    @property
+    def rows(self) -> int:
+        """Output rows in this segment (of one copy, if stacked)."""
+        return self.length * self.count
+
+    @property
+    def numel(self) -> int:
+        """Elements in this segment."""
+        out = self.output_size
+        return math.prod(self.shape) // out * self.rows if out else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the segment is the whole parameter."""
+        return self.rows == self.output_size
+
+    def row_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Indices of the rows along `dim`, in segment order: int64 tensor [rows]."""
+        begin = self.start + self.stride * torch.arange(self.count, device=device)
+        return (begin[:, None] + torch.arange(self.length, device=device)[None, :]).reshape(-1)
+
+    def blocks(self, cut: Cut) -> int:
+        """How many blocks `cut` makes of this segment."""
+        return self.copies * {"element": self.numel // self.copies, "row": self.rows}.get(cut, self._units(cut))
+
+    def block_of_row(self, cut: Cut, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Block number of each row of one copy, in segment order: int64 tensor [rows], 0-based within the copy."""
+        if cut == "element" and self.numel != self.rows * self.copies:
+            raise ValueError(f"{self.name}: elements of a matrix are not unions of rows")
+        units = self.rows if cut in ("row", "element") else self._units(cut)
+        return torch.arange(self.rows, device=device) // max(self.rows // units, 1)
+
+    def _units(self, cut: Cut) -> int:
+        if cut == "head":
+            if self.heads is None:
+                raise TypeError(
+                    f"{self.name}: cutting {self.role} by head needs the number of heads, which is not known; "
+                    "pass the model, or say it: "
+                    f"blocks overrides {{'{self.name}': {{'role': '{self.role}', 'heads': N}}}}"
+                )
+            return self.heads
+        return 1
+
+    def describe_rows(self) -> str:
+        """The rows in words, `all`, `0:768` or `12 x 64 from 64 every 192`."""
+        if self.whole and self.count == 1:
+            return "all"
+        if self.count == 1:
+            return f"{self.start}:{self.start + self.length}"
+        return f"{self.count} x {self.length} from {self.start} every {self.stride}"

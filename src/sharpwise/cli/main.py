@@ -1,0 +1,68 @@
+"""The `sharpwise` command."""
+
+import importlib.util
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import typer
+
+_MISSING = "error: the command line needs typer and rich, and {} is not installed: pip install 'sharpwise[cli]'"
+
+
+@cache
+def create_app() -> "typer.Typer":
+    """The Typer application with all commands. Raises ImportError without the extra `cli`."""
+    import typer
+
+    from sharpwise.cli.blocks import blocks
+
+    app = typer.Typer(
+        name="sharpwise",
+        help="Every block of a transformer gets the step size and the state it needs.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    # With a callback `blocks` stays a subcommand even where it is the only one.
+    @app.callback(invoke_without_command=True)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+        if version:
+            from sharpwise._version import __version__
+
+            typer.echo(f"sharpwise {__version__}")
+            raise typer.Exit
+
+    app.command()(blocks)
+    if importlib.util.find_spec("sharpwise.cli.demo") is not None:
+        from sharpwise.cli.demo import demo
+
+        app.command()(demo)
+    return app
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    try:
+        app = create_app()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
+            raise
+        sys.stderr.write(_MISSING.format(package) + "\n")
+        sys.exit(2)
+    app()
+
+
+def __getattr__(name: str) -> Any:
+    # `app` only when asked for, so that importing this module works, and `main` can say what is missing.
+    if name == "app":
+        return create_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    main()
