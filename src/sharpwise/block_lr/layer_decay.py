@@ -1,0 +1,40 @@
+"""Layer-wise learning rate decay (ULMFiT, arXiv 1801.06146; in this form BEiT, arXiv 2106.08254).
+
+lr_B = rate^(L + 1 - depth) lr,   depth 0: embeddings;  l + 1: layer l of L;  L + 1: final norm and head
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sharpwise.block_lr.base import BlockLR
+from sharpwise.blocks import BlockType, Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDecay(BlockLR):
+    """The nearer to the input, the smaller the step.
+
+    Args:
+        rate: factor per layer, in (0, 1].
+        decay: see `BlockLR`.
+    """
+
+    rate: float = 0.75
+
+    name: ClassVar[str] = "layer_decay"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.rate <= 1.0:
+            raise ValueError(f"{self.name}: rate must be in (0, 1], got {self.rate!r}")
+
+    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
+        layers = 1 + max((s.layer for s in segments if s.layer is not None), default=-1)
+        return [self.rate ** (layers + 1 - _depth(segment, layers)) for segment in segments]
+
+
+def _depth(segment: Segment, layers: int) -> int:
+    if segment.layer is not None:
+        return segment.layer + 1
+    return 0 if segment.block_type == BlockType.EMB else layers + 1

@@ -1,0 +1,155 @@
+"""Items: what one call of a kernel moves. A matrix alone, or many small tensors gathered in one flat buffer.
+
+150 norms and biases cost more in calls than in bytes. Their state lies in one buffer, of which the tensors in
+`optimizer.state` are views; parameters and gradients are gathered into it and scattered back at each step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.engine.kernels import Noise
+from sharpwise.engine.mesh import local
+from sharpwise.engine.plan import Entry, rows_of_blocks
+
+SMALL = 1 << 14
+"""Tensors up to this many elements are gathered."""
+
+
+@dataclass(eq=False)
+class Item:
+    """Tensors that move together: `layout` says how they are seen, `parts` are the parameters.
+
+    Attributes:
+        stored: element state, as rows; `blocks`: block state by name [n_blocks].
+    """
+
+    layout: Entry
+    parts: list[Entry]
+    stored: list[Tensor] = field(default_factory=list)
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    singles: "list[Item]" = field(default_factory=list)
+    index: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def flat(self) -> bool:
+        """Whether the parts are gathered in a buffer."""
+        return bool(self.singles)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the local parts."""
+        rows, *rest = self.layout.shape
+        for n in rest:
+            rows *= n
+        return rows
+
+    def parameter(self) -> Tensor:
+        """The parameters as rows: a view, or a gathered copy."""
+        if not self.flat:
+            return self.layout.view(self.parts[0].param)
+        return torch.cat([local(e.param).reshape(-1) for e in self.parts]).view(self.layout.shape)
+
+    def gradient(self) -> Tensor:
+        """The gradients as rows."""
+        if not self.flat:
+            return local(self.parts[0].param.grad).contiguous().view(self.layout.shape)  # type: ignore[arg-type]
+        return torch.cat([local(e.param.grad).reshape(-1) for e in self.parts]).view(self.layout.shape)  # type: ignore[arg-type]
+
+    def scatter(self, p: Tensor) -> None:
+        """Write gathered parameters back."""
+        if self.flat:
+            own = [local(e.param) for e in self.parts]
+            pieces = p.view(-1).split([t.numel() for t in own])
+            torch._foreach_copy_(own, [piece.view(t.shape) for piece, t in zip(pieces, own, strict=True)])
+
+    def noise(self, seed: int, t: Any) -> Noise:
+        """What stochastic rounding needs at step t."""
+        device = local(self.parts[0].param).device
+        if self.index is None:
+            if self.flat:
+                pairs = [e.element_index(device) for e in self.parts]
+                rows = [(row + column).reshape(-1, 1) for row, column in pairs]
+                self.index = torch.cat(rows), torch.zeros(1, 1, dtype=torch.int64, device=device)
+            else:
+                self.index = self.layout.element_index(device)
+        step = t.long() if isinstance(t, Tensor) else int(t)
+        keys = [(step * 0x9E3779B1 + seed * 0x85EBCA6B + e.key) & 0xFFFFFFFF for e in self.parts]
+        key = torch.stack([torch.as_tensor(k, dtype=torch.int64) for k in keys])
+        if self.flat:
+            sizes = torch.tensor([local(e.param).numel() for e in self.parts])
+            return Noise(*self.index, torch.repeat_interleave(key, sizes.to(key.device)).view(-1, 1).to(device))
+        return Noise(*self.index, key.view(1, 1).to(device))
+
+
+def gather_small(entries: Sequence[Entry], state: Any, small: int = SMALL) -> list[Item]:
+    """Items of these entries: those of at most `small` elements of one group, rule and type together, others alone."""
+    items: list[Item] = []
+    together: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        tensor = local(entry.param)
+        blocked = entry.rule.has_blocks and (entry.n_blocks > 1 or entry.param.ndim > 1)
+        if tensor.numel() > small or blocked or not tensor.is_contiguous() or tensor.device.type == "meta":
+            items.append(_single(entry, state))
+        else:
+            key = (id(entry.group), entry.rule, tensor.dtype, tensor.device, entry.shard.groups, entry.decays)
+            together.setdefault(key, []).append(entry)
+    for parts in together.values():
+        items.append(_single(parts[0], state) if len(parts) == 1 else _flat(parts, state))
+    return items
+
+
+def _single(entry: Entry, state: Any) -> Item:
+    own = state[entry.param]
+    stored = [entry.view(own[name]) for name, kind in entry.rule.state.items() if kind == "element"]
+    blocks = {name: own[name] for name, kind in entry.rule.state.items() if kind == "block"}
+    return Item(entry, [entry], stored, blocks)
+
+
+def _flat(parts: list[Entry], state: Any) -> Item:
+    first = parts[0]
+    device = local(first.param).device
+    sizes = [local(e.param).numel() for e in parts]
+    rows = sum(sizes)
+    layout = Entry("flat", first.param, first.group, (), first.rule, (), first.shard, (rows, 1), 1, (rows, 1))
+    if first.rule.has_blocks:
+        _merge_blocks(layout, parts, sizes)
+    buffers = {}
+    for name, kind in first.rule.state.items():
+        tensors = [local(state[e.param][name]) for e in parts]
+        buffers[name] = torch.cat([t.reshape(-1) for t in tensors])
+        for tensor, piece in zip(tensors, buffers[name].split([t.numel() for t in tensors]), strict=True):
+            tensor.set_(piece.view(tensor.shape))  # the state tensor becomes a view of the buffer
+        assert kind in ("element", "block")
+    item = Item(layout, parts)
+    item.stored = [buffers[n].view(rows, 1) for n, kind in first.rule.state.items() if kind == "element"]
+    item.blocks = {n: buffers[n] for n, kind in first.rule.state.items() if kind == "block"}
+    item.singles = [_single(e, state) for e in parts]
+    if len({m for e in parts for m in e.multipliers}) > 1:
+        spread = []
+        for start, entry, n in zip(_starts(parts), parts, sizes, strict=True):
+            own = torch.zeros((), dtype=torch.int64, device=device)
+            if entry.segment_of_row is not None:
+                own = entry.segment_of_row.view(entry.row_shape)
+            spread.append((own + start).expand(entry.shape).reshape(n))
+        layout.segment_of_row = torch.cat(spread)
+    return item
+
+
+def _starts(parts: list[Entry]) -> list[int]:
+    starts = [0]
+    for entry in parts:
+        starts.append(starts[-1] + len(entry.multipliers))
+    return starts[:-1]
+
+
+def _merge_blocks(layout: Entry, parts: list[Entry], sizes: list[int]) -> None:
+    """Every part is one block: its elements are the rows of the buffer."""
+    device = local(parts[0].param).device
+    counts = torch.tensor(sizes, device=device)
+    layout.block_of_row = torch.repeat_interleave(torch.arange(len(parts), device=device), counts)
+    layout.gathers = [(0, rows_of_blocks(layout.block_of_row, 0, len(parts)))]
+    layout.counts = torch.cat([e.counts for e in parts if e.counts is not None])

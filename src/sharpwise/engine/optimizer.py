@@ -1,0 +1,306 @@
+"""BlockOptimizer: any rule, block_lr and storage as one `torch.optim.Optimizer`."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sharpwise.block_lr import BlockLR
+from sharpwise.blocks import BlockMap, Role
+from sharpwise.engine import state as states
+from sharpwise.engine.binding import bind, check_gradient
+from sharpwise.engine.kernels import Compiler
+from sharpwise.engine.mesh import local
+from sharpwise.engine.plan import Entry, build_entry, multiplier_map
+from sharpwise.engine.stepper import Options, Stepper
+from sharpwise.rules import Rule
+from sharpwise.storage import FP32, Dense
+from sharpwise.table import Table
+
+_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "who")
+
+
+class BlockOptimizer(Optimizer):
+    """Runs a rule over the blocks of a model. Use the named constructors (`sharpwise.AdamW`, ...), which document the
+    arguments; this class adds nothing but the machinery.
+
+    State is allocated together at the first of `step`, `state_dict`, `load_state_dict`, `init_state`.
+    """
+
+    def __init__(
+        self,
+        first: Any,
+        rule: Rule,
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+        options: Options,
+        storage: Dense = FP32,
+        blocks: BlockMap | Mapping[str, Any] | None = None,
+        model: nn.Module | None = None,
+        strict: bool = False,
+        no_decay: Collection[str] = (),
+        who: str = "BlockOptimizer",
+    ) -> None:
+        self.rule, self.options, self.storage, self.who = rule, options, storage, who
+        self.no_decay = _check_no_decay(no_decay, who)
+        groups, self._known, self._names = bind(first, model, blocks, who)
+        self.blocks = BlockMap(())
+        self._reset()
+        defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
+        super().__init__(groups, defaults)
+        self._check_roles(strict)
+
+    def _reset(self) -> None:
+        self._stepper: Stepper | None = None
+        self._compiler = Compiler()
+
+    # -- groups ----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; tensors are matched to names by identity, (name, tensor) pairs by name.
+
+        Raises:
+            ValueError: for a parameter that the model does not have, or that is in a group already.
+        """
+        group = dict(param_group)
+        own = group["params"]
+        own = [own] if isinstance(own, Tensor) else list(own)
+        group["params"] = [item if isinstance(item, (tuple, list)) else (self._name_of(item), item) for item in own]
+        present = {n for g in self.param_groups for n in g["param_names"]}
+        for name, tensor in group["params"]:
+            if name in present:
+                raise ValueError(f"{self.who}: parameter {name!r} is given twice")
+            if name not in self._known:
+                more = BlockMap.unknown([(name, tensor)]).segments
+                self._known = BlockMap((*self._known.segments, *more))
+        for key, value in self.defaults.items():
+            group.setdefault(key, value)
+        if self.options.block_lr is not None and self.options.block_lr.follows_lr:
+            group.setdefault("peak_lr", 0.0)
+        self._validate(group)
+        super().add_param_group(group)
+        self.blocks = self._known.subset([n for g in self.param_groups for n in g["param_names"]])
+        self._stepper = None
+
+    def _name_of(self, tensor: Tensor) -> str:
+        name = self._names.get(id(tensor))
+        if name is None:
+            raise ValueError(
+                f"{self.who}: a tensor of shape {tuple(tensor.shape)} is unknown to the model this optimizer was built "
+                f"with; pass (name, tensor) pairs"
+            )
+        return name
+
+    def _validate(self, group: Mapping[str, Any]) -> None:
+        for key in ("lr", "weight_decay"):
+            value = group[key]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{self.who}: {key} must be a number or a 0-d tensor, got {tuple(value.shape)}")
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                continue  # reading it would wait for the device
+            if not 0.0 <= float(value) < math.inf:
+                raise ValueError(f"{self.who}: {key} must be a finite number >= 0, got {float(value)}")
+        self.rule.validate(group)
+
+    def _check_roles(self, strict: bool) -> None:
+        unknown = self.blocks.unexplained
+        if strict and unknown:
+            raise ValueError(_unknown_message(self.who, "strict=True asks for", unknown))
+        block_lr = self.options.block_lr
+        if block_lr is not None and unknown:
+            raise ValueError(_unknown_message(self.who, f"block_lr {block_lr.name!r} distinguishes", unknown))
+        for segment in self.blocks.segments:
+            rule, cut = self.rule.assign(segment)
+            if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
+                message = _unknown_message(self.who, f"rule {self.rule.name!r} distinguishes", unknown) + self.rule.hint
+                if self._names:
+                    raise ValueError(message)
+                raise TypeError(f"{message}. Names alone carry no head counts: pass the model, or blocks=BlockMap")
+            segment.blocks(cut)  # raises TypeError where heads are asked for and not known
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def init_state(self) -> None:
+        """Allocate all state now. Calling it again does nothing."""
+        self._bind()
+
+    def _bind(self) -> Stepper:
+        """The stepper of the parameters as they are now, with state allocated."""
+        current = [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        stepper = self._stepper
+        if stepper is not None and self._still_bound(stepper, current):
+            return stepper
+        entries = [build_entry(n, p, g, self.blocks[n], self.rule) for n, p, g in current]
+        block_lr = self.options.block_lr
+        if block_lr is not None:
+            by_name = multiplier_map(self.blocks.segments, block_lr.multipliers(self.blocks.segments))
+        for entry in entries:
+            entry.multipliers = by_name[entry.name] if block_lr is not None else (1.0,) * len(entry.segments)
+            kinds = {kind for s in entry.segments for kind in (str(s.role), "bias" if s.bias else "")}
+            entry.decays = not kinds & self.no_decay
+            own = self.state.get(entry.param)
+            if own is None or "step" not in own:
+                self.state[entry.param] = states.allocate(entry, self.storage, block_lr is not None)
+            elif block_lr is not None and "lr_multiplier" in own:
+                entry.multipliers = tuple(own["lr_multiplier"].tolist())
+        self._stepper = Stepper(entries, self.state, self.options, self._compiler)
+        self._held = [dict(self.state[e.param]) for e in entries]
+        return self._stepper
+
+    def _still_bound(self, stepper: Stepper, current: list[tuple[str, Tensor, Any]]) -> bool:
+        if len(current) != len(stepper.entries):
+            return False
+        for (name, param, _), entry, held in zip(current, stepper.entries, self._held, strict=True):
+            if param is not entry.param:
+                raise RuntimeError(
+                    f"{self.who}: parameter {name!r} was exchanged after its state was allocated; "
+                    f"shard or move the model before the first step, or build the optimizer after it"
+                )
+            own = self.state[param]
+            if any(own.get(key) is not tensor for key, tensor in held.items()):
+                return False  # somebody moved the state; lay it out anew
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: `state` by parameter index and `param_groups`, with `param_names`."""
+        self._bind()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state by parameter name (by order where it carries none, as plain torch's).
+
+        Everything is checked before anything is copied.
+
+        Raises:
+            ValueError: for the state of another model or rule, a missing name, or another shape.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError(f"{self.who}: not an optimizer's state dict: it has {sorted(map(str, state_dict))[:5]}")
+        self._bind()
+        current = [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        ids = states.saved_names(state_dict, current, self.who)
+        saved = {name: state_dict["state"].get(ids[name], {}) for name, _ in current}
+        groups = [states.group_of_saved(g, g["param_names"], state_dict, ids, self.who) for g in self.param_groups]
+        for group, new in zip(self.param_groups, groups, strict=True):
+            self._validate({**group, **new})
+        for name, param in current:
+            states.check_entry(name, self.state[param], saved[name], self.who)
+        for group, new in zip(self.param_groups, groups, strict=True):
+            group.update(new)
+        with torch.no_grad():
+            for name, param in current:
+                states.copy_state(self.state[param], saved[name])
+        self._stepper = None
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known, self._names = self.blocks, {}
+        self._reset()
+
+    # -- step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients at hand; returns the closure's loss.
+
+        Raises:
+            TypeError: for sparse or complex gradients.
+            FloatingPointError: for non-finite gradients under on_nonfinite="raise"; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        fresh = self._stepper is None
+        stepper = self._bind()
+        active = [e for e in stepper.entries if e.param.grad is not None]
+        for entry in active:
+            check_gradient(entry.name, entry.param)
+        if active and not self._is_empty(active, fresh):
+            stepper.run(active)
+        return loss
+
+    def _is_empty(self, active: list[Entry], fresh: bool) -> bool:
+        """Every lr and every gradient 0: the step that checkpointing takes to allocate state, to leave no trace."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu" and not fresh:
+                return False  # reading it would wait for the device
+            if float(lr) != 0.0:
+                return False
+        return all(not local(e.param.grad).any() for e in active)  # type: ignore[arg-type]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out under on_nonfinite="skip" since the optimizer was built or loaded."""
+        return 0 if self._stepper is None else int(self._stepper.skipped)
+
+    # -- what it does ----------------------------------------------------------------------------------------------
+
+    def lr_multipliers(self) -> Table:
+        """Per segment: its multiplier and its learning rate as they are now."""
+        stepper = self._bind()
+        rows = [
+            (s.name, str(s.role), str(s.block_type), s.layer, s.describe_rows(), m, float(e.group["lr"]) * m)
+            for e in stepper.entries
+            for s, m in zip(e.segments, stepper.multipliers_now(e), strict=True)
+        ]
+        return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
+
+    def explain(self) -> Table:
+        """Per segment: which rule and cut it gets, how many blocks, its multiplier, decay, storage and state bytes."""
+        stepper = self._bind()
+        rows = []
+        for entry in stepper.entries:
+            state = self.state[entry.param]
+            element = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "element")
+            block = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "block")
+            decay = float(entry.group["weight_decay"]) if entry.decays else 0.0
+            for s, cut, m in zip(entry.segments, entry.cuts, stepper.multipliers_now(entry), strict=True):
+                blocks = s.blocks(cut)
+                size = s.numel * element + (blocks * block if cut != "element" else 0)
+                how = (entry.rule.name, cut, blocks, m, decay, self.storage.name, size)
+                rows.append((s.name, str(s.role), s.describe_rows(), *how))
+        columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
+        return Table(columns, rows)
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors that this process holds."""
+        self._bind()
+        tensors = [t for own in self.state.values() for t in own.values()]
+        return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+def _check_no_decay(names: Collection[str], who: str) -> frozenset[str]:
+    names = (names,) if isinstance(names, str) else names
+    allowed = {*(str(role) for role in Role), "bias"}
+    wrong = sorted(set(names) - allowed)
+    if wrong:
+        raise ValueError(f"{who}: no_decay takes roles and 'bias', got {wrong}; allowed: {', '.join(sorted(allowed))}")
+    return frozenset(str(n) for n in names)
+
+
+def _unknown_message(who: str, what: str, names: Collection[str]) -> str:
+    first = next(iter(names))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"{who}: {what} roles, and nothing explains {', '.join(list(names)[:5])}{more} (taken for 'other'). "
+        f"Say what they are: blocks={{{first!r}: 'up'}}, or 'other' if neither attention, MLP, norm nor embedding"
+    )
+
+
+__all__ = ["BlockLR", "BlockOptimizer"]

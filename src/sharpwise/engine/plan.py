@@ -1,0 +1,215 @@
+"""The plan of a step: every parameter as one `Entry`, with its view, its blocks, its multipliers.
+
+Built once, when parameters and state are bound; a step only reads it.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.blocks import Cut, Segment
+from sharpwise.engine.kernels import compute_dtype
+from sharpwise.engine.mesh import Shard, local
+from sharpwise.rules.base import Rule
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter: what it is, how it is seen, and where its numbers lie.
+
+    Attributes:
+        shape: of the view of the local part; `dim` is the dimension summed over, so that rows remain.
+        row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
+        segment_of_row, block_of_row: int64 [local rows], None where all rows are alike, or every row is its own block.
+        gathers: per segment, the first block and the local rows of each block [blocks, rows], -1 where not local.
+        counts: elements of every block of the whole parameter, fp64 [n_blocks].
+        multipliers: of the learning rate, one per segment; decays: whether weight decay applies.
+    """
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    segments: tuple[Segment, ...]
+    rule: Rule
+    cuts: tuple[Cut, ...]
+    shard: Shard
+    shape: tuple[int, ...] = ()
+    dim: int = 1
+    row_shape: tuple[int, ...] = ()
+    segment_of_row: Tensor | None = None
+    block_of_row: Tensor | None = None
+    gathers: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    counts: Tensor | None = None
+    multipliers: tuple[float, ...] = (1.0,)
+    decays: bool = True
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the whole parameter, 0 for an element-wise rule."""
+        return sum(s.blocks(c) for s, c in zip(self.segments, self.cuts, strict=True)) if self.rule.has_blocks else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the arithmetic."""
+        return compute_dtype(self.param.dtype)
+
+    @property
+    def key(self) -> int:
+        """A number of the parameter's name, for stochastic rounding."""
+        return zlib.crc32(self.name.encode())
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The local part of a tensor of the parameter's shape, as rows."""
+        return local(tensor).view(self.shape)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have the same multiplier."""
+        return self.segment_of_row is None or len(set(self.multipliers)) == 1
+
+    def spread(self, blocks: Tensor) -> Tensor:
+        """One number per block -> one per local row, shaped to broadcast."""
+        rows = blocks if self.block_of_row is None else blocks[self.block_of_row]
+        return rows.view(self.row_shape)
+
+    def spread_segments(self, values: Sequence[float]) -> Tensor:
+        """One number per segment -> fp64, one per local row."""
+        assert self.segment_of_row is not None
+        table = torch.tensor(values, dtype=torch.float64, device=self.segment_of_row.device)
+        return table[self.segment_of_row].view(self.row_shape)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Sums per local row [rows] -> sums per block [n_blocks], rows elsewhere counted as 0."""
+        parts = []
+        padded: Tensor | None = None
+        for _, index in self.gathers:
+            if index is None:
+                parts.append(rows)
+                continue
+            if padded is None:
+                padded = torch.cat((rows, rows.new_zeros(1)))
+            parts.append(padded[index].sum(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Global element numbers as the sum of a part per row of the view and a part per column, int64."""
+        shape = tuple(self.param.shape)
+        if not shape:
+            zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            return zero, zero
+        own = tuple(local(self.param).shape)
+        if any(n != m for n, m in zip(own[2:], shape[2:], strict=True)):
+            raise ValueError(f"{self.name}: stochastic rounding serves shards of the first two dimensions only")
+        index = torch.zeros((), dtype=torch.int64, device=device)
+        for d, (size, offset) in enumerate(zip(own, self.shard.offset, strict=True)):
+            stride = math.prod(shape[d + 1 :])
+            part = (torch.arange(size, device=device) + offset) * stride
+            index = index + part.view([-1 if e == d else 1 for e in range(len(own))])
+        index = index.reshape(self.shape)
+        return index[..., :1].clone(), (index - index[..., :1]).reshape(-1, self.shape[-1])[:1].clone()
+
+
+def build_entry(name: str, param: Tensor, group: dict[str, Any], segments: tuple[Segment, ...], rule: Rule) -> Entry:
+    """Lay out one parameter.
+
+    Raises:
+        ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last.
+    """
+    values = {key: group[key] for key in rule.defaults}
+    own = replace(rule, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[type-var]
+    assigned = [own.assign(segment) for segment in segments]
+    kinds = {(type(r), r) for r, _ in assigned}
+    if len(kinds) != 1:
+        raise ValueError(f"{name}: its segments would need {len(kinds)} different rules, which is not supported")
+    entry = Entry(name, param, group, segments, assigned[0][0], tuple(c for _, c in assigned), Shard.of(param))
+    _lay_out_view(entry)
+    if len(segments) > 1 or entry.rule.has_blocks:
+        _lay_out_rows(entry)
+    return entry
+
+
+def _lay_out_view(entry: Entry) -> None:
+    shape, first = tuple(local(entry.param).shape), entry.segments[0]
+    if len({(s.dim, s.stacked) for s in entry.segments}) > 1:
+        raise ValueError(f"{entry.name}: its segments disagree on the output dimension")
+    if len(shape) < 2:
+        entry.shape, entry.dim = (math.prod(shape), 1), 1
+    elif first.dim == (1 if first.stacked else 0):
+        rows = math.prod(shape[: first.dim + 1])
+        entry.shape, entry.dim = (rows, math.prod(shape[first.dim + 1 :])), 1
+    elif first.dim == len(shape) - 1 and len(shape) == (3 if first.stacked else 2):
+        entry.shape, entry.dim = shape, len(shape) - 2
+        entry.row_shape = (shape[0], 1, shape[2]) if first.stacked else (1, shape[1])
+        return
+    else:
+        raise ValueError(
+            f"{entry.name}: output dimension {first.dim} of shape {shape} is neither the first nor the last; "
+            f"say dim=0 in an override if the parameter is one block"
+        )
+    entry.row_shape = (entry.shape[0], 1)
+
+
+def _lay_out_rows(entry: Entry) -> None:
+    device = local(entry.param).device
+    if device.type == "meta":
+        device = torch.device("cpu")
+    first = entry.segments[0]
+    copies, out = first.copies, first.output_size
+    segment_of, block_of = torch.zeros(2, copies, out, dtype=torch.int64, device=device)
+    blocks, counts, where = 0, [], []
+    for i, (segment, cut) in enumerate(zip(entry.segments, entry.cuts, strict=True)):
+        index = segment.row_index(device)
+        segment_of[:, index] = i
+        if not entry.rule.has_blocks:
+            continue
+        per_copy = segment.blocks(cut) // copies
+        within = segment.block_of_row(cut, device)
+        block_of[:, index] = blocks + within + per_copy * torch.arange(copies, device=device)[:, None]
+        where.append((blocks, per_copy * copies))
+        counts.append(torch.full((per_copy * copies,), segment.numel / max(per_copy * copies, 1), dtype=torch.float64))
+        blocks += per_copy * copies
+    mine = _local_rows(entry, copies, out, device)
+    if len(entry.segments) > 1:
+        entry.segment_of_row = segment_of.view(-1)[mine]
+    if entry.rule.has_blocks:
+        entry.block_of_row = block_of.view(-1)[mine]
+        entry.counts = torch.cat(counts).to(local(entry.param).device)
+        entry.gathers = [(begin, rows_of_blocks(entry.block_of_row, begin, n)) for begin, n in where]
+        if blocks == len(mine) and torch.equal(entry.block_of_row, torch.arange(blocks, device=device)):
+            entry.block_of_row, entry.gathers = None, [(0, None)]  # every row is its own block
+
+
+def _local_rows(entry: Entry, copies: int, out: int, device: torch.device) -> Tensor:
+    """Which of all [copies * out] rows this process holds, or holds a part of."""
+    everything = torch.arange(copies * out, device=device).view(copies, out)
+    first, own, offset = entry.segments[0], tuple(local(entry.param).shape), entry.shard.offset
+    if not own:
+        return everything.view(-1)
+    if first.stacked:
+        everything = everything[offset[0] : offset[0] + own[0]]
+    return everything[:, offset[first.dim] : offset[first.dim] + own[first.dim]].reshape(-1)
+
+
+def rows_of_blocks(block_of_row: Tensor, begin: int, n: int) -> Tensor:
+    """Local rows of the blocks begin .. begin + n, padded with -1 (the appended zero): int64 [n, most rows]."""
+    rows = torch.nonzero((block_of_row >= begin) & (block_of_row < begin + n)).view(-1)
+    order = rows[torch.argsort(block_of_row[rows], stable=True)]
+    owner = block_of_row[order] - begin
+    sizes = torch.bincount(owner, minlength=n)
+    table = torch.full((n, max(int(sizes.max()), 1) if n else 1), -1, dtype=torch.int64, device=rows.device)
+    starts = torch.cumsum(sizes, 0) - sizes
+    table[owner, torch.arange(len(order), device=rows.device) - starts[owner]] = order
+    return table
+
+
+def multiplier_map(segments: Sequence[Segment], values: Sequence[float]) -> Mapping[str, tuple[float, ...]]:
+    """Multipliers per parameter name, in segment order, from one per segment of the model."""
+    result: dict[str, tuple[float, ...]] = {}
+    for segment, value in zip(segments, values, strict=True):
+        result[segment.name] = (*result.get(segment.name, ()), value)
+    return result

@@ -1,0 +1,154 @@
+"""State of an optimizer: allocated together, saved under torch's names, loaded by name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.engine.mesh import is_dtensor, like, local
+from sharpwise.engine.plan import Entry
+from sharpwise.storage import Dense
+
+TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+"""Keys of torch's groups that are no hyperparameters here."""
+
+
+def allocate(entry: Entry, storage: Dense, multipliers: bool) -> dict[str, Tensor]:
+    """Fresh state of one parameter: `step`, the rule's tensors, and `lr_multiplier` [n_segments] if there is one."""
+    param = entry.param
+    inner = local(param)
+    state: dict[str, Tensor] = {"step": torch.zeros((), device="cpu" if inner.device.type == "meta" else inner.device)}
+    for name, kind in entry.rule.state.items():
+        if kind == "block":
+            state[name] = torch.zeros(entry.n_blocks, dtype=entry.dtype, device=inner.device)
+        else:
+            plain = torch.zeros_like(
+                inner, dtype=storage.dtype_for(entry.dtype), memory_format=torch.contiguous_format, requires_grad=False
+            )
+            state[name] = like(param, plain)
+    if multipliers:
+        state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float32)
+    return state
+
+
+def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]], who: str) -> dict[str, Any]:
+    """Name -> id of a saved state dict; by position only where it carries no names (plain torch).
+
+    Raises:
+        ValueError: if names are missing or unknown, or there are no names and the counts differ.
+    """
+    groups = saved["param_groups"]
+    ids = [i for group in groups for i in group["params"]]
+    names = [n for group in groups for n in group.get("param_names", ())]
+    if not names:
+        if len(ids) != len(current):
+            raise ValueError(
+                f"{who}: the state dict holds {len(ids)} parameters without names, this optimizer {len(current)}: "
+                f"it is of another model"
+            )
+        names = [name for name, _ in current]
+    from sharpwise.blocks import canonical_name
+
+    by_name = dict(zip(map(canonical_name, names), ids, strict=True))
+    mine = {name for name, _ in current}
+    missing, unknown = sorted(mine - set(by_name)), sorted(set(by_name) - mine)
+    if missing or unknown:
+        raise ValueError(
+            f"{who}: the state dict is of another model: it lacks {_few(missing)} and has {_few(unknown)} "
+            f"that is not here. Parameters are matched by name"
+        )
+    return by_name
+
+
+def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], who: str) -> None:
+    """Raise ValueError unless the saved state of one parameter fits the allocated one."""
+    if not saved:
+        return  # never stepped
+    needed = set(own) - {"lr_multiplier"}
+    if needed - set(saved):
+        raise ValueError(
+            f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
+            f"it was saved by another rule"
+        )
+    extra = set(saved) - set(own) - {"lr_multiplier"}
+    if extra:
+        raise ValueError(
+            f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
+            f"it was saved by another rule"
+        )
+    for key in set(own) & set(saved):
+        value = saved[key]
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if shape != tuple(own[key].shape):
+            raise ValueError(f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}")
+
+
+def copy_state(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+    """Copy one parameter's saved state into the allocated tensors; absent state is zero."""
+    for key, tensor in own.items():
+        if key not in saved:
+            if key != "lr_multiplier":
+                local(tensor).zero_()
+            continue
+        value = saved[key]
+        if is_dtensor(tensor):
+            value = _placed_like(torch.as_tensor(value), tensor)
+        elif isinstance(value, Tensor) and is_dtensor(value):
+            value = value.full_tensor()  # type: ignore[attr-defined]
+        local(tensor).copy_(local(value) if isinstance(value, Tensor) else torch.as_tensor(value))
+
+
+def _placed_like(value: Any, target: Any) -> Tensor:
+    """A DTensor placed as `target`, from a DTensor placed in another way or from the whole tensor."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if is_dtensor(value):
+        moved: Tensor = value.redistribute(target.device_mesh, target.placements)
+        return moved
+    return distribute_tensor(value.to(local(target).device), target.device_mesh, target.placements)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more if names else "nothing"
+
+
+def group_of_saved(
+    group: Mapping[str, Any], names: Sequence[str], saved: Mapping[str, Any], ids: Mapping[str, Any], who: str
+) -> dict[str, Any]:
+    """Hyperparameters saved for the parameters of one group.
+
+    Raises:
+        ValueError: if the parameters of the group were in saved groups with different hyperparameters.
+    """
+    home = {i: index for index, g in enumerate(saved["param_groups"]) for i in g["params"]}
+    indices = sorted({home[ids[name]] for name in names})
+    found = [
+        {k: v for k, v in saved["param_groups"][i].items() if k in group and k not in ("params", "param_names")}
+        for i in indices
+    ]
+    for other in found[1:]:
+        if any(not _same(other.get(k), v) for k, v in found[0].items()):
+            raise ValueError(
+                f"{who}: parameters that are one group here were saved in groups with different settings: "
+                f"{found[0]} and {other}. Build the optimizer with the groups it was saved with"
+            )
+    for i in indices:
+        _check_torch_only(saved["param_groups"][i], group, who)
+    return found[0] if found else {}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return bool(torch.as_tensor(a).eq(torch.as_tensor(b)).all())
+    return (tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
+
+
+def _check_torch_only(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
+    for key in ("amsgrad", "maximize"):
+        if saved.get(key):
+            raise ValueError(f"{who}: the state dict was saved with {key}=True, which this optimizer does not do")
+    rule = saved.get("rule", group["rule"])
+    if rule != group["rule"]:
+        raise ValueError(f"{who}: the state dict was saved by the rule {rule!r}, this optimizer runs {group['rule']!r}")

@@ -1,0 +1,257 @@
+"""The named constructors, `create_optimizer`, and the literal tables of what there is and what combines with what.
+
+All constructors take the same first argument and the same options (`Common`).
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+from torch import Tensor, nn
+
+from sharpwise import block_lr as block_lrs
+from sharpwise import rules
+from sharpwise.blocks import BlockMap, Cut
+from sharpwise.engine import BlockOptimizer
+from sharpwise.engine.stepper import Options
+from sharpwise.storage import BF16, FP32, Dense
+
+T = TypeVar("T")
+
+
+class Common(TypedDict, total=False):
+    """Options of every optimizer.
+
+    Attributes:
+        model: the model that the tensors or groups given first belong to; found by identity.
+        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
+        strict: raise where a parameter is not explained, even if nothing depends on it.
+        block_lr: multiplier of lr per block: a name of `BLOCK_LRS`, an instance, or None.
+        storage: element state in "fp32" or "bf16". Block state is always fp32.
+        stochastic_rounding: round to bf16 (state and parameters of that type) stochastically, by a hash of
+            (seed, step, element).
+        seed: of stochastic rounding.
+        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        max_grad_norm: clip the global gradient norm to this inside the step; gradients themselves are left as they are.
+        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before anything changes, "skip" the step.
+        compile: None (compile where it pays), True (all matrices), False (eager: the reference).
+    """
+
+    model: nn.Module | None
+    blocks: BlockMap | Mapping[str, Any] | None
+    strict: bool
+    block_lr: str | block_lrs.BlockLR | None
+    storage: Literal["fp32", "bf16"]
+    stochastic_rounding: bool
+    seed: int
+    no_decay: Collection[str]
+    max_grad_norm: float | None
+    on_nonfinite: Literal["ignore", "raise", "skip"]
+    compile: bool | None
+
+
+def AdamW(
+    first: Any,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Tensor = 0.01,
+    **options: Unpack[Common],
+) -> BlockOptimizer:
+    """AdamW: `sharpwise.rules.adamw`. State: two numbers per element.
+
+    Args:
+        first: a model, (name, tensor) pairs, or parameter groups (then with `model=`).
+        lr: step size, in units of the parameter per step (the update of an element is at most about lr).
+        betas, eps: see the rule.
+        weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
+        **options: see `Common`.
+
+    Raises:
+        TypeError, ValueError: for arguments out of range or parameters that cannot be placed.
+
+    Example:
+        >>> import torch, sharpwise
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = sharpwise.AdamW(model, lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+    return _build("AdamW", first, rules.AdamW(betas, eps), lr, weight_decay, **options)
+
+
+def AdamMini(
+    first: Any,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Tensor = 0.01,
+    *,
+    v_by: Cut = "row",
+    cut: Cut | None = None,
+    **options: Unpack[Common],
+) -> BlockOptimizer:
+    """Adam-mini: `sharpwise.rules.adam_mini`. State: one number per element, and one per block.
+
+    Use AdamW's hyperparameters as a start; its stable range of lr and warm-up is narrower.
+
+    Args:
+        first, lr, betas, eps, weight_decay, **options: as in `AdamW`.
+        v_by: cut of the value projection, "row" or "tensor".
+        cut: None (by role), or one cut for everything: "tensor" (models that are no transformers) or "element" (AdamW).
+
+    Raises:
+        TypeError: where heads are needed and not known; ValueError: for roles not known, or arguments out of range.
+    """
+    rule = rules.AdamMini(betas, eps, v_by, cut)
+    return _build("AdamMini", first, rule, lr, weight_decay, **options)
+
+
+def Lion(
+    first: Any,
+    lr: float | Tensor = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float | Tensor = 0.0,
+    **options: Unpack[Common],
+) -> BlockOptimizer:
+    """Lion: `sharpwise.rules.lion`. State: one number per element. Every element moves by exactly lr.
+
+    Args:
+        first, lr, betas, weight_decay, **options: as in `AdamW`; lr is best 3 to 10 times smaller, decay larger.
+    """
+    return _build("Lion", first, rules.Lion(betas), lr, weight_decay, **options)
+
+
+def SGD(
+    first: Any,
+    lr: float | Tensor = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
+    nesterov: bool = False,
+    *,
+    decoupled_weight_decay: bool = False,
+    **options: Unpack[Common],
+) -> BlockOptimizer:
+    """SGD with momentum: `sharpwise.rules.sgd`, equal to torch's. State: one number per element, none without momentum.
+
+    Args:
+        first, lr, **options: as in `AdamW`; lr is in units of the parameter per unit of gradient.
+        momentum, dampening, nesterov: see the rule.
+        weight_decay: added to the gradient, as in torch; with `decoupled_weight_decay=True` as in `AdamW`.
+    """
+    rule = rules.SGD(momentum, dampening, nesterov)
+    return _build("SGD", first, rule, lr, weight_decay, decoupled=decoupled_weight_decay, **options)
+
+
+OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
+    "adam-mini": AdamMini,
+    "adamw": AdamW,
+    "lion": Lion,
+    "sgd": SGD,
+}
+"""Every optimizer by its one spelling."""
+
+BLOCK_LRS: dict[str, type[block_lrs.BlockLR]] = {
+    "blockwise": block_lrs.BlockwiseLR,
+    "layer_decay": block_lrs.LayerDecay,
+}
+"""Every per-block learning rate by name."""
+
+STORAGES: dict[str, Dense] = {"fp32": FP32, "bf16": BF16}
+"""Every storage of element state by name."""
+
+COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "adam-mini": (("blockwise", "layer_decay"), ("fp32", "bf16")),
+    "adamw": (("blockwise", "layer_decay"), ("fp32", "bf16")),
+    "lion": (("blockwise", "layer_decay"), ("fp32", "bf16")),
+    "sgd": (("blockwise", "layer_decay"), ("fp32", "bf16")),
+}
+"""What combines: optimizer -> (block_lrs, storages). The battery runs over exactly this table."""
+
+
+def list_optimizers(pattern: str = "*") -> list[str]:
+    """Names that `create_optimizer` takes, by glob.
+
+    >>> list_optimizers("adam*")
+    ['adam-mini', 'adamw']
+    """
+    return sorted(fnmatch.filter(OPTIMIZERS, pattern))
+
+
+def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
+    """An optimizer by name, with its constructor's arguments.
+
+    Args:
+        first: as in `AdamW`.
+        name: one of `list_optimizers()`.
+        **kwargs: as the constructor takes them.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer is called {name!r}; there are {', '.join(list_optimizers())}")
+    return OPTIMIZERS[name](first, **kwargs)
+
+
+def _build(
+    who: str,
+    first: Any,
+    rule: rules.Rule,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    decoupled: bool = True,
+    *,
+    model: nn.Module | None = None,
+    blocks: BlockMap | Mapping[str, Any] | None = None,
+    strict: bool = False,
+    block_lr: str | block_lrs.BlockLR | None = None,
+    storage: Literal["fp32", "bf16"] = "fp32",
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    no_decay: Collection[str] = (),
+    max_grad_norm: float | None = None,
+    on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
+    compile: bool | None = None,
+) -> BlockOptimizer:
+    if isinstance(block_lr, str):
+        block_lr = _one_of(who, "block_lr", block_lr, BLOCK_LRS)()
+    if block_lr is not None and not isinstance(block_lr, block_lrs.BlockLR):
+        raise TypeError(f"{who}: block_lr must be a name or a BlockLR, got {type(block_lr).__name__}")
+    where = _one_of(who, "storage", storage, STORAGES)
+    _check_combination(who, rule.name, block_lr, storage)
+    if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
+        raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, got {max_grad_norm!r}")
+    if on_nonfinite not in ("ignore", "raise", "skip"):
+        raise ValueError(f"{who}: on_nonfinite must be 'ignore', 'raise' or 'skip', got {on_nonfinite!r}")
+    return BlockOptimizer(
+        first,
+        rule,
+        lr=lr,
+        weight_decay=weight_decay,
+        options=Options(decoupled, block_lr, stochastic_rounding, seed, max_grad_norm, on_nonfinite, compile),
+        storage=where,
+        blocks=blocks,
+        model=model,
+        strict=strict,
+        no_decay=no_decay,
+        who=who,
+    )
+
+
+def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
+    if name not in table:
+        raise ValueError(f"{who}: no {what} is called {name!r}; there are {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _check_combination(who: str, rule: str, block_lr: block_lrs.BlockLR | None, storage: str) -> None:
+    lrs, storages = COMBINES.get(rule, ((), ()))
+    known = block_lr is None or block_lr.name in lrs or block_lr.name not in BLOCK_LRS
+    if not known or storage not in storages:
+        raise ValueError(
+            f"{who}: {rule} with block_lr={block_lr!r} and storage={storage!r} is not supported; "
+            f"{rule} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
+        )

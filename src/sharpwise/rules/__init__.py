@@ -1,0 +1,9 @@
+"""Where to go: one file per paper."""
+
+from sharpwise.rules.adam_mini import AdamMini
+from sharpwise.rules.adamw import AdamW
+from sharpwise.rules.base import Rule
+from sharpwise.rules.lion import Lion
+from sharpwise.rules.sgd import SGD
+
+__all__ = ["SGD", "AdamMini", "AdamW", "Lion", "Rule"]

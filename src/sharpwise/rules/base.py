@@ -1,0 +1,109 @@
+"""What a rule is: where to go, as a short list of pure functions that know no mesh, dtype, storage, lr or decay.
+
+A rule works in three phases; a rule without block state has only the last.
+
+1. between the blocks: the engine takes the mean of g*g over every block (the sums of law 6, one collective for all);
+2. `block_phase`, once per block: block state and that mean -> new block state and the block's denominator;
+3. `direction`, once per element: gradient and element state -> new element state, numerator, denominator.
+
+The engine then moves p by -lr * multiplier * numerator / (bias_correction * denominator). A fraction is returned in
+two parts because torch divides last, and bit-equality with torch's own loop is worth more than one symbol.
+
+Scalars arrive as Python floats in the eager reference and as 0-d tensors in compiled graphs. The helpers below call
+torch's own scalar kernels in the first case, so that the eager path rounds exactly as torch does.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sharpwise.blocks import Cut, Segment
+
+Scalars = Mapping[str, Any]
+"""Named scalars of one step: floats, or 0-d tensors."""
+Kind = Literal["element", "block"]
+State = Mapping[str, Tensor]
+"""State tensors by name, in fp32 (fp64 for fp64 parameters)."""
+
+
+class Rule:
+    """Base of all rules. Concrete rules are frozen dataclasses; nothing concrete is overridden twice.
+
+    `state` says of each state tensor whether it has one number per element of the parameter or one per block of it.
+    Hyperparameters live in the optimizer's param_groups under the names in `defaults` and are read at every step.
+    """
+
+    name: ClassVar[str]
+    hint: ClassVar[str] = ""
+    """Said to a user whose model has parameters that no source explains."""
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        """Names of the state tensors, torch's where torch has one."""
+        raise NotImplementedError
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters with their default values, as they appear in param_groups."""
+        raise NotImplementedError
+
+    def validate(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for hyperparameters outside their range."""
+
+    def assign(self, segment: Segment) -> tuple["Rule", Cut]:
+        """Which rule a segment gets, and how it is cut into blocks."""
+        return self, "element"
+
+    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The scalars of step t (from 1; a float or a tensor of steps), `bias_correction` among them if not 1."""
+        raise NotImplementedError
+
+    def block_phase(self, blocks: State, mean_square: Tensor, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
+        """New block state and denominator, both [n_blocks], from the old state and the mean of g*g per block."""
+        raise NotImplementedError(f"{self.name} has no block state")
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """New element state, numerator, and denominator (None: 1, or the block's)."""
+        raise NotImplementedError
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any state is kept per block."""
+        return "block" in self.state.values()
+
+
+def lerp(old: Tensor, new: Tensor, weight: Any) -> Tensor:
+    """old + weight * (new - old)."""
+    return torch.lerp(old, new, weight) if isinstance(weight, float) else old + weight * (new - old)
+
+
+def add(x: Tensor, y: Tensor, alpha: Any) -> Tensor:
+    """x + alpha * y."""
+    return torch.add(x, y, alpha=alpha) if isinstance(alpha, float) else x + alpha * y
+
+
+def add_square(x: Tensor, y: Tensor, weight: Any) -> Tensor:
+    """x + weight * y * y."""
+    return torch.addcmul(x, y, y, value=weight) if isinstance(weight, float) else x + (weight * y) * y
+
+
+def divide(x: Tensor, s: Any) -> Tensor:
+    """x / s for a scalar s. A vector division by the same number is a waste in a compiled loop."""
+    return x / s if isinstance(s, float) else x * s.reciprocal()
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Raise ValueError unless betas is a pair of numbers in [0, 1)."""
+    if len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
+        raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def check_nonnegative(name: str, **values: Any) -> None:
+    """Raise ValueError for a negative, NaN or infinite value; a tensor on an accelerator is not read."""
+    for key, value in values.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            continue
+        if not 0.0 <= float(value) < float("inf"):
+            raise ValueError(f"{name}: {key} must be a finite number >= 0, got {value!r}")

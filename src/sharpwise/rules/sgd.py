@@ -1,0 +1,71 @@
+"""Stochastic gradient descent with momentum, as `torch.optim.SGD` defines it.
+
+    m <- g                       at the first step
+    m <- mu m + (1-damp) g       later
+    u <- m,  or  g + mu m  (Nesterov),  or  g  (mu = 0)
+    p <- p - lr u
+
+Weight decay is coupled (g + wd p, before everything) as in torch, or decoupled (`decoupled_weight_decay=True`).
+
+| symbol | name | shape |
+|---|---|---|
+| m | momentum_buffer | the parameter's |
+| mu, damp | momentum, dampening | |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sharpwise.rules.base import Kind, Rule, Scalars, State, add, check_nonnegative
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """The gradient, or its running sum.
+
+    Args:
+        momentum: mu, 0 for none and then no state; a schedule may change it, not from or to 0.
+        dampening: damp, in [0, 1].
+        nesterov: look ahead; needs momentum > 0 and dampening 0.
+    """
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    name: ClassVar[str] = "sgd"
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {"momentum_buffer": "element"} if self.momentum else {}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {"momentum": self.momentum, "dampening": self.dampening, "nesterov": self.nesterov}
+
+    def validate(self, group: Mapping[str, Any]) -> None:
+        check_nonnegative(self.name, momentum=group["momentum"], dampening=group["dampening"])
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"{self.name}: nesterov needs momentum > 0 and dampening 0, "
+                f"got momentum={group['momentum']} dampening={group['dampening']}"
+            )
+
+    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        mu, damp = float(group["momentum"]), float(group["dampening"])
+        first = 1.0 * (t == 1)  # works for a float and for a tensor of steps
+        return {
+            "mu": mu * (1 - first),
+            "gain": (1 - damp) * (1 - first) + first,
+            "of_m": mu if group["nesterov"] else 1.0,
+            "of_g": 1.0 if group["nesterov"] else 0.0,
+        }
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        if not state:
+            return {}, g, None
+        m = add(state["momentum_buffer"] * s["mu"], g, s["gain"])
+        return {"momentum_buffer": m}, add(s["of_g"] * g, m, s["of_m"]), None

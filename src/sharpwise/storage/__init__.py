@@ -1,0 +1,5 @@
+"""How state rests in memory: one file per format."""
+
+from sharpwise.storage.dense import BF16, FP32, Dense
+
+__all__ = ["BF16", "FP32", "Dense"]

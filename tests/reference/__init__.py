@@ -1,0 +1,1 @@
+"""The methods transcribed in numpy float64 from their equations (never from any code), and tests against them."""
