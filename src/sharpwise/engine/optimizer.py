@@ -21,7 +21,7 @@ from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
 
-_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "who")
+_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "who", "_known")
 
 
 class BlockOptimizer(Optimizer):
@@ -138,7 +138,7 @@ class BlockOptimizer(Optimizer):
         entries = [build_entry(n, p, g, self.blocks[n], self.rule) for n, p, g in current]
         block_lr = self.options.block_lr
         if block_lr is not None:
-            by_name = multiplier_map(self.blocks.segments, block_lr.multipliers(self.blocks.segments))
+            by_name = multiplier_map(self._known.segments, block_lr.multipliers(self._known.segments))
         for entry in entries:
             entry.multipliers = by_name[entry.name] if block_lr is not None else (1.0,) * len(entry.segments)
             kinds = {kind for s in entry.segments for kind in (str(s.role), "bias" if s.bias else "")}
@@ -208,7 +208,7 @@ class BlockOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known, self._names = self.blocks, {}
+        self._names = {}
         self._reset()
 
     # -- step ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""The public battery over the table of supported combinations: a pairwise set here, all of it under `slow`."""
+
+import itertools
+
+import pytest
+import torch
+
+import sharpwise
+from sharpwise import testing
+from sharpwise.optim import BLOCK_LRS, COMBINES, STORAGES, create_optimizer
+
+ALL = [
+    (name, block_lr, storage, rounding)
+    for name, (lrs, storages) in COMBINES.items()
+    for block_lr, storage, rounding in itertools.product((None, *lrs), storages, (False, True))
+]
+
+
+def pairwise(rows):
+    """A subset in which any two values of any two columns that occur together still do."""
+    wanted = {pair for row in rows for pair in itertools.combinations(enumerate(row), 2)}
+    chosen = []
+    while wanted:
+        best = max(rows, key=lambda row: len(wanted & set(itertools.combinations(enumerate(row), 2))))
+        chosen.append(best)
+        wanted -= set(itertools.combinations(enumerate(best), 2))
+    return chosen
+
+
+PAIRWISE = pairwise(ALL)
+
+
+def make_of(name, block_lr, storage, rounding):
+    extra = {"momentum": 0.9, "weight_decay": 0.1} if name == "sgd" else {"weight_decay": 0.1}
+    extra |= {"block_lr": block_lr, "storage": storage, "stochastic_rounding": rounding}
+    return lambda first, **more: create_optimizer(first, name, lr=1e-3, **{**extra, **more})
+
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("combination", PAIRWISE, ids=str)
+def test_combination(combination, check):
+    check(make_of(*combination))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", [row for row in ALL if row not in PAIRWISE], ids=str)
+def test_every_other_combination(combination):
+    testing.check_optimizer(make_of(*combination))
+
+
+@pytest.mark.parametrize("name", COMBINES)
+def test_compiled_is_eager_and_compiles_once(name):
+    testing.check_no_recompilation(make_of(name, "blockwise", "fp32", False))
+
+
+@pytest.mark.parametrize("block_lr", [cls() for cls in BLOCK_LRS.values()], ids=lambda b: b.name)
+def test_block_lr(block_lr):
+    testing.check_block_lr(block_lr)
+
+
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=lambda s: s.name)
+def test_storage(storage):
+    testing.check_storage(storage)
+
+
+def test_table_is_what_there_is():
+    assert set(COMBINES) == set(sharpwise.list_optimizers())
+    assert {lr for lrs, _ in COMBINES.values() for lr in lrs} == set(BLOCK_LRS)
+    assert {s for _, storages in COMBINES.values() for s in storages} == set(STORAGES)
+
+
+@pytest.mark.parametrize("name", COMBINES)
+def test_stochastic_rounding_is_a_function_of_seed_and_step(name):
+    results = []
+    for seed in (0, 0, 1):
+        model = testing.tiny_model(torch.bfloat16)
+        optimizer = make_of(name, None, "bf16", True)(model, seed=seed)
+        testing.run(model, optimizer, range(3))
+        results.append(model)
+    assert testing.same(results[0], results[1])
+    assert not testing.same(results[0], results[2])
