@@ -1,70 +1,14 @@
 """Every bad input is a typed error that says what is wrong, and changes nothing."""
 
-import copy
 import math
 
 import pytest
 import torch
 from reference import driver, models
+from reference.refusals import every_rule, make, refuse, same, snapshot, stepped, unchanged
 from torch import nn
 
 import sharpwise
-
-RULES = {
-    "adamw": (sharpwise.AdamW, {"lr": 1e-3}),
-    "adam-mini": (sharpwise.AdamMini, {"lr": 1e-3}),
-    "lion": (sharpwise.Lion, {"lr": 1e-3}),
-    "sgd": (sharpwise.SGD, {"lr": 1e-3, "momentum": 0.9}),
-}
-every_rule = pytest.mark.parametrize("rule", RULES)
-
-
-def make(rule, first, **options):
-    constructor, hyper = RULES[rule]
-    return constructor(first, **{**hyper, **options})
-
-
-def snapshot(model, optimizer=None):
-    """Everything that may not change: parameters, and the optimizer's state and groups."""
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return weights, copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def unchanged(before, model, optimizer=None):
-    weights, state = snapshot(model, optimizer)
-    assert same(weights, before[0]), "parameters changed"
-    if optimizer is not None:
-        assert same(state, before[1]), "state changed"
-
-
-def refuse(error, match, make_optimizer, model):
-    """The constructor raises, and has touched no parameter."""
-    before = snapshot(model)
-    with pytest.raises(error, match=match):
-        make_optimizer()
-    unchanged(before, model)
-
-
-def stepped(rule, model, **options):
-    """An optimizer in the middle of a run."""
-    optimizer = make(rule, model, **options)
-    named = list(model.named_parameters())
-    for recorded in driver.gradients(named, 2):
-        for name, p in named:
-            p.grad = recorded[name]
-        optimizer.step()
-    return optimizer
-
 
 # Construction
 
@@ -138,7 +82,7 @@ def test_tensors_without_a_model(rule):
 def test_nothing_to_optimize(rule):
     model = models.build("llama")
     refuse(ValueError, r"(?i)no .*param|empty", lambda: make(rule, [], model=model), model)
-    refuse((ValueError, TypeError), r"(?i)no .*param|empty|model=", lambda: make(rule, []), model)
+    refuse(ValueError, r"(?i)no .*param|empty", lambda: make(rule, []), model)
 
 
 @every_rule
@@ -257,7 +201,7 @@ def test_unknown_role_under_blockwise_lr(rule):
 
 def test_unknown_role_under_adam_mini():
     model = Strange()
-    refuse((ValueError, TypeError), r"(?s)first.*(blocks|cut)", lambda: make("adam-mini", model), model)
+    refuse(ValueError, r"(?s)first.*(blocks|cut)", lambda: make("adam-mini", model), model)
 
 
 @every_rule
@@ -273,7 +217,7 @@ def test_named_parameters_alone(rule):
     model = models.build("llama")
     named = list(model.named_parameters())
     refuse(
-        (ValueError, TypeError),
+        ValueError,
         r"(?s)(embed_tokens|q_proj).*(model=|blocks)",
         lambda: make(rule, named, block_lr=sharpwise.BlockwiseLR()),
         model,
@@ -298,7 +242,7 @@ def test_sparse_gradients(rule):
     before = snapshot(model, optimizer)
     model.table.weight.grad = None
     model.table(torch.tensor([1])).sum().backward()
-    with pytest.raises((RuntimeError, TypeError), match=r"(?s)table\.weight.*sparse|sparse.*table\.weight"):
+    with pytest.raises(TypeError, match=r"(?s)table\.weight.*sparse|sparse.*table\.weight"):
         optimizer.step()
     unchanged(before, model, optimizer)
 
@@ -312,7 +256,7 @@ def test_sparse_gradient_at_the_first_step(rule):
     optimizer = make(rule, model, **options)
     before = snapshot(model)
     (model.table(torch.tensor([1])).sum() + model.a.sum()).backward()
-    with pytest.raises((RuntimeError, TypeError), match="sparse"):
+    with pytest.raises(TypeError, match="sparse"):
         optimizer.step()
     unchanged(before, model)
 
@@ -328,14 +272,14 @@ def test_complex_parameters(rule):
         model.z.grad = torch.ones_like(model.z)
         optimizer.step()
 
-    refuse((TypeError, ValueError, RuntimeError), r"(?s)z.*complex|complex.*z", construct_and_step, model)
+    refuse(TypeError, r"(?s)z.*complex|complex.*z", construct_and_step, model)
 
 
 @every_rule
 def test_integer_parameters(rule):
     model = nn.Module()
     model.n = nn.Parameter(torch.arange(3), requires_grad=False)
-    refuse((TypeError, ValueError), r"n", lambda: make(rule, [("n", model.n)], model=model), model)
+    refuse(TypeError, r"int64 for n", lambda: make(rule, [("n", model.n)], model=model), model)
 
 
 BAD = [math.nan, math.inf, -math.inf]
@@ -352,7 +296,7 @@ def test_nonfinite_gradients_raise(rule, value, compiled):
         p.grad = torch.ones_like(p)
     model.transformer.h[1].mlp.c_fc.weight.grad[3, 4] = value
     model.transformer.ln_f.bias.grad[2] = value
-    with pytest.raises((ValueError, RuntimeError, ArithmeticError), match=r"(?s)h\.1\.mlp\.c_fc\.weight.*ln_f\.bias"):
+    with pytest.raises(FloatingPointError, match=r"(?s)h\.1\.mlp\.c_fc\.weight.*ln_f\.bias"):
         optimizer.step()
     unchanged(before, model, optimizer)
 
@@ -415,85 +359,14 @@ def test_nonfinite_is_ignored_as_torch_does(rule):
     assert not any(p.isnan().any() for p in model.parameters() if p is not weight)
 
 
-# State dicts
-
-
-def refuse_state(error, match, optimizer, model, state):
-    before = snapshot(model, optimizer)
-    with pytest.raises(error, match=match):
-        optimizer.load_state_dict(state)
-    unchanged(before, model, optimizer)
-
-
 @every_rule
-def test_state_dict_of_another_model(rule):
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1e-3])
+def test_bad_lr_written_by_a_schedule(rule, lr):
+    """Caught at the step that would use it, before any weight moves."""
     model = models.build("llama")
     optimizer = stepped(rule, model)
-    other = stepped(rule, models.build("gpt2")).state_dict()
-    refuse_state(ValueError, r"embed_tokens|wte", optimizer, model, other)
-
-
-@every_rule
-def test_state_dict_of_a_model_of_another_size(rule):
-    """The same names with other shapes."""
-    model = models.build("llama")
-    optimizer = stepped(rule, model)
-    wide = models.llama(head_dim=10)
-    other = stepped(rule, wide).state_dict()
-    refuse_state(ValueError, r"q_proj", optimizer, model, other)
-
-
-@pytest.mark.parametrize(("rule", "other"), [(a, b) for a in RULES for b in RULES if a != b])
-def test_state_dict_of_another_rule(rule, other):
-    model = models.build("llama")
-    optimizer = stepped(rule, model)
-    state = stepped(other, models.build("llama")).state_dict()
-    refuse_state(ValueError, r"(?i)adamw|adam_?-?mini|lion|sgd|exp_avg|momentum", optimizer, model, state)
-
-
-@pytest.mark.parametrize("rule", ["lion", "sgd", "adam-mini"])
-def test_state_dict_of_torchs_adamw_under_another_rule(rule):
-    model = models.build("llama")
-    optimizer = stepped(rule, model)
-    other = models.build("llama")
-    torchs = torch.optim.AdamW(other.parameters())
-    for p in other.parameters():
-        p.grad = torch.ones_like(p)
-    torchs.step()
-    refuse_state(ValueError, r"(?i)adam|exp_avg|momentum", optimizer, model, torchs.state_dict())
-
-
-@every_rule
-def test_state_dict_without_one_parameter(rule):
-    """The state of a model that lacks a parameter: the message names it."""
-    model, smaller = models.build("llama"), models.build("llama")
-    optimizer = stepped(rule, model)
-    named = [(name, p) for name, p in smaller.named_parameters() if name != "model.norm.weight"]
-    partial = make(rule, [p for _, p in named], model=smaller)
-    partial.init_state()
-    refuse_state(ValueError, r"model\.norm\.weight", optimizer, model, partial.state_dict())
-
-
-@every_rule
-def test_state_dict_with_one_parameter_too_many(rule):
-    model, larger = models.build("llama"), models.build("llama")
-    named = [(name, p) for name, p in model.named_parameters() if name != "model.norm.weight"]
-    optimizer = make(rule, [p for _, p in named], model=model)
-    optimizer.init_state()
-    refuse_state(ValueError, r"model\.norm\.weight", optimizer, model, stepped(rule, larger).state_dict())
-
-
-@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step"])
-def test_state_dict_without_one_entry(entry):
-    model = models.build("llama")
-    optimizer = stepped("adamw", model)
-    state = copy.deepcopy(optimizer.state_dict())
-    first = next(iter(state["state"]))
-    del state["state"][first][entry]
-    refuse_state(ValueError, entry, optimizer, model, state)
-
-
-def test_state_dict_that_is_none():
-    model = models.build("llama")
-    optimizer = stepped("adamw", model)
-    refuse_state((ValueError, TypeError), r"(?i)state|param_groups", optimizer, model, {"weights": {}})
+    optimizer.param_groups[0]["lr"] = lr
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"lr must be a finite number >= 0"):
+        optimizer.step()
+    unchanged(before, model)

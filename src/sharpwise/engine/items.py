@@ -32,7 +32,7 @@ class Item:
     stored: list[Tensor] = field(default_factory=list)
     blocks: dict[str, Tensor] = field(default_factory=dict)
     singles: "list[Item]" = field(default_factory=list)
-    index: tuple[Tensor, Tensor] | None = None
+    index: tuple[Tensor, ...] = ()
 
     @property
     def flat(self) -> bool:
@@ -48,9 +48,9 @@ class Item:
         return rows
 
     def parameter(self) -> Tensor:
-        """The parameters as rows: a view, or a gathered copy."""
+        """The parameters as rows: a view, or a copy (gathered, or of a tensor that is not contiguous)."""
         if not self.flat:
-            return self.layout.view(self.parts[0].param)
+            return local(self.parts[0].param).contiguous().view(self.layout.shape)
         return torch.cat([local(e.param).reshape(-1) for e in self.parts]).view(self.layout.shape)
 
     def gradient(self) -> Tensor:
@@ -60,29 +60,29 @@ class Item:
         return torch.cat([local(e.param.grad).reshape(-1) for e in self.parts]).view(self.layout.shape)  # type: ignore[arg-type]
 
     def scatter(self, p: Tensor) -> None:
-        """Write gathered parameters back."""
+        """Write copied parameters back."""
+        own = [local(e.param) for e in self.parts]
         if self.flat:
-            own = [local(e.param) for e in self.parts]
             pieces = p.view(-1).split([t.numel() for t in own])
             torch._foreach_copy_(own, [piece.view(t.shape) for piece, t in zip(pieces, own, strict=True)])
+        elif not own[0].is_contiguous():
+            own[0].copy_(p.view(own[0].shape))
 
     def noise(self, seed: int, t: Any) -> Noise:
         """What stochastic rounding needs at step t."""
         device = local(self.parts[0].param).device
-        if self.index is None:
+        if not self.index:
+            pairs = [e.element_index(device) for e in self.parts]
+            self.index = pairs[0]
             if self.flat:
-                pairs = [e.element_index(device) for e in self.parts]
-                rows = [(row + column).reshape(-1, 1) for row, column in pairs]
-                self.index = torch.cat(rows), torch.zeros(1, 1, dtype=torch.int64, device=device)
-            else:
-                self.index = self.layout.element_index(device)
+                flat = [(row + column).reshape(-1, 1) for row, column in pairs]
+                owner = [torch.full_like(index, i) for i, index in enumerate(flat)]
+                self.index = torch.cat(flat), torch.zeros_like(flat[0][:1]), torch.cat(owner)
+        names = torch.tensor([e.key for e in self.parts]).to(device, non_blocking=True)
         step = t.long() if isinstance(t, Tensor) else int(t)
-        keys = [(step * 0x9E3779B1 + seed * 0x85EBCA6B + e.key) & 0xFFFFFFFF for e in self.parts]
-        key = torch.stack([torch.as_tensor(k, dtype=torch.int64) for k in keys])
-        if self.flat:
-            sizes = torch.tensor([local(e.param).numel() for e in self.parts])
-            return Noise(*self.index, torch.repeat_interleave(key, sizes.to(key.device)).view(-1, 1).to(device))
-        return Noise(*self.index, key.view(1, 1).to(device))
+        key = (names + (step * 0x9E3779B1 + seed * 0x85EBCA6B)) & 0xFFFFFFFF
+        row, column, *owner = self.index
+        return Noise(row, column, key[owner[0]] if owner else key.view(1, 1))
 
 
 def gather_small(entries: Sequence[Entry], state: Any, small: int = SMALL) -> list[Item]:

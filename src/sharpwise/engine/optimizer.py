@@ -15,7 +15,7 @@ from sharpwise.engine import state as states
 from sharpwise.engine.binding import bind, check_gradient
 from sharpwise.engine.kernels import Compiler
 from sharpwise.engine.mesh import local
-from sharpwise.engine.plan import Entry, build_entry, multiplier_map
+from sharpwise.engine.plan import Entry, Layouts, build_entry, multiplier_map
 from sharpwise.engine.stepper import Options, Stepper
 from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
@@ -135,7 +135,8 @@ class BlockOptimizer(Optimizer):
         stepper = self._stepper
         if stepper is not None and self._still_bound(stepper, current):
             return stepper
-        entries = [build_entry(n, p, g, self.blocks[n], self.rule) for n, p, g in current]
+        layouts: Layouts = {}
+        entries = [build_entry(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
         block_lr = self.options.block_lr
         if block_lr is not None:
             by_name = multiplier_map(self._known.segments, block_lr.multipliers(self._known.segments))
@@ -225,6 +226,8 @@ class BlockOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._validate(group)  # a schedule may have written anything
         fresh = self._stepper is None
         stepper = self._bind()
         active = [e for e in stepper.entries if e.param.grad is not None]

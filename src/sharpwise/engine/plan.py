@@ -114,7 +114,13 @@ class Entry:
         return index[..., :1].clone(), (index - index[..., :1]).reshape(-1, self.shape[-1])[:1].clone()
 
 
-def build_entry(name: str, param: Tensor, group: dict[str, Any], segments: tuple[Segment, ...], rule: Rule) -> Entry:
+Layouts = dict[Any, "RowLayout"]
+"""Row layouts by geometry: the layers of a model share theirs."""
+
+
+def build_entry(
+    name: str, param: Tensor, group: dict[str, Any], segments: tuple[Segment, ...], rule: Rule, layouts: Layouts
+) -> Entry:
     """Lay out one parameter.
 
     Raises:
@@ -123,14 +129,32 @@ def build_entry(name: str, param: Tensor, group: dict[str, Any], segments: tuple
     values = {key: group[key] for key in rule.defaults}
     own = replace(rule, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[type-var]
     assigned = [own.assign(segment) for segment in segments]
-    kinds = {(type(r), r) for r, _ in assigned}
+    kinds = {r for r, _ in assigned}
     if len(kinds) != 1:
         raise ValueError(f"{name}: its segments would need {len(kinds)} different rules, which is not supported")
     entry = Entry(name, param, group, segments, assigned[0][0], tuple(c for _, c in assigned), Shard.of(param))
     _lay_out_view(entry)
     if len(segments) > 1 or entry.rule.has_blocks:
-        _lay_out_rows(entry)
+        cuts = entry.cuts if entry.rule.has_blocks else None
+        plain = tuple(replace(s, name="", layer=None, source="", tied=()) for s in segments)
+        device = local(param).device
+        key = (plain, cuts, tuple(local(param).shape), entry.shard.offset, device)
+        if key not in layouts:
+            layouts[key] = _lay_out_rows(entry, cuts, torch.device("cpu") if device.type == "meta" else device)
+        found = layouts[key]
+        entry.segment_of_row, entry.block_of_row = found.segment_of_row, found.block_of_row
+        entry.gathers, entry.counts = found.gathers, found.counts
     return entry
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """See `Entry` for the fields."""
+
+    segment_of_row: Tensor | None = None
+    block_of_row: Tensor | None = None
+    gathers: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    counts: Tensor | None = None
 
 
 def _lay_out_view(entry: Entry) -> None:
@@ -154,34 +178,37 @@ def _lay_out_view(entry: Entry) -> None:
     entry.row_shape = (entry.shape[0], 1)
 
 
-def _lay_out_rows(entry: Entry) -> None:
-    device = local(entry.param).device
-    if device.type == "meta":
-        device = torch.device("cpu")
+def _lay_out_rows(entry: Entry, cuts: tuple[Cut, ...] | None, device: torch.device) -> RowLayout:
     first = entry.segments[0]
     copies, out = first.copies, first.output_size
-    segment_of, block_of = torch.zeros(2, copies, out, dtype=torch.int64, device=device)
-    blocks, counts, where = 0, [], []
-    for i, (segment, cut) in enumerate(zip(entry.segments, entry.cuts, strict=True)):
-        index = segment.row_index(device)
-        segment_of[:, index] = i
-        if not entry.rule.has_blocks:
-            continue
-        per_copy = segment.blocks(cut) // copies
-        within = segment.block_of_row(cut, device)
-        block_of[:, index] = blocks + within + per_copy * torch.arange(copies, device=device)[:, None]
-        where.append((blocks, per_copy * copies))
-        counts.append(torch.full((per_copy * copies,), segment.numel / max(per_copy * copies, 1), dtype=torch.float64))
-        blocks += per_copy * copies
     mine = _local_rows(entry, copies, out, device)
+    segment_of_row = None
     if len(entry.segments) > 1:
-        entry.segment_of_row = segment_of.view(-1)[mine]
-    if entry.rule.has_blocks:
-        entry.block_of_row = block_of.view(-1)[mine]
-        entry.counts = torch.cat(counts).to(local(entry.param).device)
-        entry.gathers = [(begin, rows_of_blocks(entry.block_of_row, begin, n)) for begin, n in where]
-        if blocks == len(mine) and torch.equal(entry.block_of_row, torch.arange(blocks, device=device)):
-            entry.block_of_row, entry.gathers = None, [(0, None)]  # every row is its own block
+        segment_of = torch.zeros(copies, out, dtype=torch.int64, device=device)
+        for i, segment in enumerate(entry.segments):
+            segment_of[:, segment.row_index(device)] = i
+        segment_of_row = segment_of.view(-1)[mine]
+    if cuts is None:
+        return RowLayout(segment_of_row)
+    sizes = [segment.blocks(cut) for segment, cut in zip(entry.segments, cuts, strict=True)]
+    counts = torch.cat(
+        [
+            torch.full((n,), s.numel / max(n, 1), dtype=torch.float64, device=device)
+            for s, n in zip(entry.segments, sizes, strict=True)
+        ]
+    )
+    if cuts == ("row",) and len(mine) == copies * out:  # every row is its own block
+        return RowLayout(segment_of_row, None, [(0, None)], counts)
+    block_of = torch.zeros(copies, out, dtype=torch.int64, device=device)
+    begin, where = 0, []
+    for segment, cut, n in zip(entry.segments, cuts, sizes, strict=True):
+        copy = (n // copies) * torch.arange(copies, device=device)[:, None]
+        block_of[:, segment.row_index(device)] = begin + segment.block_of_row(cut, device) + copy
+        where.append((begin, n))
+        begin += n
+    block_of_row = block_of.view(-1)[mine]
+    gathers: list[tuple[int, Tensor | None]] = [(i, rows_of_blocks(block_of_row, i, n)) for i, n in where]
+    return RowLayout(segment_of_row, block_of_row, gathers, counts)
 
 
 def _local_rows(entry: Entry, copies: int, out: int, device: torch.device) -> Tensor:

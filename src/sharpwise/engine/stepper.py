@@ -307,7 +307,7 @@ class Stepper:
                 [local(own["exp_avg_sq"]) for _, own in part],
                 [],
                 [own["step"] for _, own in part],
-                lr=lr * m,
+                lr=(lr * m).float() if isinstance(lr, Tensor) else lr * m,
                 beta1=b1,
                 beta2=b2,
                 weight_decay=0.0 if wd is None else wd / m if base else wd,
@@ -360,7 +360,10 @@ def _pack(values: Sequence[Any], dtype: torch.dtype, like: Mapping[str, Any] | T
     device = like.device if isinstance(like, Tensor) else torch.device("cpu")
     if all(not isinstance(v, Tensor) for v in values):
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-    return torch.stack([torch.as_tensor(v, device=device).to(dtype) for v in values])
+    # Filling, not copying: a copy of a number from the host would wait for the device.
+    return torch.stack(
+        [v.to(dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device) for v in values]
+    )
 
 
 __all__ = ["Options", "Stepper", "is_dtensor"]
