@@ -33,6 +33,7 @@ class Item:
     blocks: dict[str, Tensor] = field(default_factory=dict)
     singles: "list[Item]" = field(default_factory=list)
     index: tuple[Tensor, ...] = ()
+    _spread: tuple[tuple[float, ...], Tensor] | None = None
 
     @property
     def flat(self) -> bool:
@@ -46,6 +47,12 @@ class Item:
         for n in rest:
             rows *= n
         return rows
+
+    def spread_segments(self, values: Sequence[float]) -> Tensor:
+        """One number per segment -> fp64, one per row of the layout; kept as long as the numbers stay."""
+        if self._spread is None or self._spread[0] != tuple(values):
+            self._spread = tuple(values), self.layout.spread_segments(values)
+        return self._spread[1]
 
     def parameter(self) -> Tensor:
         """The parameters as rows: a view, or a copy (gathered, or of a tensor that is not contiguous)."""
@@ -77,12 +84,61 @@ class Item:
             if self.flat:
                 flat = [(row + column).reshape(-1, 1) for row, column in pairs]
                 owner = [torch.full_like(index, i) for i, index in enumerate(flat)]
-                self.index = torch.cat(flat), torch.zeros_like(flat[0][:1]), torch.cat(owner)
+                self.index = torch.cat(flat), flat[0].new_zeros(1, 1), torch.cat(owner)
         names = torch.tensor([e.key for e in self.parts]).to(device, non_blocking=True)
         step = t.long() if isinstance(t, Tensor) else int(t)
         key = (names + (step * 0x9E3779B1 + seed * 0x85EBCA6B)) & 0xFFFFFFFF
         row, column, *owner = self.index
         return Noise(row, column, key[owner[0]] if owner else key.view(1, 1))
+
+
+@dataclass(eq=False)
+class Pool:
+    """Block state of many items in one buffer per name, so that the block phase is a handful of calls for all."""
+
+    items: list[Item]
+    state: dict[str, Tensor]
+    counts: Tensor
+
+    @staticmethod
+    def of_one(item: Item) -> "Pool":
+        """The pool of an item alone."""
+        assert item.layout.counts is not None
+        return Pool([item], item.blocks, item.layout.counts)
+
+    def has(self, item: Item) -> bool:
+        """Whether an item, or the flat item that it is a part of, is here."""
+        return any(item is own or item in own.singles for own in self.items)
+
+
+def pool_blocks(items: Sequence[Item], state: Any) -> list[Pool]:
+    """Put the block state of items of one group and rule into buffers, of which their state becomes views."""
+    together: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        if item.layout.rule.has_blocks and item.layout.counts is not None:
+            entry = item.parts[0]
+            key = (id(entry.group), entry.rule, entry.dtype, local(entry.param).device)
+            together.setdefault(key, []).append(item)
+    pools = []
+    for members in together.values():
+        counts = [item.layout.counts for item in members if item.layout.counts is not None]
+        buffers = {}
+        for name in members[0].blocks:
+            buffers[name] = _into_buffer([state[e.param][name] for item in members for e in item.parts])
+            pieces = buffers[name].split([len(c) for c in counts])
+            for item, piece in zip(members, pieces, strict=True):
+                item.blocks[name] = piece
+        pools.append(Pool(members, buffers, torch.cat(counts)))
+    return pools
+
+
+def _into_buffer(tensors: Sequence[Tensor]) -> Tensor:
+    """One buffer with the values of all; each tensor becomes a view of its part."""
+    buffer = torch.cat([t.reshape(-1) for t in tensors])
+    if buffer.device.type != "meta":
+        for tensor, piece in zip(tensors, buffer.split([t.numel() for t in tensors]), strict=True):
+            tensor.set_(piece.view(tensor.shape))
+    return buffer
 
 
 def gather_small(entries: Sequence[Entry], state: Any, small: int = SMALL) -> list[Item]:
@@ -118,12 +174,8 @@ def _flat(parts: list[Entry], state: Any) -> Item:
     if first.rule.has_blocks:
         _merge_blocks(layout, parts, sizes)
     buffers = {}
-    for name, kind in first.rule.state.items():
-        tensors = [local(state[e.param][name]) for e in parts]
-        buffers[name] = torch.cat([t.reshape(-1) for t in tensors])
-        for tensor, piece in zip(tensors, buffers[name].split([t.numel() for t in tensors]), strict=True):
-            tensor.set_(piece.view(tensor.shape))  # the state tensor becomes a view of the buffer
-        assert kind in ("element", "block")
+    for name in first.rule.state:
+        buffers[name] = _into_buffer([local(state[e.param][name]) for e in parts])
     item = Item(layout, parts)
     item.stored = [buffers[n].view(rows, 1) for n, kind in first.rule.state.items() if kind == "element"]
     item.blocks = {n: buffers[n] for n, kind in first.rule.state.items() if kind == "block"}

@@ -1,0 +1,1 @@
+"""Data, models, schedule and loop: what every experiment runs on."""

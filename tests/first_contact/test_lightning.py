@@ -1,0 +1,51 @@
+"""Lightning: `configure_optimizers` returns our optimizer and a torch scheduler; the step gets a closure."""
+
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from first_contact.tiny import assert_same_weights, assert_trained, batches, gpt2, loss_of, plain_loop
+
+import sharpwise
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name_of_optimizer = name
+        self.model = gpt2().train()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        loss = loss_of(self.model, batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = sharpwise.create_optimizer(self.model, self.name_of_optimizer, lr=1e-2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam-mini"])
+def test_lightning_equals_the_plain_loop(name: str) -> None:
+    module, plain = Module(name), gpt2()
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader)
+    losses = plain_loop(plain, sharpwise.create_optimizer(plain, name, lr=1e-2), schedule)
+    assert module.losses == losses
+    assert_same_weights(module.model, plain)
+    assert_trained(plain, gpt2())

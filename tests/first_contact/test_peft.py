@@ -1,0 +1,44 @@
+"""PEFT: a LoRA adapter on GPT-2. Adapters are trained with the roles of their matrices, the base is not touched."""
+
+import peft
+import pytest
+import torch
+from first_contact.tiny import assert_same_weights, assert_trained, gpt2, plain_loop
+
+import sharpwise
+
+
+def lora() -> peft.PeftModel:
+    model = gpt2()
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    torch.manual_seed(4)
+    return peft.get_peft_model(model, config)
+
+
+def test_adamw_on_a_lora_model_equals_torchs() -> None:
+    ours, theirs = lora(), lora()
+    losses = plain_loop(ours, sharpwise.AdamW(ours, lr=1e-2, compile=False))
+    trainable = [p for p in theirs.parameters() if p.requires_grad]
+    assert losses == plain_loop(theirs, torch.optim.AdamW(trainable, lr=1e-2, foreach=False))
+    assert_same_weights(ours, theirs)
+    assert_trained(ours, lora())
+
+
+@pytest.mark.parametrize("block_lr", [None, "blockwise"])
+def test_adam_mini_trains_adapters_with_the_roles_of_their_matrices(block_lr: str | None) -> None:
+    model, start = lora(), lora()
+    optimizer = sharpwise.AdamMini(model, lr=1e-2, block_lr=block_lr)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {segment.name for segment in optimizer.blocks.segments} == trainable
+
+    def roles(end: str) -> list[list[str]]:
+        return [[str(s.role) for s in optimizer.blocks[name]] for name in sorted(trainable) if name.endswith(end)]
+
+    assert roles("c_attn.lora_B.default.weight") == [["q", "k", "v"]] * 2
+    assert roles("c_fc.lora_B.default.weight") == [["up"]] * 2
+
+    plain_loop(model, optimizer)
+    assert_trained(model, start)
+    before = dict(start.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert name in trainable or torch.equal(parameter, before[name])
