@@ -25,6 +25,7 @@ class Item:
 
     Attributes:
         stored: element state, as rows; `blocks`: block state by name [n_blocks].
+        graphs: compiled kernels of this item, which the compiler looks up.
     """
 
     layout: Entry
@@ -33,6 +34,7 @@ class Item:
     blocks: dict[str, Tensor] = field(default_factory=dict)
     singles: "list[Item]" = field(default_factory=list)
     index: tuple[Tensor, ...] = ()
+    graphs: dict[Any, Any] = field(default_factory=dict)
     _spread: tuple[tuple[float, ...], Tensor] | None = None
 
     @property

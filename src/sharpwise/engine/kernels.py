@@ -6,7 +6,7 @@ row (`row_step`, `row_decay`) come shaped to broadcast against the view.
 
 import logging
 import shutil
-import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +42,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def update(
     rule: Rule,
     s: Mapping[str, Any],
-    coupled: bool,
     p: Tensor,
     g: Tensor,
     stored: Sequence[Tensor],
@@ -60,7 +59,7 @@ def update(
     x, g = p.to(dtype), g.to(dtype)
     if "clip" in s:
         g = g * s["clip"]
-    if coupled:
+    if "weight_decay" in s:
         g = add(g, x, s["weight_decay"])
     new, numerator, denominator = rule.direction(g, {n: t.to(dtype) for n, t in zip(names, stored, strict=True)}, s)
     if row_decay is not None:
@@ -86,75 +85,101 @@ def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | N
 
 
 def row_squares(g: Tensor, dim: int) -> Tensor:
-    """Sum of g*g over `dim`, in fp64.
+    """Sum of g*g over `dim`, in fp64."""
+    return (g.double() ** 2).sum(dim)
 
-    On the CPU, squares are added in fp32 in groups of 32 (16 per vector lane), and the groups in fp64: a conversion
-    per element would cost twice the time of reading the gradient (0.57 against 0.26 of a fused AdamW step).
+
+def _grouped_squares(g: Tensor, dim: int) -> Tensor:
+    """As `row_squares`, for compiling: squares are added in fp32 in groups of 32 or of 256 (16 per vector lane), and
+    the groups in fp64. A conversion of each element would cost twice the time of reading it on the CPU (0.57 against
+    0.26 of a fused AdamW step). The size of `dim` divides by the group.
     """
-    if g.dtype == torch.float64 or g.device.type != "cpu" or not torch.compiler.is_compiling():
-        return (g.double() ** 2).sum(dim)
-    g = g.float()
-    if dim == 1 and g.shape[1] % 256 == 0:
+    g = g if g.dtype == torch.float64 else g.float()
+    if dim == 1:
         return (g * g).view(g.shape[0], g.shape[1] // 256, 256).sum(2).double().sum(1)
-    if dim == 0 and g.shape[0] % 32 == 0:
-        return (g * g).view(g.shape[0] // 32, 32, g.shape[1]).sum(1).double().sum(0)
-    return (g * g).double().sum(dim)
+    return (g * g).view(g.shape[0] // 32, 32, g.shape[1]).sum(1).double().sum(0)
 
 
 class Compiler:
-    """Compiled twins of `update` and `row_squares`, one dynamic-shape graph per rule, layout and set of options.
+    """Compiled twins of `update` and `row_squares`, one graph for all shapes per rule, layout and set of options.
 
-    A graph that cannot be built (no compiler on the machine, say) is logged once; the eager twin serves from then on.
+    A graph is traced on small examples, so that a step never compiles twice and never guards: what it may depend
+    on is in its key. If one cannot be built (no compiler on the machine, say), that is logged once, and the eager twin
+    serves.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.broken = False
 
+    @property
+    def graphs(self) -> int:
+        """How many graphs have been built."""
+        return len(self._graphs)
+
     def update(
-        self, rule: Rule, names: tuple[str, ...], coupled: bool, packed: Tensor, p: Tensor, g: Tensor, *rest: Any
+        self,
+        known: dict[Any, Callable[..., Any]],
+        rule: Rule,
+        s: Mapping[str, Any],
+        packed: Tensor,
+        p: Tensor,
+        g: Tensor,
+        stored: Sequence[Tensor],
+        row_step: Tensor | None,
+        row_decay: Tensor | None,
+        noise: Noise | None,
     ) -> None:
-        """As `update`, with the scalars packed in one tensor in the order of `names`."""
-        layout = tuple(None if not isinstance(r, Tensor) else tuple(n == 1 for n in r.shape) for r in rest[1:3])
-        key = (type(rule), tuple(rule.state), names, coupled, layout, p.dtype, rest[3] is None)
+        """As `update`, with the values of `s` packed in one tensor too; `known` keeps the graphs of these tensors."""
+        args = [packed, p, g, *stored]
+        args += [t for t in (row_step, row_decay, *(noise or ())) if t is not None]
+        short = (len(s), row_step is None, row_decay is None, noise is None, g.dtype)
+        graph = known.get(short)
+        if graph is None:
+            names = tuple(s)
+            form = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in args)
+            key = (type(rule), names, *short, form, p.device)
 
-        def body(packed: Tensor, p: Tensor, g: Tensor, *rest: Any) -> None:
-            update(rule, dict(zip(names, packed.unbind(), strict=True)), coupled, p, g, *rest)
+            def body(packed: Tensor, p: Tensor, g: Tensor, *more: Tensor) -> tuple[()]:
+                rest = list(more)
+                own = [rest.pop(0) for _ in stored]
+                step = None if row_step is None else rest.pop(0)
+                decay = None if row_decay is None else rest.pop(0)
+                scalars = dict(zip(names, packed.unbind(), strict=True))
+                update(rule, scalars, p, g, own, step, decay, Noise(*rest) if rest else None)
+                return ()
 
-        def eager() -> None:
-            values = packed.tolist() if packed.device.type == "cpu" else packed.unbind()
-            update(rule, dict(zip(names, values, strict=True)), coupled, p, g, *rest)
-
-        self._call(key, body, eager, packed, p, g, *rest)
+            graph = self._built(key, body, [packed, *(_example(t, (96, 512)) for t in args[1:])])
+            if graph is None:
+                update(rule, s, p, g, stored, row_step, row_decay, noise)
+                return
+            known[short] = graph
+        graph(*args)
 
     def row_squares(self, g: Tensor, dim: int) -> Tensor:
         """As `row_squares`."""
-        fits = g.shape[1] % 256 == 0 if dim == 1 else g.shape[0] % 32 == 0
+        fits = g.shape[dim] % (256 if dim == 1 else 32) == 0
+        key = (dim, fits, g.dtype, g.device)
+        known = self._graphs.get(key)
+        if known is not None:
+            squares: Tensor = known(g)[0]
+            return squares
 
-        def body(g: Tensor) -> Tensor:
-            return row_squares(g, dim)
+        def body(g: Tensor) -> tuple[Tensor]:
+            return (_grouped_squares(g, dim) if fits else (g.double() ** 2).sum(dim),)
 
-        result: Tensor = self._call((dim, fits, g.dtype), body, lambda: row_squares(g, dim), g)
-        return result
+        graph = self._built(key, body, [_example(g, (96, 512) if fits else (66, 98))])
+        return row_squares(g, dim) if graph is None else graph(g)[0]
 
-    def _call(self, key: tuple[Any, ...], body: Callable[..., Any], eager: Callable[[], Any], *args: Any) -> Any:
-        if self.broken:
-            return eager()
-        graph = self._graphs.get(key)
-        if graph is not None:
-            return graph(*args)
+    def _built(self, key: Any, body: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any] | None:
+        if key in self._graphs or self.broken:
+            return self._graphs.get(key)
         try:
-            graph = _compile(body, f"sharpwise_{len(self._graphs)}")
-            from torch.fx.experimental import _config as shapes
-
-            with shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # a square is no special case
-                result = graph(*args)
+            self._graphs[key] = _compile(body, examples)
         except Exception as error:  # whatever inductor raises: the eager twin gives the same numbers
             self.broken = True
             logger.warning("compiling the optimizer step failed, going on without: %s", str(error).split("\n")[0])
-            return eager()
-        self._graphs[key] = graph
-        return result
+        return self._graphs.get(key)
 
 
 def compiler_present(device: torch.device) -> bool:
@@ -162,12 +187,24 @@ def compiler_present(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++"))))
 
 
-def _compile(body: Callable[..., Any], name: str) -> Callable[..., Any]:
-    # Dynamo keeps its cache per code object, with a limit: each graph gets a code object of its own.
-    own = types.FunctionType(
-        body.__code__.replace(co_name=name), body.__globals__, name, body.__defaults__, body.__closure__
-    )
+def _example(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """A small tensor of the same form: broadcast dimensions stay 1, the others get sizes that are all different."""
+    shape = [1 if n == 1 else m for n, m in zip(tensor.shape, (*sizes, 70)[: tensor.dim()], strict=True)]
+    return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
+    # Not torch.compile: its guards and wrappers cost 25 us a call with warm caches and more with cold ones, 8% of the
+    # step of GPT-2 124M. What they would check is in the key of the graph.
+    from torch._inductor import standalone_compile
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs: list[Any] = list(examples)
     # Inductor proves each vector instruction set by building and importing a test library, 15 s on a cold machine.
     # The processor's own flags are read all the same.
-    compiled: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.vec_isa_ok": True})
+    options = {"config_patches": {"cpp.vec_isa_ok": True}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of torch
+        graph = make_fx(body, tracing_mode="symbolic")(*inputs)
+        compiled: Callable[..., Any] = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options)
     return compiled

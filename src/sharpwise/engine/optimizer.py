@@ -252,6 +252,11 @@ class BlockOptimizer(Optimizer):
         """Steps left out under on_nonfinite="skip" since the optimizer was built or loaded."""
         return 0 if self._stepper is None else int(self._stepper.skipped)
 
+    @property
+    def compiled_graphs(self) -> int:
+        """How many graphs the fast path has compiled; constant after the first step."""
+        return self._compiler.graphs
+
     # -- what it does ----------------------------------------------------------------------------------------------
 
     def lr_multipliers(self) -> Table:

@@ -1,6 +1,6 @@
 """The numbers of one step: hyperparameters as they are now, bias corrections, step sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ class Rates(NamedTuple):
 class Clock:
     """Step counts of all entries. On the CPU they are read as numbers, on a device they stay there.
 
-    `multi` holds what has been worked out for this step, once per group, rule and count.
+    What has been worked out for a step, once per group, rule and count, is kept until the next.
     """
 
     def __init__(self, entries: Sequence[Entry], state: Any) -> None:
@@ -28,6 +28,7 @@ class Clock:
         self.on_host = all(t.device.type == "cpu" for t in self._step.values())
         self._counts: dict[int, Any] = {}
         self._rates: dict[Any, Rates] = {}
+        self._scalars: dict[Any, dict[str, Any]] = {}
         self._packs: dict[Any, Tensor] = {}
 
     def advance(self, active: Sequence[Entry], ok: Any) -> None:
@@ -39,6 +40,7 @@ class Clock:
             torch._foreach_add_(steps, [ok.to(torch.float32)] * len(steps))
         self._counts.clear()
         self._rates.clear()
+        self._scalars.clear()
         self._packs.clear()
 
     def t(self, entry: Entry) -> Any:
@@ -70,11 +72,17 @@ class Clock:
             self._rates[key] = Rates(_live(group["lr"]), None if off else wd, scalars)
         return self._rates[key]
 
+    def scalars(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, kept for this step under `key`."""
+        if key not in self._scalars:
+            self._scalars[key] = make()
+        return self._scalars[key]
+
     def pack(self, key: tuple[Any, ...], values: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scalars as one tensor in the order of their sorted names, kept for this step under `key`."""
-        key = (*key, tuple(values), dtype, device)
+        """Scalars in one tensor, kept for this step under `key`."""
+        key = (*key, dtype, device)
         if key not in self._packs:
-            self._packs[key] = _pack([values[name] for name in sorted(values)], dtype, device)
+            self._packs[key] = _pack(list(values.values()), dtype, device)
         return self._packs[key]
 
 

@@ -146,84 +146,88 @@ class Stepper:
     def _block_phase(
         self, items: Sequence[Item], sums: list[Tensor | None], together: set[int], ok: Any, clip: Any
     ) -> list[Tensor | None]:
-        """New block state, and the denominator per block of every item; all items of a pool at once where possible."""
+        """New block state, and lr / (bias correction * denominator) per block of every item without its multiplier.
+
+        All items of a pool at once, unless some lack gradients or have taken other numbers of steps.
+        """
         where = {id(item): i for i, item in enumerate(items)}
-        denominators: list[Tensor | None] = [None] * len(items)
+        rates: list[Tensor | None] = [None] * len(items)
         for pool in self.pools:
             whole = id(pool) in together and all(id(item) in where for item in pool.items)
             for part in [pool] if whole else [Pool.of_one(item) for item in items if pool.has(item)]:
                 mine = [where[id(item)] for item in part.items]
-                squares = torch.cat([s for i in mine if (s := sums[i]) is not None])
-                found = self._one_block_phase(part, squares, ok, clip)
-                sizes = [len(s) for i in mine if (s := sums[i]) is not None]
-                for i, denominator in zip(mine, found.split(sizes), strict=True):
-                    denominators[i] = denominator
-        return denominators
+                squares = [s for i in mine if (s := sums[i]) is not None]
+                found = self._one_block_phase(part, torch.cat(squares), ok, clip)
+                for i, rate in zip(mine, found.split([len(s) for s in squares]), strict=True):
+                    rates[i] = rate
+        return rates
 
     def _one_block_phase(self, pool: Pool, squares: Tensor, ok: Any, clip: Any) -> Tensor:
         entry = pool.items[0].parts[0]
+        lr, _, of_rule = self.clock.rates(entry)
         mean = (squares / pool.counts).to(entry.dtype)
         mean = mean if clip is None else mean * (clip * clip)
         old = {name: tensor.to(entry.dtype) for name, tensor in pool.state.items()}
-        new, denominator = entry.rule.block_phase(old, mean, self.clock.rates(entry).of_rule)
+        new, denominator = entry.rule.block_phase(old, mean, of_rule)
         for name, tensor in pool.state.items():
             tensor.copy_(new[name] if ok is True else torch.where(ok, new[name], tensor))
-        return denominator
+        return denominator.reciprocal_().mul_(lr / of_rule.get("bias_correction", 1.0))
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
-    def _move(self, item: Item, g: Tensor, denominator: Tensor | None, ok: Any, clip: Any) -> None:
-        entry, first, options = item.layout, item.parts[0], self.options
-        lr, wd, of_rule = self.clock.rates(first)
-        s = {k: v for k, v in of_rule.items() if k != "bias_correction"}
-        step: Any = lr / of_rule.get("bias_correction", 1.0)
-        multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
-        decays = wd is not None and options.decoupled
-        scaled = options.block_lr is not None and options.block_lr.decay == "scaled"
-        row_step: Any = None
-        row_decay: Tensor | None = None
-        if len(set(multipliers)) == 1:
-            step = step * multipliers[0]
-            if decays:
-                s["decay"] = 1 - (lr * multipliers[0] if scaled else lr) * wd
+    def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, ok: Any, clip: Any) -> None:
+        first, options = item.parts[0], self.options
+        if len(item.parts) == 1:
+            multipliers = self.multipliers_now(first)
         else:
+            multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
+        uniform = len(set(multipliers)) == 1
+        key = (*self.clock.key(first), multipliers if uniform else None)
+        scalars = self.clock.scalars(key, lambda: self._scalars(first, multipliers[0] if uniform else None, ok, clip))
+        row_step: Tensor | None = None
+        row_decay: Tensor | None = None
+        if block_rate is not None:
+            row_step = item.layout.spread(block_rate)
+        if not uniform:
             by_row = item.spread_segments(multipliers)
-            row_step = by_row * step
-            if decays and scaled:
-                row_decay = (1 - by_row * (lr * wd)).to(entry.dtype)
-            elif decays:
-                s["decay"] = 1 - lr * wd
-        if denominator is not None:
-            row_step = (step if row_step is None else row_step) / entry.spread(denominator)
-        if row_step is not None:
-            row_step = row_step.to(entry.dtype)
-        s["step"] = step
-        if wd is not None and not options.decoupled:
+            lr, wd, of_rule = self.clock.rates(first)
+            if options.decoupled and wd is not None and self._scales_decay:
+                row_decay = (1 - by_row * (lr * wd)).to(item.layout.dtype)
+            row_step = by_row * (lr / of_rule.get("bias_correction", 1.0)) if row_step is None else row_step * by_row
+        elif row_step is not None and multipliers[0] != 1.0:
+            row_step = row_step * multipliers[0]
+        if row_step is not None and row_step.dtype != item.layout.dtype:
+            row_step = row_step.to(item.layout.dtype)
+        noise = item.noise(options.seed, self.clock.t(first)) if options.stochastic_rounding else None
+        p = item.parameter()
+        if self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
+            packed = self.clock.pack(key, scalars, item.layout.dtype, p.device)
+            self.compiler.update(
+                item.graphs, item.layout.rule, scalars, packed, p, g, item.stored, row_step, row_decay, noise
+            )
+        else:
+            _eager(item, scalars, p, g, row_step, row_decay, noise)
+        item.scatter(p)
+
+    @property
+    def _scales_decay(self) -> bool:
+        return self.options.block_lr is not None and self.options.block_lr.decay == "scaled"
+
+    def _scalars(self, entry: Entry, multiplier: float | None, ok: Any, clip: Any) -> dict[str, Any]:
+        """The scalars of `kernels.update`, in the order of their names; multiplier None: it varies by row."""
+        lr, wd, of_rule = self.clock.rates(entry)
+        m = 1.0 if multiplier is None else multiplier
+        s = {**of_rule, "step": lr / of_rule.get("bias_correction", 1.0) * m}
+        s.pop("bias_correction", None)
+        if wd is not None and not self.options.decoupled:
             s["weight_decay"] = wd
+        elif wd is not None and not (multiplier is None and self._scales_decay):
+            s["decay"] = 1 - (lr * m if self._scales_decay else lr) * wd
         if clip is not None:
             s["clip"] = clip
         if ok is not True:
             s["ok"] = ok
-        noise = item.noise(options.seed, self.clock.t(first)) if options.stochastic_rounding else None
-        p = item.parameter()
-        self._call(item, s, (*self.clock.key(first), multipliers), p, g, (item.stored, row_step, row_decay, noise))
-        item.scatter(p)
-
-    def _call(self, item: Item, s: dict[str, Any], key: Any, p: Tensor, g: Tensor, rest: tuple[Any, ...]) -> None:
-        rule = item.layout.rule
-        coupled = "weight_decay" in s
-        if self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
-            packed = self.clock.pack(key, s, item.layout.dtype, p.device)
-            self.compiler.update(rule, tuple(sorted(s)), coupled, packed, p, g, *rest)
-            return
-        stored, row_step, row_decay, noise = rest
-        size = max(1, kernels.CHUNK * p.shape[0] // max(item.numel, 1))
-        for i in range(0, p.shape[0], size):  # in pieces, so that temporaries stay small
-            j = slice(i, i + size)
-            cut = None if noise is None else kernels.Noise(_cut(noise.row, j), noise.column, _cut(noise.key, j))
-            kernels.update(
-                rule, s, coupled, p[j], g[j], [t[j] for t in stored], _cut(row_step, j), _cut(row_decay, j), cut
-            )
+        return dict(sorted(s.items()))
 
     def _move_fused(self, pairs: Sequence[tuple[Entry, Any]], ok: Any) -> None:
         """Torch's own kernel for lists, one call per learning rate."""
@@ -252,6 +256,18 @@ class Stepper:
                 maximize=False,
                 found_inf=None if ok is True else (~ok).to(torch.float32).view(()),
             )
+
+
+def _eager(
+    item: Item, s: dict[str, Any], p: Tensor, g: Tensor, step: Tensor | None, decay: Tensor | None, noise: Any
+) -> None:
+    """In pieces, so that temporaries stay small."""
+    size = max(1, kernels.CHUNK * p.shape[0] // max(item.numel, 1))
+    for i in range(0, p.shape[0], size):
+        j = slice(i, i + size)
+        own = None if noise is None else kernels.Noise(_cut(noise.row, j), noise.column, _cut(noise.key, j))
+        stored = [t[j] for t in item.stored]
+        kernels.update(item.layout.rule, s, p[j], g[j], stored, _cut(step, j), _cut(decay, j), own)
 
 
 def _cut(tensor: Tensor | None, rows: slice) -> Any:
