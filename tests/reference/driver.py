@@ -42,7 +42,7 @@ def as_array(tensor):
 
 
 def error(got, want, scale=0.0):
-    """Norm-relative error of a tensor against an array (absolute where the array is zero); norms count at least `scale`."""
+    """Norm-relative error of a tensor against an array (absolute where that is zero); norms count at least `scale`."""
     got = as_array(got)
     assert got.shape == want.shape, (got.shape, want.shape)
     assert np.isfinite(want).all()
@@ -82,9 +82,16 @@ class Twin:
         self.p = {name: as_array(p) for name, p in named}
         extra = (lambda name: {"blocks": blocks[name]}) if blocks else (lambda name: {})
         self.extra = extra
+        for name, p in self.p.items():
+            self.scale(name, "p", p)
         self.state = {name: rule.init(p, **extra(name)) for name, p in self.p.items()}
         self.groups = [(list(names), dict(hyper), block_lr() if block_lr else None) for names, hyper in groups]
         assert sorted(n for names, _, _ in self.groups for n in names) == sorted(self.p)
+
+    def scale(self, name, key, value):
+        """The largest norm so far. A few numbers may pass through zero: what they were measures their rounding."""
+        self.seen[name, key] = max(self.seen.get((name, key), 0.0), float(np.linalg.norm(value)))
+        return self.seen[name, key]
 
     def rates(self, name, policy, lr):
         """Learning rates of update and decay: numbers, or arrays of the parameter's shape."""
@@ -147,7 +154,8 @@ def compare(optimizer, named, twin, when, tolerance):
         if p.dtype is torch.bfloat16:
             assert bf16_ulps(p, twin.p[name]) <= 1, f"{name}, {when}"
         else:
-            assert error(p, twin.p[name]) <= tolerance, f"{name}, {when}: {error(p, twin.p[name]):.2e}"
+            bad = error(p, twin.p[name], twin.scale(name, "p", twin.p[name]))
+            assert bad <= tolerance, f"{name}, {when}: {bad:.2e}"
         state, want = optimizer.state[p], twin.state[name]
         if want["step"] == 0:
             continue
@@ -160,9 +168,7 @@ def compare(optimizer, named, twin, when, tolerance):
                 bad = bf16_ulps(state[key], want[key])
                 assert bad <= 1, f"{name} {key}, {when}: {bad} ulps"
                 continue
-            # A moment of a few numbers may pass through zero: what it has been is the measure of its rounding.
-            twin.seen[name, key] = max(twin.seen.get((name, key), 0.0), float(np.linalg.norm(want[key])))
-            bad = error(state[key], want[key], twin.seen[name, key])
+            bad = error(state[key], want[key], twin.scale(name, key, want[key]))
             assert bad <= tolerance, f"{name} {key}, {when}: {bad:.2e}"
 
 
