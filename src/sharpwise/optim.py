@@ -28,7 +28,8 @@ class Common(TypedDict, total=False):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a name of `BLOCK_LRS`, an instance, or None.
-        storage: element state in "fp32" or "bf16". Block state is always fp32.
+        storage: element state in "fp32" or "bf16". Block state is always fp32. A second moment in bf16 stops moving
+            where (1 - b2) is below its last bit (b2 > 0.99) unless it is rounded stochastically.
         stochastic_rounding: round to bf16 (state and parameters of that type) stochastically, by a hash of
             (seed, step, element).
         seed: of stochastic rounding.
@@ -215,7 +216,10 @@ def _build(
     max_grad_norm: float | None = None,
     on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
     compile: bool | None = None,
+    **unknown: Any,
 ) -> BlockOptimizer:
+    if unknown:
+        raise TypeError(f"{who}: {_unknown_options(unknown)}")
     if isinstance(block_lr, str):
         block_lr = _one_of(who, "block_lr", block_lr, BLOCK_LRS)()
     if block_lr is not None and not isinstance(block_lr, block_lrs.BlockLR):
@@ -245,6 +249,13 @@ def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
     if name not in table:
         raise ValueError(f"{who}: no {what} is called {name!r}; there are {', '.join(sorted(table))}")
     return table[name]
+
+
+def _unknown_options(names: Collection[str]) -> str:
+    ours = sorted(Common.__annotations__)
+    torchs = {"foreach", "fused", "capturable", "differentiable"} & set(names)
+    hint = f"; {', '.join(sorted(torchs))}: leave out, the fastest kernel is chosen by itself" if torchs else ""
+    return f"no option is called {', '.join(sorted(names))}{hint}; options are {', '.join(ours)}"
 
 
 def _check_combination(who: str, rule: str, block_lr: block_lrs.BlockLR | None, storage: str) -> None:

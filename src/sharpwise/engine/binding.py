@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, canonical_name
+from sharpwise.engine.mesh import reduces_late
 
 Groups = list[dict[str, Any]]
 Blocks = BlockMap | Mapping[str, Any] | None
@@ -118,5 +119,9 @@ def check_gradient(name: str, param: Tensor) -> None:
     assert grad is not None
     if grad.layout != torch.strided:
         raise TypeError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
+    if reduces_late(grad):
+        raise ValueError(
+            f"{name}: its gradient is a partial sum on a mesh; redistribute it to the parameter's placement"
+        )
     if grad.is_complex():
         raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")

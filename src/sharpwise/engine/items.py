@@ -35,7 +35,7 @@ class Item:
     singles: "list[Item]" = field(default_factory=list)
     index: tuple[Tensor, ...] = ()
     graphs: dict[Any, Any] = field(default_factory=dict)
-    _spread: tuple[tuple[float, ...], Tensor] | None = None
+    _spread: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     @property
     def flat(self) -> bool:
@@ -51,10 +51,11 @@ class Item:
         return rows
 
     def spread_segments(self, values: Sequence[float]) -> Tensor:
-        """One number per segment -> fp64, one per row of the layout; kept as long as the numbers stay."""
-        if self._spread is None or self._spread[0] != tuple(values):
-            self._spread = tuple(values), self.layout.spread_segments(values)
-        return self._spread[1]
+        """One number per segment -> fp64, one per row of the layout; the last few are kept."""
+        key = tuple(values)
+        if key not in self._spread:
+            self._spread = {**dict(list(self._spread.items())[-3:]), key: self.layout.spread_segments(values)}
+        return self._spread[key]
 
     def parameter(self) -> Tensor:
         """The parameters as rows: a view, or a copy (gathered, or of a tensor that is not contiguous)."""
@@ -150,7 +151,8 @@ def gather_small(entries: Sequence[Entry], state: Any, small: int = SMALL) -> li
     for entry in entries:
         tensor = local(entry.param)
         blocked = entry.rule.has_blocks and (entry.n_blocks > 1 or entry.param.ndim > 1)
-        if tensor.numel() > small or blocked or not tensor.is_contiguous() or tensor.device.type == "meta":
+        # The size of the whole parameter decides, not of the shard: all processes must sum in the same order.
+        if entry.param.numel() > small or blocked or not tensor.is_contiguous() or tensor.device.type == "meta":
             items.append(_single(entry, state))
         else:
             key = (id(entry.group), entry.rule, tensor.dtype, tensor.device, entry.shard.groups, entry.decays)

@@ -85,8 +85,11 @@ def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | N
 
 
 def row_squares(g: Tensor, dim: int) -> Tensor:
-    """Sum of g*g over `dim`, in fp64."""
-    return (g.double() ** 2).sum(dim)
+    """Sum of g*g over `dim`, in fp64; in pieces, so that the fp64 copy stays small."""
+    if g.numel() <= CHUNK:
+        return (g.double() ** 2).sum(dim)
+    parts = [(part.double() ** 2).sum(dim) for part in g.split(max(1, CHUNK * g.shape[0] // g.numel()))]
+    return torch.stack(parts).sum(0) if dim == 0 else torch.cat(parts)
 
 
 def _grouped_squares(g: Tensor, dim: int) -> Tensor:

@@ -60,6 +60,11 @@ class Shard:
         return Shard(tuple(offset), tuple(mesh.get_group(d) for d in cut if mesh.size(d) > 1))
 
 
+def reduces_late(tensor: Tensor) -> bool:
+    """Whether a DTensor still holds partial sums."""
+    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)  # type: ignore[attr-defined]
+
+
 def all_reduce(values: Tensor, groups: Sequence[Any]) -> None:
     """Sum over every group in turn, in place: one collective per sharded mesh dimension."""
     for group in groups:

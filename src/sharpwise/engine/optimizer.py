@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from sharpwise.blocks import BlockMap, Role
 from sharpwise.engine import state as states
 from sharpwise.engine.binding import bind, check_gradient
 from sharpwise.engine.kernels import Compiler
-from sharpwise.engine.mesh import local
+from sharpwise.engine.mesh import all_reduce, local
 from sharpwise.engine.plan import Entry, Layouts, build_entry, multiplier_map
 from sharpwise.engine.stepper import Options, Stepper
 from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
 
-_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "who", "_known")
+_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known")
 
 
 class BlockOptimizer(Optimizer):
@@ -47,13 +48,18 @@ class BlockOptimizer(Optimizer):
         who: str = "BlockOptimizer",
     ) -> None:
         self.rule, self.options, self.storage, self.who = rule, options, storage, who
-        self.no_decay = _check_no_decay(no_decay, who)
+        self.no_decay, self.strict = _check_no_decay(no_decay, who), strict
         groups, self._known, self._names = bind(first, model, blocks, who)
         self.blocks = BlockMap(())
         self._reset()
         defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
+        if options.stochastic_rounding:
+            defaults["seed"] = options.seed
+        if options.on_nonfinite == "skip":
+            defaults["skipped_steps"] = 0
+        if options.block_lr is not None and options.block_lr.follows_lr:
+            defaults["peak_lr"] = 0.0
         super().__init__(groups, defaults)
-        self._check_roles(strict)
 
     def _reset(self) -> None:
         self._stepper: Stepper | None = None
@@ -80,12 +86,13 @@ class BlockOptimizer(Optimizer):
                 self._known = BlockMap((*self._known.segments, *more))
         for key, value in self.defaults.items():
             group.setdefault(key, value)
-        if self.options.block_lr is not None and self.options.block_lr.follows_lr:
-            group.setdefault("peak_lr", 0.0)
         self._validate(group)
+        self._check_roles(self._known.subset([name for name, _ in group["params"]]))
+        if not group["params"]:
+            group["param_names"] = []  # torch sets it from the parameters, and then misses it
         super().add_param_group(group)
         self.blocks = self._known.subset([n for g in self.param_groups for n in g["param_names"]])
-        self._stepper = None
+        self._settle()
 
     def _name_of(self, tensor: Tensor) -> str:
         name = self._names.get(id(tensor))
@@ -97,8 +104,13 @@ class BlockOptimizer(Optimizer):
         return name
 
     def _validate(self, group: Mapping[str, Any]) -> None:
+        for key in ("maximize", "amsgrad"):
+            if group.get(key):
+                raise ValueError(f"{self.who}: a group asks for {key}=True, which this optimizer does not do")
         for key in ("lr", "weight_decay"):
             value = group[key]
+            if not isinstance(value, (Real, Tensor)):
+                raise TypeError(f"{self.who}: {key} must be a number or a 0-d tensor, got {value!r}")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{self.who}: {key} must be a number or a 0-d tensor, got {tuple(value.shape)}")
             if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -107,14 +119,14 @@ class BlockOptimizer(Optimizer):
                 raise ValueError(f"{self.who}: {key} must be a finite number >= 0, got {float(value)}")
         self.rule.validate(group)
 
-    def _check_roles(self, strict: bool) -> None:
-        unknown = self.blocks.unexplained
-        if strict and unknown:
+    def _check_roles(self, blocks: BlockMap) -> None:
+        unknown = blocks.unexplained
+        if self.strict and unknown:
             raise ValueError(_unknown_message(self.who, "strict=True asks for", unknown))
         block_lr = self.options.block_lr
         if block_lr is not None and unknown:
             raise ValueError(_unknown_message(self.who, f"block_lr {block_lr.name!r} distinguishes", unknown))
-        for segment in self.blocks.segments:
+        for segment in blocks.segments:
             rule, cut = self.rule.assign(segment)
             if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
                 message = _unknown_message(self.who, f"rule {self.rule.name!r} distinguishes", unknown) + self.rule.hint
@@ -131,7 +143,7 @@ class BlockOptimizer(Optimizer):
 
     def _bind(self) -> Stepper:
         """The stepper of the parameters as they are now, with state allocated."""
-        current = [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or p in self.state]
         stepper = self._stepper
         if stepper is not None and self._still_bound(stepper, current):
             return stepper
@@ -142,34 +154,54 @@ class BlockOptimizer(Optimizer):
             by_name = multiplier_map(self._known.segments, block_lr.multipliers(self._known.segments))
         for entry in entries:
             entry.multipliers = by_name[entry.name] if block_lr is not None else (1.0,) * len(entry.segments)
-            kinds = {kind for s in entry.segments for kind in (str(s.role), "bias" if s.bias else "")}
-            entry.decays = not kinds & self.no_decay
+            entry.decays = tuple(not {str(s.role), "bias" if s.bias else ""} & self.no_decay for s in entry.segments)
+            if len(set(entry.decays)) > 1 and not self.options.decoupled:
+                raise ValueError(
+                    f"{self.who}: no_decay={sorted(self.no_decay)} takes a part of {entry.name}; coupled decay is for "
+                    f"whole parameters only"
+                )
             own = self.state.get(entry.param)
             if own is None or "step" not in own:
                 self.state[entry.param] = states.allocate(entry, self.storage, block_lr is not None)
             elif block_lr is not None and "lr_multiplier" in own:
                 entry.multipliers = tuple(own["lr_multiplier"].tolist())
         self._stepper = Stepper(entries, self.state, self.options, self._compiler)
-        self._held = [dict(self.state[e.param]) for e in entries]
+        self._held = [_marks(e.param, self.state[e.param]) for e in entries]
         return self._stepper
+
+    def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        return [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+    def _settle(self) -> None:
+        """Drop the stepper, after writing what it counted where it is saved."""
+        if self._stepper is not None and self.options.on_nonfinite == "skip":
+            for group in self.param_groups:
+                group["skipped_steps"] += int(self._stepper.skipped)
+            self._stepper.skipped = 0
+        self._stepper = None
 
     def _still_bound(self, stepper: Stepper, current: list[tuple[str, Tensor, Any]]) -> bool:
         if len(current) != len(stepper.entries):
             return False
         for (name, param, _), entry, held in zip(current, stepper.entries, self._held, strict=True):
             if param is not entry.param:
-                raise RuntimeError(
-                    f"{self.who}: parameter {name!r} was exchanged after its state was allocated; "
-                    f"shard or move the model before the first step, or build the optimizer after it"
-                )
-            own = self.state[param]
-            if any(own.get(key) is not tensor for key, tensor in held.items()):
-                return False  # somebody moved the state; lay it out anew
+                if any(own["step"] != 0 for own in self.state.values()):
+                    raise RuntimeError(
+                        f"{self.who}: parameter {name!r} was exchanged after the first step; "
+                        f"shard or move the model before it, or build the optimizer after that"
+                    )
+                self.state.clear()
+                return False
+            if _marks(param, self.state[param]) != held:
+                return False  # somebody moved the state, or changed the parameter's type: lay everything out anew
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: `state` by parameter index and `param_groups`, with `param_names`."""
         self._bind()
+        if self.options.on_nonfinite == "skip":
+            self._settle()
+            self._bind()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,19 +219,20 @@ class BlockOptimizer(Optimizer):
         if not {"state", "param_groups"} <= set(state_dict):
             raise ValueError(f"{self.who}: not an optimizer's state dict: it has {sorted(map(str, state_dict))[:5]}")
         self._bind()
-        current = [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        current = [(n, p) for n, p, _ in self._parameters()]
         ids = states.saved_names(state_dict, current, self.who)
         saved = {name: state_dict["state"].get(ids[name], {}) for name, _ in current}
         groups = [states.group_of_saved(g, g["param_names"], state_dict, ids, self.who) for g in self.param_groups]
         for group, new in zip(self.param_groups, groups, strict=True):
             self._validate({**group, **new})
         for name, param in current:
-            states.check_entry(name, self.state[param], saved[name], self.who)
+            states.check_entry(name, self.state.get(param, {}), saved[name], self.who)
+        pairs = [pair for n, p in current for pair in states.prepared(self.state.get(p, {}), saved[n])]
         for group, new in zip(self.param_groups, groups, strict=True):
             group.update(new)
         with torch.no_grad():
-            for name, param in current:
-                states.copy_state(self.state[param], saved[name])
+            for target, value in pairs:
+                target.copy_(value)
         self._stepper = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -245,12 +278,17 @@ class BlockOptimizer(Optimizer):
                 return False  # reading it would wait for the device
             if float(lr) != 0.0:
                 return False
-        return all(not local(e.param.grad).any() for e in active)  # type: ignore[arg-type]
+        grads = [local(e.param.grad) for e in active]  # type: ignore[arg-type]
+        some = torch.stack([g.any() for g in grads]).any().to(torch.float32)
+        for group in dict.fromkeys(g for e in active for g in e.shard.groups):  # another process may have some
+            all_reduce(some, [group])
+        return not some
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out under on_nonfinite="skip" since the optimizer was built or loaded."""
-        return 0 if self._stepper is None else int(self._stepper.skipped)
+        """Steps left out under on_nonfinite="skip"."""
+        before = max((int(group.get("skipped_steps", 0)) for group in self.param_groups), default=0)
+        return before + (0 if self._stepper is None else int(self._stepper.skipped))
 
     @property
     def compiled_graphs(self) -> int:
@@ -277,11 +315,12 @@ class BlockOptimizer(Optimizer):
             state = self.state[entry.param]
             element = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "element")
             block = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "block")
-            decay = float(entry.group["weight_decay"]) if entry.decays else 0.0
-            for s, cut, m in zip(entry.segments, entry.cuts, stepper.multipliers_now(entry), strict=True):
+            wd = float(entry.group["weight_decay"])
+            parts = zip(entry.segments, entry.cuts, entry.decays, stepper.multipliers_now(entry), strict=True)
+            for s, cut, decays, m in parts:
                 blocks = s.blocks(cut)
                 size = s.numel * element + (blocks * block if cut != "element" else 0)
-                how = (entry.rule.name, cut, blocks, m, decay, self.storage.name, size)
+                how = (entry.rule.name, cut, blocks, m, wd * decays, self.storage.name, size)
                 rows.append((s.name, str(s.role), s.describe_rows(), *how))
         columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
         return Table(columns, rows)
@@ -291,6 +330,12 @@ class BlockOptimizer(Optimizer):
         self._bind()
         tensors = [t for own in self.state.values() for t in own.values()]
         return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+def _marks(param: Tensor, state: Mapping[str, Tensor]) -> list[Any]:
+    """What must be as it was when the stepper was built."""
+    places = [(key, id(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
+    return [param.dtype, param.device, local(param).is_contiguous(), *places]
 
 
 def _check_no_decay(names: Collection[str], who: str) -> frozenset[str]:

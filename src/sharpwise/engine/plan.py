@@ -28,7 +28,7 @@ class Entry:
         segment_of_row, block_of_row: int64 [local rows], None where all rows are alike, or every row is its own block.
         gathers: per segment, the first block and the local rows of each block [blocks, rows], -1 where not local.
         counts: elements of every block of the whole parameter, fp64 [n_blocks].
-        multipliers: of the learning rate, one per segment; decays: whether weight decay applies.
+        multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Entry:
     gathers: list[tuple[int, Tensor | None]] = field(default_factory=list)
     counts: Tensor | None = None
     multipliers: tuple[float, ...] = (1.0,)
-    decays: bool = True
+    decays: tuple[bool, ...] = (True,)
 
     @property
     def n_blocks(self) -> int:
@@ -98,20 +98,17 @@ class Entry:
 
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Global element numbers as the sum of a part per row of the view and a part per column, int64."""
-        shape = tuple(self.param.shape)
-        if not shape:
-            zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            return zero, zero
-        own = tuple(local(self.param).shape)
-        if any(n != m for n, m in zip(own[2:], shape[2:], strict=True)):
-            raise ValueError(f"{self.name}: stochastic rounding serves shards of the first two dimensions only")
-        index = torch.zeros((), dtype=torch.int64, device=device)
+        shape, own = tuple(self.param.shape), tuple(local(self.param).shape)
+        leading = len(own) - 1 if self.dim != 1 or len(self.shape) > 2 else min(self.segments[0].dim + 1, len(own))
+        rows = torch.zeros(1, dtype=torch.int64, device=device)
+        columns = rows
         for d, (size, offset) in enumerate(zip(own, self.shard.offset, strict=True)):
-            stride = math.prod(shape[d + 1 :])
-            part = (torch.arange(size, device=device) + offset) * stride
-            index = index + part.view([-1 if e == d else 1 for e in range(len(own))])
-        index = index.reshape(self.shape)
-        return index[..., :1].clone(), (index - index[..., :1]).reshape(-1, self.shape[-1])[:1].clone()
+            part = (torch.arange(size, device=device) + offset) * math.prod(shape[d + 1 :])
+            if d < leading:
+                rows = (rows[:, None] + part).view(-1)
+            else:
+                columns = (columns[:, None] + part).view(-1)
+        return rows.view(*self.shape[:-1], 1), columns.view(*(1 for _ in self.shape[:-1]), -1)
 
 
 Layouts = dict[Any, "RowLayout"]

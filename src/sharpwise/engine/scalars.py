@@ -26,7 +26,9 @@ class Clock:
     def __init__(self, entries: Sequence[Entry], state: Any) -> None:
         self._step = {id(e): state[e.param]["step"] for e in entries}
         self.on_host = all(t.device.type == "cpu" for t in self._step.values())
-        self._counts: dict[int, Any] = {}
+        self._counts = {
+            key: int(step) for key, step in self._step.items()
+        }  # on a device: gradients had, skipped or not
         self._rates: dict[Any, Rates] = {}
         self._scalars: dict[Any, dict[str, Any]] = {}
         self._packs: dict[Any, Tensor] = {}
@@ -38,23 +40,19 @@ class Clock:
             torch._foreach_add_(steps, 1)
         else:
             torch._foreach_add_(steps, [ok.to(torch.float32)] * len(steps))
-        self._counts.clear()
+        for entry in active:
+            self._counts[id(entry)] += 1
         self._rates.clear()
         self._scalars.clear()
         self._packs.clear()
 
     def t(self, entry: Entry) -> Any:
         """Steps taken with this entry: an int, or a 0-d tensor on its device."""
-        step = self._step[id(entry)]
-        if not self.on_host:
-            return step
-        if id(entry) not in self._counts:
-            self._counts[id(entry)] = int(step)
-        return self._counts[id(entry)]
+        return self._counts[id(entry)] if self.on_host else self._step[id(entry)]
 
     def together(self, entries: Sequence[Entry]) -> bool:
-        """Whether all have taken the same number of steps. On a device that is taken for granted: asking would wait."""
-        return not self.on_host or len({int(self._step[id(e)]) for e in entries}) <= 1
+        """Whether all have taken the same number of steps."""
+        return len({self._counts[id(e)] for e in entries}) <= 1
 
     def key(self, entry: Entry) -> tuple[Any, ...]:
         """Entries with the same key have the same rates."""
@@ -67,7 +65,7 @@ class Clock:
             group, t = entry.group, self.t(entry)
             own = {k: _live(v) for k, v in group.items() if k in entry.rule.defaults}
             wd = _live(group["weight_decay"])
-            off = not entry.decays or (not isinstance(wd, Tensor) and wd == 0)
+            off = not any(entry.decays) or (not isinstance(wd, Tensor) and wd == 0)
             scalars = entry.rule.scalars(t if self.on_host else t.double(), own)
             self._rates[key] = Rates(_live(group["lr"]), None if off else wd, scalars)
         return self._rates[key]

@@ -1,5 +1,6 @@
 """State of an optimizer: allocated together, saved under torch's names, loaded by name."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def allocate(entry: Entry, storage: Dense, multipliers: bool) -> dict[str, Tenso
             )
             state[name] = like(param, plain)
     if multipliers:
-        state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float32)
+        state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float64)
     return state
 
 
@@ -63,8 +64,8 @@ def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]],
 
 def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the saved state of one parameter fits the allocated one."""
-    if not saved:
-        return  # never stepped
+    if not saved or not own:
+        return  # never stepped, or frozen here
     needed = set(own) - {"lr_multiplier"}
     if needed - set(saved):
         raise ValueError(
@@ -84,19 +85,20 @@ def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], 
             raise ValueError(f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}")
 
 
-def copy_state(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    """Copy one parameter's saved state into the allocated tensors; absent state is zero."""
+def prepared(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """(allocated, new value) for one parameter's state, local parts; what was not saved is zero. Copies nothing yet."""
+    pairs = []
     for key, tensor in own.items():
-        if key not in saved:
-            if key != "lr_multiplier":
-                local(tensor).zero_()
-            continue
-        value = saved[key]
-        if is_dtensor(tensor):
-            value = _placed_like(torch.as_tensor(value), tensor)
-        elif isinstance(value, Tensor) and is_dtensor(value):
-            value = value.full_tensor()  # type: ignore[attr-defined]
-        local(tensor).copy_(local(value) if isinstance(value, Tensor) else torch.as_tensor(value))
+        if key in saved:
+            value = torch.as_tensor(saved[key])
+            if is_dtensor(tensor):
+                value = _placed_like(value, tensor)
+            elif is_dtensor(value):
+                value = value.full_tensor()  # type: ignore[attr-defined]
+            pairs.append((local(tensor), local(value)))
+        elif key != "lr_multiplier":
+            pairs.append((local(tensor), torch.zeros_like(local(tensor))))
+    return pairs
 
 
 def _placed_like(value: Any, target: Any) -> Tensor:
@@ -125,7 +127,7 @@ def group_of_saved(
     home = {i: index for index, g in enumerate(saved["param_groups"]) for i in g["params"]}
     indices = sorted({home[ids[name]] for name in names})
     found = [
-        {k: v for k, v in saved["param_groups"][i].items() if k in group and k not in ("params", "param_names")}
+        {k: v for k, v in saved["param_groups"][i].items() if k not in TORCH_ONLY | {"params", "param_names"}}
         for i in indices
     ]
     for other in found[1:]:
@@ -136,7 +138,7 @@ def group_of_saved(
             )
     for i in indices:
         _check_torch_only(saved["param_groups"][i], group, who)
-    return found[0] if found else {}
+    return copy.deepcopy(found[0]) if found else {}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -43,7 +43,7 @@ class Stepper:
         self.entries = list(entries)
         self.options = options
         self.clock = Clock(entries, state)
-        total = sum(local(e.param).numel() for e in entries)
+        total = sum(e.param.numel() for e in entries)
         device = local(entries[0].param).device if entries else torch.device("cpu")
         pays = total >= kernels.COMPILE_TOTAL and kernels.compiler_present(device)
         compiles = options.compile is True or (options.compile is None and pays)
@@ -66,6 +66,7 @@ class Stepper:
             and self.options.decoupled
             and not self.options.stochastic_rounding
             and entry.uniform
+            and len(set(entry.decays)) == 1
             and min(entry.multipliers) > 0
             and local(entry.param).device.type in ("cpu", "cuda")
             and all(local(t).dtype == torch.float32 and local(t).is_contiguous() for t in tensors)
@@ -177,28 +178,29 @@ class Stepper:
 
     def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, ok: Any, clip: Any) -> None:
         first, options = item.parts[0], self.options
-        if len(item.parts) == 1:
-            multipliers = self.multipliers_now(first)
-        else:
-            multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
-        uniform = len(set(multipliers)) == 1
-        key = (*self.clock.key(first), multipliers if uniform else None)
-        scalars = self.clock.scalars(key, lambda: self._scalars(first, multipliers[0] if uniform else None, ok, clip))
-        row_step: Tensor | None = None
+        multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
+        # Decay follows the multiplier or not, and may be off for some segments.
+        decays = tuple(
+            (m if self._scales_decay else 1.0) * d
+            for m, d in zip(multipliers, (d for e in item.parts for d in e.decays), strict=True)
+        )
+        uniform, level = len(set(multipliers)) == 1, len(set(decays)) == 1
+        rates = multipliers[0] if uniform else None, decays[0] if level else None
+        key = (*self.clock.key(first), rates)
+        scalars = self.clock.scalars(key, lambda: self._scalars(first, *rates, ok, clip))
+        lr, wd, of_rule = self.clock.rates(first)
+        row_step = None if block_rate is None else item.layout.spread(block_rate)
         row_decay: Tensor | None = None
-        if block_rate is not None:
-            row_step = item.layout.spread(block_rate)
         if not uniform:
             by_row = item.spread_segments(multipliers)
-            lr, wd, of_rule = self.clock.rates(first)
-            if options.decoupled and wd is not None and self._scales_decay:
-                row_decay = (1 - by_row * (lr * wd)).to(item.layout.dtype)
             row_step = by_row * (lr / of_rule.get("bias_correction", 1.0)) if row_step is None else row_step * by_row
         elif row_step is not None and multipliers[0] != 1.0:
             row_step = row_step * multipliers[0]
+        if not level and wd is not None and options.decoupled:
+            row_decay = (1 - item.spread_segments(decays) * (lr * wd)).to(item.layout.dtype)
         if row_step is not None and row_step.dtype != item.layout.dtype:
             row_step = row_step.to(item.layout.dtype)
-        noise = item.noise(options.seed, self.clock.t(first)) if options.stochastic_rounding else None
+        noise = item.noise(int(first.group["seed"]), self.clock.t(first)) if options.stochastic_rounding else None
         p = item.parameter()
         if self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
             packed = self.clock.pack(key, scalars, item.layout.dtype, p.device)
@@ -213,16 +215,22 @@ class Stepper:
     def _scales_decay(self) -> bool:
         return self.options.block_lr is not None and self.options.block_lr.decay == "scaled"
 
-    def _scalars(self, entry: Entry, multiplier: float | None, ok: Any, clip: Any) -> dict[str, Any]:
-        """The scalars of `kernels.update`, in the order of their names; multiplier None: it varies by row."""
+    def _scalars(
+        self, entry: Entry, multiplier: float | None, decay: float | None, ok: Any, clip: Any
+    ) -> dict[str, Any]:
+        """The scalars of `kernels.update`, in the order of their names.
+
+        Args:
+            multiplier, decay: factors of the step and of the decoupled decay; None: they vary by row.
+        """
         lr, wd, of_rule = self.clock.rates(entry)
-        m = 1.0 if multiplier is None else multiplier
-        s = {**of_rule, "step": lr / of_rule.get("bias_correction", 1.0) * m}
+        step = lr / of_rule.get("bias_correction", 1.0)
+        s = {**of_rule, "step": step if multiplier is None else step * multiplier}
         s.pop("bias_correction", None)
         if wd is not None and not self.options.decoupled:
             s["weight_decay"] = wd
-        elif wd is not None and not (multiplier is None and self._scales_decay):
-            s["decay"] = 1 - (lr * m if self._scales_decay else lr) * wd
+        elif wd is not None and decay is not None:
+            s["decay"] = 1 - lr * decay * wd
         if clip is not None:
             s["clip"] = clip
         if ok is not True:

@@ -75,8 +75,8 @@ class Sums:
 
 def _reduce(items: Sequence[Item], sums: list[Tensor | None], totals: dict[Groups, Tensor]) -> Tensor | None:
     """Complete the sums over the processes that hold parts, in place; the total over everything."""
-    keys = {item.layout.shard.groups for item, s in zip(items, sums, strict=True) if s is not None} | set(totals)
-    for groups in sorted((k for k in keys if k), key=len):
+    keys = [item.layout.shard.groups for item, s in zip(items, sums, strict=True) if s is not None] + list(totals)
+    for groups in filter(None, dict.fromkeys(keys)):  # by first appearance: the order is the same in every process
         mine = [i for i, s in enumerate(sums) if s is not None and items[i].layout.shard.groups == groups]
         parts: list[Tensor] = [s for i in mine if (s := sums[i]) is not None]
         parts += [totals[groups].view(1)] if groups in totals else []

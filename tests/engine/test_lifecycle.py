@@ -1,0 +1,235 @@
+"""What happens to an optimizer between steps: state moved or recast, groups frozen, empty or added, settings saved."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import sharpwise
+from sharpwise.testing import fill_gradients, run, same, tiny_model
+
+
+def saved(optimizer):
+    """A state dict as a file gives it back."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+@pytest.mark.parametrize("block_lr", [sharpwise.LayerDecay(rate=0.9), sharpwise.BlockwiseLR(emb=3.3, qk=2.7)])
+def test_multipliers_that_fp32_does_not_hold_are_resumed_exactly(block_lr):
+    whole, part = tiny_model(), tiny_model()
+    steady, first = (sharpwise.AdamW(m, lr=1e-2, block_lr=block_lr) for m in (whole, part))
+    run(whole, steady, range(4))
+    run(part, first, range(2))
+    second = sharpwise.AdamW(part, lr=1e-2, block_lr=block_lr)
+    second.load_state_dict(saved(first))
+    run(part, second, range(2, 4))
+    assert same(whole, part)
+
+
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda own: own.update({k: v.clone() for k, v in own.items()}),
+        lambda own: [setattr(v, "data", v.data.clone()) for v in own.values()],
+    ],
+    ids=["new tensors", "new data"],
+)
+def test_state_moved_by_hand_is_found(name, move):
+    """Offloading scripts move state tensors between steps, by either way."""
+    models = [tiny_model() for _ in range(2)]
+    first, second = (sharpwise.create_optimizer(m, name, lr=1e-2) for m in models)
+    for step in range(4):
+        run(models[0], first, [step])
+        run(models[1], second, [step])
+        for own in second.state.values():
+            move(own)
+    assert same(*models)
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(first.state.values(), second.state.values(), strict=True)
+        for a, b in zip(x.values(), y.values(), strict=True)
+    )
+
+
+def test_memory_format_changed_after_a_step():
+    def start():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Conv2d(3, 4, 3)
+
+    ours, torchs = start(), start()
+    first, second = sharpwise.AdamW(ours, lr=1e-2), torch.optim.AdamW(torchs.parameters(), lr=1e-2)
+    for step in range(4):
+        for model, optimizer in ((ours, first), (torchs, second)):
+            fill_gradients(model, step)
+            optimizer.step()
+        if step == 1:
+            ours.to(memory_format=torch.channels_last)
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_exchanged_before_the_first_step_are_bound_anew():
+    """As sharding does it: the objects in param_groups are replaced, under the same names."""
+    model, plain = tiny_model(), tiny_model()
+    optimizer, twin = sharpwise.AdamMini(model, lr=1e-2), sharpwise.AdamMini(plain, lr=1e-2)
+    optimizer.state_dict()  # allocates; no step has been taken
+    new = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [new[p] for p in group["params"]]
+    for step in range(2):
+        run(plain, twin, [step])
+        fill_gradients(model, step)
+        for p, q in new.items():
+            q.grad = p.grad
+        optimizer.step()
+    assert all(torch.equal(new[p], q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(RuntimeError, match="exchanged after the first step"):
+        optimizer.step()
+
+
+def test_frozen_parameters_in_groups_hold_no_state_until_they_train():
+    model = tiny_model()
+    parameters = list(model.parameters())
+    for p in parameters[:2]:
+        p.requires_grad_(False)
+    optimizer = sharpwise.AdamW([{"params": parameters}], model=model, lr=1e-2)
+    run(model, optimizer, range(2), skip=["transformer.wte.weight", "transformer.wpe.weight"])
+    assert not any(p in optimizer.state for p in parameters[:2])
+    parameters[0].requires_grad_(True)
+    run(model, optimizer, range(2, 4), skip=["transformer.wpe.weight"])
+    assert optimizer.state[parameters[0]]["step"] == 2
+    assert optimizer.state[parameters[2]]["step"] == 4
+    optimizer.load_state_dict(saved(optimizer))
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_empty_groups(empty_first):
+    """The Trainer's groups of an adapter are one full and one empty."""
+    model = tiny_model()
+    groups = [{"params": list(model.parameters())}, {"params": [], "weight_decay": 0.0}]
+    optimizer = sharpwise.AdamMini(groups[::-1] if empty_first else groups, model=model, lr=1e-2)
+    run(model, optimizer, range(2))
+    optimizer.load_state_dict(saved(optimizer))
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("decay", ["scaled", "base"])
+def test_no_decay_of_a_part_of_a_fused_matrix(decay):
+    model = tiny_model()
+    block_lr = sharpwise.BlockwiseLR(decay=decay)
+    optimizer = sharpwise.AdamW(model, lr=0.01, weight_decay=0.5, no_decay=("v",), block_lr=block_lr)
+    weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")
+    before = weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    keeps = 1 - 0.01 * 0.5 * (8 if decay == "scaled" else 1)
+    assert torch.allclose(weight[:32], before[:32] * keeps, rtol=1e-6)
+    assert torch.equal(weight[32:], before[32:])
+
+
+def test_keys_of_schedulers_survive_loading():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2)
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    run(model, optimizer, range(2))
+    fresh = sharpwise.AdamW(model, lr=1e-2)
+    fresh.load_state_dict(saved(optimizer))
+    torch.optim.lr_scheduler.StepLR(fresh, 2, last_epoch=1)
+
+
+def test_loading_takes_no_tensor_of_the_saved_dict():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=torch.tensor(1e-2))
+    run(model, optimizer, range(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    other = sharpwise.AdamW(tiny_model(), lr=1e-3)
+    other.load_state_dict(state)
+    other.param_groups[0]["lr"].fill_(5.0)
+    assert float(state["param_groups"][0]["lr"]) == pytest.approx(1e-2)
+
+
+def test_a_value_that_cannot_be_loaded_changes_nothing():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2)
+    run(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["exp_avg"].zero_()
+    state["state"][max(state["state"])]["step"] = "three"
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert all(torch.equal(v, after["state"][i][k]) for i, own in before["state"].items() for k, v in own.items())
+
+
+def test_seed_and_skipped_steps_are_saved():
+    models = [tiny_model(torch.bfloat16) for _ in range(2)]
+    options = {"lr": 1e-2, "stochastic_rounding": True, "on_nonfinite": "skip"}
+    first = sharpwise.AdamW(models[0], seed=3, **options)
+    fill_gradients(models[0], 0)
+    next(iter(models[0].parameters())).grad[0, 0] = float("inf")
+    first.step()
+    assert first.skipped_steps == 1
+    second = sharpwise.AdamW(models[1], seed=4, **options)
+    second.load_state_dict(saved(first))
+    assert second.skipped_steps == 1 and copy.deepcopy(first).skipped_steps == 1
+    run(models[0], first, range(3))
+    run(models[1], second, range(3))
+    assert same(*models)
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", "1e-2"), ("weight_decay", "0.1"), ("lr", None)])
+def test_settings_that_are_no_numbers(key, value):
+    with pytest.raises(TypeError, match=f"{key} must be a number"):
+        sharpwise.AdamW(tiny_model(), **{key: value})
+
+
+def test_keywords_of_torch_are_answered():
+    with pytest.raises(TypeError, match=r"AdamW: no option is called foreach.*leave out"):
+        sharpwise.AdamW(tiny_model(), foreach=True)
+    with pytest.raises(ValueError, match="maximize=True"):
+        model = tiny_model()
+        sharpwise.AdamW([{"params": list(model.parameters()), "maximize": True}], model=model)
+
+
+def test_a_group_added_later_is_checked_as_the_first():
+    model = tiny_model()
+    optimizer = sharpwise.AdamMini(model, lr=1e-2)
+    with pytest.raises(ValueError, match="strange"):
+        optimizer.add_param_group({"params": [("strange.weight", nn.Parameter(torch.ones(3, 3)))]})
+    assert len(optimizer.param_groups) == 1
+    run(model, optimizer, range(1))
+
+
+def test_temporaries_stay_small():
+    """A matrix of 8 chunks: no eager path holds more than a chunk's worth of fp64 at a time."""
+    from sharpwise.engine import kernels
+
+    g = torch.randn(8 * 2048, kernels.CHUNK // 2048)
+    exact = (g.double() ** 2).sum(1)
+    assert torch.equal(kernels.row_squares(g, 1), exact)
+    assert torch.allclose(kernels.row_squares(g, 0), (g.double() ** 2).sum(0), rtol=1e-14)
+
+
+def test_rounding_follows_the_global_element():
+    """Row and column parts of the element numbers, for every layout, add up to the place in memory."""
+    from sharpwise.engine.plan import build_entry
+    from sharpwise.rules import AdamW
+
+    shapes = [((), 0, False), ((5,), 0, False), ((5, 7), 0, False), ((5, 7), 1, False), ((4, 3, 2), 0, False)]
+    shapes += [((3, 5, 7), 1, True), ((3, 5, 7), 2, True)]
+    for shape, dim, stacked in shapes:
+        segment = sharpwise.blocks.Segment("w", shape, dim=dim, stacked=stacked)
+        entry = build_entry("w", torch.zeros(shape), {"betas": (0.9, 0.99), "eps": 0.0}, (segment,), AdamW(), {})
+        row, column = entry.element_index(torch.device("cpu"))
+        whole = (row + column).expand(entry.shape).reshape(-1)
+        assert torch.equal(whole, torch.arange(whole.numel())), (shape, dim)
+        assert row.numel() + column.numel() <= max(2, 2 * max(shape, default=1) ** 2)
