@@ -146,6 +146,41 @@ def dummy_step(layout: str, name: str) -> dict[str, Any]:
     }
 
 
+def lopsided(name: str) -> dict[str, Any]:
+    """A first step at lr 0, as of a warm-up, whose gradients are zero on all processes but one: all must take it."""
+    sharded, alone = shard(gpt2()), gpt2()
+    optimizers = build(sharded, name), build(alone, name)
+    for model, optimizer in zip((sharded, alone), optimizers, strict=True):
+        for parameter in model.parameters():
+            full = torch.zeros(parameter.shape)
+            full.view(-1)[0] = 1.0
+            whole = not isinstance(parameter, DTensor)
+            parameter.grad = full if whole else distribute_tensor(full, parameter.device_mesh, parameter.placements)
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = LR
+        train(model, optimizer, range(3))
+    return {"parameters": difference(sharded, alone), "state": state_difference(*optimizers, (sharded, alone))}
+
+
+class Vectors(nn.Module):
+    """Tensors whose shards are gathered in one process and, by one element, too large for it in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        sizes = (100, 32769, 200)
+        self.v = nn.ParameterList([nn.Parameter(torch.randn(n, generator=generator)) for n in sizes])
+
+
+def sizes_astride() -> dict[str, Any]:
+    sharded, alone = fully_shard(Vectors()), Vectors()
+    optimizers = [sharpwise.AdamMini(model, lr=LR, cut="tensor") for model in (sharded, alone)]
+    for model, optimizer in zip((sharded, alone), optimizers, strict=True):
+        train(model, optimizer, range(3))
+    return {"parameters": difference(sharded, alone), "state": state_difference(*optimizers, (sharded, alone))}
+
+
 def live(name: str) -> dict[str, Any]:
     """Real gradients: each process sees half of every batch, one process alone sees all of it."""
     sharded, alone = shard(gpt2()), gpt2()
@@ -180,6 +215,8 @@ def cases() -> dict[str, Callable[[], dict[str, Any]]]:
             found[f"dummy step, {layout}, {name}"] = lambda layout=layout, name=name: dummy_step(layout, name)
     for name in ("adamw", "adam-mini"):
         found[f"live, {name}"] = lambda name=name: live(name)
+        found[f"lopsided, {name}"] = lambda name=name: lopsided(name)
+    found["sizes astride"] = sizes_astride
     return found
 
 

@@ -89,3 +89,11 @@ def test_losses_with_live_gradients_agree(found: Found, name: str) -> None:
     result = of(found, f"live, {name}")
     assert result["losses"] <= 1e-3
     assert result["fell"] != 0.0
+
+
+@pytest.mark.parametrize("case", ["lopsided, adamw", "lopsided, adam-mini", "sizes astride"])
+def test_no_process_decides_alone(found: Found, case: str) -> None:
+    """Whether to step, and what is summed together, may not depend on the shard that a process holds."""
+    result = of(found, case)
+    assert result["parameters"] <= 1e-6
+    assert result["state"] <= 1e-6
