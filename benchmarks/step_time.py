@@ -1,0 +1,262 @@
+"""Times the optimizer step on GPT-2 124M shapes, beside torch's AdamW and two other Adam-minis, in one run.
+
+    python benchmarks/step_time.py              everything, result in benchmarks/results/step_time.json
+    python benchmarks/step_time.py --quick      a small shape, to see that it runs; saves nothing
+
+The arms take turns, in an order that rotates from round to round, on the same parameters and gradients (each arm has
+its state); ratios are taken within a round, so that a slower moment of the machine falls on both sides of them.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import ARMS, BASE, COLD, LR, PAIRS, WEIGHT_DECAY, state_bytes
+from environment import environment
+from shapes import FULL, LAYOUTS, QUICK, Shape, model_with_gradients
+
+import sharpwise
+
+HERE = Path(__file__).parent
+AXPY = "in-place axpy"
+AXPY_BYTES = 12  # reads p and g, writes p
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape and few rounds; saves nothing")
+    parser.add_argument("--name", default="step_time", help="saves benchmarks/results/NAME.json")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", action="append", help="substring of the arms to time (with the base); saves nothing")
+    parser.add_argument("--skip-cold", action="store_true", help="no fresh processes; saves nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shape, rounds = (QUICK, 5) if args.quick else (FULL, args.rounds)
+
+    result: dict[str, Any] = {"environment": environment(), "shape": vars(shape), "rounds": rounds, "layouts": {}}
+    for layout in LAYOUTS:
+        times, sizes = time_layout(layout, shape, rounds, args.only)
+        result["layouts"][layout] = summary(times, sizes, shape, layout)
+        show_steps(layout, result["layouts"][layout])
+    if not args.skip_cold:
+        result["fresh_process"] = fresh_processes(args.quick, args.threads, args.only)
+    result["small_tensors"] = small_tensors(20 if args.quick else 200)
+    show("150 small tensors, ms", result["small_tensors"])
+    result["llama_3_8b_on_meta"] = on_meta()
+    show("Llama-3-8B on the meta device, seconds", result["llama_3_8b_on_meta"])
+    result["import_after_torch_s"] = import_seconds()
+    print(f"\nimport sharpwise after import torch: {result['import_after_torch_s']:.3f} s")
+
+    if args.quick or args.only or args.skip_cold:
+        print("\nNothing saved: this was not a full run.")
+        return
+    path = HERE / "results" / f"{args.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nSaved {path.relative_to(HERE.parent)}")
+
+
+def time_layout(
+    layout: str, shape: Shape, rounds: int, only: list[str] | None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per round and bytes of state, by arm; three untimed rounds come first (allocation, compilation)."""
+    model = model_with_gradients(layout, shape)
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters]
+    steps: dict[str, Callable[[], float]] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for arm in ARMS:
+        if only and arm.name != BASE and not any(part in arm.name for part in only):
+            continue
+        optimizers[arm.name] = optimizer = arm.build(model)
+        steps[arm.name] = clipped(optimizer, parameters, arm.clip) if arm.clip else timed(optimizer.step)
+
+    def axpy() -> None:
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=1e-12)
+
+    steps[AXPY] = timed(axpy)
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-3, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds = steps[name]()
+            if number >= 0:
+                times[name].append(seconds)
+    return times, {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
+
+
+def timed(step: Callable[[], Any]) -> Callable[[], float]:
+    def run() -> float:
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began
+
+    return run
+
+
+def clipped(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], norm: float) -> Callable[[], float]:
+    """Clipping and step; the gradients, which torch clips in place, get their size back outside the time."""
+
+    def run() -> float:
+        began = time.perf_counter()
+        total = torch.nn.utils.clip_grad_norm_(parameters, norm)
+        optimizer.step()
+        seconds = time.perf_counter() - began
+        torch._foreach_mul_([p.grad for p in parameters], total.item() / norm)
+        return seconds
+
+    return run
+
+
+def summary(times: dict[str, list[float]], sizes: dict[str, int], shape: Shape, layout: str) -> dict[str, Any]:
+    """Medians, ratios within rounds with a bootstrap interval, and time over the time that the bytes alone need."""
+    with torch.device("meta"):
+        elements = sum(p.numel() for p in LAYOUTS[layout](shape).parameters())
+    bandwidth = AXPY_BYTES * elements / statistics.median(times[AXPY])
+    traffic = {arm.name: arm.bytes_per_element for arm in ARMS}
+    rows: dict[str, Any] = {}
+    for name, seconds in times.items():
+        ratios = within_rounds(seconds, times[BASE])
+        rows[name] = {
+            "median_ms": 1e3 * statistics.median(seconds),
+            "min_ms": 1e3 * min(seconds),
+            "max_ms": 1e3 * max(seconds),
+            "ratio": statistics.median(ratios),
+            "ratio_95": bootstrap(ratios),
+            "state_bytes": sizes.get(name),
+        }
+        if name in traffic:
+            rows[name]["bytes_moved"] = traffic[name] * elements
+            rows[name]["over_floor"] = statistics.median(seconds) * bandwidth / (traffic[name] * elements)
+    pairs = {
+        f"{arm} / {other}": statistics.median(within_rounds(times[arm], times[other]))
+        for arm, other in PAIRS
+        if arm in times and other in times
+    }
+    return {"parameters": elements, "axpy_bytes_per_s": bandwidth, "arms": rows, "pairs": pairs, "seconds": times}
+
+
+def within_rounds(numerators: list[float], denominators: list[float]) -> list[float]:
+    """Ratios of what was timed in the same round."""
+    return [n / d for n, d in zip(numerators, denominators, strict=True)]
+
+
+def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
+    """95% interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return [medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]]
+
+
+def fresh_processes(quick: bool, threads: int, only: list[str] | None) -> dict[str, Any]:
+    """First step with an empty and then with a filled compiler cache, and memory beyond state."""
+    found: dict[str, Any] = {}
+    print("\nIn a fresh process: first step with an empty and a filled compiler cache; memory beyond state")
+    print(f"{'':42}{'cold s':>8}{'warm s':>8}{'scratch MiB':>13}{'temporary MiB':>15}")
+    for layout in LAYOUTS:
+        for name in COLD:
+            if only and not any(part in name for part in only):
+                continue
+            command = [sys.executable, str(HERE / "first_step.py"), layout, name, "--threads", str(threads)]
+            with tempfile.TemporaryDirectory() as cache:
+                cold, warm = (run_json(command + ["--quick"] * quick, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2))
+            found[f"{layout}, {name}"] = {"cold": cold, "warm": warm}
+            scratch, temporary = (warm[key] for key in ("scratch_bytes", "temporary_bytes"))
+            print(
+                f"{layout + ', ' + name:42}{cold['first_step_s']:8.2f}{warm['first_step_s']:8.2f}"
+                f"{scratch / 2**20:13.1f}{float('nan') if temporary is None else temporary / 2**20:15.1f}"
+            )
+    return found
+
+
+def run_json(command: list[str], **extra: str) -> dict[str, Any]:
+    done = subprocess.run(command, env=os.environ | extra, stdout=subprocess.PIPE, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def small_tensors(rounds: int) -> dict[str, float]:
+    """Median ms of a step over 150 vectors of 768 and 3072 elements, the biases and norms of GPT-2."""
+    named = [(f"vector_{i}", torch.nn.Parameter(torch.randn(768 if i % 4 else 3072))) for i in range(150)]
+    for _, parameter in named:
+        parameter.grad = torch.randn_like(parameter)
+    tensors = [parameter for _, parameter in named]
+    steps = {
+        "torch AdamW fused": timed(torch.optim.AdamW(tensors, lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step),
+        "torch AdamW foreach": timed(torch.optim.AdamW(tensors, lr=LR, weight_decay=WEIGHT_DECAY, foreach=True).step),
+        "sharpwise AdamW": timed(sharpwise.AdamW(named, lr=LR, weight_decay=WEIGHT_DECAY).step),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-3, rounds):
+        for name, step in steps.items():
+            seconds = step()
+            if number >= 0:
+                times[name].append(seconds)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def on_meta() -> dict[str, float]:
+    """Seconds for the block map and for the state of Adam-mini, without any memory for either."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    began = time.perf_counter()
+    blocks = sharpwise.BlockMap.of(model)
+    mapped = time.perf_counter()
+    optimizer = sharpwise.AdamMini(model, blocks=blocks)
+    optimizer.init_state()
+    return {"block map": mapped - began, "optimizer and init_state": time.perf_counter() - mapped}
+
+
+def import_seconds() -> float:
+    """Median of five processes: what `import sharpwise` adds to a process that has imported torch."""
+    code = "import time, torch; t = time.perf_counter(); import sharpwise; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+def show_steps(layout: str, found: dict[str, Any]) -> None:
+    print(f"\n{layout}: {found['parameters']:,} parameters, in-place axpy {found['axpy_bytes_per_s'] / 1e9:.1f} GB/s")
+    print(f"{'':30}{'median ms':>10}{'min':>8}{'max':>8}{'ratio':>8}{'95%':>14}{'/ floor':>9}{'state MiB':>11}")
+    for name, row in found["arms"].items():
+        low, high = row["ratio_95"]
+        print(
+            f"{name:30}{row['median_ms']:10.1f}{row['min_ms']:8.1f}{row['max_ms']:8.1f}{row['ratio']:8.3f}"
+            f"{f'{low:.2f} to {high:.2f}':>14}"
+            + (f"{row['over_floor']:9.2f}{row['state_bytes'] / 2**20:11.1f}" if "over_floor" in row else "")
+        )
+    for pair, ratio in found["pairs"].items():
+        print(f"{pair:58}{ratio:8.3f}")
+
+
+def show(title: str, values: dict[str, float]) -> None:
+    print(f"\n{title}")
+    for name, value in values.items():
+        print(f"  {name:28}{value:10.3f}")
+
+
+if __name__ == "__main__":
+    main()

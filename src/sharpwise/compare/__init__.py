@@ -1,0 +1,1 @@
+"""Comparing optimizers: fair runs, and the page that says what came out."""
