@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, without importing `torch.distributed.tensor`."""
+    if type(tensor) in (Tensor, Parameter):
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -192,8 +192,13 @@ class BlockOptimizer(Optimizer):
                     )
                 self.state.clear()
                 return False
-            if _marks(param, self.state[param]) != held:
-                return False  # somebody moved the state, or changed the parameter's type: lay everything out anew
+            what, places = held
+            if (param.dtype, param.device, param.is_contiguous()) != what:
+                return False  # the parameter was recast: lay everything out anew
+            own = self.state[param]
+            for key, tensor, inner, place in places:
+                if own.get(key) is not tensor or inner.data_ptr() != place:
+                    return False  # somebody moved the state
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,10 +337,10 @@ class BlockOptimizer(Optimizer):
         return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
-def _marks(param: Tensor, state: Mapping[str, Tensor]) -> list[Any]:
-    """What must be as it was when the stepper was built."""
-    places = [(key, id(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
-    return [param.dtype, param.device, local(param).is_contiguous(), *places]
+def _marks(param: Tensor, state: Mapping[str, Tensor]) -> tuple[Any, list[Any]]:
+    """What must be as it was when the stepper was built: kind of the parameter, objects and places of its state."""
+    places = [(key, tensor, local(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
+    return (param.dtype, param.device, param.is_contiguous()), places
 
 
 def _check_no_decay(names: Collection[str], who: str) -> frozenset[str]:

@@ -69,8 +69,8 @@ class Entry:
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows have the same multiplier."""
-        return self.segment_of_row is None or len(set(self.multipliers)) == 1
+        """Whether all rows have the same multiplier, and decay alike."""
+        return self.segment_of_row is None or len(set(zip(self.multipliers, self.decays, strict=True))) == 1
 
     def spread(self, blocks: Tensor) -> Tensor:
         """One number per block -> one per local row, shaped to broadcast."""

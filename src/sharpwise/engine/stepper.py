@@ -55,9 +55,10 @@ class Stepper:
         self.items = gather_small(rest, state, -1 if options.compile is False else SMALL)
         self.pools = pool_blocks(self.items, state)
         self.skipped: Tensor | int = 0
+        self._static: dict[int, Any] = {}
 
     def _torch_has_it(self, entry: Entry, state: Any) -> bool:
-        """Whether torch's fused kernel computes exactly this update."""
+        """Whether torch's fused kernel computes exactly this update, of the whole or of ranges of its rows."""
         tensors = [entry.param, *(t for n, t in state[entry.param].items() if n in entry.rule.state)]
         return (
             type(entry.rule) is AdamW
@@ -65,9 +66,8 @@ class Stepper:
             and self.options.max_grad_norm is None
             and self.options.decoupled
             and not self.options.stochastic_rounding
-            and entry.uniform
-            and len(set(entry.decays)) == 1
             and min(entry.multipliers) > 0
+            and (entry.uniform or _in_ranges(entry))
             and local(entry.param).device.type in ("cpu", "cuda")
             and all(local(t).dtype == torch.float32 and local(t).is_contiguous() for t in tensors)
         )
@@ -178,14 +178,8 @@ class Stepper:
 
     def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, ok: Any, clip: Any) -> None:
         first, options = item.parts[0], self.options
-        multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
-        # Decay follows the multiplier or not, and may be off for some segments.
-        decays = tuple(
-            (m if self._scales_decay else 1.0) * d
-            for m, d in zip(multipliers, (d for e in item.parts for d in e.decays), strict=True)
-        )
-        uniform, level = len(set(multipliers)) == 1, len(set(decays)) == 1
-        rates = multipliers[0] if uniform else None, decays[0] if level else None
+        multipliers, decays, rates = self._factors(item)
+        uniform, level = rates[0] is not None, rates[1] is not None
         key = (*self.clock.key(first), rates)
         scalars = self.clock.scalars(key, lambda: self._scalars(first, *rates, ok, clip))
         lr, wd, of_rule = self.clock.rates(first)
@@ -210,6 +204,20 @@ class Stepper:
         else:
             _eager(item, scalars, p, g, row_step, row_decay, noise)
         item.scatter(p)
+
+    def _factors(self, item: Item) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float | None, float | None]]:
+        """Per segment, the factors on the step and on the decay; and those that are the same for all (else None)."""
+        found = self._static.get(id(item))
+        if found is None:
+            multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
+            on = (d for e in item.parts for d in e.decays)
+            # Decay follows the multiplier or not, and may be off for some segments.
+            decays = tuple((m if self._scales_decay else 1.0) * d for m, d in zip(multipliers, on, strict=True))
+            same = [values[0] if len(set(values)) == 1 else None for values in (multipliers, decays)]
+            found = multipliers, decays, (same[0], same[1])
+            if self.options.block_lr is None or not self.options.block_lr.follows_lr:
+                self._static[id(item)] = found
+        return found
 
     @property
     def _scales_decay(self) -> bool:
@@ -239,31 +247,44 @@ class Stepper:
 
     def _move_fused(self, pairs: Sequence[tuple[Entry, Any]], ok: Any) -> None:
         """Torch's own kernel for lists, one call per learning rate."""
-        calls: dict[tuple[Any, ...], list[tuple[Entry, Any]]] = {}
+        calls: dict[tuple[Any, ...], list[tuple[Entry, Any, slice | None]]] = {}
         for entry, own in pairs:
-            m = self.multipliers_now(entry)[0]
-            calls.setdefault((id(entry.group), m, entry.decays), []).append((entry, own))
-        for (_, m, _), part in calls.items():
+            factors = zip(self.multipliers_now(entry), entry.decays, entry.segments, strict=True)
+            if entry.uniform:
+                calls.setdefault((id(entry.group), *next(factors)[:2]), []).append((entry, own, None))
+                continue
+            for m, decays, segment in factors:
+                rows = slice(segment.start, segment.start + segment.length)
+                calls.setdefault((id(entry.group), m, decays), []).append((entry, own, rows))
+        for (_, m, decays), part in calls.items():
             group = part[0][0].group
             lr, wd, _ = self.clock.rates(part[0][0])
-            base = self.options.block_lr is not None and self.options.block_lr.decay == "base"
             b1, b2 = group["betas"]
             torch._fused_adamw_(
-                [local(e.param) for e, _ in part],
-                [local(e.param.grad).contiguous() for e, _ in part],  # type: ignore[arg-type]
-                [local(own["exp_avg"]) for _, own in part],
-                [local(own["exp_avg_sq"]) for _, own in part],
+                [_range(local(e.param), rows) for e, _, rows in part],
+                [_range(local(e.param.grad).contiguous(), rows) for e, _, rows in part],  # type: ignore[arg-type]
+                [_range(local(own["exp_avg"]), rows) for _, own, rows in part],
+                [_range(local(own["exp_avg_sq"]), rows) for _, own, rows in part],
                 [],
-                [own["step"] for _, own in part],
+                [own["step"] for _, own, _ in part],
                 lr=(lr * m).float() if isinstance(lr, Tensor) else lr * m,
                 beta1=b1,
                 beta2=b2,
-                weight_decay=0.0 if wd is None else wd / m if base else wd,
+                weight_decay=0.0 if wd is None or not decays else wd if self._scales_decay else wd / m,
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
                 found_inf=None if ok is True else (~ok).to(torch.float32).view(()),
             )
+
+
+def _range(tensor: Tensor, rows: slice | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def _in_ranges(entry: Entry) -> bool:
+    """Whether the segments of an unsharded parameter are ranges of its leading dimension."""
+    return not entry.shard.groups and all(s.dim == 0 and s.count == 1 for s in entry.segments)
 
 
 def _eager(
