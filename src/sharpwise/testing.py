@@ -257,27 +257,30 @@ def check_skip_and_raise(make: Make) -> None:
 
 
 def check_no_recompilation(make: Make) -> None:
-    """A second step, and another lr, compile nothing new; compiled agrees with eager to 1e-6 of the norm."""
-    model, twin = tiny_model(), tiny_model()
-    for m in (model, twin):
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            m.get_submodule("transformer").add_module("wide", nn.Linear(256, 384))
-    blocks = {"transformer.wide.*": "up"}
-    options = {"blocks": blocks, "max_grad_norm": 10.0}  # clipping: not what torch's fused kernel does
-    fast, slow = make(model, compile=True, **options), make(twin, compile=False, **options)
-    run(model, fast, range(1))
-    run(twin, slow, range(1))
-    built = fast.compiled_graphs
-    assert built > 0, "nothing was compiled"
-    for group in fast.param_groups + slow.param_groups:
-        group["lr"] = group["lr"] * 0.5
-    run(model, fast, range(1, 4))
-    assert fast.compiled_graphs == built, f"compiled again: {built} graphs, then {fast.compiled_graphs}"
-    run(twin, slow, range(1, 4))
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        close = (p - q).norm() <= 1e-6 * q.norm() if p.dtype != torch.bfloat16 else True
-        assert close, f"compiled differs from eager by {((p - q).norm() / q.norm()).item():.2e} of the norm"
+    """A second step, and another lr, compile nothing new; compiled agrees with eager to 1e-6 of the norm.
+
+    With clipping, which torch's fused kernel does not do, and without, where sums and update may be one pass.
+    """
+    for clip in (10.0, None):
+        model, twin = tiny_model(), tiny_model()
+        for m in (model, twin):
+            with torch.random.fork_rng():
+                torch.manual_seed(5)
+                m.get_submodule("transformer").add_module("wide", nn.Linear(256, 384))
+        options: dict[str, Any] = {"blocks": {"transformer.wide.*": "up"}, "max_grad_norm": clip}
+        fast, slow = make(model, compile=True, **options), make(twin, compile=False, **options)
+        run(model, fast, range(1))
+        run(twin, slow, range(1))
+        built = fast.compiled_graphs
+        assert built > 0 or clip is None, "nothing was compiled"
+        for group in fast.param_groups + slow.param_groups:
+            group["lr"] = group["lr"] * 0.5
+        run(model, fast, range(1, 4))
+        assert fast.compiled_graphs == built, f"compiled again: {built} graphs, then {fast.compiled_graphs}"
+        run(twin, slow, range(1, 4))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            error = ((p - q).norm() / q.norm()).item()
+            assert error <= 1e-6, f"clip {clip}: compiled differs from eager by {error:.2e} of the norm"
 
 
 CHECKS: tuple[Callable[[Make], None], ...] = (
