@@ -60,13 +60,15 @@ class Item:
     def parameter(self) -> Tensor:
         """The parameters as rows: a view, or a copy (gathered, or of a tensor that is not contiguous)."""
         if not self.flat:
-            return local(self.parts[0].param).contiguous().view(self.layout.shape)
+            p = local(self.parts[0].param).contiguous()
+            return p if p.shape == self.layout.shape else p.view(self.layout.shape)
         return torch.cat([local(e.param).reshape(-1) for e in self.parts]).view(self.layout.shape)
 
     def gradient(self) -> Tensor:
         """The gradients as rows."""
         if not self.flat:
-            return local(self.parts[0].param.grad).contiguous().view(self.layout.shape)  # type: ignore[arg-type]
+            g = local(self.parts[0].param.grad).contiguous()  # type: ignore[arg-type]
+            return g if g.shape == self.layout.shape else g.view(self.layout.shape)
         return torch.cat([local(e.param.grad).reshape(-1) for e in self.parts]).view(self.layout.shape)  # type: ignore[arg-type]
 
     def scatter(self, p: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The numbers of one step: hyperparameters as they are now, bias corrections, step sizes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,38 @@ class Rates(NamedTuple):
     of_rule: dict[str, Any]
 
 
+@dataclass
+class Numbers:
+    """What the items of one group, rule, multipliers and step count share in a step.
+
+    Attributes:
+        scalars: of `kernels.update`, by name.
+        rate: lr / bias correction, without multiplier; lr_decay: lr * weight decay where that varies by row, else None.
+        multipliers, decays: per segment, factors on the step and on the decay.
+        uniform: whether all multipliers are the same.
+    """
+
+    scalars: dict[str, Any]
+    rate: Any
+    lr_decay: Any
+    multipliers: tuple[float, ...]
+    decays: tuple[float, ...]
+    uniform: bool
+    packs: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def decays_by_row(self) -> bool:
+        """Whether the decay varies by row."""
+        return self.lr_decay is not None
+
+    def packed(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The scalars in one tensor, in their order."""
+        key = dtype, device
+        if key not in self.packs:
+            self.packs[key] = _pack(list(self.scalars.values()), dtype, device)
+        return self.packs[key]
+
+
 class Clock:
     """Step counts of all entries. On the CPU they are read as numbers, on a device they stay there.
 
@@ -26,12 +59,9 @@ class Clock:
     def __init__(self, entries: Sequence[Entry], state: Any) -> None:
         self._step = {id(e): state[e.param]["step"] for e in entries}
         self.on_host = all(t.device.type == "cpu" for t in self._step.values())
-        self._counts = {
-            key: int(step) for key, step in self._step.items()
-        }  # on a device: gradients had, skipped or not
+        # On a device: gradients had, skipped or not.
+        self._counts = {key: int(step) for key, step in self._step.items()}
         self._rates: dict[Any, Rates] = {}
-        self._scalars: dict[Any, dict[str, Any]] = {}
-        self._packs: dict[Any, Tensor] = {}
 
     def advance(self, active: Sequence[Entry], ok: Any) -> None:
         """Count one step more (ok: True, or a device tensor that says whether it is taken)."""
@@ -43,8 +73,6 @@ class Clock:
         for entry in active:
             self._counts[id(entry)] += 1
         self._rates.clear()
-        self._scalars.clear()
-        self._packs.clear()
 
     def t(self, entry: Entry) -> Any:
         """Steps taken with this entry: an int, or a 0-d tensor on its device."""
@@ -54,13 +82,9 @@ class Clock:
         """Whether all have taken the same number of steps."""
         return len({self._counts[id(e)] for e in entries}) <= 1
 
-    def key(self, entry: Entry) -> tuple[Any, ...]:
-        """Entries with the same key have the same rates."""
-        return id(entry.group), entry.rule, entry.decays, self.t(entry) if self.on_host else id(entry)
-
     def rates(self, entry: Entry) -> Rates:
         """The numbers of this step."""
-        key = self.key(entry)
+        key = id(entry.group), entry.rule, any(entry.decays), self.t(entry) if self.on_host else id(entry)
         if key not in self._rates:
             group, t = entry.group, self.t(entry)
             own = {k: _live(v) for k, v in group.items() if k in entry.rule.defaults}
@@ -69,19 +93,6 @@ class Clock:
             scalars = entry.rule.scalars(t if self.on_host else t.double(), own)
             self._rates[key] = Rates(_live(group["lr"]), None if off else wd, scalars)
         return self._rates[key]
-
-    def scalars(self, key: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gives, kept for this step under `key`."""
-        if key not in self._scalars:
-            self._scalars[key] = make()
-        return self._scalars[key]
-
-    def pack(self, key: tuple[Any, ...], values: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scalars in one tensor, kept for this step under `key`."""
-        key = (*key, dtype, device)
-        if key not in self._packs:
-            self._packs[key] = _pack(list(values.values()), dtype, device)
-        return self._packs[key]
 
 
 def _live(value: Any) -> Any:

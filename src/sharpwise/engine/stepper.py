@@ -13,7 +13,7 @@ from sharpwise.engine import kernels
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
 from sharpwise.engine.mesh import local
 from sharpwise.engine.plan import Entry
-from sharpwise.engine.scalars import Clock
+from sharpwise.engine.scalars import Clock, Numbers
 from sharpwise.engine.sums import Sums
 from sharpwise.rules import AdamW
 
@@ -55,7 +55,9 @@ class Stepper:
         self.items = gather_small(rest, state, -1 if options.compile is False else SMALL)
         self.pools = pool_blocks(self.items, state)
         self.skipped: Tensor | int = 0
-        self._static: dict[int, Any] = {}
+        self._sorts: dict[int, int] = {}
+        self._sort_numbers: dict[Any, int] = {}
+        self._now: dict[Any, Numbers] = {}
 
     def _torch_has_it(self, entry: Entry, state: Any) -> bool:
         """Whether torch's fused kernel computes exactly this update, of the whole or of ranges of its rows."""
@@ -86,6 +88,7 @@ class Stepper:
             return
         together = {id(pool) for pool in self.pools if self.clock.together([e for i in pool.items for e in i.parts])}
         self.clock.advance(active, ok)
+        self._now.clear()
         self._track_peak(active)
         denominators = self._block_phase(items, sums, together, ok, clip)
         for item, g, denominator in zip(items, grads, denominators, strict=True):
@@ -177,73 +180,74 @@ class Stepper:
     # -- moving ----------------------------------------------------------------------------------------------------
 
     def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, ok: Any, clip: Any) -> None:
-        first, options = item.parts[0], self.options
-        multipliers, decays, rates = self._factors(item)
-        uniform, level = rates[0] is not None, rates[1] is not None
-        key = (*self.clock.key(first), rates)
-        scalars = self.clock.scalars(key, lambda: self._scalars(first, *rates, ok, clip))
-        lr, wd, of_rule = self.clock.rates(first)
+        now = self._numbers(item, ok, clip)
+        dtype = item.layout.dtype
         row_step = None if block_rate is None else item.layout.spread(block_rate)
         row_decay: Tensor | None = None
-        if not uniform:
-            by_row = item.spread_segments(multipliers)
-            row_step = by_row * (lr / of_rule.get("bias_correction", 1.0)) if row_step is None else row_step * by_row
-        elif row_step is not None and multipliers[0] != 1.0:
-            row_step = row_step * multipliers[0]
-        if not level and wd is not None and options.decoupled:
-            row_decay = (1 - item.spread_segments(decays) * (lr * wd)).to(item.layout.dtype)
-        if row_step is not None and row_step.dtype != item.layout.dtype:
-            row_step = row_step.to(item.layout.dtype)
-        noise = item.noise(int(first.group["seed"]), self.clock.t(first)) if options.stochastic_rounding else None
+        if not now.uniform:
+            by_row = item.spread_segments(now.multipliers)
+            row_step = by_row * now.rate if row_step is None else row_step * by_row
+        elif row_step is not None and now.multipliers[0] != 1.0:
+            row_step = row_step * now.multipliers[0]
+        if now.decays_by_row:
+            row_decay = (1 - item.spread_segments(now.decays) * now.lr_decay).to(dtype)
+        if row_step is not None and row_step.dtype != dtype:
+            row_step = row_step.to(dtype)
+        noise = None
+        if self.options.stochastic_rounding:
+            noise = item.noise(int(item.parts[0].group["seed"]), self.clock.t(item.parts[0]))
         p = item.parameter()
         if self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
-            packed = self.clock.pack(key, scalars, item.layout.dtype, p.device)
+            packed = now.packed(dtype, p.device)
             self.compiler.update(
-                item.graphs, item.layout.rule, scalars, packed, p, g, item.stored, row_step, row_decay, noise
+                item.graphs, item.layout.rule, now.scalars, packed, p, g, item.stored, row_step, row_decay, noise
             )
         else:
-            _eager(item, scalars, p, g, row_step, row_decay, noise)
+            _eager(item, now.scalars, p, g, row_step, row_decay, noise)
         item.scatter(p)
 
-    def _factors(self, item: Item) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float | None, float | None]]:
-        """Per segment, the factors on the step and on the decay; and those that are the same for all (else None)."""
-        found = self._static.get(id(item))
+    def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
+        """The numbers of this step, worked out once for all items that share them."""
+        first = item.parts[0]
+        key = self._sort_of(item), self.clock.t(first) if self.clock.on_host else id(first)
+        found = self._now.get(key)
         if found is None:
-            multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
-            on = (d for e in item.parts for d in e.decays)
-            # Decay follows the multiplier or not, and may be off for some segments.
-            decays = tuple((m if self._scales_decay else 1.0) * d for m, d in zip(multipliers, on, strict=True))
-            same = [values[0] if len(set(values)) == 1 else None for values in (multipliers, decays)]
-            found = multipliers, decays, (same[0], same[1])
-            if self.options.block_lr is None or not self.options.block_lr.follows_lr:
-                self._static[id(item)] = found
+            found = self._now[key] = self._work_out(item, ok, clip)
         return found
 
-    @property
-    def _scales_decay(self) -> bool:
-        return self.options.block_lr is not None and self.options.block_lr.decay == "scaled"
+    def _sort_of(self, item: Item) -> int:
+        """Items of one sort share their numbers as long as they have taken the same number of steps."""
+        known = self._sorts.get(id(item))
+        if known is None:
+            parts = item.parts
+            sort = (id(parts[0].group), parts[0].rule, tuple((e.multipliers, e.decays) for e in parts))
+            known = self._sorts[id(item)] = self._sort_numbers.setdefault(sort, len(self._sort_numbers))
+        return known
 
-    def _scalars(
-        self, entry: Entry, multiplier: float | None, decay: float | None, ok: Any, clip: Any
-    ) -> dict[str, Any]:
-        """The scalars of `kernels.update`, in the order of their names.
-
-        Args:
-            multiplier, decay: factors of the step and of the decoupled decay; None: they vary by row.
-        """
-        lr, wd, of_rule = self.clock.rates(entry)
-        step = lr / of_rule.get("bias_correction", 1.0)
-        s = {**of_rule, "step": step if multiplier is None else step * multiplier}
-        s.pop("bias_correction", None)
+    def _work_out(self, item: Item, ok: Any, clip: Any) -> Numbers:
+        lr, wd, of_rule = self.clock.rates(item.parts[0])
+        multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
+        on = (d for e in item.parts for d in e.decays)
+        # Decay follows the multiplier or not, and may be off for some segments.
+        decays = tuple((m if self._scales_decay else 1.0) * d for m, d in zip(multipliers, on, strict=True))
+        uniform, level = len(set(multipliers)) == 1, len(set(decays)) == 1
+        rate = lr / of_rule.get("bias_correction", 1.0)
+        s = {name: value for name, value in of_rule.items() if name != "bias_correction"}
+        s["step"] = rate * multipliers[0] if uniform else rate
         if wd is not None and not self.options.decoupled:
             s["weight_decay"] = wd
-        elif wd is not None and decay is not None:
-            s["decay"] = 1 - lr * decay * wd
+        elif wd is not None and level:
+            s["decay"] = 1 - lr * decays[0] * wd
         if clip is not None:
             s["clip"] = clip
         if ok is not True:
             s["ok"] = ok
-        return dict(sorted(s.items()))
+        lr_decay = None if wd is None or level or not self.options.decoupled else lr * wd
+        return Numbers(s, rate, lr_decay, multipliers, decays, uniform)
+
+    @property
+    def _scales_decay(self) -> bool:
+        return self.options.block_lr is not None and self.options.block_lr.decay == "scaled"
 
     def _move_fused(self, pairs: Sequence[tuple[Entry, Any]], ok: Any) -> None:
         """Torch's own kernel for lists, one call per learning rate."""

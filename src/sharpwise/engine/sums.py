@@ -45,7 +45,7 @@ class Sums:
             blocks: Tensor | None = None
             if item.layout.rule.has_blocks:
                 rows = self._rows(g, item.layout.dim)
-                blocks = item.layout.gather(rows.reshape(-1))
+                blocks = item.layout.gather(rows if rows.dim() == 1 else rows.reshape(-1))
             elif self.wants_total:
                 rows = self._everything(g)
             sums.append(blocks)
