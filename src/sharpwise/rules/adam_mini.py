@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Role, Segment
 from sharpwise.rules.adamw import AdamW
-from sharpwise.rules.base import Kind, Rule, Scalars, State, check_betas, check_nonnegative, divide, lerp
+from sharpwise.rules.base import Kind, Rule, Scalars, State, divide, lerp
 
 _BY_ROW = {Role.TOK_EMB, Role.HEAD, Role.V, Role.O, Role.GATE, Role.UP, Role.DOWN, Role.ROUTER}
 
@@ -45,6 +45,7 @@ class AdamMini(Rule):
     cut: Cut | None = None
 
     name: ClassVar[str] = "adam-mini"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
     hint: ClassVar[str] = ". For a model that is no transformer: cut='tensor', one block per tensor"
 
     def __post_init__(self) -> None:
@@ -56,14 +57,6 @@ class AdamMini(Rule):
     @property
     def state(self) -> dict[str, Kind]:
         return {"exp_avg": "element", "exp_avg_sq": "block"}
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"betas": self.betas, "eps": self.eps}
-
-    def validate(self, group: Mapping[str, Any]) -> None:
-        check_betas(self.name, group["betas"])
-        check_nonnegative(self.name, eps=group["eps"])
 
     def assign(self, segment: Segment) -> tuple[Rule, Cut]:
         cut = self.cut or self._cut_by_role(segment)

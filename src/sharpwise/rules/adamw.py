@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sharpwise.rules.base import Kind, Rule, Scalars, State, add_square, check_betas, check_nonnegative, divide, lerp
+from sharpwise.rules.base import Kind, Rule, Scalars, State, add_square, divide, lerp
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,11 @@ class AdamW(Rule):
     eps: float = 1e-8
 
     name: ClassVar[str] = "adamw"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
 
     @property
     def state(self) -> dict[str, Kind]:
         return {"exp_avg": "element", "exp_avg_sq": "element"}
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"betas": self.betas, "eps": self.eps}
-
-    def validate(self, group: Mapping[str, Any]) -> None:
-        check_betas(self.name, group["betas"])
-        check_nonnegative(self.name, eps=group["eps"])
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         b1, b2 = group["betas"]

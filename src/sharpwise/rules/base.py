@@ -32,10 +32,11 @@ class Rule:
     """Base of all rules. Concrete rules are frozen dataclasses; nothing concrete is overridden twice.
 
     `state` says of each state tensor whether it has one number per element of the parameter or one per block of it.
-    Hyperparameters live in the optimizer's param_groups under the names in `defaults` and are read at every step.
+    Hyperparameters are fields of the rule; they live in the optimizer's param_groups and are read there at every step.
     """
 
     name: ClassVar[str]
+    hyperparameters: ClassVar[tuple[str, ...]]
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
 
@@ -47,10 +48,15 @@ class Rule:
     @property
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters with their default values, as they appear in param_groups."""
-        raise NotImplementedError
+        return {name: getattr(self, name) for name in self.hyperparameters}
 
     def validate(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError for hyperparameters outside their range."""
+        """Raise ValueError for hyperparameters outside their range: betas in [0, 1), numbers finite and >= 0."""
+        for name in self.hyperparameters:
+            if name == "betas":
+                check_betas(self.name, group[name])
+            else:
+                check_nonnegative(self.name, **{name: group[name]})
 
     def assign(self, segment: Segment) -> tuple["Rule", Cut]:
         """Which rule a segment gets, and how it is cut into blocks."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sharpwise.rules.base import Kind, Rule, Scalars, State, check_betas, lerp
+from sharpwise.rules.base import Kind, Rule, Scalars, State, lerp
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,11 @@ class Lion(Rule):
     betas: tuple[float, float] = (0.9, 0.99)
 
     name: ClassVar[str] = "lion"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("betas",)
 
     @property
     def state(self) -> dict[str, Kind]:
         return {"exp_avg": "element"}
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"betas": self.betas}
-
-    def validate(self, group: Mapping[str, Any]) -> None:
-        check_betas(self.name, group["betas"])
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         b1, b2 = group["betas"]

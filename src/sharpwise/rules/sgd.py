@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sharpwise.rules.base import Kind, Rule, Scalars, State, add, check_nonnegative
+from sharpwise.rules.base import Kind, Rule, Scalars, State, add
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,14 @@ class SGD(Rule):
     nesterov: bool = False
 
     name: ClassVar[str] = "sgd"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("momentum", "dampening", "nesterov")
 
     @property
     def state(self) -> dict[str, Kind]:
         return {"momentum_buffer": "element"} if self.momentum else {}
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return {"momentum": self.momentum, "dampening": self.dampening, "nesterov": self.nesterov}
-
     def validate(self, group: Mapping[str, Any]) -> None:
-        check_nonnegative(self.name, momentum=group["momentum"], dampening=group["dampening"])
+        super().validate(group)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{self.name}: nesterov needs momentum > 0 and dampening 0, "
