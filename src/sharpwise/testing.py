@@ -259,7 +259,7 @@ def check_skip_and_raise(make: Make) -> None:
 def check_no_recompilation(make: Make) -> None:
     """A second step, and another lr, compile nothing new; compiled agrees with eager to 1e-6 of the norm.
 
-    With clipping, which torch's fused kernel does not do, and without, where sums and update may be one pass.
+    With clipping, which torch's fused kernel does not do, and without.
     """
     for clip in (10.0, None):
         model, twin = tiny_model(), tiny_model()

@@ -186,6 +186,20 @@ def test_seed_and_skipped_steps_are_saved():
     assert same(*models)
 
 
+def test_skipped_steps_are_counted_across_moved_state():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2, on_nonfinite="skip")
+    for count in range(1, 3):
+        fill_gradients(model, 0)
+        next(iter(model.parameters())).grad[0, 0] = float("nan")
+        optimizer.step()
+        for own in optimizer.state.values():
+            own.update({k: v.clone() for k, v in own.items()})
+        assert optimizer.skipped_steps == count
+    run(model, optimizer, range(1))
+    assert optimizer.skipped_steps == 2
+
+
 @pytest.mark.parametrize(("key", "value"), [("lr", "1e-2"), ("weight_decay", "0.1"), ("lr", None)])
 def test_settings_that_are_no_numbers(key, value):
     with pytest.raises(TypeError, match=f"{key} must be a number"):

@@ -136,12 +136,12 @@ class Compiler:
         """As `update`, with the values of `s` packed in one tensor too; `known` keeps the graphs of these tensors."""
         args = [packed, p, g, *stored]
         args += [t for t in (row_step, row_decay, *(noise or ())) if t is not None]
-        short = (len(s), row_step is None, row_decay is None, noise is None, g.dtype)
+        short = (tuple(s), row_step is None, row_decay is None, noise is None, g.dtype)
         graph = known.get(short)
         if graph is None:
             names = tuple(s)
             form = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in args)
-            key = (type(rule), names, *short, form, p.device)
+            key = (type(rule), *short, form, p.device)
 
             def body(packed: Tensor, p: Tensor, g: Tensor, *more: Tensor) -> tuple[()]:
                 rest = list(more)
@@ -197,8 +197,8 @@ def _example(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
 
 
 def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
-    # Not torch.compile: its guards and wrappers cost 25 us a call with warm caches and more with cold ones, 8% of the
-    # step of GPT-2 124M. What they would check is in the key of the graph.
+    # Not torch.compile: its guards and wrappers cost several times what the call itself does, at every call. What they
+    # would check is in the key of the graph.
     from torch._inductor import standalone_compile
     from torch.fx.experimental.proxy_tensor import make_fx
 

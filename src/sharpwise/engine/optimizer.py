@@ -92,7 +92,8 @@ class BlockOptimizer(Optimizer):
             group["param_names"] = []  # torch sets it from the parameters, and then misses it
         super().add_param_group(group)
         self.blocks = self._known.subset([n for g in self.param_groups for n in g["param_names"]])
-        self._settle()
+        self._note_skipped()
+        self._stepper = None
 
     def _name_of(self, tensor: Tensor) -> str:
         name = self._names.get(id(tensor))
@@ -104,9 +105,7 @@ class BlockOptimizer(Optimizer):
         return name
 
     def _validate(self, group: Mapping[str, Any]) -> None:
-        for key in ("maximize", "amsgrad"):
-            if group.get(key):
-                raise ValueError(f"{self.who}: a group asks for {key}=True, which this optimizer does not do")
+        states.refuse_variants(group, f"{self.who}: a group asks for")
         for key in ("lr", "weight_decay"):
             value = group[key]
             if not isinstance(value, (Real, Tensor)):
@@ -165,6 +164,7 @@ class BlockOptimizer(Optimizer):
                 self.state[entry.param] = states.allocate(entry, self.storage, block_lr is not None)
             elif block_lr is not None and "lr_multiplier" in own:
                 entry.multipliers = tuple(own["lr_multiplier"].tolist())
+        self._note_skipped()
         self._stepper = Stepper(entries, self.state, self.options, self._compiler)
         self._held = [_marks(e.param, self.state[e.param]) for e in entries]
         return self._stepper
@@ -172,13 +172,12 @@ class BlockOptimizer(Optimizer):
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         return [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
 
-    def _settle(self) -> None:
-        """Drop the stepper, after writing what it counted where it is saved."""
+    def _note_skipped(self) -> None:
+        """Write the steps that the stepper left out to where they are saved."""
         if self._stepper is not None and self.options.on_nonfinite == "skip":
             for group in self.param_groups:
                 group["skipped_steps"] += int(self._stepper.skipped)
             self._stepper.skipped = 0
-        self._stepper = None
 
     def _still_bound(self, stepper: Stepper, current: list[tuple[str, Tensor, Any]]) -> bool:
         if len(current) != len(stepper.entries):
@@ -204,9 +203,7 @@ class BlockOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's: `state` by parameter index and `param_groups`, with `param_names`."""
         self._bind()
-        if self.options.on_nonfinite == "skip":
-            self._settle()
-            self._bind()
+        self._note_skipped()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

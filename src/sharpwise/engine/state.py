@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpwise.blocks import canonical_name
 from sharpwise.engine.mesh import is_dtensor, like, local
 from sharpwise.engine.plan import Entry
 from sharpwise.storage import Dense
@@ -49,8 +50,6 @@ def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]],
                 f"it is of another model"
             )
         names = [name for name, _ in current]
-    from sharpwise.blocks import canonical_name
-
     by_name = dict(zip(map(canonical_name, names), ids, strict=True))
     mine = {name for name, _ in current}
     missing, unknown = sorted(mine - set(by_name)), sorted(set(by_name) - mine)
@@ -137,7 +136,7 @@ def group_of_saved(
                 f"{found[0]} and {other}. Build the optimizer with the groups it was saved with"
             )
     for i in indices:
-        _check_torch_only(saved["param_groups"][i], group, who)
+        _check_rule(saved["param_groups"][i], group, who)
     return copy.deepcopy(found[0]) if found else {}
 
 
@@ -147,10 +146,15 @@ def _same(a: Any, b: Any) -> bool:
     return (tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
 
 
-def _check_torch_only(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
+def refuse_variants(settings: Mapping[str, Any], says: str) -> None:
+    """Raise ValueError for a variant of torch's that no rule here has."""
     for key in ("amsgrad", "maximize"):
-        if saved.get(key):
-            raise ValueError(f"{who}: the state dict was saved with {key}=True, which this optimizer does not do")
+        if settings.get(key):
+            raise ValueError(f"{says} {key}=True, which this optimizer does not do")
+
+
+def _check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
+    refuse_variants(saved, f"{who}: the state dict was saved with")
     rule = saved.get("rule", group["rule"])
     if rule != group["rule"]:
         raise ValueError(f"{who}: the state dict was saved by the rule {rule!r}, this optimizer runs {group['rule']!r}")

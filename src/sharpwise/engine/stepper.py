@@ -90,9 +90,9 @@ class Stepper:
         self.clock.advance(active, ok)
         self._now.clear()
         self._track_peak(active)
-        denominators = self._block_phase(items, sums, together, ok, clip)
-        for item, g, denominator in zip(items, grads, denominators, strict=True):
-            self._move(item, g, denominator, ok, clip)
+        rates = self._block_phase(items, sums, together, ok, clip)
+        for item, g, rate in zip(items, grads, rates, strict=True):
+            self._move(item, g, rate, ok, clip)
         self._move_fused(fused, ok)
 
     def _live_items(self, ids: set[int]) -> Iterator[Item]:
