@@ -143,7 +143,9 @@ def test_unknown_modules_are_other_and_listed_in_one_line(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, "sharpwise.blocks"):
         block_map = BlockMap.of(mlp())
     assert [r.getMessage() for r in caplog.records] == [
-        "4 of 4 parameters have no known role: {0,2}.weight, {0,2}.bias",
+        "4 of 4 parameters have no known role: {0,2}.weight, {0,2}.bias "
+        "(trace: no example can be made up for Sequential: its forward needs 'input', which cannot be guessed; "
+        "pass one: example=tensor, tuple of arguments or dict of keyword arguments)",
     ]
     assert block_map.unexplained == ("0.weight", "0.bias", "2.weight", "2.bias")
     assert {(s.role, s.source) for s in block_map} == {(Role.OTHER, "")}

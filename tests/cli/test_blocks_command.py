@@ -131,7 +131,7 @@ def test_all_shows_every_segment() -> None:
 
 
 def test_unknown_parameters_are_said() -> None:
-    result = run("custom_model:build")
+    result = run("custom_model:build", "--no-trace")
     assert result.exit_code == 0
     assert re.search(r"^\{1\.\.2\}\n  weight +4 x 4 +other +all", lines(result.stdout), re.M)
     assert "7 of 7 tensors have no known role and count as 'other'; say what they are" in result.stdout
@@ -188,7 +188,10 @@ def write(name: str, text: str) -> str:
             r"override '\*': unknown role 'queries'; roles are tok_emb, pos_emb, q, k, v",
         ),
         (["gpt2-tiny", "-o", "*={role:q}"], r"--override '\*=\{role:q\}': not JSON .*; expected a role or a segment's"),
-        (["custom_model:build", "--strict"], r"7 parameters have no known role: \{0\.\.3\}\.weight, .*overrides="),
+        (
+            ["custom_model:build", "--strict", "--no-trace"],
+            r"7 parameters have no known role: \{0\.\.3\}\.weight, .*overrides=",
+        ),
     ],
 )
 def test_errors_are_one_message_on_stderr(arguments: list[str], message: str) -> None:

@@ -4,21 +4,23 @@ import difflib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from sharpwise.blocks import overrides as _overrides
-from sharpwise.blocks.families import Families
 from sharpwise.blocks.names import canonical_name, collapse
 from sharpwise.blocks.overrides import Override, as_role
 from sharpwise.blocks.roles import Role
 from sharpwise.blocks.segment import Segment
+from sharpwise.blocks.sources import Sources
 from sharpwise.table import Table
+
+if TYPE_CHECKING:
+    from sharpwise.blocks.trace import Example
 
 logger = logging.getLogger("sharpwise.blocks")
 
@@ -63,14 +65,21 @@ class BlockMap:
         cls,
         model: nn.Module,
         *,
+        example: "Example | None" = None,
+        trace: bool | None = None,
         overrides: Mapping[str, Override] | None = None,
         strict: bool = False,
         include_frozen: bool = False,
     ) -> "BlockMap":
-        """The map of a model: by its family where that is known, by `overrides` where they say so, else role `other`.
+        """The map of a model: by its family where that is known, by dataflow where it is not, `overrides` above both.
+
+        Where names and dataflow both speak they must agree. What neither explains has the role `other`.
 
         Args:
-            model: any module, on any device, wrapped or not.
+            model: any module, on any device, wrapped or not. It is left as it was.
+            example: a tiny batch for its forward, a tensor, a tuple or a mapping; made up where that is possible.
+            trace: whether to see what the model computes (`sharpwise.blocks.trace`). None: with an `example`, where
+                names do not suffice, or where it costs little; a model that cannot be run is mapped by names alone.
             overrides: by glob on canonical names (case counts, the last match wins): a role such as `"up"`, which keeps
                 dimension, layer and heads that the family found; or the fields of a Segment, as
                 `{"role": "q", "heads": 12}`; or a list of these that together cover the parameter.
@@ -78,33 +87,25 @@ class BlockMap:
             include_frozen: also parameters that require no gradient.
 
         Raises:
-            ValueError: an override matches nothing or is not one, or with `strict` a parameter has no known role.
+            ValueError: names and dataflow disagree; an override matches nothing or is not one; a trace that was asked
+                for cannot be made; or with `strict` a parameter has no known role.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"BlockMap.of: got {type(model).__name__}, expected a torch.nn.Module; "
                 "for named parameters without a model there is BlockMap.unknown(named)"
             )
-        families = Families(model)
-        names, found, frozen = _all_names(model), {}, []
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, UninitializedParameter):
-                raise ValueError(f"{name}: a lazy parameter has no shape yet; run the model once, then build the map")
-            canonical, *tied = names[id(parameter)]
-            if not (parameter.requires_grad or include_frozen):
-                frozen += [canonical, *tied]
-                continue
-            if canonical in found:
-                raise ValueError(
-                    f"two parameters are called {canonical!r} once wrapper prefixes are off; rename one of the modules"
-                )
-            shape = tuple(parameter.shape)
-            parts = _explained(families, canonical, tied, shape)
-            found[canonical] = [replace(part, tied=tuple(tied)) for part in parts]
-        if overrides:
-            _overrides.apply(found, overrides, frozen)
+        return cls.of_sources(Sources.of(model, example, trace, include_frozen), overrides=overrides, strict=strict)
+
+    @classmethod
+    def of_sources(
+        cls, sources: Sources, *, overrides: Mapping[str, Override] | None = None, strict: bool = False
+    ) -> "BlockMap":
+        """The map that `of` makes, where what names and dataflow say is there already."""
+        found = sources.resolve(overrides)
+        sources.check(except_for=[name for name, parts in found.items() if parts[0].source == "override"])
         result = cls(segment for parts in found.values() for segment in parts)
-        result._report(strict)
+        result._report(strict, sources.problem)
         return result
 
     @classmethod
@@ -209,7 +210,7 @@ class BlockMap:
         roles = ", ".join(dict.fromkeys(str(segment.role) for segment in self.segments))
         return f"BlockMap({len(self._by_name)} parameters, {len(self.segments)} segments: {roles})"
 
-    def _report(self, strict: bool) -> None:
+    def _report(self, strict: bool, problem: str) -> None:
         unexplained = self.unexplained
         if not unexplained:
             return
@@ -218,32 +219,14 @@ class BlockMap:
             raise ValueError(
                 f"{len(unexplained)} parameters have no known role: {listed}. Say what they are, by glob: "
                 f"overrides={{'{unexplained[0]}': 'up', ...}} with one of {', '.join(Role)}; "
-                "or pass strict=False to treat them as 'other'"
+                "or pass strict=False to treat them as 'other'" + (f". {problem}" if problem else "")
             )
-        logger.info("%d of %d parameters have no known role: %s", len(unexplained), len(self._by_name), listed)
+        why = f" ({problem})" if problem else ""
+        logger.info("%d of %d parameters have no known role: %s%s", len(unexplained), len(self._by_name), listed, why)
 
 
-def _all_names(model: nn.Module) -> dict[int, list[str]]:
-    """All canonical names of each parameter, by the id of the tensor, in the order of the model."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = names.setdefault(id(parameter), [])
-        if (canonical := canonical_name(name)) not in known:
-            known.append(canonical)
-    return names
-
-
-def _explained(families: Families, name: str, tied: list[str], shape: tuple[int, ...]) -> list[Segment]:
-    """What the families say about a tensor under any of its names; a tied embedding counts as one, not as the head."""
-    answers = [parts for n in (name, *tied) if (parts := families.segments(n, shape))]
-    if not answers:
-        return [_unexplained(name, shape, families.output_dim(name, shape))]
-    parts = next((parts for parts in answers if parts[0].role is Role.TOK_EMB), answers[0])
-    return [replace(part, name=name) for part in parts]
-
-
-def _unexplained(name: str, shape: tuple[int, ...], dim: int = 0) -> Segment:
-    return Segment(name=name, shape=shape, dim=dim, bias=len(shape) == 1 and name.rpartition(".")[2] == "bias")
+def _unexplained(name: str, shape: tuple[int, ...]) -> Segment:
+    return Segment(name=name, shape=shape, bias=len(shape) == 1 and name.rpartition(".")[2] == "bias")
 
 
 def _check_partition(name: str, parts: list[Segment]) -> None:

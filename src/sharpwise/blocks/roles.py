@@ -4,7 +4,10 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """The job that a piece of a parameter has in a transformer. A bias has the role of its matrix."""
+    """The job that a piece of a parameter has in a transformer. A bias has the role of its matrix.
+
+    `o_gate` multiplies an attention's output before `o`, `gate` the hidden units of an MLP.
+    """
 
     TOK_EMB = "tok_emb"
     POS_EMB = "pos_emb"
@@ -12,6 +15,7 @@ class Role(StrEnum):
     K = "k"
     V = "v"
     O = "o"  # noqa: E741 - the field's name for the attention output projection
+    O_GATE = "o_gate"
     GATE = "gate"
     UP = "up"
     DOWN = "down"
@@ -41,6 +45,7 @@ BLOCK_TYPE: dict[Role, BlockType] = {
     Role.K: BlockType.QK,
     Role.V: BlockType.VO,
     Role.O: BlockType.VO,
+    Role.O_GATE: BlockType.VO,
     Role.GATE: BlockType.FFN,
     Role.UP: BlockType.FFN,
     Role.DOWN: BlockType.FFN,

@@ -14,6 +14,7 @@ from rich.text import Text
 from sharpwise.blocks import BlockMap, Segment
 from sharpwise.blocks.names import number_ranges
 from sharpwise.blocks.overrides import Override
+from sharpwise.cli.blocks_why import dataflow_line, print_differences, print_explanations, read_sources
 from sharpwise.cli.errors import user_errors
 from sharpwise.train.models import load_model
 
@@ -40,21 +41,65 @@ def blocks(
     as_json: Annotated[bool, typer.Option("--json", help="Print the block map as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a parameter has no known role.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Print every segment, layers not collapsed.")] = False,
+    trace: Annotated[
+        bool | None,
+        typer.Option(
+            "--trace/--no-trace",
+            help="Verify by dataflow: run the model, without weights, on a made-up example, and fail where it does not "
+            "do what the names say. By default where that is cheap or names do not suffice.",
+            show_default=False,
+        ),
+    ] = None,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--explain",
+            "-e",
+            metavar="PARAMETER",
+            help="Say why parameters are what they are, by name or glob. Repeatable.",
+        ),
+    ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="List where names and dataflow differ; exit code 1 if they do.")
+    ] = False,
 ) -> None:
     """Show the block map of MODEL: the role of every parameter, its heads, and how much each block type holds.
 
     The model is built without memory, whatever its size. No weights are loaded.
     """
-    with user_errors():
-        overrides = _parse_overrides(override or [])
-        block_map = BlockMap.of(load_model(model, device="meta"), overrides=overrides, strict=strict)
     console = Console(highlight=False)
+    with user_errors():
+        _refuse(as_json=as_json, strict=strict, no_trace=trace is False, explain=bool(explain), diff=diff)
+        overrides = _parse_overrides(override or [])
+        module = load_model(model, device="meta")
+        if explain:
+            print_explanations(console, read_sources(module, trace, implied=True), explain, overrides, every)
+            return
+        sources = read_sources(module, True if diff else trace)
+        if diff:
+            raise typer.Exit(int(print_differences(console, sources, overrides, every, as_json)))
+        block_map = BlockMap.of_sources(sources, overrides=overrides, strict=strict)
+        seen = dataflow_line(sources) if trace else ""
     if as_json:
         typer.echo(block_map.to_json(), nl=False)
     elif every:
         console.print(Text(str(block_map.table())), soft_wrap=True)
     else:
         _print(console, model, block_map)
+    if seen:
+        typer.echo(seen, err=as_json)
+
+
+def _refuse(*, as_json: bool, strict: bool, no_trace: bool, explain: bool, diff: bool) -> None:
+    """Raise ValueError for options that mean nothing together."""
+    if explain and diff:
+        raise ValueError("--explain and --diff are two views; give one of them")
+    if diff and no_trace:
+        raise ValueError("--diff compares names with dataflow; leave out --no-trace")
+    if explain and as_json:
+        raise ValueError("--explain has no JSON; leave out --json, or use it with --diff or alone")
+    if strict and (explain or diff):
+        raise ValueError("--strict fails where the map does, and --explain and --diff make none; leave it out")
 
 
 def _parse_overrides(options: Iterable[str]) -> dict[str, Override]:

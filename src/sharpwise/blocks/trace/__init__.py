@@ -1,0 +1,161 @@
+"""Blocks by dataflow: what the parameters of a model are, from what its forward computes. Not one name is read."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from sharpwise.blocks.names import canonical_name
+from sharpwise.blocks.segment import Segment
+from sharpwise.blocks.trace.attention import flex_attention_seen
+from sharpwise.blocks.trace.example import TOKENS, Example, make_example, untouched
+from sharpwise.blocks.trace.infer import Inference
+from sharpwise.blocks.trace.layers import find_layers
+from sharpwise.blocks.trace.recorder import Recorder
+from sharpwise.blocks.trace.vectors import infer_vectors
+from sharpwise.blocks.trace.weights import tensors_in
+
+logger = logging.getLogger("sharpwise.blocks")
+
+__all__ = ["Example", "Traced", "trace"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace found.
+
+    Attributes:
+        segments: by canonical name of the parameter; source `trace`, or `""` with role `other` for what is unused.
+        unused: parameters that the forward did not touch.
+        why: one sentence per parameter.
+        attentions: how many attentions were computed.
+    """
+
+    segments: dict[str, list[Segment]]
+    unused: tuple[str, ...]
+    why: dict[str, str]
+    attentions: int
+
+
+def trace(model: nn.Module, example: Example | None = None) -> Traced:
+    """Run the model on a tiny batch and see what every parameter does.
+
+    Args:
+        model: any module, on any device, meta included; it is left as it was, and no weight is read.
+        example: what its forward takes: a tensor, a tuple of arguments or a mapping of keyword arguments. Made up from
+            the config where there is one, or from the embedding.
+
+    Raises:
+        ValueError: no example can be made up, it lies on another device, or the forward fails.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"trace: got {type(model).__name__}, expected a torch.nn.Module")
+    model = _unwrapped(model)
+    _check_whole(model)
+    tokens = TOKENS
+    with torch.inference_mode(False), torch.enable_grad():
+        for _ in range(3):
+            record, output = _run(model, example, tokens)
+            if example is not None or record.missed <= 1:
+                break
+            tokens = int(tokens * record.missed + 1)
+        found = Inference(record, output)
+        found.run()
+        infer_vectors(found)
+        find_layers(model, found)
+    return _result(model, record, found)
+
+
+def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Recorder, Any]:
+    args, kwargs = _arguments(model, example, tokens)
+    record = Recorder(model)
+    for tensor in tensors_in((args, kwargs)):
+        if tensor.device != record.device:
+            raise ValueError(
+                f"trace: the example lies on {tensor.device}, the model on {record.device}; move it: "
+                f"example.to({str(record.device)!r})"
+            )
+    args, kwargs = tree_map(_leaf_input, (args, kwargs))
+    record.mark("input", (args, kwargs))
+    with untouched(model), torch.compiler.set_stance("force_eager"), flex_attention_seen():
+        try:
+            with record:
+                output = model(*args, **kwargs)
+        except Exception as error:
+            made = "the example" if example is not None else f"a made-up example ({_describe(kwargs or args)})"
+            raise ValueError(
+                f"trace: the forward of {type(model).__name__} raises with {made}: {type(error).__name__}: {error}; "
+                "pass what it takes: example=tensor, tuple or dict"
+            ) from error
+    return record, output
+
+
+def _arguments(model: nn.Module, example: Example | None, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example is None:
+        try:
+            return (), make_example(model, tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"trace: no example can be made up for {type(model).__name__}: {error}; "
+                "pass one: example=tensor, tuple of arguments or dict of keyword arguments"
+            ) from None
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    if isinstance(example, Mapping):
+        return (), dict(example.items())
+    raise TypeError(f"trace: example is a {type(example).__name__}, expected a tensor, a tuple or a mapping")
+
+
+def _leaf_input(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().clone().requires_grad_()
+    return value
+
+
+def _describe(values: Any) -> str:
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    return ", ".join(
+        f"{key}: {list(value.shape)}" if isinstance(value, Tensor) else f"{key}={value!r}" for key, value in items
+    )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module below torch.compile and DDP: its forward is the same."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def _check_whole(model: nn.Module) -> None:
+    from sharpwise.engine.mesh import is_dtensor
+
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"trace: {name} is sharded; build the map before sharding, or load a saved one: "
+                "BlockMap.of(model).save(path), then BlockMap.load(path)"
+            )
+
+
+def _result(model: nn.Module, record: Recorder, found: Inference) -> Traced:
+    segments: dict[str, list[Segment]] = {}
+    why: dict[str, str] = {}
+    unused = []
+    numbers = {id(p): n for n, p in enumerate(record.parameters)}
+    for name, parameter in model.named_parameters():
+        number, canonical = numbers[id(parameter)], canonical_name(name)
+        ledger = found.ledgers[number]
+        if number not in record.touched:
+            unused.append(canonical)
+            segments[canonical] = [Segment(name=canonical, shape=tuple(parameter.shape))]
+            why[canonical] = "the forward does not use it"
+            continue
+        segments[canonical] = ledger.segments(canonical)
+        why[canonical] = ledger.why or "neither attention nor MLP, norm or embedding"
+    return Traced(segments, tuple(unused), why, len(record.attentions))

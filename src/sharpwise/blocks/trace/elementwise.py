@@ -1,0 +1,162 @@
+"""Everything between the products: activations, norms, choices, and parameters that scale or shift.
+
+Gradients pass activations whatever their slope, and norms without their denominators, which would make everything
+depend on everything.
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from sharpwise.blocks.trace.graph import Normed, Through
+from sharpwise.blocks.trace.matrices import add_bias
+from sharpwise.blocks.trace.weights import Weight, tensors_in, words
+
+if TYPE_CHECKING:
+    from sharpwise.blocks.trace.recorder import Call, Recorder
+
+
+ACTIVATIONS = words(
+    "relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ tanh tanh_ softplus erf mish hardswish hardsigmoid hardtanh elu "
+    "celu selu leaky_relu prelu rrelu logsigmoid softsign threshold exp expm1 square pow __pow__ abs sin cos log log1p "
+    "expit"
+)
+LIMITS = words("clamp clamp_ clamp_min clamp_max clip maximum minimum")  # no activation unless at 0
+COMPARISONS = words("gt ge lt le __gt__ __ge__ __lt__ __le__ greater less")
+NORMS = words("layer_norm rms_norm group_norm batch_norm instance_norm normalize")
+STATISTICS = words("mean var std var_mean std_mean norm vector_norm linalg_vector_norm sum")
+CHOICES = words("topk argmax sort argsort max")
+SCALES = words("mul __mul__ __rmul__ mul_ __imul__ multiply")
+SHIFTS = words("add __add__ __radd__ add_ __iadd__ sub __sub__ sub_ __isub__")
+QUOTIENTS = words("div __truediv__ true_divide div_ __itruediv__")
+JOINS = words("cat concat concatenate stack where masked_fill lerp")
+
+
+def handle(record: "Recorder", call: "Call", weights: list[Weight]) -> Any:
+    """The result of any call on data."""
+    if call.name in NORMS and (normed := _norm(record, call)) is not None:
+        return normed
+    if weights:
+        _note_uses(record, call, weights)
+    call = call.mapped(record.real)
+    given = call.tensors
+    x = call.argument(0, "input", "condition")
+    if not isinstance(x, Tensor) or not any(t.requires_grad for t in given):
+        result = call.run()
+        for what in ("statistic", "choice", "input"):
+            if record.is_marked(what, *given):
+                record.mark(what, result)
+        return result
+    if call.name in CHOICES:
+        return _choice(record, call, x)
+    if call.name == "glu":
+        left, right = x.chunk(2, call.argument(1, "dim") or -1)
+        return left * _through(right, right.sigmoid(), record.graph.factor)
+    if call.name in STATISTICS and _over_last(call, x):
+        return record.mark("statistic", tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, call.run()))
+    if call.name in ACTIVATIONS | LIMITS and x.requires_grad:
+        return _activation(record, call, x)
+    if call.name in COMPARISONS:
+        return record.mark("comparison", call.run())
+    result = call.run()
+    if call.name == "where" and record.is_marked("comparison", x):  # a function in pieces
+        return _through(result, result, record.graph.factor)
+    if call.name in SCALES | QUOTIENTS and record.is_marked("statistic", *given):
+        return _normed(result)
+    return result
+
+
+def _through(x: Tensor, value: Tensor, factor: list[float] | None) -> Tensor:
+    out: Tensor = Through.apply(x, value, factor)
+    return out
+
+
+def _normed(x: Tensor) -> Tensor:
+    out: Tensor = Normed.apply(x, x, None)
+    return out
+
+
+def _activation(record: "Recorder", call: "Call", x: Tensor) -> Any:
+    values = [*call.args[1:], *call.kwargs.values()]
+    if any(t.requires_grad for t in tensors_in(values)):  # a power that is data, the slope of a prelu
+        return call.run()
+    # A copy: it may work in place.
+    result = call.mapped(lambda t: t.detach().clone() if isinstance(t, Tensor) else t).run()
+    if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
+        return call.run()
+    if call.name in LIMITS and not any(type(v) in (int, float) and v == 0 for v in values):
+        return _through(x, result, None)
+    # Never zero: what it multiplies is to be seen.
+    return _through(x, torch.where(result == 0, 0.5, result), record.graph.factor)
+
+
+def _norm(record: "Recorder", call: "Call") -> Tensor | None:
+    try:
+        given = inspect.signature(getattr(functional, call.name)).bind(*call.args, **call.kwargs).arguments
+    except (TypeError, ValueError):
+        return None
+    x = record.real(given["input"])
+    if not x.requires_grad:
+        return None
+    out = _normed(x)
+    channels = call.name in ("group_norm", "batch_norm", "instance_norm") and x.ndim > 2
+    for name, how in (("weight", "scale"), ("bias", "shift")):
+        tensor = given.get(name)
+        if tensor is None:
+            continue
+        if (weight := record.weight(tensor)) is not None:
+            record.uses.append(_use(record, weight, how, out))
+        tensor = record.real(tensor)
+        tensor = tensor.view(-1, *[1] * (x.ndim - 2)) if channels else tensor
+        out = out * tensor if how == "scale" else out + tensor
+    return out
+
+
+def _note_uses(record: "Recorder", call: "Call", weights: list[Weight]) -> None:
+    kinds = {"scale": SCALES, "shift": SHIFTS, "join": JOINS}
+    how = next((how for how, names in kinds.items() if call.name in names), "other")
+    beside = next((t for t in call.tensors if record.weight(t) is None), None)
+    for weight in weights:
+        record.uses.append(_use(record, weight, how, beside))
+        leaf = record.graph.only_leaf(beside) if how == "shift" and beside is not None else None
+        if leaf is not None and beside is not None and leaf.kind == "matrix" and leaf.tensor.shape == beside.shape:
+            add_bias(record, leaf, weight)
+
+
+def _use(record: "Recorder", weight: Weight, how: str, beside: Tensor | None) -> Any:
+    from sharpwise.blocks.trace.recorder import Use
+
+    return Use(weight, how, record.graph.tick(), beside)
+
+
+def _choice(record: "Recorder", call: "Call", x: Tensor) -> Any:
+    """The largest, of numbers that are ours: spread so that every expert gets its tokens."""
+    result = call.run()
+    if call.name == "max" and not isinstance(result, tuple):
+        return result
+    record.choices.append((x, call.name))
+    record.mark("choice", result)
+    if call.name != "topk" or x.ndim == 0 or call.argument(2, "dim") not in (None, -1, x.ndim - 1):
+        return result
+    _, indices = result
+    n = x.shape[-1]
+    if indices.numel() == 0 or indices.shape[-1] >= n:
+        return result
+    record.missed = max(record.missed, n / indices.numel())
+    spread = (torch.arange(indices.numel(), device=indices.device) % n).view(indices.shape)
+    values = x.gather(-1, record.mark("choice", spread))
+    return type(result)((torch.where(values.isfinite(), values, torch.ones_like(values)), spread))
+
+
+def _over_last(call: "Call", x: Tensor) -> bool:
+    """Whether a statistic is taken over the last axis alone; a sum counts if it keeps the axis, for a division."""
+    place = 2 if call.name in ("norm", "vector_norm", "linalg_vector_norm") else 1
+    dim = call.argument(place, "dim", "axis")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if type(dim) is not int or dim not in (-1, x.ndim - 1):
+        return False
+    return call.name != "sum" or bool(call.argument(place + 1, "keepdim", "keepdims"))

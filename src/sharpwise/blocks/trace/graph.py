@@ -1,0 +1,242 @@
+"""The graph of a forward: leaves, what lies behind a tensor, and gradients that say who made it.
+
+Autograd keeps the graph. It ends at *leaves*, which the recorder puts in the place of the result of every product with
+a weight, every lookup and every attention. Their gradients are not zero exactly where a number went through.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sharpwise.blocks.trace.products import Product
+from sharpwise.blocks.trace.weights import Array, Units, Weight
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Leaf:
+    """Numbers whose history ends here.
+
+    Attributes:
+        tensor: the differentiable tensor.
+        kind: `matrix`, `lookup`, `attention`, or `weight`, a stand-in for a parameter.
+        time: order of execution.
+        weight: what made it, None for an attention.
+        source: the data that entered the product, or the numbers looked up.
+        axes: axes of `tensor` along the units, the output rows of the weight.
+        units: where each of them comes from, None if that cannot be told.
+        biases: where the numbers added to the units come from.
+    """
+
+    tensor: Tensor
+    kind: str
+    time: int
+    weight: Weight | None = None
+    source: Tensor | None = None
+    axes: tuple[int, ...] = ()
+    units: Units | None = None
+    biases: list[Units] = field(default_factory=list)
+
+    def over_units(self, hit: Tensor) -> Tensor:
+        """A tensor of the leaf's shape as [all the rest, units]."""
+        rest = [axis for axis in range(hit.ndim) if axis not in self.axes]
+        return hit.permute(*rest, *self.axes).reshape(-1, math.prod(hit.shape[axis] for axis in self.axes))
+
+
+class Through(torch.autograd.Function):
+    """Value of a function of x, gradient of the identity, times a factor that can be turned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, factor: list[float] | None) -> Tensor:
+        ctx.factor, ctx.dtype = factor, x.dtype
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad if ctx.factor is None else grad * ctx.factor[0]).to(ctx.dtype), None, None
+
+
+class Normed(Through):
+    """A `Through` that marks a normalization in the graph."""
+
+
+class Graph:
+    """Leaves by the nodes of autograd's graph.
+
+    Attributes:
+        factor: what activations multiply gradients by. A gradient that it changes went through one.
+        scores: products of data with data by their node, which may become attention scores.
+    """
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.device = device
+        self.leaves: dict[int, Leaf] = {}
+        self.factor = [1.0]
+        self.scores: dict[Any, Product] = {}
+        self.time = 0
+        self._random = torch.Generator(device).manual_seed(seed)
+        self._known: dict[Any, list[Leaf]] = {}
+        self._own: set[Any] = set()
+
+    def tick(self) -> int:
+        """The next moment."""
+        self.time += 1
+        return self.time
+
+    def positive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Random differentiable numbers, 0.5 to 1.5: what they multiply is never hidden by a zero."""
+        numbers = torch.rand(tuple(shape), device=self.device, generator=self._random) + 0.5
+        return numbers.to(dtype).requires_grad_()
+
+    def add(self, leaf: Leaf) -> Leaf:
+        """Make a leaf known."""
+        self.leaves[id(leaf.tensor)] = leaf
+        return leaf
+
+    def leaf_at(self, node: Any) -> Leaf | None:
+        """The leaf that a node stands for."""
+        variable = getattr(node, "variable", None)
+        return None if variable is None else self.leaves.get(id(variable))
+
+    # -- ways back -------------------------------------------------------------------------------------------------
+
+    def behind(self, tensor: Tensor) -> list[Leaf]:
+        """The leaves that a tensor is made of."""
+        if tensor.grad_fn is None:
+            return [self.leaves[id(tensor)]] if id(tensor) in self.leaves else []
+        if tensor.grad_fn not in self._known:
+            nodes = list(_nodes(tensor))
+            for node in nodes:
+                self._make_turnable(node)
+            self._known[tensor.grad_fn] = [leaf for node in nodes if (leaf := self.leaf_at(node)) is not None]
+        return self._known[tensor.grad_fn]
+
+    def matrices_behind(self, tensor: Tensor) -> list[Leaf]:
+        """The products with weights that a tensor is made of."""
+        return [leaf for leaf in self.behind(tensor) if leaf.kind == "matrix"]
+
+    def nearest(self, tensor: Tensor, marks: Mapping[Any, T]) -> T | None:
+        """The mark of the nearest marked node behind a tensor; what lies behind a product of data does not count."""
+        return next((marks[node] for node in _nodes(tensor, self.scores.keys() - marks.keys()) if node in marks), None)
+
+    def bent_scores(self, tensor: Tensor) -> Product | None:
+        """The product of data behind an activation behind a tensor: what weighs values like a softmax."""
+        for node in _nodes(tensor, self.scores):
+            if type(node).__name__ == "ThroughBackward":
+                found = next((self.scores[n] for n in _behind(node, self.scores) if n in self.scores), None)
+                if found is not None:
+                    return found
+        return None
+
+    def chain(self, tensor: Tensor) -> Iterator[Any]:
+        """The nodes behind a tensor as long as there is one way back, ways to weights left aside."""
+        node = tensor.grad_fn
+        while node is not None:
+            yield node
+            following = [n for n, _ in node.next_functions if n is not None and not self._only_weights(n)]
+            node = following[0] if len(following) == 1 else None
+
+    def only_leaf(self, tensor: Tensor) -> Leaf | None:
+        """The leaf that a tensor is made of if there is one way back."""
+        return next((leaf for node in self.chain(tensor) if (leaf := self.leaf_at(node)) is not None), None)
+
+    def normed(self, tensor: Tensor, how: str) -> bool:
+        """Whether a tensor has just been normalized and no weight has scaled it, or shifted it in this way, since."""
+        for node in self.chain(tensor):
+            kind = type(node).__name__
+            if kind == "NormedBackward":
+                return True
+            weighs = any(n is not None and self._only_weights(n) for n, _ in node.next_functions)
+            if weighs and (how == "scale" or not kind.startswith("Mul")):
+                return False
+        return False
+
+    def _only_weights(self, node: Any) -> bool:
+        queue = [node]
+        for behind in queue:
+            leaf = self.leaf_at(behind)
+            if (hasattr(behind, "variable") and (leaf is None or leaf.kind != "weight")) or len(queue) > 16:
+                return False
+            queue += [n for n, _ in behind.next_functions if n is not None]
+        return True
+
+    def _make_turnable(self, node: Any) -> None:
+        """A function that the model defines with a gradient of its own counts as an activation."""
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and type(node).__name__ not in ("ThroughBackward", "NormedBackward") and node not in self._own:
+            self._own.add(node)
+            node.register_prehook(lambda grads: tuple(None if g is None else g * self.factor[0] for g in grads))
+
+    # -- gradients -------------------------------------------------------------------------------------------------
+
+    def gradients(self, tensor: Tensor, leaves: Sequence[Leaf], times: Tensor | None = None) -> list[Tensor | None]:
+        """Per leaf the gradient of a random sum of a tensor, its elements weighed by `times`; None where it is none."""
+        cotangent = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor) + 0.5
+        if times is not None:
+            cotangent = cotangent * times
+        inputs = [leaf.tensor for leaf in leaves]
+        return list(torch.autograd.grad(tensor, inputs, cotangent, retain_graph=True, allow_unused=True))
+
+    def units(self, leaf: Leaf, hit: Tensor) -> Array:
+        """Per unit of a leaf (of a stand-in: per element) whether any of its numbers is hit."""
+        hit = hit.reshape(-1) if leaf.kind == "weight" else leaf.over_units(hit).any(0)
+        units: Array = hit.cpu().numpy()
+        return units
+
+    def through_activations(self, tensor: Tensor, leaves: Sequence[Leaf]) -> list[tuple[Leaf, Array, Array]]:
+        """Per leaf that reaches a tensor its units that do, and those that do through an activation."""
+        plain = self.gradients(tensor, leaves)
+        self.factor[0] = 3.0
+        turned = self.gradients(tensor, leaves)
+        self.factor[0] = 1.0
+        return [
+            (leaf, self.units(leaf, a != 0), self.units(leaf, (b - a).abs() > 1e-2 * a.abs()))
+            for leaf, a, b in zip(leaves, plain, turned, strict=True)
+            if a is not None and b is not None
+        ]
+
+    def per_head(self, tensor: Tensor, leaves: Sequence[Leaf]) -> list[list[Array]]:
+        """Per leaf the units that make each head of a tensor [heads, rest]; heads that it does not make are left out.
+
+        If every unit makes one head only, two gradients tell which: weighing the heads by their numbers multiplies the
+        gradient of a unit by the number of its head. Where units make several heads, every head is asked.
+        """
+        heads = range(1, len(tensor) + 1)
+        numbers = torch.arange(1, len(tensor) + 1, device=tensor.device).view(-1, *[1] * (tensor.ndim - 1))
+        found: list[list[Array]] = [[] for _ in leaves]
+        shared = []
+        both = zip(self.gradients(tensor, leaves), self.gradients(tensor, leaves, numbers), strict=True)
+        for i, (a, b) in enumerate(both):
+            if a is None or b is None:
+                continue
+            ratio = torch.where(a == 0, 0.0, b / a)
+            if bool(((ratio - ratio.round()).abs() > 1e-3).any()):
+                shared.append(i)
+            else:
+                found[i] = [rows for n in heads if (rows := self.units(leaves[i], ratio.round() == n)).any()]
+        for head in tensor.unbind(0) if shared else ():
+            for i, size in zip(shared, self.gradients(head, [leaves[i] for i in shared]), strict=True):
+                if size is not None and (rows := self.units(leaves[i], size != 0)).any():
+                    found[i].append(rows)
+        return found
+
+
+def _nodes(tensor: Tensor, end: Any = ()) -> Iterator[Any]:
+    """All nodes behind a tensor, nearest first; those in `end` are the last of their way."""
+    return _behind(tensor.grad_fn, end)
+
+
+def _behind(first: Any, end: Any = ()) -> Iterator[Any]:
+    queue = [] if first is None else [first]
+    seen = set(queue)
+    for node in queue:
+        yield node
+        if node not in end:
+            following = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            seen.update(following)
+            queue += dict.fromkeys(following)

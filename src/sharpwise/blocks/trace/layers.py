@@ -1,0 +1,105 @@
+"""The layer of every parameter, from the lists of modules that hold layers and the order of execution."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from sharpwise.blocks.roles import Role
+from sharpwise.blocks.trace.graph import Leaf
+from sharpwise.blocks.trace.infer import Inference
+from sharpwise.blocks.trace.rows import Ledger
+
+Path = tuple[str, ...]
+_OUTSIDE = {Role.TOK_EMB, Role.POS_EMB, Role.HEAD}
+
+
+def find_layers(model: nn.Module, found: Inference) -> None:
+    """Write the layers into the ledgers.
+
+    A layer is the place in the order of execution among the members of the list of modules that holds the layers. In a
+    model without such a list it is the number of attentions before.
+    """
+    numbers = {id(p): n for n, p in enumerate(found.record.parameters)}
+    places = [
+        (tuple(name.split(".")[:-1]), numbers[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    lists = _lists(model, found, places)
+    for path, number in places:
+        ledger = found.ledgers[number]
+        for members in (lists[path[:i]] for i in range(len(path)) if path[:i] in lists):
+            if ledger.layer is None and path:
+                ledger.layer = next((layer for layer, at in members.items() if _below(path, at)), None)
+    if not lists and found.record.attentions:
+        _by_time(found)
+
+
+def _below(path: Path, at: Path) -> bool:
+    return path[: len(at)] == at
+
+
+def _lists(model: nn.Module, found: Inference, places: list[tuple[Path, int]]) -> dict[Path, dict[int, Path]]:
+    """The outermost lists of layers: path of the list -> layer -> path of the member."""
+    lists: dict[Path, dict[int, Path]] = {}
+    touched = found.record.touched
+    for name, module in model.named_modules():
+        own = tuple(name.split(".")) if name else ()
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(_below(own, other) for other in lists):
+            continue
+        inside = [(path[: len(own) + 1], n) for path, n in places if _below(path, own) and len(path) > len(own)]
+        attending = {member for member, n in inside if _attends(found, {m for at, m in inside if at == member}, n)}
+        if found.attention_of and not attending:
+            continue  # a list of experts, or of the matrices of an attention
+        working = {member for member, n in inside if n in touched and _works(found.ledgers[n])}
+        if isinstance(module, nn.Sequential):
+            # Not the chain of embedding, layers, head; or of that chain the layers only.
+            if len(attending) < 2 and attending != {member for member, _ in inside}:
+                continue
+            working &= attending
+        begins = {m: min(touched[n] for member, n in inside if member == m and n in touched) for m in working}
+        if begins:
+            # Of members that are one and the same the first counts.
+            order = [member for member in dict.fromkeys(member for member, _ in inside) if member in begins]
+            lists[own] = dict(enumerate(sorted(order, key=begins.__getitem__)))
+    return lists
+
+
+def _attends(found: Inference, inside: set[int], number: int) -> bool:
+    """Whether a parameter feeds an attention all of whose parameters are inside."""
+    order = found.attention_of.get(number)
+    return order is not None and {n for n, other in found.attention_of.items() if other == order} <= inside
+
+
+def _works(ledger: Ledger) -> bool:
+    """Whether this is a matrix of a layer."""
+    return ledger.known and not ledger.roles & (_OUTSIDE | {Role.NORM, Role.QK_NORM})
+
+
+def _by_time(found: Inference) -> None:
+    """A matrix used once the i-th attention has begun and before the next one has is of layer i.
+
+    What acts on the output of matrices of one layer belongs to it, and so does what only they read. A norm that
+    several layers read lies on the stream, behind the matrix before it.
+    """
+    touched, orders = found.record.touched, found.attention_of
+    begins = [min(touched[n] for n, order in orders.items() if order == i) for i in sorted(set(orders.values()))]
+    works = {n: touched[n] for n, ledger in found.ledgers.items() if n in touched and _works(ledger)}
+    for n, time in works.items():
+        found.ledgers[n].layer = max(sum(begin <= time for begin in begins) - 1, 0)
+
+    def layers(matrices: Iterable[Leaf]) -> set[int | None]:
+        return {found.ledgers[n].layer for m in matrices if m.weight is not None for n in m.weight.owners if n in works}
+
+    for leaf in found.leaves:
+        if leaf.kind != "weight" or leaf.weight is None or leaf.weight.number in works:
+            continue
+        number = leaf.weight.number
+        beside = next((u.beside for u in found.record.uses if number in u.weight.owners), None)
+        behind = [] if beside is None else [leaf for leaf in found.graph.behind(beside) if leaf.kind != "weight"]
+        stream = any(m.weight is None or not set(m.weight.owners) & works.keys() for m in behind)
+        read = set() if stream else layers(behind)
+        if len(read) != 1:
+            read = layers(found.readers[id(leaf)])
+        if len(read) > 1:
+            read = layers([m for m in found.matrices if m.time < touched[number]][-1:])
+        if len(read) == 1 and not found.ledgers[number].roles & _OUTSIDE:
+            found.ledgers[number].layer = read.pop()

@@ -1,0 +1,97 @@
+"""Products with weights, and lookups in them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from sharpwise.blocks.trace.graph import Leaf
+from sharpwise.blocks.trace.products import Product, as_product
+from sharpwise.blocks.trace.weights import Units, Weight, units_of
+
+if TYPE_CHECKING:
+    from sharpwise.blocks.trace.recorder import Call, Recorder
+
+
+def handle(record: "Recorder", call: "Call") -> Tensor | None:
+    """A fresh leaf for a product of data with a weight or for a lookup, None for any other call."""
+    product = as_product(call.name, call.args, call.kwargs)
+    if product is None:
+        return _lookup(record, call)
+    left, right = record.weight(product.left), record.weight(product.right)
+    if left is not None and right is not None and call.name == "linear" and left.value.ndim > 2:
+        product, left = product._replace(left=record.real(product.left)), None  # a learned query
+    if (left is None) == (right is None):
+        return None
+    weight = right if left is None else left
+    assert weight is not None
+    data, own = (product.left, product.right_axes) if left is None else (product.right, product.left_axes)
+    if not (data.requires_grad or (data.is_floating_point() and record.is_marked("input", data))):
+        return None
+    sizes = weight.value.shape
+    axes = [a for a, label in enumerate(own) if label in product.out_axes and sizes[a] > 1]
+    record.graph.tick()
+    record.touch(weight)
+    leaf = Leaf(
+        record.graph.positive(_shape(product, call), data.dtype),
+        "matrix",
+        record.graph.time,
+        weight,
+        data,
+        tuple(product.out_axes.index(own[a]) for a in axes),
+        units_of(weight, axes, product.stacked),
+    )
+    if (bias := record.weight(product.bias)) is not None:
+        add_bias(record, leaf, bias, trailing=sum(label[:1] == ("space",) for label in product.out_axes))
+    return record.graph.add(leaf).tensor.clone()
+
+
+def add_bias(record: "Recorder", leaf: Leaf, bias: Weight, trailing: int = 0) -> None:
+    """Note that numbers of a weight are added to the units of a product, which lie before so many trailing axes."""
+    record.touch(bias)
+    shape = leaf.tensor.shape
+    if 0 in shape or 0 in bias.value.shape:
+        return
+    rest = [axis for axis in range(len(shape)) if axis not in leaf.axes]
+    try:
+        sides = [side[(..., *[None] * trailing)].expand(shape) for side in bias.labels or ()]
+    except RuntimeError:
+        return  # of a shape of its own: no bias
+    if sides:
+        flat = [side.permute(*rest, *leaf.axes)[tuple(0 for _ in rest)].reshape(-1).numpy() for side in sides]
+        leaf.biases.append(Units(flat[0], tuple(flat[1:])))
+
+
+def _shape(product: Product, call: "Call") -> tuple[int, ...]:
+    """The shape of a result, worked out without computing it."""
+    if any(label[:1] == ("space",) for label in product.out_axes):
+        meta = call.mapped(lambda x: x.detach().to("meta") if isinstance(x, Tensor) else x)
+        return tuple(meta.run().shape)
+    sizes: dict[Any, int] = {}
+    for tensor, axes in ((product.left, product.left_axes), (product.right, product.right_axes)):
+        for label, n in zip(axes, tensor.shape, strict=True):
+            sizes[label] = n if sizes.get(label, 1) == 1 else sizes[label]
+    return tuple(sizes[label] for label in product.out_axes)
+
+
+def _lookup(record: "Recorder", call: "Call") -> Tensor | None:
+    """Rows of a table taken by numbers."""
+    if call.name == "embedding":
+        ids, table = call.argument(0, "input"), call.argument(1, "weight")
+    elif call.name == "__getitem__":
+        table, ids = call.args
+    elif call.name == "index_select" and call.argument(1, "dim") == 0:
+        table, ids = call.args[0], call.argument(2, "index")
+    else:
+        return None
+    weight = record.weight(table)
+    if weight is None or not isinstance(ids, Tensor) or ids.dtype == torch.bool or ids.ndim == 0 or table.ndim > 2:
+        return None
+    if record.is_marked("choice", ids):
+        return None  # each token takes the row of its expert, a bias say
+    record.graph.tick()
+    record.touch(weight)
+    out = record.graph.positive((*ids.shape, *table.shape[1:]), table.dtype)
+    ids = tree_map(record.real, ids)
+    return record.graph.add(Leaf(out, "lookup", record.graph.time, weight, ids)).tensor.clone()

@@ -1,0 +1,217 @@
+"""Runs a forward and keeps what decides the roles: products, lookups, attentions, norms, and what flows between them.
+
+No matrix is multiplied by data. Where a forward would do so, it gets a fresh leaf of random positive numbers of the
+right shape in place of the result. So provenance stops at the nearest matrix: the gradient of a query with respect to
+these leaves says exactly which rows of which matrices made it. Weights are not read, may be on the meta device, and
+cost no time.
+
+Every call of torch passes through `Recorder`, which asks in turn `attention`, `matrices` and `elementwise` whether it
+is theirs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from sharpwise.blocks.trace.graph import Graph, Leaf
+from sharpwise.blocks.trace.weights import Weight, derived, tensors_in, words
+
+# Of a weight these are asked as they are; these of weights only, whatever data stands beside them.
+_QUESTIONS = words(
+    "size dim stride numel is_contiguous is_floating_point is_complex element_size nelement data_ptr storage_offset "
+    "shape dtype ndim requires_grad grad layout is_leaf names _version"
+)
+_DEVICES = frozenset(("device", "is_meta", "is_cuda", "is_cpu", "get_device"))
+_LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
+
+
+class Call(NamedTuple):
+    """A call of torch."""
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """Its result."""
+        return self.func(*self.args, **self.kwargs)
+
+    def mapped(self, change: Callable[[Any], Any]) -> "Call":
+        """The same call on other values."""
+        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        return Call(self.func, self.name, tuple(args), kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among its arguments."""
+        return tensors_in((self.args, self.kwargs))
+
+    def argument(self, place: int, *names: str) -> Any:
+        """An argument by its place or one of its names, None if it is not given."""
+        if place < len(self.args):
+            return self.args[place]
+        return next((self.kwargs[name] for name in names if name in self.kwargs), None)
+
+
+@dataclass(eq=False)
+class Attention:
+    """One attention: queries, keys and values, each [heads, all the rest], and what is added to its scores."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Use:
+    """A parameter used other than by a product: how (`scale`, `shift`, `join`, `other`), when, and with which data."""
+
+    weight: Weight
+    how: str
+    time: int
+    beside: Tensor | None = None
+
+
+class Recorder(TorchFunctionMode):
+    """Records one forward of `model`.
+
+    Attributes:
+        parameters: of the model; everything refers to them by number.
+        touched: number of a parameter -> time of its first use.
+        choices: what the largest were taken of, and by which function.
+        missed: how many times more tokens a routing would need to reach every expert.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parameters = list(model.parameters())
+        self.weights = {id(p): Weight(p, number=n) for n, p in enumerate(self.parameters)}
+        self.device = next((p.device for p in self.parameters if p.device.type != "meta"), torch.device("cpu"))
+        self.graph = Graph(self.device)
+        self.attentions: list[Attention] = []
+        self.choices: list[tuple[Tensor, str]] = []
+        self.uses: list[Use] = []
+        self.touched: dict[int, int] = {}
+        self.missed = 1.0
+        self.weightings: dict[Any, Any] = {}  # softmaxes by node -> the scores
+        self.marked: dict[str, set[int]] = {"statistic": set(), "comparison": set(), "choice": set(), "input": set()}
+        self._keep: list[Any] = []
+        self._stand_ins: dict[int, Tensor] = {}
+        self._meta = any(p.device.type == "meta" for p in self.parameters)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = func.__self__.__name__
+        call = Call(func, name, tuple(args), dict(kwargs or {}))
+        with torch.enable_grad():
+            return call.run() if name == "__set__" else self._handle(call)
+
+    def _handle(self, call: Call) -> Any:
+        from sharpwise.blocks.trace import attention, elementwise, matrices
+
+        given = call.tensors
+        weights = [self.weights[id(t)] for t in given if id(t) in self.weights]
+        if self._meta:
+            call = self._off_meta(call, bool(weights))
+        if weights and call.name in _DEVICES:
+            return getattr(torch.empty(0, device=self.device), call.name)
+        for handler in (attention.handle, matrices.handle):
+            found = handler(self, call)
+            if found is not None:
+                return found
+        if weights:
+            first = id(given[0]) in self.weights
+            if first and call.name.endswith("_") and not call.name.endswith("__"):
+                return call.args[0]  # never write to a parameter
+            data = [t for t in given if id(t) not in self.weights]
+            if (first and call.name in _LIKE) or not any(
+                t.requires_grad or self.is_marked("statistic", t) for t in data
+            ):
+                return self._of_weights(call)
+        return elementwise.handle(self, call, weights)
+
+    def _off_meta(self, call: Call, weights: bool) -> Call:
+        """New tensors of a model on the meta device are real ones."""
+        kwargs = {k: self.device if k == "device" and _on_meta(v) else v for k, v in call.kwargs.items()}
+        args = call.args
+        if call.name == "to" or not weights:
+            args = tuple(self.device if isinstance(a, torch.device) and _on_meta(a) else a for a in args)
+        return call._replace(args=args, kwargs=kwargs)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def weight(self, value: Any) -> Weight | None:
+        """The weight that a value is."""
+        return self.weights.get(id(value))
+
+    def _of_weights(self, call: Call) -> Any:
+        if call.name in _QUESTIONS:
+            return call.run()
+        if self._meta:
+            call = call.mapped(self._to_meta)
+        result = call.run()
+        made = derived(call.func, call.name, call.args, call.kwargs, self.weights, result)
+        for weight in made:
+            self.weights[id(weight.value)] = weight
+        self._keep.append((made, result))
+        return result
+
+    def _to_meta(self, value: Any) -> Any:
+        """Constants beside weights on the meta device go there too."""
+        constant = isinstance(value, Tensor) and id(value) not in self.weights and value.ndim > 0
+        return value.to("meta") if constant else value
+
+    def touch(self, weight: Weight) -> None:
+        """A weight is used now."""
+        for number in weight.owners:
+            self.touched.setdefault(number, self.graph.time)
+
+    def real(self, value: Any) -> Any:
+        """What a call on data gets: stand-ins for weights, plain numbers for buffers on the meta device."""
+        weight = self.weight(value)
+        if weight is not None:
+            self.touch(weight)
+            return weight.stand_in(self._stand_in)
+        if not isinstance(value, Tensor) or value.device.type != "meta":
+            return value
+        if value.dtype in (torch.int32, torch.int64) and value.ndim:
+            return torch.arange(value.shape[-1], device=self.device, dtype=value.dtype).expand(value.shape)
+        return torch.ones(value.shape, dtype=value.dtype, device=self.device)
+
+    def _stand_in(self, weight: Weight) -> Tensor:
+        """A leaf in place of a parameter."""
+        if weight.number not in self._stand_ins:
+            value = weight.value
+            if value.is_floating_point():
+                tensor = self.graph.positive(value.shape, value.dtype)
+                self.graph.add(Leaf(tensor, "weight", self.graph.time, weight))
+            else:
+                tensor = torch.zeros(value.shape, dtype=value.dtype, device=self.device)
+            self._stand_ins[weight.number] = tensor
+        return self._stand_ins[weight.number]
+
+    # -- constants that come from data -----------------------------------------------------------------------------
+
+    def mark(self, what: str, result: Any) -> Any:
+        """Remember that constants are a `statistic` or `comparison` of data, a `choice`, or of the `input`."""
+        for tensor in tensors_in(result):
+            if not tensor.requires_grad:
+                self.marked[what].add(id(tensor))
+                self._keep.append(tensor)
+        return result
+
+    def is_marked(self, what: str, *values: Any) -> bool:
+        """Whether one of these is."""
+        return any(id(value) in self.marked[what] for value in values)
+
+
+def _on_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"

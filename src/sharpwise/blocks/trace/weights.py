@@ -1,0 +1,190 @@
+"""Where in which parameter a number comes from.
+
+A forward slices, transposes, reshapes, stacks and casts its parameters before it uses them. Every tensor that is made
+of parameters alone is a `Weight`. It remembers the call that made it, and replays that call on demand
+
+- on *labels*, integer tensors of its shape that say from which parameter and which index along each of its dimensions
+  every element comes (expanded views: a label of a matrix of any size takes a few bytes), and
+- on *stand-ins*, small differentiable copies filled with positive numbers, where the forward uses a weight in other
+  ways than by a matrix product.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Array = np.ndarray[Any, Any]
+DIMS = 5
+"""Parameters have at most so many dimensions."""
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+# Calls that only move elements: their labels are moved alike.
+MOVES = words(
+    "T mT H mH t transpose swapaxes swapdims permute movedim view view_as reshape reshape_as flatten unflatten ravel "
+    "squeeze unsqueeze chunk split split_with_sizes tensor_split hsplit vsplit narrow select unbind expand expand_as "
+    "broadcast_to repeat repeat_interleave tile roll flip __getitem__ index_select cat concat concatenate stack hstack "
+    "vstack contiguous clone detach data as_strided real index gather take_along_dim tril triu block_diag"
+)
+
+
+class Weight:
+    """A tensor made of parameters alone.
+
+    Args:
+        value: the tensor itself (on any device, meta included).
+        replay: makes the same of the labels or stand-ins of its sources: takes a function on weights.
+        moves: whether the call only moved elements.
+        sources: the weights that it is made of; an elementwise call of one keeps its labels.
+    """
+
+    def __init__(
+        self,
+        value: Tensor,
+        replay: Callable[[Callable[["Weight"], Tensor]], Tensor] | None = None,
+        moves: bool = True,
+        sources: Sequence["Weight"] = (),
+        number: int = -1,
+    ) -> None:
+        self.value = value
+        self.number = number  # of the parameter; -1: derived
+        self._replay, self._moves, self._sources = replay, moves, tuple(sources)
+        self._labels: list[Tensor] | None = None
+        self._stand_in: Tensor | None = None
+
+    @property
+    def labels(self) -> list[Tensor] | None:
+        """Number of the parameter, then the index along each dimension (-1 beyond its dimensions); None: mixed up."""
+        if self._labels is None:
+            self._labels = self._labelled()
+        return self._labels or None
+
+    @property
+    def owners(self) -> list[int]:
+        """The numbers of the parameters that it is made of."""
+        if self.number >= 0:
+            return [self.number]
+        return sorted({n for source in self._sources for n in source.owners})
+
+    def _labelled(self) -> list[Tensor]:
+        shape = self.value.shape
+        if self._replay is None:
+            sides = [torch.tensor(self.number).expand(shape)]
+            for dim in range(DIMS):
+                index = torch.tensor(-1)
+                if dim < len(shape):
+                    index = torch.arange(shape[dim]).view([-1 if d == dim else 1 for d in range(len(shape))])
+                sides.append(index.expand(shape))
+            return sides
+        if not self._moves:
+            # One of its sources may have been a matrix, what scales or shifts it another.
+            same = [source.labels for source in self._sources if source.value.shape == shape and source.labels]
+            return same[0] if len(same) == 1 and same[0] else []
+        replay = self._replay
+        try:
+            return [replay(partial(_side, side=side)) for side in range(DIMS + 1)]
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return []
+
+    def stand_in(self, make: Callable[["Weight"], Tensor]) -> Tensor:
+        """A differentiable tensor in its place; `make` makes that of a parameter."""
+        if self._stand_in is None:
+            if self._replay is None:
+                self._stand_in = make(self)
+            else:
+                self._stand_in = self._replay(lambda w: w.stand_in(make))
+        return self._stand_in
+
+
+def _side(weight: Weight, side: int) -> Tensor:
+    labels = weight.labels
+    if labels is None:
+        raise ValueError("mixed up")
+    return labels[side]
+
+
+def derived(
+    func: Callable[..., Any], name: str, args: Any, kwargs: Any, known: dict[int, Weight], result: Any
+) -> list[Weight]:
+    """The weights that a call on weights made: one for a tensor, or one for each of several."""
+    sources = [known[id(t)] for t in tensors_in((args, kwargs)) if id(t) in known]
+    # The arguments as they are now: lists that a caller changes later do not matter.
+    frozen = tree_map(lambda x: known.get(id(x), x) if isinstance(x, Tensor) else x, (args, kwargs))
+
+    def replaying(pick: Callable[[Any], Any]) -> Callable[[Callable[[Weight], Tensor]], Tensor]:
+        def replay(of: Callable[[Weight], Tensor]) -> Tensor:
+            args, kwargs = tree_map(lambda x: of(x) if isinstance(x, Weight) else x, frozen)
+            picked: Tensor = pick(func(*args, **kwargs))
+            return picked
+
+        return replay
+
+    moves = name in MOVES
+    if isinstance(result, Tensor):
+        return [Weight(result, replaying(lambda r: r), moves, sources)]
+    parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
+    return [Weight(part, replaying(itemgetter(i)), moves, sources) for i, part in parts if isinstance(part, Tensor)]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested containers and dataclass-like objects, each once per place."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [t for value in tree.values() for t in tensors_in(value)]
+    if isinstance(tree, (tuple, list)):
+        return [t for value in tree for t in tensors_in(value)]
+    if hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type)) and type(tree).__module__ != "builtins":
+        return [t for value in vars(tree).values() if not callable(value) for t in tensors_in(value)]
+    return []
+
+
+class Units(NamedTuple):
+    """Where the numbers along the output of a product come from, one entry per number.
+
+    Attributes:
+        numbers: of the parameters; coords: index along each dimension of the parameter, None where that is summed over.
+        stacked: dimension 0 counts copies, of which each datum meets one.
+    """
+
+    numbers: Array
+    coords: tuple[Array | None, ...]
+    stacked: bool = False
+
+    def of(self, number: int, chosen: Array) -> tuple[Array | None, ...] | None:
+        """The coordinates of chosen units in one parameter, None if none of them lies there."""
+        here = chosen & (self.numbers == number)
+        return tuple(None if c is None else c[here] for c in self.coords) if here.any() else None
+
+    @property
+    def owners(self) -> list[int]:
+        """The numbers of all parameters."""
+        first = int(self.numbers[0]) if len(self.numbers) else -1
+        return [first] if (self.numbers == first).all() else [int(n) for n in np.unique(self.numbers)]
+
+
+def units_of(weight: Weight, unit_axes: Sequence[int], stacked: bool = False) -> Units | None:
+    """The units of a product, which run along `unit_axes` of the weight. None if its labels are mixed up."""
+    labels = weight.labels
+    if labels is None or 0 in weight.value.shape:
+        return None
+    others = [axis for axis in range(weight.value.ndim) if axis not in unit_axes]
+
+    def along(label: Tensor, end: int) -> Array:
+        flat: Array = label.permute(*others, *unit_axes)[tuple(end for _ in others)].reshape(-1).numpy()
+        return flat
+
+    # What is the same at both ends of the axes that are summed over does not vary along them.
+    first, last = [along(s, 0) for s in labels], [along(s, -1) for s in labels]
+    coords = tuple(a if np.array_equal(a, b) else None for a, b in zip(first[1:], last[1:], strict=True))
+    return Units(first[0], coords, stacked)
