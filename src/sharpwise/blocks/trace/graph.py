@@ -133,6 +133,16 @@ class Graph:
                     return found
         return None
 
+    def multiplied(self, tensor: Tensor) -> bool:
+        """Whether two things made by matrices are multiplied behind a tensor, element by element."""
+        for node in _nodes(tensor):
+            if type(node).__name__.startswith("MulBackward"):
+                sides = [list(_behind(n)) for n, _ in node.next_functions if n is not None]
+                made = [any((leaf := self.leaf_at(n)) is not None and leaf.kind == "matrix" for n in s) for s in sides]
+                if sum(made) == 2:
+                    return True
+        return False
+
     def chain(self, tensor: Tensor) -> Iterator[Any]:
         """The nodes behind a tensor as long as there is one way back, ways to weights left aside."""
         node = tensor.grad_fn

@@ -70,6 +70,8 @@ class Inference:
             pass
         for matrix in self.matrices:
             self._into_stream(matrix)
+        for matrix in self.matrices:
+            self._factors(matrix)
 
     # -- who has what ------------------------------------------------------------------------------------------------
 
@@ -89,20 +91,12 @@ class Inference:
         if chosen.any():
             self._roles.setdefault(id(leaf), set()).add(role)
             self.assign(leaf.units, chosen, role, why, head)
-            self._settle_factors(leaf, role, why)
 
     def give_all(self, leaf: Leaf, role: Role, why: str) -> None:
         """All units of a matrix have this role."""
         self._roles.setdefault(id(leaf), set()).add(role)
         if leaf.units is not None:
             self.assign(leaf.units, np.ones(len(leaf.units.numbers), dtype=bool), role, why)
-        self._settle_factors(leaf, role, why)
-
-    def _settle_factors(self, leaf: Leaf, role: Role, why: str) -> None:
-        """Of a weight that is computed, from a norm and a direction say, all parts have the role of the rows."""
-        whole = set() if leaf.units is None else set(leaf.units.owners)
-        for number in set(leaf.weight.owners) - whole if leaf.weight is not None else ():
-            self.ledgers[number].settle(role, why)
 
     def roles(self, leaf: Leaf) -> set[Role]:
         """The roles of a matrix's units, as far as they are known."""
@@ -229,16 +223,17 @@ class Inference:
         hidden = all(self.roles(maker) <= {Role.UP, Role.GATE} for maker in makers)
         if not makers or not hidden or not self.free(matrix):
             return
-        if any(self._only_output(reader) for maker in makers for reader in self.readers[id(maker)]):
-            return  # the hidden layer of a head
+        readers = [reader for maker in makers for reader in self.readers[id(maker)]]
+        if any(self._only_output(reader) or self.roles(reader) & _GROUPS[0] for reader in readers):
+            return  # the hidden layer of a head, a low-rank factor of an attention
         if not self._token_by_token(matrix, makers):
             return
         passing = self.graph.through_activations(source(matrix), makers)
         bent = any(act.any() for _, _, act in passing)
         straight = any((units & ~act).any() for _, units, act in passing)
-        made, width = sum(int(units.sum()) for _, units, _ in passing), source(matrix).shape[-1]
         # Without an activation that is known as one: a product of two, or more units than a linear map could use.
-        if not bent and made < 2 * width and width <= min(source(maker).shape[-1] for maker in makers):
+        wide = source(matrix).shape[-1] > min(source(maker).shape[-1] for maker in makers)
+        if not (bent or wide or self.graph.multiplied(source(matrix))):
             return
         self.give_all(matrix, Role.DOWN, "reads what an activation made of other matrices")
         for maker, units, act in passing:
@@ -282,6 +277,13 @@ class Inference:
 
     def _read_as(self, maker: Leaf, roles: set[Role]) -> bool:
         return all(self.roles(matrix) and self.roles(matrix) <= roles for matrix in self.readers[id(maker)])
+
+    def _factors(self, matrix: Leaf) -> None:
+        """Of a weight that is computed, from a norm and a direction say, all parts have the role if there is one."""
+        roles = self.roles(matrix)
+        if matrix.weight is not None and matrix.units is not None and len(roles) == 1:
+            for number in set(matrix.weight.owners) - set(matrix.units.owners):
+                self.ledgers[number].settle(min(roles), "a part of a weight that is computed")
 
     # -- the ends of the stream --------------------------------------------------------------------------------------
 

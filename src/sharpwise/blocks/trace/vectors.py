@@ -23,8 +23,8 @@ def infer_vectors(found: Inference) -> None:
     for matrix in found.matrices:
         if Role.DOWN in found.roles(matrix):
             for leaf in found.graph.behind(source(matrix)):
-                for number in leaf.weight.owners if leaf.kind == "weight" and leaf.weight is not None else ():
-                    found.ledgers[number].settle(Role.UP, "a parameter of an MLP's activation")
+                if leaf.kind == "weight" and leaf.weight is not None and leaf.weight.value.numel() == 1:
+                    found.ledgers[leaf.weight.number].settle(Role.UP, "a parameter of an MLP's activation")
 
 
 def _lookup(found: Inference, leaf: Leaf) -> None:
