@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import logging
+import statistics
 import time
 import warnings
 from pathlib import Path
@@ -27,6 +28,7 @@ from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.blocks.names import collapse
 from sharpwise.blocks.trace import trace
 from sharpwise.table import Table
+from sharpwise.train.models import load_model
 
 HERE = Path(__file__).parent
 STATUSES = ("complete", "with other", "refused", "not built")
@@ -51,6 +53,8 @@ OWN_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("o_proj", "out_lin"), ("o",)),
     "kv_b_proj": ("k", "v"),
 }
+# Timed in their full size: the device that they are built on; a trace multiplies no matrix, and needs none.
+TIMED = (("gpt2", "cpu"), ("gpt2", "meta"), ("llama-3-8b", "meta"))
 # State space, linear attention or convolution, by the names that transformers gives to kinds of layers.
 RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
@@ -62,7 +66,7 @@ def main() -> None:
     known = causal_lm_types()
     if unknown := [name for name in args.only or () if name not in known]:
         parser.error(f"no causal language model of type {', '.join(unknown)}; one of: {', '.join(known)}")
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
     logging.getLogger("sharpwise").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -70,7 +74,9 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment()}
     result["architectures"] = rows = {name: walk(name) for name in args.only or known}
     result["summary"] = summary(rows)
+    result["seconds"] = {f"{name} on {device}": seconds(name, device) for name, device in TIMED}
     show(rows, result["summary"])
+    print("\nSeconds:", ", ".join(f"{what} {took}" for what, took in result["seconds"].items()))
     if args.only:
         print("\nNothing saved: these were not all.")
         return
@@ -78,6 +84,16 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nSaved {path.relative_to(HERE.parent)}")
+
+
+def seconds(preset: str, device: str) -> float:
+    """The median of five traces."""
+    model, times = load_model(preset, device=device), []
+    for _ in range(5):
+        began = time.perf_counter()
+        trace(model)
+        times.append(time.perf_counter() - began)
+    return round(statistics.median(times), 3)
 
 
 def walk(model_type: str) -> dict[str, Any]:

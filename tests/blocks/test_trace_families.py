@@ -1,11 +1,13 @@
 """Names and dataflow know nothing of each other, and say the same of every family."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from blocks.models import TINY
 from sharpwise.blocks import BlockMap, Role, Segment
@@ -52,6 +54,23 @@ def test_gpt2_124m() -> None:
     assert traced.segments["transformer.wte.weight"][0].role is Role.TOK_EMB
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", [name for name in TINY if name not in EXAMPLES and name != "nanogpt"])
+def test_adapters_over_every_family(family: str, dora: bool) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=dora)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of Conv1D, and of patterns that match nothing
+            model = get_peft_model(TINY[family](), config)
+    except ValueError as error:
+        pytest.skip(f"peft: {error}")
+    by_name = BlockMap.of(model, trace=False)
+    assert BlockMap.of(model, trace=True).names() == by_name.names()
+    traced = trace(model).segments
+    for name in by_name.names():
+        if ".self_attn." in name and ".lora_" in name and "magnitude" not in name:
+            assert {s.role for s in traced[name]} == {s.role for s in by_name[name]}, name
+
+
 class SwappedAttention(nn.Module):
     """Takes its keys for queries, whatever they are called."""
 
@@ -67,17 +86,20 @@ class SwappedAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
-def deceiving() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def honest() -> nn.Module:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **sizes))
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **sizes))
+
+
+def deceiving() -> nn.Module:
+    model: Any = honest()
     layer = model.model.layers[0]
     layer.self_attn = SwappedAttention(layer.self_attn)
     return model
 
 
 def test_a_disagreement_raises_and_shows_both_sides() -> None:
+    BlockMap.of(honest())  # of the same class, config and shapes: it does not speak for the other
     model = deceiving()
     with pytest.raises(ValueError, match=r"names and dataflow disagree about 2 parameters") as caught:
         BlockMap.of(model)

@@ -69,7 +69,7 @@ class Sources:
         if ask is False:
             return found
         complete = all(by_name.values())
-        key = (type(model), tuple(shapes.items()), repr(getattr(model, "config", None)))
+        key = _built_alike(model, shapes)
         cheap = len(shapes) <= CHEAP and key not in _verified and not _hooked(model)
         if ask is None and example is None and complete and not cheap:
             return found
@@ -222,6 +222,12 @@ def _parameters(
             )
         shapes[name], tied[name] = tuple(parameter.shape), others
     return shapes, tied, frozen
+
+
+def _built_alike(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """What models share of which one trace speaks for all: classes, forwards of their own, config and shapes."""
+    modules = tuple((type(module), vars(module).get("forward")) for module in model.modules())
+    return modules, tuple(shapes.items()), repr(getattr(model, "config", None))
 
 
 def _hooked(model: nn.Module) -> bool:
