@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,7 +21,7 @@ logger = logging.getLogger("sharpwise.blocks")
 
 CHEAP = 200
 """Up to this many tensors a model that is known by name is traced without being asked, once per class and config."""
-_verified: set[Any] = set()
+_verified: set[int] = set()
 
 Standing = Literal["agree", "differ", "names", "dataflow", "neither"]
 
@@ -81,8 +81,8 @@ class Sources:
             if ask or example is not None:
                 raise
             found.problem = str(error)
-        if complete and not found.differences():  # what differs is an error the second time too
-            _verified.add(key)
+        if complete and key is not None and found.traced is not None and not found.differences():
+            _verified.add(key)  # what differs is an error the second time too
         return found
 
     def resolve(self, overrides: Mapping[str, Override] | None = None) -> dict[str, list[Segment]]:
@@ -224,10 +224,12 @@ def _parameters(
     return shapes, tied, frozen
 
 
-def _built_alike(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """What models share of which one trace speaks for all: classes, forwards of their own, config and shapes."""
-    modules = tuple((type(module), vars(module).get("forward")) for module in model.modules())
-    return modules, tuple(shapes.items()), repr(getattr(model, "config", None))
+def _built_alike(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """What models share of which one trace speaks for all: classes, config and shapes. None where that is not all."""
+    config = getattr(model, "config", None)
+    if config is None or any("forward" in vars(module) for module in model.modules()):
+        return None
+    return hash((tuple(type(module).__qualname__ for module in model.modules()), tuple(shapes.items()), repr(config)))
 
 
 def _hooked(model: nn.Module) -> bool:

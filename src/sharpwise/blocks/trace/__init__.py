@@ -1,6 +1,5 @@
 """Blocks by dataflow: what the parameters of a model are, from what its forward computes. Not one name is read."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,12 @@ from sharpwise.blocks.names import canonical_name
 from sharpwise.blocks.segment import Segment
 from sharpwise.blocks.trace.attention import flex_attention_seen
 from sharpwise.blocks.trace.example import TOKENS, Example, make_example, untouched
+from sharpwise.blocks.trace.functions import opened_functions
 from sharpwise.blocks.trace.infer import Inference
 from sharpwise.blocks.trace.layers import find_layers
 from sharpwise.blocks.trace.recorder import Recorder
 from sharpwise.blocks.trace.vectors import infer_vectors
 from sharpwise.blocks.trace.weights import tensors_in
-
-logger = logging.getLogger("sharpwise.blocks")
 
 __all__ = ["Example", "Traced", "trace"]
 
@@ -63,10 +61,16 @@ def trace(model: nn.Module, example: Example | None = None) -> Traced:
             if example is not None or record.missed <= 1:
                 break
             tokens = int(tokens * record.missed + 1)
-        found = Inference(record, output)
-        found.run()
-        infer_vectors(found)
-        find_layers(model, found)
+        try:
+            found = Inference(record, output)
+            found.run()
+            infer_vectors(found)
+            find_layers(model, found)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"trace: what {type(model).__name__} computes cannot be read: {type(error).__name__}: {error}; "
+                "say what its parameters are with overrides={glob: role}"
+            ) from error
     return _result(model, record, found)
 
 
@@ -81,9 +85,10 @@ def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Record
             )
     args, kwargs = tree_map(_leaf_input, (args, kwargs))
     record.mark("input", (args, kwargs))
-    with untouched(model), torch.compiler.set_stance("force_eager"), flex_attention_seen():
+    record.copies.update((id(tensor), i) for i, tensor in enumerate(tensors_in((args, kwargs))))
+    with untouched(model), torch.compiler.set_stance("force_eager"):
         try:
-            with record:
+            with flex_attention_seen(), opened_functions(record), record:
                 output = model(*args, **kwargs)
         except Exception as error:
             made = "the example" if example is not None else f"a made-up example ({_describe(kwargs or args)})"
@@ -113,9 +118,10 @@ def _arguments(model: nn.Module, example: Example | None, tokens: int) -> tuple[
 
 
 def _leaf_input(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().clone().requires_grad_()
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    copy = value.detach().clone()
+    return copy.requires_grad_() if copy.is_floating_point() else copy
 
 
 def _describe(values: Any) -> str:
@@ -127,16 +133,19 @@ def _describe(values: Any) -> str:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module below torch.compile and DDP: its forward is the same."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+    while True:
+        wraps = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = model.module if wraps else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _check_whole(model: nn.Module) -> None:
     from sharpwise.engine.mesh import is_dtensor
 
     for name, parameter in model.named_parameters():
-        if is_dtensor(parameter):
+        if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter":
             raise ValueError(
                 f"trace: {name} is sharded; build the map before sharding, or load a saved one: "
                 "BlockMap.of(model).save(path), then BlockMap.load(path)"

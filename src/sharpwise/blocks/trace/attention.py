@@ -77,7 +77,7 @@ def _attended(record: "Recorder", attention: Attention, computed: Tensor) -> Ten
     if not (learned or record.graph.matrices_behind(attention.q)):
         return computed
     record.attentions.append(attention)
-    out = record.graph.positive(computed.shape, computed.dtype)
+    out = record.graph.positive(computed.shape, computed.dtype, computed.device)
     return record.graph.add(Leaf(out, "attention", record.graph.tick())).tensor.clone()
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from sharpwise.blocks.trace.graph import Normed, Through
 from sharpwise.blocks.trace.matrices import add_bias
-from sharpwise.blocks.trace.weights import Weight, tensors_in, words
+from sharpwise.blocks.trace.weights import MOVES, Weight, tensors_in, words
 
 if TYPE_CHECKING:
     from sharpwise.blocks.trace.recorder import Call, Recorder
@@ -33,6 +33,7 @@ CHOICES = words("topk argmax sort argsort max")
 SCALES = words("mul __mul__ __rmul__ mul_ __imul__ multiply")
 SHIFTS = words("add __add__ __radd__ add_ __iadd__ sub __sub__ sub_ __isub__")
 QUOTIENTS = words("div __truediv__ true_divide div_ __itruediv__")
+_COPIES = MOVES | {"to", "long", "int", "pin_memory", "cpu", "cuda"}
 JOINS = words("cat concat concatenate stack where masked_fill lerp")
 
 
@@ -47,6 +48,8 @@ def handle(record: "Recorder", call: "Call", weights: list[Weight]) -> Any:
     x = call.argument(0, "input", "condition")
     if not isinstance(x, Tensor) or not any(t.requires_grad for t in given):
         result = call.run()
+        if isinstance(result, Tensor) and id(x) in record.copies and call.name in _COPIES:
+            record.copies[id(result)] = record.copies[id(x)]
         for what in ("statistic", "choice", "input"):
             if record.is_marked(what, *given):
                 record.mark(what, result)

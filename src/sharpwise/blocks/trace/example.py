@@ -34,8 +34,8 @@ def make_example(model: nn.Module, tokens: int = TOKENS) -> dict[str, Any]:
         if value is not None:
             made[name] = value
         elif p.default is p.empty:
-            if len(made) == 0 and _lookups(model) and _alone(parameters):
-                made[name] = ids
+            if not made and _alone(parameters) and (alone := _only_input(model, ids)) is not None:
+                made[name] = alone
                 continue
             raise ValueError(f"its forward needs {name!r}, which cannot be guessed")
     if "use_cache" in parameters:
@@ -56,6 +56,14 @@ def _alone(parameters: Mapping[str, Any]) -> bool:
     return sum(p.default is p.empty for p in parameters.values()) == 1
 
 
+def _only_input(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """What the only argument may be: token numbers, or where nothing is looked up but attended to, vectors."""
+    attention = next((m for m in model.modules() if isinstance(m, nn.MultiheadAttention)), None)
+    if _lookups(model):
+        return ids
+    return None if attention is None else torch.rand(1, ids.shape[1], attention.embed_dim, device=ids.device)
+
+
 def _lookups(model: nn.Module) -> list[nn.Embedding]:
     return [m for m in model.modules() if isinstance(m, nn.Embedding)]
 
@@ -74,7 +82,7 @@ def ids_like(model: nn.Module, config: Any, tokens: int) -> Tensor:
     }
     allowed = [i for i in range(min(size, 4096)) if i not in special] or [0]
     # Steps of 1, 2, 3, ...: never consecutive, as positions are.
-    return torch.tensor([[allowed[i * (i + 1) // 2 % len(allowed)] for i in range(1, tokens + 1)]])
+    return torch.tensor([[allowed[i * (i + 1) // 2 % len(allowed)] for i in range(1, tokens + 1)]], device="cpu")
 
 
 def _guess(model: nn.Module, name: str, config: Any, ids: Tensor, device: torch.device) -> Any:
@@ -98,19 +106,25 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """In evaluation mode inside; as it was before once left, however that happens.
 
     Restored are the training flags, attributes (lists, dicts and sets with what they hold) and buffers of all modules,
-    and the random numbers of torch, Python and numpy. Hooks run, since some compute weights.
+    and the random numbers of torch, Python and numpy. Inside, buffers and tensors in attributes are copies. Hooks run,
+    since some compute weights.
     """
     modules = list(model.modules())
     attributes = [dict(vars(m)) for m in modules]
     kinds: list[Any] = [kind for m in modules for kind in (m._buffers, m._parameters, m._modules)]
     members = [dict(kind) for kind in kinds]
-    values = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     containers = [(held, held.copy()) for before in attributes for held in before.values() if type(held) in _CONTAINERS]
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     on_devices = [(device, torch.cuda.get_rng_state(device)) for device in cuda]
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
-        model.eval()
+        copies: dict[int, Tensor] = {}
+        for module in modules:
+            module.training = False  # not eval(): a train() of one's own may merge weights
+            for held in (vars(module), module._buffers):
+                for name, value in list(held.items()):
+                    if isinstance(value, Tensor) and value.device.type != "meta":
+                        held[name] = copies.setdefault(id(value), value.detach().clone())
         yield
     finally:
         for module, before in zip(modules, attributes, strict=True):
@@ -125,10 +139,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
             else:
                 held.clear()
                 held.update(content)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
         torch.set_rng_state(numbers[0])
         random.setstate(numbers[1])
         np.random.set_state(numbers[2])

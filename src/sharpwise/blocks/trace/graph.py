@@ -5,7 +5,7 @@ a weight, every lookup and every attention. Their gradients are not zero exactly
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -73,13 +73,12 @@ class Graph:
         scores: products of data with data by their node, which may become attention scores.
     """
 
-    def __init__(self, device: torch.device, seed: int = 0) -> None:
-        self.device = device
+    def __init__(self, seed: int = 0) -> None:
         self.leaves: dict[int, Leaf] = {}
         self.factor = [1.0]
         self.scores: dict[Any, Product] = {}
         self.time = 0
-        self._random = torch.Generator(device).manual_seed(seed)
+        self._random = torch.Generator("cpu").manual_seed(seed)
         self._known: dict[Any, list[Leaf]] = {}
         self._own: set[Any] = set()
 
@@ -88,10 +87,10 @@ class Graph:
         self.time += 1
         return self.time
 
-    def positive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def positive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random differentiable numbers, 0.5 to 1.5: what they multiply is never hidden by a zero."""
-        numbers = torch.rand(tuple(shape), device=self.device, generator=self._random) + 0.5
-        return numbers.to(dtype).requires_grad_()
+        numbers = torch.rand(tuple(shape), device="cpu", generator=self._random) + 0.5
+        return numbers.to(device, dtype).requires_grad_()
 
     def add(self, leaf: Leaf) -> Leaf:
         """Make a leaf known."""
@@ -133,14 +132,14 @@ class Graph:
                     return found
         return None
 
-    def multiplied(self, tensor: Tensor) -> bool:
-        """Whether two things made by matrices are multiplied behind a tensor, element by element."""
+    def multiplied(self, tensor: Tensor, left: Collection[Leaf], right: Collection[Leaf]) -> bool:
+        """Whether, behind a tensor, what one of `left` makes is multiplied by what one of `right` makes."""
         for node in _nodes(tensor):
-            if type(node).__name__.startswith("MulBackward"):
-                sides = [list(_behind(n)) for n, _ in node.next_functions if n is not None]
-                made = [any((leaf := self.leaf_at(n)) is not None and leaf.kind == "matrix" for n in s) for s in sides]
-                if sum(made) == 2:
-                    return True
+            if type(node).__name__.startswith("MulBackward") and len(node.next_functions) == 2:
+                sides = [{self.leaf_at(n) for n in _behind(following)} for following, _ in node.next_functions]
+                for a, b in (sides, sides[::-1]):
+                    if not a.isdisjoint(left) and not b.isdisjoint(right):
+                        return True
         return False
 
     def chain(self, tensor: Tensor) -> Iterator[Any]:
@@ -180,13 +179,16 @@ class Graph:
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
         if own and type(node).__name__ not in ("ThroughBackward", "NormedBackward") and node not in self._own:
             self._own.add(node)
-            node.register_prehook(lambda grads: tuple(None if g is None else g * self.factor[0] for g in grads))
+            factor = self.factor  # not self: a hook would keep all of this for ever
+            node.register_prehook(lambda grads: tuple(None if g is None else g * factor[0] for g in grads))
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
     def gradients(self, tensor: Tensor, leaves: Sequence[Leaf], times: Tensor | None = None) -> list[Tensor | None]:
         """Per leaf the gradient of a random sum of a tensor, its elements weighed by `times`; None where it is none."""
-        cotangent = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor) + 0.5
+        cotangent = (
+            torch.rand(tensor.shape, device="cpu", generator=torch.Generator("cpu").manual_seed(1)).to(tensor) + 0.5
+        )
         if times is not None:
             cotangent = cotangent * times
         inputs = [leaf.tensor for leaf in leaves]
@@ -225,7 +227,7 @@ class Graph:
             if a is None or b is None:
                 continue
             ratio = torch.where(a == 0, 0.0, b / a)
-            if bool(((ratio - ratio.round()).abs() > 1e-3).any()):
+            if not bool(((ratio - ratio.round()).abs() <= 1e-3).all()):
                 shared.append(i)
             else:
                 found[i] = [rows for n in heads if (rows := self.units(leaves[i], ratio.round() == n)).any()]

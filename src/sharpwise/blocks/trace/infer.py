@@ -187,16 +187,20 @@ class Inference:
 
     def _output(self, matrix: Leaf) -> None:
         behind = self.graph.behind(source(matrix))
-        if not self.free(matrix) or all(leaf.kind != "attention" for leaf in behind):
+        attended = [leaf for leaf in behind if leaf.kind == "attention"]
+        if not self.free(matrix) or not attended:
             return
+        if any(leaf.kind == "lookup" or self.roles(leaf) & {Role.O, Role.DOWN} for leaf in behind):
+            return  # the stream, to which an attention without such a matrix was added
         self.give_all(matrix, Role.O, "reads an attention's output")
         self._belongs(matrix, [leaf.kind for leaf in self.leaves if leaf.time < matrix.time].count("attention") - 1)
         gates = [leaf for leaf in behind if leaf.kind == "matrix" and self.without_role(leaf).any()]
-        if gates and all(leaf.kind != "lookup" for leaf in behind):
-            for gate, size in zip(gates, self.graph.gradients(source(matrix), gates), strict=True):
-                if size is not None:
-                    chosen = self.graph.units(gate, size != 0) & self.without_role(gate)
-                    self.give(gate, chosen, Role.O_GATE, "multiplies an attention's output")
+        for gate, units, _ in self.graph.through_activations(source(matrix), gates) if gates else ():
+            if self.graph.multiplied(source(matrix), [gate], attended):
+                role, why = Role.O_GATE, "multiplies an attention's output"
+            else:
+                role, why = Role.UP, "stands beside an attention's output"
+            self.give(gate, units & self.without_role(gate), role, why)
 
     # -- MLP and low rank ------------------------------------------------------------------------------------------
 
@@ -233,7 +237,7 @@ class Inference:
         straight = any((units & ~act).any() for _, units, act in passing)
         # Without an activation that is known as one: a product of two, or more units than a linear map could use.
         wide = source(matrix).shape[-1] > min(source(maker).shape[-1] for maker in makers)
-        if not (bent or wide or self.graph.multiplied(source(matrix))):
+        if not (bent or wide or self.graph.multiplied(source(matrix), makers, makers)):
             return
         self.give_all(matrix, Role.DOWN, "reads what an activation made of other matrices")
         for maker, units, act in passing:

@@ -34,7 +34,7 @@ def handle(record: "Recorder", call: "Call") -> Tensor | None:
     record.graph.tick()
     record.touch(weight)
     leaf = Leaf(
-        record.graph.positive(_shape(product, call), data.dtype),
+        record.graph.positive(_shape(product, call), data.dtype, record.real_device(data)),
         "matrix",
         record.graph.time,
         weight,
@@ -90,8 +90,10 @@ def _lookup(record: "Recorder", call: "Call") -> Tensor | None:
         return None
     if record.is_marked("choice", ids):
         return None  # each token takes the row of its expert, a bias say
+    if call.name != "embedding" and ids.ndim == 1 and not record.is_marked("input", ids):
+        return None  # rows in another order
     record.graph.tick()
     record.touch(weight)
-    out = record.graph.positive((*ids.shape, *table.shape[1:]), table.dtype)
+    out = record.graph.positive((*ids.shape, *table.shape[1:]), table.dtype, record.real_device(table))
     ids = tree_map(record.real, ids)
     return record.graph.add(Leaf(out, "lookup", record.graph.time, weight, ids)).tensor.clone()

@@ -26,6 +26,7 @@ _QUESTIONS = words(
     "size dim stride numel is_contiguous is_floating_point is_complex element_size nelement data_ptr storage_offset "
     "shape dtype ndim requires_grad grad layout is_leaf names _version"
 )
+_VALUES = frozenset(("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"))
 _DEVICES = frozenset(("device", "is_meta", "is_cuda", "is_cpu", "get_device"))
 _LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
 
@@ -94,13 +95,14 @@ class Recorder(TorchFunctionMode):
         self.parameters = list(model.parameters())
         self.weights = {id(p): Weight(p, number=n) for n, p in enumerate(self.parameters)}
         self.device = next((p.device for p in self.parameters if p.device.type != "meta"), torch.device("cpu"))
-        self.graph = Graph(self.device)
+        self.graph = Graph()
         self.attentions: list[Attention] = []
         self.choices: list[tuple[Tensor, str]] = []
         self.uses: list[Use] = []
         self.touched: dict[int, int] = {}
         self.missed = 1.0
         self.weightings: dict[Any, Any] = {}  # softmaxes by node -> the scores
+        self.copies: dict[int, int] = {}  # numbers given by the example, viewed or copied -> which
         self.marked: dict[str, set[int]] = {"statistic": set(), "comparison": set(), "choice": set(), "input": set()}
         self._keep: list[Any] = []
         self._stand_ins: dict[int, Tensor] = {}
@@ -109,9 +111,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            name = func.__self__.__name__
+            name = getattr(func.__self__, "__name__", "")
         call = Call(func, name, tuple(args), dict(kwargs or {}))
-        with torch.enable_grad():
+        if name in ("__set__", "__setitem__") and self.weight(call.args[0]) is not None:
+            return None  # never write to a parameter
+        if self.weight(call.kwargs.get("out")) is not None:
+            call.kwargs["out"] = self.real(call.kwargs["out"]).detach()
+        with torch.inference_mode(False), torch.enable_grad():
             return call.run() if name == "__set__" else self._handle(call)
 
     def _handle(self, call: Call) -> Any:
@@ -155,19 +161,17 @@ class Recorder(TorchFunctionMode):
     def _of_weights(self, call: Call) -> Any:
         if call.name in _QUESTIONS:
             return call.run()
-        if self._meta:
-            call = call.mapped(self._to_meta)
-        result = call.run()
+        if call.name in _VALUES:
+            return call.mapped(self.real).run()
+        try:
+            result = _on_meta_device(call).run()
+        except (RuntimeError, NotImplementedError, IndexError):  # a shape that depends on values
+            result = call.run()
         made = derived(call.func, call.name, call.args, call.kwargs, self.weights, result)
         for weight in made:
             self.weights[id(weight.value)] = weight
         self._keep.append((made, result))
         return result
-
-    def _to_meta(self, value: Any) -> Any:
-        """Constants beside weights on the meta device go there too."""
-        constant = isinstance(value, Tensor) and id(value) not in self.weights and value.ndim > 0
-        return value.to("meta") if constant else value
 
     def touch(self, weight: Weight) -> None:
         """A weight is used now."""
@@ -179,22 +183,26 @@ class Recorder(TorchFunctionMode):
         weight = self.weight(value)
         if weight is not None:
             self.touch(weight)
-            return weight.stand_in(self._stand_in)
+            return weight.stand_in(self._stand_in, self.real)
         if not isinstance(value, Tensor) or value.device.type != "meta":
             return value
         if value.dtype in (torch.int32, torch.int64) and value.ndim:
             return torch.arange(value.shape[-1], device=self.device, dtype=value.dtype).expand(value.shape)
         return torch.ones(value.shape, dtype=value.dtype, device=self.device)
 
+    def real_device(self, tensor: Tensor) -> torch.device:
+        """Where a tensor lies, or would if it were not on the meta device."""
+        return self.device if tensor.device.type == "meta" else tensor.device
+
     def _stand_in(self, weight: Weight) -> Tensor:
         """A leaf in place of a parameter."""
         if weight.number not in self._stand_ins:
             value = weight.value
             if value.is_floating_point():
-                tensor = self.graph.positive(value.shape, value.dtype)
+                tensor = self.graph.positive(value.shape, value.dtype, self.real_device(value))
                 self.graph.add(Leaf(tensor, "weight", self.graph.time, weight))
             else:
-                tensor = torch.zeros(value.shape, dtype=value.dtype, device=self.device)
+                tensor = torch.zeros(value.shape, dtype=value.dtype, device=self.real_device(value))
             self._stand_ins[weight.number] = tensor
         return self._stand_ins[weight.number]
 
@@ -211,6 +219,16 @@ class Recorder(TorchFunctionMode):
     def is_marked(self, what: str, *values: Any) -> bool:
         """Whether one of these is."""
         return any(id(value) in self.marked[what] for value in values)
+
+
+def _on_meta_device(call: Call) -> Call:
+    """A call on weights without numbers: only shapes matter."""
+    call = call.mapped(lambda x: x.detach().to("meta") if isinstance(x, Tensor) and x.ndim > 0 else x)
+    if call.name in ("cpu", "cuda"):
+        return call._replace(func=torch.Tensor.detach, args=call.args[:1], kwargs={})
+    if call.name == "to":
+        call = call._replace(args=tuple("meta" if isinstance(a, (str, torch.device)) else a for a in call.args))
+    return call._replace(kwargs={k: "meta" if k == "device" else v for k, v in call.kwargs.items()})
 
 
 def _on_meta(device: Any) -> bool:

@@ -30,8 +30,13 @@ def infer_vectors(found: Inference) -> None:
 def _lookup(found: Inference, leaf: Leaf) -> None:
     assert leaf.weight is not None and leaf.source is not None
     on_scores = any(a.bias is not None and leaf in found.graph.behind(a.bias) for a in found.record.attentions)
+    record = found.record
+    given = record.copies.get(id(leaf.source))
+    others = {record.copies.get(id(other.source)) for other in found.leaves if other.kind == "lookup"} - {given, None}
+    # Numbers of the example are tokens, whatever they are, unless it gives others too; what a forward counts, places.
+    tokens = not _are_places(leaf.source) or (given is not None and not others)
     for number in leaf.weight.owners:
-        if on_scores or _are_places(leaf.source):
+        if on_scores or not tokens:
             found.ledgers[number].settle(Role.POS_EMB, "looked up by places")
         else:
             found.ledgers[number].settle(Role.TOK_EMB, "looked up by tokens", first=True)
@@ -40,7 +45,7 @@ def _lookup(found: Inference, leaf: Leaf) -> None:
 def _are_places(ids: Tensor) -> bool:
     """Whether these are positions or constants rather than tokens: consecutive, or all the same."""
     steps = ids.reshape(-1, ids.shape[-1]).diff(dim=-1) if ids.ndim else ids.new_zeros(0)
-    return bool(steps.numel()) and bool((steps == steps.reshape(-1)[0]).all())
+    return not steps.numel() or bool((steps == steps.reshape(-1)[0]).all())
 
 
 def _biases(found: Inference, matrix: Leaf) -> None:

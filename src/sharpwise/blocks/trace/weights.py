@@ -24,6 +24,10 @@ DIMS = 5
 """Parameters have at most so many dimensions."""
 
 
+Replay = Callable[[Callable[["Weight"], Tensor], Callable[[Any], Any]], Tensor]
+"""Makes a tensor again, given what to put in place of weights and of all else."""
+
+
 def words(text: str) -> frozenset[str]:
     """The words of a text."""
     return frozenset(text.split())
@@ -51,7 +55,7 @@ class Weight:
     def __init__(
         self,
         value: Tensor,
-        replay: Callable[[Callable[["Weight"], Tensor]], Tensor] | None = None,
+        replay: "Replay | None" = None,
         moves: bool = True,
         sources: Sequence["Weight"] = (),
         number: int = -1,
@@ -79,11 +83,13 @@ class Weight:
     def _labelled(self) -> list[Tensor]:
         shape = self.value.shape
         if self._replay is None:
-            sides = [torch.tensor(self.number).expand(shape)]
+            sides = [torch.tensor(self.number, device="cpu").expand(shape)]
             for dim in range(DIMS):
-                index = torch.tensor(-1)
+                index = torch.tensor(-1, device="cpu")
                 if dim < len(shape):
-                    index = torch.arange(shape[dim]).view([-1 if d == dim else 1 for d in range(len(shape))])
+                    index = torch.arange(shape[dim], device="cpu").view(
+                        [-1 if d == dim else 1 for d in range(len(shape))]
+                    )
                 sides.append(index.expand(shape))
             return sides
         if not self._moves:
@@ -92,18 +98,25 @@ class Weight:
             return same[0] if len(same) == 1 and same[0] else []
         replay = self._replay
         try:
-            return [replay(partial(_side, side=side)) for side in range(DIMS + 1)]
+            return [replay(partial(_side, side=side), _on_cpu) for side in range(DIMS + 1)]
         except (RuntimeError, TypeError, ValueError, IndexError):
             return []
 
-    def stand_in(self, make: Callable[["Weight"], Tensor]) -> Tensor:
-        """A differentiable tensor in its place; `make` makes that of a parameter."""
+    def stand_in(self, make: Callable[["Weight"], Tensor], plain: Callable[[Any], Any]) -> Tensor:
+        """A differentiable tensor in its place; `make` makes that of a parameter, `plain` what stands beside it."""
         if self._stand_in is None:
             if self._replay is None:
                 self._stand_in = make(self)
             else:
-                self._stand_in = self._replay(lambda w: w.stand_in(make))
+                self._stand_in = self._replay(lambda w: w.stand_in(make, plain), plain)
         return self._stand_in
+
+
+def _on_cpu(value: Any) -> Any:
+    """Labels lie on the CPU, and so must what indexes them."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return value.detach().cpu() if isinstance(value, Tensor) and value.device.type != "meta" else value
 
 
 def _side(weight: Weight, side: int) -> Tensor:
@@ -121,9 +134,9 @@ def derived(
     # The arguments as they are now: lists that a caller changes later do not matter.
     frozen = tree_map(lambda x: known.get(id(x), x) if isinstance(x, Tensor) else x, (args, kwargs))
 
-    def replaying(pick: Callable[[Any], Any]) -> Callable[[Callable[[Weight], Tensor]], Tensor]:
-        def replay(of: Callable[[Weight], Tensor]) -> Tensor:
-            args, kwargs = tree_map(lambda x: of(x) if isinstance(x, Weight) else x, frozen)
+    def replaying(pick: Callable[[Any], Any]) -> Replay:
+        def replay(of: Callable[[Weight], Tensor], plain: Callable[[Any], Any]) -> Tensor:
+            args, kwargs = tree_map(lambda x: of(x) if isinstance(x, Weight) else plain(x), frozen)
             picked: Tensor = pick(func(*args, **kwargs))
             return picked
 
