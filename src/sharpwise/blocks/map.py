@@ -137,7 +137,7 @@ class BlockMap:
             [
                 (
                     s.name,
-                    " x ".join(map(str, s.shape)) or "scalar",
+                    s.describe_shape(),
                     str(s.role),
                     str(s.block_type),
                     s.layer,

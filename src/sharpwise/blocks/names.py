@@ -8,6 +8,9 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # ... and DDP, DeepSpeed and AveragedModel at the outermost only: deeper down, `module` is an attribute like any other.
 _OUTER = _WRAPPERS | {"module"}
 
+IN_LAYER = re.compile(r"(?:(?P<stem>.+?)\.)??(?P<number>\d+)\.(?P<rest>.+)")
+"""A name with a number in it, of a layer most likely: what is before and behind the first one."""
+
 
 def canonical_name(name: str) -> str:
     """The name of a parameter without the prefixes that wrappers add.

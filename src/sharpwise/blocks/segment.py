@@ -126,6 +126,10 @@ class Segment:
             return self.heads
         return 1
 
+    def describe_shape(self) -> str:
+        """The shape of the whole parameter in words, `768 x 2304` or `scalar`."""
+        return " x ".join(map(str, self.shape)) or "scalar"
+
     def describe_rows(self) -> str:
         """The rows in words, `all`, `0:768` or `12 x 64 from 64 every 192`."""
         if self.whole and self.count == 1:

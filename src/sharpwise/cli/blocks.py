@@ -1,7 +1,6 @@
 """`sharpwise blocks MODEL`: what each parameter of a model is."""
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, NamedTuple
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sharpwise.blocks import BlockMap, Segment
-from sharpwise.blocks.names import number_ranges
+from sharpwise.blocks.names import IN_LAYER, number_ranges
 from sharpwise.blocks.overrides import Override
 from sharpwise.cli.blocks_why import dataflow_line, print_differences, print_explanations, read_sources
 from sharpwise.cli.errors import user_errors
@@ -174,11 +173,11 @@ def _collapsed(segments: Sequence[Segment]) -> list[tuple[str, _Line]]:
     """Lines under their headings (`transformer.h.{0..11}`), one for all layers that are alike, in order."""
     numbers: dict[_Line, list[int]] = {}
     for s in segments:
-        found = re.match(r"(?:(.+?)\.)??(\d+)\.(.+)", s.name)
+        found = IN_LAYER.fullmatch(s.name)
         stem, number, rest = (found[1] or "", int(found[2]), found[3]) if found else ("", -1, s.name)
         if found is not None:
             stem = f"{stem}." if stem else "."
-        shape = " x ".join(map(str, s.shape)) or "scalar"
+        shape = s.describe_shape()
         heads = "" if s.heads is None else str(s.heads)
         line = _Line(stem, rest, shape, str(s.role), _rows(s), heads, s.tied, bool(s.source))
         numbers.setdefault(line, []).append(number)

@@ -14,14 +14,12 @@ from rich.text import Text
 from torch import nn
 
 from sharpwise.blocks import BlockMap, Segment
-from sharpwise.blocks.names import collapse, number_ranges
+from sharpwise.blocks.names import IN_LAYER, collapse, number_ranges
 from sharpwise.blocks.overrides import Override
 from sharpwise.blocks.sources import Sources, describe, in_words
 
 MOST = 20
 """So many parameters `--explain` explains, unless it is told to explain all."""
-
-_LAYER = re.compile(r"(?:(?P<stem>.+?)\.)??(?P<number>\d+)\.(?P<rest>.+)")
 
 
 def read_sources(model: nn.Module, trace: bool | None, *, implied: bool = False) -> Sources:
@@ -132,7 +130,7 @@ def _matching(sources: Sources, patterns: Iterable[str]) -> list[str]:
 
 def _about(segment: Segment) -> str:
     """What all segments of a parameter share."""
-    words = [_shape(segment)]
+    words = [segment.describe_shape()]
     if segment.layer is not None:
         words.append(f"layer {segment.layer}")
     if segment.bias:
@@ -231,7 +229,7 @@ def _table(
     assert sources.traced is not None
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, (named, seen) in differences.items():
-        found = _LAYER.fullmatch(name)
+        found = IN_LAYER.fullmatch(name)
         stem, rest = (f"{found['stem'] or ''}.", found["rest"]) if found and not every else ("", name)
         sides = ("\n".join(in_words(named, seen)), "\n".join(in_words(seen, named)))
         # Sentences count as equal where they differ in numbers only: "attention 0", "attention 1".
@@ -245,7 +243,7 @@ def _table(
         table.add_column(column, overflow="fold")
     section = ""
     for (stem, rest, source, by_name, by_dataflow, _), names in rows.items():
-        numbers = [int(found["number"]) for name in names if (found := _LAYER.fullmatch(name))]
+        numbers = [int(found["number"]) for name in names if (found := IN_LAYER.fullmatch(name))]
         heading = f"{stem}{number_ranges(numbers)}".lstrip(".") if stem else ""
         if heading and heading != section:
             table.add_row(Text(heading, style="bold"))
@@ -267,10 +265,6 @@ def _plain(parts: list[Segment]) -> object:
     """As in the JSON of a block map, without what all segments of a parameter share with it."""
     segments = json.loads(BlockMap(parts).to_json())["segments"]
     return [{key: value for key, value in segment.items() if key not in ("name", "shape")} for segment in segments]
-
-
-def _shape(segment: Segment) -> str:
-    return " x ".join(map(str, segment.shape)) or "scalar"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
