@@ -151,3 +151,10 @@ def test_a_model_known_by_name_that_cannot_be_run_is_mapped_by_name(caplog: pyte
     assert BlockMap.of(model) == BlockMap.of(TINY["llama"](), trace=False)
     with pytest.raises(ValueError, match=r"trace: the forward of LlamaForCausalLM raises with a made-up example"):
         BlockMap.of(model, trace=True)
+
+
+def test_a_model_without_attention_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with caplog.at_level("WARNING", "sharpwise.blocks"):
+        assert BlockMap.of(model, trace=True)["0.weight"][0].role is Role.TOK_EMB
+    assert [r.getMessage()[:46] for r in caplog.records] == ["Sequential computes no attention with this inp"]

@@ -81,6 +81,12 @@ class Sources:
             if ask or example is not None:
                 raise
             found.problem = str(error)
+        if found.traced is not None and not found.traced.attentions and (ask or example is not None):
+            logger.warning(
+                "%s computes no attention with this input (no softmax between two products, none of torch's functions "
+                "for it): dataflow finds no q, k, v or o",
+                type(model).__name__,
+            )
         if complete and key is not None and found.traced is not None and not found.differences():
             _verified.add(key)  # what differs is an error the second time too
         return found
