@@ -28,7 +28,7 @@ def demo(
             "standard library.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the nine runs.")] = 360,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the nine runs.")] = 260,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and of the order of the data.")] = 0,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Runs at a time, one thread each; 0 takes what the CPUs allow.")
@@ -37,7 +37,7 @@ def demo(
 ) -> None:
     """Train a tiny GPT-2 under AdamW, AdamW with blockwise learning rates and Adam-mini, and say what came out.
 
-    Three learning rates each, one seed, about three minutes on two cores, no network. Writes index.html and
+    Three learning rates each, one seed, two to four minutes on two cores, no network. Writes index.html and
     result.json.
     """
     log = Console(stderr=True, highlight=False, markup=False)
