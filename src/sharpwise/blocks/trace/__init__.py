@@ -156,9 +156,8 @@ def _result(model: nn.Module, record: Recorder, found: Inference) -> Traced:
     segments: dict[str, list[Segment]] = {}
     why: dict[str, str] = {}
     unused = []
-    numbers = {id(p): n for n, p in enumerate(record.parameters)}
     for name, parameter in model.named_parameters():
-        number, canonical = numbers[id(parameter)], canonical_name(name)
+        number, canonical = record.weights[id(parameter)].number, canonical_name(name)
         ledger = found.ledgers[number]
         if number not in record.touched:
             unused.append(canonical)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sharpwise.blocks.trace.calls import Attention, Call
 from sharpwise.blocks.trace.graph import Leaf, Through
-from sharpwise.blocks.trace.products import Axes, Product, as_product
-from sharpwise.blocks.trace.recorder import Attention
+from sharpwise.blocks.trace.products import Axes, Product
 
 if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Call, Recorder
+    from sharpwise.blocks.trace.recorder import Recorder
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def flex_attention_seen() -> Iterator[None]:
         yield
 
 
-def handle(record: "Recorder", call: "Call") -> Any:
+def handle(record: "Recorder", call: Call, product: Product | None) -> Any:
     """The result of what belongs to an attention, None for any other call."""
     if call.name == "scaled_dot_product_attention":
         return _in_one_call(record, call)
@@ -47,13 +47,12 @@ def handle(record: "Recorder", call: "Call") -> Any:
         return _multi_head(record, call)
     if call.name in ("softmax", "log_softmax", "_softmax"):
         return _softmax(record, call)
-    product = as_product(call.name, call.args, call.kwargs)
     if product is not None and record.weight(product.left) is None and record.weight(product.right) is None:
         return _product_of_data(record, call, product)
     return None
 
 
-def _in_one_call(record: "Recorder", call: "Call") -> Tensor:
+def _in_one_call(record: "Recorder", call: Call) -> Tensor:
     q, k, v = (record.real(call.argument(i, name)) for i, name in enumerate(("query", "key", "value")))
     mask = call.argument(3, "attn_mask")
     bias = mask if isinstance(mask, Tensor) and mask.requires_grad else None
@@ -81,7 +80,7 @@ def _attended(record: "Recorder", attention: Attention, computed: Tensor) -> Ten
     return record.graph.add(Leaf(out, "attention", record.graph.tick())).tensor.clone()
 
 
-def _multi_head(record: "Recorder", call: "Call") -> tuple[Tensor, Tensor | None]:
+def _multi_head(record: "Recorder", call: Call) -> tuple[Tensor, Tensor | None]:
     """The function inside nn.MultiheadAttention, from its equations: project, attend, project. Tokens come first."""
     bound = inspect.signature(call.func).bind(*call.args, **call.kwargs)
     bound.apply_defaults()
@@ -107,7 +106,7 @@ def _multi_head(record: "Recorder", call: "Call") -> tuple[Tensor, Tensor | None
     return out, scores
 
 
-def _softmax(record: "Recorder", call: "Call") -> Tensor | None:
+def _softmax(record: "Recorder", call: Call) -> Tensor | None:
     """Weights of an attention if they come from a product of data; the graph behind them stays."""
     x = call.argument(0, "input")
     if not isinstance(x, Tensor) or record.weight(x) is not None or not x.requires_grad:
@@ -119,7 +118,7 @@ def _softmax(record: "Recorder", call: "Call") -> Tensor | None:
     return out
 
 
-def _product_of_data(record: "Recorder", call: "Call", product: Product) -> Tensor | None:
+def _product_of_data(record: "Recorder", call: Call, product: Product) -> Tensor | None:
     if not (product.left.requires_grad or product.right.requires_grad):
         return None
     out: Tensor = call.mapped(record.real).run()

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from sharpwise.blocks.trace.calls import Call, Use
 from sharpwise.blocks.trace.graph import Normed, Through
 from sharpwise.blocks.trace.matrices import add_bias
 from sharpwise.blocks.trace.weights import MOVES, Weight, tensors_in, words
 
 if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Call, Recorder
+    from sharpwise.blocks.trace.recorder import Recorder
 
 
 ACTIVATIONS = words(
@@ -37,7 +38,7 @@ _COPIES = MOVES | {"to", "long", "int", "pin_memory", "cpu", "cuda"}
 JOINS = words("cat concat concatenate stack where masked_fill lerp")
 
 
-def handle(record: "Recorder", call: "Call", weights: list[Weight]) -> Any:
+def handle(record: "Recorder", call: Call, weights: list[Weight]) -> Any:
     """The result of any call on data."""
     if call.name in NORMS and (normed := _norm(record, call)) is not None:
         return normed
@@ -83,7 +84,7 @@ def _normed(x: Tensor) -> Tensor:
     return out
 
 
-def _activation(record: "Recorder", call: "Call", x: Tensor) -> Any:
+def _activation(record: "Recorder", call: Call, x: Tensor) -> Any:
     values = [*call.args[1:], *call.kwargs.values()]
     if any(t.requires_grad for t in tensors_in(values)):  # a power that is data, the slope of a prelu
         return call.run()
@@ -97,7 +98,7 @@ def _activation(record: "Recorder", call: "Call", x: Tensor) -> Any:
     return _through(x, torch.where(result == 0, 0.5, result), record.graph.factor)
 
 
-def _norm(record: "Recorder", call: "Call") -> Tensor | None:
+def _norm(record: "Recorder", call: Call) -> Tensor | None:
     try:
         given = inspect.signature(getattr(functional, call.name)).bind(*call.args, **call.kwargs).arguments
     except (TypeError, ValueError):
@@ -112,31 +113,25 @@ def _norm(record: "Recorder", call: "Call") -> Tensor | None:
         if tensor is None:
             continue
         if (weight := record.weight(tensor)) is not None:
-            record.uses.append(_use(record, weight, how, out))
+            record.uses.append(Use(weight, how, record.graph.tick(), out))
         tensor = record.real(tensor)
         tensor = tensor.view(-1, *[1] * (x.ndim - 2)) if channels else tensor
         out = out * tensor if how == "scale" else out + tensor
     return out
 
 
-def _note_uses(record: "Recorder", call: "Call", weights: list[Weight]) -> None:
+def _note_uses(record: "Recorder", call: Call, weights: list[Weight]) -> None:
     kinds = {"scale": SCALES, "shift": SHIFTS, "join": JOINS}
     how = next((how for how, names in kinds.items() if call.name in names), "other")
     beside = next((t for t in call.tensors if record.weight(t) is None), None)
     for weight in weights:
-        record.uses.append(_use(record, weight, how, beside))
+        record.uses.append(Use(weight, how, record.graph.tick(), beside))
         leaf = record.graph.only_leaf(beside) if how == "shift" and beside is not None else None
         if leaf is not None and beside is not None and leaf.kind == "matrix" and leaf.tensor.shape == beside.shape:
             add_bias(record, leaf, weight)
 
 
-def _use(record: "Recorder", weight: Weight, how: str, beside: Tensor | None) -> Any:
-    from sharpwise.blocks.trace.recorder import Use
-
-    return Use(weight, how, record.graph.tick(), beside)
-
-
-def _choice(record: "Recorder", call: "Call", x: Tensor) -> Any:
+def _choice(record: "Recorder", call: Call, x: Tensor) -> Any:
     """The largest, of numbers that are ours: spread so that every expert gets its tokens."""
     result = call.run()
     if call.name == "max" and not isinstance(result, tuple):
@@ -155,7 +150,7 @@ def _choice(record: "Recorder", call: "Call", x: Tensor) -> Any:
     return type(result)((torch.where(values.isfinite(), values, torch.ones_like(values)), spread))
 
 
-def _over_last(call: "Call", x: Tensor) -> bool:
+def _over_last(call: Call, x: Tensor) -> bool:
     """Whether a statistic is taken over the last axis alone; a sum counts if it keeps the axis, for a division."""
     place = 2 if call.name in ("norm", "vector_norm", "linalg_vector_norm") else 1
     dim = call.argument(place, "dim", "axis")

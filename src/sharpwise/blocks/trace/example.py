@@ -15,6 +15,11 @@ TOKENS = 8
 _CONTAINERS = (list, dict, set)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: the device of its first parameter that is not on the meta device, else the CPU."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
 def make_example(model: nn.Module, tokens: int = TOKENS) -> dict[str, Any]:
     """Keyword arguments for `model`, made up from its config and the arguments that its forward must have.
 
@@ -25,7 +30,7 @@ def make_example(model: nn.Module, tokens: int = TOKENS) -> dict[str, Any]:
     known = (m for m in model.modules() if hasattr(m, "main_input_name") and hasattr(m, "config") and _named(m))
     inner = next(known, model)
     config = getattr(inner, "config", None)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = device_of(model)
     parameters = _named(model) or _named(inner)
     made: dict[str, Any] = {}
     ids = ids_like(model, config, tokens).to(device)

@@ -20,8 +20,9 @@ import numpy as np
 from torch import Tensor
 
 from sharpwise.blocks.roles import Role
+from sharpwise.blocks.trace.calls import Attention
 from sharpwise.blocks.trace.graph import Graph, Leaf
-from sharpwise.blocks.trace.recorder import Attention, Recorder
+from sharpwise.blocks.trace.recorder import Recorder
 from sharpwise.blocks.trace.rows import Ledger
 from sharpwise.blocks.trace.weights import Array, Units, tensors_in
 

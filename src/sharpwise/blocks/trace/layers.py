@@ -19,9 +19,10 @@ def find_layers(model: nn.Module, found: Inference) -> None:
     A layer is the place in the order of execution among the members of the list of modules that holds the layers. In a
     model without such a list it is the number of attentions before.
     """
-    numbers = {id(p): n for n, p in enumerate(found.record.parameters)}
+    weights = found.record.weights
     places = [
-        (tuple(name.split(".")[:-1]), numbers[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)
+        (tuple(name.split(".")[:-1]), weights[id(p)].number)
+        for name, p in model.named_parameters(remove_duplicate=False)
     ]
     lists = _lists(model, found, places)
     for path, number in places:
@@ -41,32 +42,37 @@ def _lists(model: nn.Module, found: Inference, places: list[tuple[Path, int]]) -
     """The outermost lists of layers: path of the list -> layer -> path of the member."""
     lists: dict[Path, dict[int, Path]] = {}
     touched = found.record.touched
+    by_order: dict[int, set[int]] = {}
+    for number, order in found.attention_of.items():
+        by_order.setdefault(order, set()).add(number)
+    attentions = list(by_order.values())
     for name, module in model.named_modules():
         own = tuple(name.split(".")) if name else ()
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(_below(own, other) for other in lists):
             continue
-        inside = [(path[: len(own) + 1], n) for path, n in places if _below(path, own) and len(path) > len(own)]
-        attending = {member for member, n in inside if _attends(found, {m for at, m in inside if at == member}, n)}
-        if found.attention_of and not attending:
+        inside: dict[Path, set[int]] = {}
+        for path, n in places:
+            if _below(path, own) and len(path) > len(own):
+                inside.setdefault(path[: len(own) + 1], set()).add(n)
+        attending = {member for member, numbers in inside.items() if _attends(attentions, numbers)}
+        if attentions and not attending:
             continue  # a list of experts, or of the matrices of an attention
-        working = {member for member, n in inside if n in touched and _works(found.ledgers[n])}
+        working = {m for m, ns in inside.items() if any(n in touched and _works(found.ledgers[n]) for n in ns)}
         if isinstance(module, nn.Sequential):
             # Not the chain of embedding, layers, head; or of that chain the layers only.
-            if len(attending) < 2 and attending != {member for member, _ in inside}:
+            if len(attending) < 2 and attending != inside.keys():
                 continue
             working &= attending
-        begins = {m: min(touched[n] for member, n in inside if member == m and n in touched) for m in working}
-        if begins:
+        if working:
             # Of members that are one and the same the first counts.
-            order = [member for member in dict.fromkeys(member for member, _ in inside) if member in begins]
-            lists[own] = dict(enumerate(sorted(order, key=begins.__getitem__)))
+            begins = {m: min(touched[n] for n in inside[m] & touched.keys()) for m in inside if m in working}
+            lists[own] = dict(enumerate(sorted(begins, key=begins.__getitem__)))
     return lists
 
 
-def _attends(found: Inference, inside: set[int], number: int) -> bool:
-    """Whether a parameter feeds an attention all of whose parameters are inside."""
-    order = found.attention_of.get(number)
-    return order is not None and {n for n, other in found.attention_of.items() if other == order} <= inside
+def _attends(attentions: Iterable[set[int]], numbers: set[int]) -> bool:
+    """Whether all parameters of an attention are among these."""
+    return any(attention <= numbers for attention in attentions)
 
 
 def _works(ledger: Ledger) -> bool:

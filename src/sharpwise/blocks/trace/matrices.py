@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from sharpwise.blocks.trace.calls import Call
 from sharpwise.blocks.trace.graph import Leaf
-from sharpwise.blocks.trace.products import Product, as_product
+from sharpwise.blocks.trace.products import Product
 from sharpwise.blocks.trace.weights import Units, Weight, units_of
 
 if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Call, Recorder
+    from sharpwise.blocks.trace.recorder import Recorder
 
 
-def handle(record: "Recorder", call: "Call") -> Tensor | None:
+def handle(record: "Recorder", call: Call, product: Product | None) -> Tensor | None:
     """A fresh leaf for a product of data with a weight or for a lookup, None for any other call."""
-    product = as_product(call.name, call.args, call.kwargs)
     if product is None:
         return _lookup(record, call)
     left, right = record.weight(product.left), record.weight(product.right)
@@ -63,7 +63,7 @@ def add_bias(record: "Recorder", leaf: Leaf, bias: Weight, trailing: int = 0) ->
         leaf.biases.append(Units(flat[0], tuple(flat[1:])))
 
 
-def _shape(product: Product, call: "Call") -> tuple[int, ...]:
+def _shape(product: Product, call: Call) -> tuple[int, ...]:
     """The shape of a result, worked out without computing it."""
     if any(label[:1] == ("space",) for label in product.out_axes):
         meta = call.mapped(lambda x: x.detach().to("meta") if isinstance(x, Tensor) else x)
@@ -75,7 +75,7 @@ def _shape(product: Product, call: "Call") -> tuple[int, ...]:
     return tuple(sizes[label] for label in product.out_axes)
 
 
-def _lookup(record: "Recorder", call: "Call") -> Tensor | None:
+def _lookup(record: "Recorder", call: Call) -> Tensor | None:
     """Rows of a table taken by numbers."""
     if call.name == "embedding":
         ids, table = call.argument(0, "input"), call.argument(1, "weight")

@@ -9,16 +9,17 @@ Every call of torch passes through `Recorder`, which asks in turn `attention`, `
 is theirs.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
+from sharpwise.blocks.trace import attention, elementwise, matrices
+from sharpwise.blocks.trace.calls import Attention, Call, Use
+from sharpwise.blocks.trace.example import device_of
 from sharpwise.blocks.trace.graph import Graph, Leaf
+from sharpwise.blocks.trace.products import Product, as_product
 from sharpwise.blocks.trace.weights import Weight, derived, tensors_in, words
 
 # Of a weight these are asked as they are; these of weights only, whatever data stands beside them.
@@ -29,55 +30,6 @@ _QUESTIONS = words(
 _VALUES = frozenset(("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"))
 _DEVICES = frozenset(("device", "is_meta", "is_cuda", "is_cpu", "get_device"))
 _LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
-
-
-class Call(NamedTuple):
-    """A call of torch."""
-
-    func: Callable[..., Any]
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self) -> Any:
-        """Its result."""
-        return self.func(*self.args, **self.kwargs)
-
-    def mapped(self, change: Callable[[Any], Any]) -> "Call":
-        """The same call on other values."""
-        args, kwargs = tree_map(change, (self.args, self.kwargs))
-        return Call(self.func, self.name, tuple(args), kwargs)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among its arguments."""
-        return tensors_in((self.args, self.kwargs))
-
-    def argument(self, place: int, *names: str) -> Any:
-        """An argument by its place or one of its names, None if it is not given."""
-        if place < len(self.args):
-            return self.args[place]
-        return next((self.kwargs[name] for name in names if name in self.kwargs), None)
-
-
-@dataclass(eq=False)
-class Attention:
-    """One attention: queries, keys and values, each [heads, all the rest], and what is added to its scores."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Use:
-    """A parameter used other than by a product: how (`scale`, `shift`, `join`, `other`), when, and with which data."""
-
-    weight: Weight
-    how: str
-    time: int
-    beside: Tensor | None = None
 
 
 class Recorder(TorchFunctionMode):
@@ -94,14 +46,14 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.parameters = list(model.parameters())
         self.weights = {id(p): Weight(p, number=n) for n, p in enumerate(self.parameters)}
-        self.device = next((p.device for p in self.parameters if p.device.type != "meta"), torch.device("cpu"))
+        self.device = device_of(model)
         self.graph = Graph()
         self.attentions: list[Attention] = []
         self.choices: list[tuple[Tensor, str]] = []
         self.uses: list[Use] = []
         self.touched: dict[int, int] = {}
         self.missed = 1.0
-        self.weightings: dict[Any, Any] = {}  # softmaxes by node -> the scores
+        self.weightings: dict[Any, Product] = {}  # softmaxes by node -> the scores
         self.copies: dict[int, int] = {}  # numbers given by the example, viewed or copied -> which
         self.marked: dict[str, set[int]] = {"statistic": set(), "comparison": set(), "choice": set(), "input": set()}
         self._keep: list[Any] = []
@@ -121,16 +73,15 @@ class Recorder(TorchFunctionMode):
             return call.run() if name == "__set__" else self._handle(call)
 
     def _handle(self, call: Call) -> Any:
-        from sharpwise.blocks.trace import attention, elementwise, matrices
-
         given = call.tensors
         weights = [self.weights[id(t)] for t in given if id(t) in self.weights]
         if self._meta:
             call = self._off_meta(call, bool(weights))
         if weights and call.name in _DEVICES:
             return getattr(torch.empty(0, device=self.device), call.name)
+        product = as_product(call.name, call.args, call.kwargs)
         for handler in (attention.handle, matrices.handle):
-            found = handler(self, call)
+            found = handler(self, call, product)
             if found is not None:
                 return found
         if weights:

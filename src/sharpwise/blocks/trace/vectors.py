@@ -4,9 +4,9 @@ import numpy as np
 from torch import Tensor
 
 from sharpwise.blocks.roles import Role
+from sharpwise.blocks.trace.calls import Use
 from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.infer import Inference, source
-from sharpwise.blocks.trace.recorder import Use
 from sharpwise.blocks.trace.rows import Ledger
 
 
