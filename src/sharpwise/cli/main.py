@@ -1,5 +1,6 @@
 """The `sharpwise` command."""
 
+import importlib
 import importlib.util
 import sys
 from functools import cache
@@ -37,10 +38,9 @@ def create_app() -> "typer.Typer":
             raise typer.Exit
 
     app.command()(blocks)
-    if importlib.util.find_spec("sharpwise.cli.demo") is not None:
-        from sharpwise.cli.demo import demo
-
-        app.command()(demo)
+    for name in ("prepare", "train", "runs", "page", "demo"):
+        if importlib.util.find_spec(f"sharpwise.cli.{name}") is not None:
+            app.command()(getattr(importlib.import_module(f"sharpwise.cli.{name}"), name))
     return app
 
 
