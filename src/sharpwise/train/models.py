@@ -1,150 +1,219 @@
-"""Models by name: presets, Hugging Face config files and functions of the user, all with random weights."""
+"""Models: from presets, Hugging Face configs, folders with weights and functions of the user; and facts about them."""
 
 import importlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-# Hugging Face configs of the published shapes (what is left out has the default of its model_type), and two tiny ones.
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12},
-    "gpt2-medium": {"model_type": "gpt2", "n_layer": 24, "n_embd": 1024, "n_head": 16},
-    "gpt2-large": {"model_type": "gpt2", "n_layer": 36, "n_embd": 1280, "n_head": 20},
-    "gpt2-xl": {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25},
-    "llama-2-7b": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    },
-    "llama-3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-    "pythia-160m": {
-        "model_type": "gpt_neox",
-        "vocab_size": 50304,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 2048,
-        "rotary_pct": 0.25,
-    },
-    "gpt2-tiny": {
-        "model_type": "gpt2",
-        "vocab_size": 256,
-        "n_positions": 128,
-        "n_layer": 2,
-        "n_embd": 64,
-        "n_head": 4,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
-    "llama-tiny": {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
-}
+from sharpwise.train.presets import PRESETS, build_config, cannot_build, nearest, read_config, transformers_for
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_model(spec: str | Path, *, device: Literal["cpu", "meta"] = "cpu") -> nn.Module:
-    """A model with random weights from the torch generator.
+def load_model(
+    spec: str | Path, *, device: str | torch.device = "cpu", settings: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A model with random weights from the torch generator, in torch's default dtype.
 
     Args:
         spec: name of a preset, a folder with a Hugging Face `config.json` or such a file, or `module:function`, where
-            the function takes no argument and returns a module. Modules are also looked for in the current directory.
+            the function returns a module. Modules are also looked for in the current directory.
         device: where the parameters are. On `meta` they take no memory, whatever the size of the model.
+        settings: fields of the config to override, such as `vocab_size`, `attn_implementation` or `dtype`; `context` is
+            the config's maximum of positions, whatever its name there. Arguments of a function.
 
     Raises:
-        ValueError: the spec names nothing that can be built; the message lists the presets.
+        ValueError: the spec names nothing that can be built, the message lists the presets; or a setting that the
+            config or the function does not have.
         ImportError: a preset or config, and transformers is not installed.
     """
     text = os.fspath(spec)
+    settings = settings or {}
     if text in PRESETS:
-        return _from_config(PRESETS[text], f"model {text!r}", device)
+        return _from_config(PRESETS[text], f"model {text!r}", device, settings)
     path = Path(text)
     if path.exists():
-        return _from_config(_read_config(path), str(path), device)
-    module, colon, function = text.partition(":")
-    if colon and all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
-        with _current_directory_first():
-            build = _find(module, function, text)
-            return _from_function(build, text, device)
+        return _from_config(read_config(path), str(path), device, settings)
+    build = _function(text)
+    if build is not None:
+        return _from_function(build, text, device, settings)
     raise ValueError(
-        f"unknown model {text!r}; give one of the presets {', '.join(PRESETS)}, a folder or .json file with a "
-        "Hugging Face config, or module:function"
+        f"unknown model {text!r}{nearest(text.lower(), PRESETS, 0.8)}; give one of the presets {', '.join(PRESETS)}, "
+        "a folder or .json file with a Hugging Face config, or module:function"
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    if not file.exists():
-        raise ValueError(f"{path}: no config.json in this folder; expected that of a Hugging Face model")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); expected a Hugging Face config") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{file}: no 'model_type'; expected a Hugging Face config")
-    return config
+def usable_settings(spec: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that a function of the user takes; for a config all, and `load_model` checks them."""
+    text = os.fspath(spec)
+    build = None if text in PRESETS or Path(text).exists() else _function(text)
+    allowed = settings if build is None else _takes(build, settings)
+    return {name: value for name, value in settings.items() if name in allowed}
 
 
-def _from_config(config: dict[str, Any], what: str, device: str) -> nn.Module:
+def load_pretrained(folder: str | Path, *, settings: Mapping[str, Any] | None = None) -> nn.Module:
+    """The causal language model that a folder holds, its parameters in float32 on the CPU, in training mode.
+
+    Reads `config.json` and safetensors of this folder and nothing else; no code in it is run.
+
+    Args:
+        folder: what `save_pretrained` wrote, or the folder of a training run, whose `final` is then taken.
+        settings: fields of the config to override, as in `load_model`; the weights have to fit them.
+
+    Raises:
+        ValueError: no such folder, no config or weights in it, a file that is cut off, or weights that are missing,
+            left over or of another shape than the config says. The message names them.
+        ImportError: transformers is not installed.
+    """
+    if settings and "dtype" in settings:
+        raise ValueError(f"weights are loaded in float32, not {settings['dtype']!r}; call .to(dtype) on the model")
+    path = _with_weights(Path(folder))
+    built = build_config(read_config(path), str(path), settings or {})
+    _check_weights(path)
+    transformers = transformers_for(str(path))
     try:
-        import transformers
-    except ImportError:
-        raise ImportError(f"{what} needs transformers, which is not installed: pip install 'sharpwise[hf]'") from None
-    model_type = config["model_type"]
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if model_type not in known:
-        raise ValueError(f"{what}: transformers {transformers.__version__} has no model_type {model_type!r}")
-    if known[model_type] not in transformers.AutoModelForCausalLM._model_mapping:
+        with _quiet(transformers):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                config=built,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers has several kinds for weights that do not fit
+        raise ValueError(f"{path}: transformers cannot load this: {' '.join(str(error).split())}") from error
+    _check_report(report, path)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if built.get_text_config().tie_word_embeddings and head is not None and head.weight is not embedding.weight:
         raise ValueError(
-            f"{what}: model_type {model_type!r} has no causal language model in transformers; "
-            "write a function that builds it and give module:function"
+            f"{path}: the config ties the head to the embedding, but the weights have another head; "
+            "if it is meant, give the setting tie_word_embeddings=false"
         )
+    loaded: nn.Module = model.train()
+    return loaded
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """The `tokenizers.Tokenizer` beside the weights that `load_pretrained` reads there; None without tokenizer.json."""
+    file = _with_weights(Path(folder)) / "tokenizer.json"
+    if not file.exists():
+        return None
+    from tokenizers import Tokenizer
+
     try:
-        built = known[model_type].from_dict({key: value for key, value in config.items() if key != "model_type"})
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{file}: not a tokenizer ({error})") from error
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def _from_config(
+    config: Mapping[str, Any], what: str, device: str | torch.device, settings: Mapping[str, Any]
+) -> nn.Module:
+    built = build_config(config, what, settings)
+    dtype = torch.get_default_dtype() if built.dtype is None else built.dtype
+    try:
         with torch.device(device):
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(built)
-    except Exception as error:  # transformers has several kinds for values that do not fit
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{what}: transformers cannot build this config: {reason}") from error
+            model: nn.Module = transformers_for(what).AutoModelForCausalLM.from_config(built, dtype=dtype)
+    except Exception as error:
+        raise cannot_build(what, error) from error
     return model
 
 
-def _find(module: str, function: str, spec: str) -> Callable[[], object]:
+def _with_weights(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one with config.json and {_WEIGHTS}, or that of a run")
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "final").is_dir():
+        return folder / "final"
+    raise ValueError(
+        f"{folder}: no config.json in this folder, and no final/ as in that of a finished run; "
+        "give a folder that save_pretrained wrote"
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise ValueError for a weight file that is not there or not whole, by its name."""
+    from safetensors import SafetensorError, safe_open
+
+    files = [_WEIGHTS]
+    if not (folder / _WEIGHTS).exists() and (folder / _INDEX).exists():
+        try:
+            files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / _INDEX}: not an index of weights ({error})") from None
+    for file in files:
+        if not (folder / file).exists():
+            there = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+            pickled = f" (pickled weights, {', '.join(there)}, are not read: save them with safetensors)"
+            raise ValueError(f"{folder}: no {file} in this folder{pickled if there else ''}; expected the weights")
+        try:
+            with safe_open(folder / file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file}: damaged or cut off ({error}); copy it again") from error
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    mismatched = [
+        f"{name} is {tuple(there)}, the config says {tuple(wanted)}"
+        for name, there, wanted in sorted(report["mismatched_keys"])
+    ]
+    for problem, names in (
+        ("weights of another shape", mismatched),
+        ("missing weights", sorted(report["missing_keys"])),
+        ("weights that the model does not have", sorted(report["unexpected_keys"])),
+    ):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"{folder}: {problem}: {', '.join(names[:5])}{more}; config.json and settings have to "
+                "describe the model that was saved"
+            )
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the table of weights that do not fit and the progress bar: the caller gets an error instead."""
+    log = transformers.utils.logging
+    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bar:
+            log.enable_progress_bar()
+
+
+# --- functions of the user -------------------------------------------------------------------------------------------
+
+
+def _function(spec: str) -> Callable[..., object] | None:
+    """What `module:function` names, None where the text has not this form."""
+    module, colon, function = spec.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+        return None
+    with _current_directory_first():
+        return _find(module, function, spec)
+
+
+def _find(module: str, function: str, spec: str) -> Callable[..., object]:
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -165,15 +234,35 @@ def _find(module: str, function: str, spec: str) -> Callable[[], object]:
     return found
 
 
-def _from_function(build: Callable[[], object], spec: str, device: str) -> nn.Module:
+def _from_function(
+    build: Callable[..., object], spec: str, device: str | torch.device, settings: Mapping[str, Any]
+) -> nn.Module:
+    allowed = _takes(build, settings)
+    for name in settings:
+        if name not in allowed:
+            raise ValueError(
+                f"{spec}: the function has no parameter {name!r}{nearest(name, allowed, 0.6)}, and it alone knows "
+                "what it builds; give it one, or leave the setting out"
+            )
     try:
-        with torch.device(device):
-            model = build()
+        with _current_directory_first(), torch.device(device):
+            model = build(**settings)
     except Exception as error:
         raise ValueError(f"{spec}: the function raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: the function returned a {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _takes(build: Callable[..., object], names: Iterable[str]) -> list[str]:
+    """Which of these a function takes by name."""
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except ValueError:  # built in, without a signature
+        return []
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return list(names)
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 @contextmanager
@@ -185,3 +274,126 @@ def _current_directory_first() -> Iterator[None]:
     finally:
         if here in sys.path:
             sys.path.remove(here)
+
+
+# --- facts about a model ---------------------------------------------------------------------------------------------
+
+
+def _config_of(model: nn.Module) -> Any:
+    """The Hugging Face config of a model, that of the text where it has several; None for others."""
+    config: Any = getattr(model, "config", None)
+    known = isinstance(getattr(config, "model_type", None), str) and hasattr(config, "get_text_config")
+    return config.get_text_config() if known else None
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens a Hugging Face model knows; None where there is no config to ask."""
+    found = getattr(_config_of(model), "vocab_size", None)
+    return found if isinstance(found, int) else None
+
+
+def max_context(model: nn.Module) -> int | None:
+    """How many positions a Hugging Face model has; None where there is no config to ask, or no bound in it."""
+    config = _config_of(model)
+    for name in ("max_position_embeddings", "max_seq_len"):  # transformers knows the first by most other names too
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable elements of all parameters, and of those that are not embeddings; tied ones count once.
+
+    Embeddings are the tables of `nn.Embedding` modules, of tokens and of positions. A head of its own is none and
+    counts in both numbers; one that is tied to the embedding is that embedding and does not count in the second.
+    """
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    sizes = [(p.numel(), id(p) in embeddings) for p in model.parameters() if p.requires_grad]
+    return sum(size for size, _ in sizes), sum(size for size, embedding in sizes if not embedding)
+
+
+def flops_per_token(model: nn.Module, context: int) -> float:
+    """Floating point operations of one token in a forward and a backward pass, for the utilization of a machine.
+
+        6 N + 12 L d T
+
+    N: trainable parameters that a token is multiplied with, twice forward and four times backward. That is all but the
+    tables that are only looked up: a tied embedding is also the head and counts, positions do not. L: layers, d: heads
+    times their width, T: `context`, for the products of queries with keys and of weights with values.
+
+    By convention attention counts as if it were not causal, the recomputation under activation checkpointing does not
+    count, and neither do norms, activations and the softmax. Of a mixture of experts all experts count, which is too
+    much. What attention does in a model without a Hugging Face config is not known and left out, which is too little.
+
+    References: Chowdhery et al., arXiv 2204.02311, appendix B; Kaplan et al., arXiv 2001.08361, section 2.1.
+    """
+    multiplied = {
+        id(p): p.numel()
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for p in module.parameters(recurse=False)
+        if p.requires_grad
+    }
+    config = _config_of(model)
+    layers = getattr(config, "num_hidden_layers", None) or 0
+    heads, head = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    width = heads * head if isinstance(heads, int) and isinstance(head, int) else getattr(config, "hidden_size", 0)
+    return 6.0 * sum(multiplied.values()) + 12.0 * layers * width * context
+
+
+def logits_of(output: object, inputs: Tensor) -> Tensor:
+    """The logits [batch, tokens, vocabulary] in what a model returned for tokens [batch, tokens].
+
+    Args:
+        output: the logits, a tuple or list that begins with them, or an object with `.logits` (Hugging Face).
+        inputs: the tokens that the model was given.
+
+    Raises:
+        TypeError: nothing of this, or logits that are not floating point.
+        ValueError: logits of another shape.
+    """
+    expected = f"expected logits [{', '.join(map(str, inputs.shape))}, vocabulary]"
+    found = getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model returned a {type(output).__name__}, {expected}: as a tensor, as the first of a tuple, "
+            "or as the attribute .logits"
+        )
+    if not found.is_floating_point():
+        raise TypeError(f"the model returned {str(found.dtype).removeprefix('torch.')} values, {expected}")
+    if found.ndim == 3 and found.shape[:-1] == inputs.shape:
+        return found
+    hint = ""
+    if found.ndim == 2 or (found.ndim == 3 and found.shape[1] == 1):
+        hint = "; were they of the last position alone, as nanoGPT's without targets? Return those of every position"
+    raise ValueError(f"the model returned a tensor of shape {list(found.shape)}, {expected}{hint}")
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Recompute the activations of every layer in the backward pass instead of keeping them; for Hugging Face models.
+
+    Losses and gradients stay the same. Turns off the cache for generation in the model's config, which the
+    recomputation cannot use.
+
+    Raises:
+        ValueError: the model cannot do this.
+    """
+    kind = type(model).__name__
+    # The second is what earlier releases of transformers 5 call it.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if not callable(enable):
+        raise ValueError(
+            f"{kind} has no switch for activation checkpointing, which models of transformers have; "
+            "leave it off, or call torch.utils.checkpoint in its forward"
+        )
+    try:
+        enable({"use_reentrant": False})
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{kind} has no activation checkpointing in transformers: {error}; leave it off") from error
+    config = _config_of(model)
+    if config is not None:
+        config.use_cache = False
