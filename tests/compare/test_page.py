@@ -2,49 +2,16 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from report.parse import parse
 
 from compare.canned import ARMS, result
 from sharpwise.compare import charts, page
 from sharpwise.compare.summary import headline
-
-VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
-
-
-class Parser(HTMLParser):
-    """Text and tags of a page; refuses tags that close in the wrong order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.text = ""
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in VOID:
-            self.open.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        self.ids += [value for name, value in attrs if name == "id"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
-
-
-def parse(html: str) -> Parser:
-    parser = Parser()
-    parser.feed(html)
-    parser.close()
-    assert parser.open == []
-    return parser
+from sharpwise.report import figures
 
 
 def test_the_page_parses_and_holds_every_arm() -> None:
@@ -115,7 +82,7 @@ def test_blocks_that_share_a_learning_rate_share_a_line() -> None:
 @pytest.mark.parametrize("centres", [[0.5, 0.5, 0.5], [0.0, 0.01, 0.9], [0.99, 0.98, 1.0], [0.2, 0.8, 0.5], []])
 def test_labels_do_not_overlap_and_stay_inside(centres: list[float]) -> None:
     heights = [0.1, 0.2, 0.1][: len(centres)]
-    placed = charts.spread(centres, heights)
+    placed = figures.spread(centres, heights)
     boxes = sorted((y - h / 2, y + h / 2) for y, h in zip(placed, heights, strict=True))
     assert all(low >= -1e-9 and high <= 1 + 1e-9 for low, high in boxes)
     assert all(upper[0] >= lower[1] - 1e-9 for lower, upper in pairwise(boxes))
@@ -123,6 +90,6 @@ def test_labels_do_not_overlap_and_stay_inside(centres: list[float]) -> None:
 
 
 def test_colours_are_hexadecimal_and_differ() -> None:
-    for palette in (charts.ARM_COLOURS, tuple(charts.TYPE_COLOURS.values())):
+    for palette in (charts.ARM_COLOURS, tuple(figures.TYPE_COLOURS.values())):
         assert len(set(palette)) == len(palette)
         assert all(re.fullmatch("#[0-9A-F]{6}", colour, re.I) for colour in palette)

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sharpwise.report.words import USUAL_TOKENS_PER_PARAMETER, mebibytes, number
+
 Result = Mapping[str, Any]
 
-# Below this many tokens per parameter a run is short (Training Compute-Optimal Large Language Models, 2203.15556).
-USUAL_TOKENS_PER_PARAMETER = 20
 # Standard deviation of the final loss over seeds: AdamW at learning rate 3e-3 on the standard library of Python 3.11,
 # 260 steps, ended at 4.150, 4.268, 4.239 and 4.480 with seeds 0 to 3 (0.06 after 360 steps, which take five minutes
 # on two cores of a Zen 4).
@@ -159,19 +159,11 @@ def rows(result: Result) -> list[tuple[str, list[str]]]:
     table.append(("best lr", ["-" if b is None else f"{b.lr:g}{' (edge)' if b.edge else ''}" for b in best]))
     deltas = [None if arm == result["baseline"] else difference(result, arm) for arm in arms]
     table.append((f"against {result['baseline']}", ["" if d is None else f"{d:+.3f}" for d in deltas]))
-    table.append(("tokens/s", [_number(throughput(result, arm), ",.0f") for arm in arms]))
-    table.append(("optimizer step", [_number(step_ms(result, arm), ".2f", " ms") for arm in arms]))
-    table.append(("optimizer state", [_bytes(state_bytes(result, arm)) for arm in arms]))
+    table.append(("tokens/s", [number(throughput(result, arm), ",.0f") for arm in arms]))
+    table.append(("optimizer step", [number(step_ms(result, arm), ".2f", " ms") for arm in arms]))
+    table.append(("optimizer state", [mebibytes(state_bytes(result, arm)) for arm in arms]))
     return table
 
 
 def _ended(run: Mapping[str, Any]) -> str:
     return "diverged" if run["final_loss"] is None else f"{run['final_loss']:.3f}"
-
-
-def _number(value: float | None, spec: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{spec}}{unit}"
-
-
-def _bytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:.2f} MiB"

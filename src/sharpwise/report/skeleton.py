@@ -1,0 +1,62 @@
+"""The frame of a page: one HTML file with everything in it, readable without a network."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+PAGE_NAME = "index.html"
+
+
+def document(title: str, body: str) -> str:
+    """The whole page as HTML, with style and Plotly inside; `body` is what `main` holds."""
+    style = files("sharpwise.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n"
+        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def card(title: str, hint: str, content: str, *, wide: bool = False) -> str:
+    """A titled box of the grid; `content` is HTML."""
+    hint = f'<p class="hint">{escape(hint)}</p>' if hint else ""
+    return f'<section class="card{" wide" * wide}">\n<h2>{escape(title)}</h2>\n{hint}\n{content}\n</section>'
+
+
+def notes(items: Sequence[str]) -> str:
+    """What a reader has to know before believing any of it."""
+    return f'<ul class="notes">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
+
+
+def chart(figure: go.Figure, name: str, label: str) -> str:
+    """A figure as HTML; `label` says what it shows to those who do not see it."""
+    html: str = figure.to_html(
+        include_plotlyjs=False,
+        full_html=False,
+        div_id=f"chart-{name}",
+        config={"responsive": True, "displayModeBar": False},
+    )
+    return f'<div role="img" aria-label="{escape(label)}">{html}</div>'
+
+
+def table(head: str, lines: Iterable[str], label: str) -> str:
+    """A table of HTML cells and rows."""
+    # Focusable, so that a keyboard can scroll it where it is wider than the screen.
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def facts(items: Iterable[tuple[str, str]], code: Iterable[str] = ()) -> str:
+    """Names and values; those of `code` are set as code."""
+    names = set(code)
+    text = "".join(
+        f"<dt>{escape(key)}</dt><dd>{f'<code>{escape(value)}</code>' if key in names else escape(value)}</dd>"
+        for key, value in items
+    )
+    return f"<dl>{text}</dl>"
