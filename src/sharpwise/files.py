@@ -82,6 +82,13 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def rename_folder(folder: Path, name: str) -> None:
+    """Give a folder another name; one that has it already is removed."""
+    new = folder.with_name(name)
+    shutil.rmtree(new, ignore_errors=True)
+    os.replace(folder, new)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was stopped while it wrote into `folder` left behind."""
     for pattern in (".writing-*", ".removed-*"):

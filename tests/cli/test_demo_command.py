@@ -15,8 +15,7 @@ from typer.testing import CliRunner, Result
 from sharpwise.cli.main import create_app
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.compare import demo
-from sharpwise.train.data import Document, prepare
-from sharpwise.train.loop import LoopSettings
+from sharpwise.train.data import prepare_tokens
 
 TEXT = "".join(f"def function_{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
 
@@ -119,16 +118,18 @@ def test_the_allocator_is_asked_on_glibc_only(monkeypatch: pytest.MonkeyPatch) -
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_give_the_losses_of_one() -> None:
-    corpus = prepare(
-        [Document(str(i), TEXT[1000 * i : 1000 * (i + 1)]) for i in range(50)], vocabulary=300, context=16, source="x"
-    )
-    settings = LoopSettings(steps=3, sequences=2, context=16, warmup=1, evaluations=1, validation_sequences=4)
+def test_two_processes_give_the_losses_of_one(text: Path, tmp_path: Path) -> None:
+    corpus = prepare_tokens([text], tmp_path / "data", vocabulary=300, validation=0.1)
+    settings = demo.Settings(steps=3, sequences=2, context=16, warmup=1, evaluations=1, validation_sequences=4)
     seen: dict[int, set[int]] = {1: set(), 2: set()}
     losses = {}
     for jobs in (1, 2):
         result = demo.run_demo(
-            corpus, settings, jobs=jobs, on_progress=lambda news, jobs=jobs: seen[jobs].add((news.run, news.step))
+            corpus,
+            settings,
+            folder=tmp_path / str(jobs),
+            jobs=jobs,
+            on_progress=lambda news, jobs=jobs: seen[jobs].add((news.run, news.step)),
         )
         losses[jobs] = [(run["train_loss"], run["final_loss"]) for run in result["runs"]]
     assert losses[1] == losses[2]

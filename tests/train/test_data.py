@@ -9,17 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpwise.train.data import (
-    END_OF_TEXT,
-    Document,
-    prepare,
-    read_documents,
-    sample_batch,
-    split_documents,
-    validation_batch,
-)
+from sharpwise.train.data import END_OF_TEXT, Document, Tokens, even_starts, find_source, split_documents, window_starts
+from sharpwise.train.data.documents import limited
+from sharpwise.train.data.files import Meter
 
 TEXT = "".join(f"line {i} of a text about {i * i} things\n" for i in range(400))
+
+
+def read_documents(source: str | Path = "stdlib", *, max_bytes: int | None = None) -> list[Document]:
+    return list(limited(find_source(source).documents(Meter()), max_bytes))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match="no such file or folder"):
         read_documents(tmp_path / "nowhere.txt")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"has no file with text that ends in \.md, \.py"):
+    with pytest.raises(ValueError, match=r"has no file with text that ends in \.jsonl, \.md, \.parquet, \.py"):
         read_documents(tmp_path)
 
 
@@ -120,72 +118,40 @@ def test_a_single_document_gives_its_end_to_validation() -> None:
     assert 0.04 <= len(validation.text) / len(TEXT) <= 0.06
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def _corpus():
-    return prepare([Document(f"{i}", TEXT + str(i)) for i in range(30)], vocabulary=300, context=16, source="test")
-
-
-def test_tokens_are_in_the_vocabulary_and_documents_end() -> None:
-    corpus = _corpus()
-    assert corpus.vocabulary == corpus.about["vocabulary"] == 300
-    assert corpus.train.dtype == np.uint16
-    assert corpus.train.max() < 300
-    assert int((corpus.train == 0).sum()) + int((corpus.validation == 0).sum()) == 30  # the mark is token 0
-    assert corpus.train[-1] == corpus.validation[-1] == 0
-
-
-def test_the_same_text_gives_the_same_corpus() -> None:
-    first, second = _corpus(), _corpus()
-    assert first.about == second.about
-    np.testing.assert_array_equal(first.train, second.train)
-
-
-def test_a_text_too_short_for_the_context_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"too short: its validation part has \d+ tokens.*needs at least 129"):
-        prepare([Document("one", TEXT[:3000])], vocabulary=300, context=128, source="test")
-
-
-@pytest.mark.parametrize("vocabulary", [256, 65537])
-def test_a_vocabulary_out_of_range_is_refused(vocabulary: int) -> None:
-    with pytest.raises(ValueError, match=f"from 257 .* to 65536 .*, got {vocabulary}"):
-        prepare([Document("one", TEXT)], vocabulary=vocabulary, context=8, source="test")
-
-
 # --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def sample(tokens: np.ndarray, *, seed: int, step: int, sequences: int, context: int) -> np.ndarray:
+    starts = window_starts(len(tokens), seed=seed, step=step, sequences=sequences, context=context)
+    return Tokens([tokens]).windows(starts, context + 1)
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
     tokens = np.arange(10_000, dtype=np.uint16)
     draw = {"sequences": 4, "context": 32}
-    inputs, targets = sample_batch(tokens, seed=3, step=7, **draw)
-    sample_batch(tokens, seed=3, step=8, **draw)
+    windows = sample(tokens, seed=3, step=7, **draw)
+    sample(tokens, seed=3, step=8, **draw)
     np.random.default_rng(0).random()
     torch.manual_seed(1)
-    again, _ = sample_batch(tokens, seed=3, step=7, **draw)
-    assert torch.equal(inputs, again)
-    assert inputs.dtype == torch.int64
-    assert inputs.shape == targets.shape == (4, 32)
-    assert torch.equal(inputs + 1, targets)  # the tokens count up: the target is the next one
-    others = [sample_batch(tokens, seed=s, step=t, **draw)[0] for s, t in ((3, 8), (4, 7), (7, 3))]
-    assert not any(torch.equal(inputs, other) for other in others)
+    np.testing.assert_array_equal(windows, sample(tokens, seed=3, step=7, **draw))
+    assert windows.dtype == np.int64
+    assert windows.shape == (4, 33)
+    assert (np.diff(windows) == 1).all()  # the tokens count up: they are taken as they stand
+    others = [sample(tokens, seed=s, step=t, **draw) for s, t in ((3, 8), (4, 7), (7, 3))]
+    assert not any(np.array_equal(windows, other) for other in others)
 
 
 def test_windows_reach_both_ends_of_the_tokens() -> None:
     tokens = np.arange(12, dtype=np.uint16)
-    inputs, targets = sample_batch(tokens, seed=0, step=0, sequences=200, context=8)
-    assert inputs.min() == 0
-    assert targets.max() == 11
+    windows = sample(tokens, seed=0, step=0, sequences=200, context=8)
+    assert windows.min() == 0
+    assert windows.max() == 11
 
 
 def test_validation_windows_are_fixed_and_do_not_overlap() -> None:
-    tokens = np.arange(1000, dtype=np.uint16)
-    inputs, targets = validation_batch(tokens, sequences=5, context=64)
-    assert inputs.shape == (5, 64)
-    assert torch.equal(inputs + 1, targets)
-    assert len(inputs.unique()) == inputs.numel()
-    few, _ = validation_batch(tokens, sequences=500, context=64)
-    assert few.shape == (15, 64)
-    exact, _ = validation_batch(tokens[:65], sequences=5, context=64)
-    assert exact.shape == (1, 64)
+    starts = even_starts(1000, 5, 64)
+    assert len(starts) == 5
+    assert (np.diff(starts) >= 64).all()
+    assert starts.max() + 65 <= 1000
+    assert len(even_starts(1000, 500, 64)) == 15
+    assert len(even_starts(65, 5, 64)) == 1

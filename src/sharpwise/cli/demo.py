@@ -1,6 +1,5 @@
 """`sharpwise demo`: train a tiny transformer under three optimizers and write a page that says what came out."""
 
-import os
 import tempfile
 import time
 import webbrowser
@@ -58,19 +57,25 @@ def demo(
 def _demo(log: Console, out: Path, data: Path | None, steps: int, seed: int, jobs: int) -> tuple[dict[str, Any], Path]:
     """Everything from the text to the page; progress goes to `log`."""
     keep_large_blocks()  # before torch allocates
-    # Each run has one thread; tokenizers would warn that its own threads met a new process.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     _check_writable(out)
-    with log.status("Reading the text and learning its tokens"):
-        from sharpwise.compare.demo import ARMS, LEARNING_RATES, available_cpus, load_corpus, run_demo
-        from sharpwise.compare.page import write
-        from sharpwise.train.loop import LoopSettings
+    with tempfile.TemporaryDirectory(prefix=".runs-", dir=out) as aside:
+        result = _train(log, Path(aside), data, steps, seed, jobs)
+    from sharpwise.compare.page import write
 
-        settings = LoopSettings(steps=steps, warmup=max(1, steps // 10), seed=seed)
-        corpus = load_corpus(data, settings.context)
+    return result, write(result, out)
+
+
+def _train(log: Console, folder: Path, data: Path | None, steps: int, seed: int, jobs: int) -> dict[str, Any]:
+    """The nine runs, their folders below `folder`."""
+    with log.status("Reading the text and learning its tokens"):
+        from sharpwise.compare.demo import ARMS, LEARNING_RATES, Settings, load_corpus, run_demo
+        from sharpwise.train.environment import available_cpus
+
+        settings = Settings(steps=steps, warmup=max(1, steps // 10), seed=seed)
+        corpus = load_corpus(data, folder / "data", settings)
     count = len(ARMS) * len(LEARNING_RATES)
     jobs = min(jobs or min(available_cpus(), 3), count)
-    about = corpus.about
+    about: dict[str, Any] = corpus.about
     log.print(f"{about['source']}: {about['documents']:,} documents, {about['train_tokens']:,} tokens to train on")
     log.print(f"{count} runs of {settings.tokens:,} tokens, {jobs} at a time")
     steps_of = [0] * count
@@ -82,8 +87,9 @@ def _demo(log: Console, out: Path, data: Path | None, steps: int, seed: int, job
             ended = sum(step == settings.steps for step in steps_of)
             progress.update(task, completed=sum(steps_of), ended=ended)
 
-        result = run_demo(corpus, settings, jobs=jobs, worker_setup=keep_large_blocks, on_progress=on_progress)
-    return result, write(result, out)
+        return run_demo(
+            corpus, settings, folder=folder, jobs=jobs, worker_setup=keep_large_blocks, on_progress=on_progress
+        )
 
 
 def _check_writable(out: Path) -> None:

@@ -1,50 +1,55 @@
 """The demo: three arms, the same three learning rates each, one tiny GPT-2 on real text, one seed."""
 
-import datetime
+import json
 import multiprocessing
-import os
-import platform
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import sharpwise
-from sharpwise._version import __version__
-from sharpwise.train.data import Corpus, prepare, read_documents
-from sharpwise.train.loop import LoopSettings, Record, bf16_autocast, train
+from sharpwise.blocks.roles import BLOCK_TYPE, Role
+from sharpwise.report.blocks import describe
+from sharpwise.train.build import build, build_optimizer
+from sharpwise.train.config_file import make_config
+from sharpwise.train.data import Prepared, prepare_tokens
+from sharpwise.train.environment import environment
+from sharpwise.train.models import count_parameters
+from sharpwise.train.run import Diverged, run
+from sharpwise.train.steps import Step
 
 # Shared by all arms: the defaults of nanoGPT.
-COMMON: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
+COMMON: dict[str, Any] = {"betas": [0.9, 0.95], "weight_decay": 0.1, "max_grad_norm": 1.0}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One optimizer of the comparison: `code` is what a user would write, `build` makes it for (model, lr)."""
+    """One optimizer of the comparison: `code` is what a user would write, `optimizer` the same as a configuration."""
 
     name: str
     code: str
-    build: Callable[[nn.Module, float], Any]
+    optimizer: dict[str, Any]
+
+    def settings(self, lr: float) -> dict[str, Any]:
+        """The configuration's table [optimizer]."""
+        return {**COMMON, **self.optimizer, "lr": lr}
 
 
 ARMS: tuple[Arm, ...] = (
-    Arm("AdamW", "sharpwise.AdamW(model, lr=lr)", lambda model, lr: sharpwise.AdamW(model, lr=lr, **COMMON)),
+    Arm("AdamW", "sharpwise.AdamW(model, lr=lr)", {"name": "adamw"}),
     Arm(
         "AdamW + BlockwiseLR",
         "sharpwise.AdamW(model, lr=lr, block_lr=sharpwise.BlockwiseLR())",
-        lambda model, lr: sharpwise.AdamW(model, lr=lr, block_lr=sharpwise.BlockwiseLR(), **COMMON),
+        {"name": "adamw", "block_lr": "blockwise"},
     ),
-    Arm("Adam-mini", "sharpwise.AdamMini(model, lr=lr)", lambda model, lr: sharpwise.AdamMini(model, lr=lr, **COMMON)),
+    Arm("Adam-mini", "sharpwise.AdamMini(model, lr=lr)", {"name": "adam-mini"}),
 )
 BASELINE = ARMS[0].name
 
@@ -56,6 +61,65 @@ MODEL: dict[str, Any] = {"n_layer": 2, "n_embd": 128, "n_head": 4}
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How each run goes; the seed is also that of the weights, so that all runs start alike."""
+
+    steps: int = 260
+    sequences: int = 16
+    context: int = 128
+    warmup: int = 26
+    floor: float = 0.1
+    seed: int = 0
+    evaluations: int = 6
+    validation_sequences: int = 192
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole run, repetitions counted."""
+        return self.steps * self.sequences * self.context
+
+    def given(self, data: Path, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of one run."""
+        return {
+            "seed": self.seed,
+            "model": {"name": "gpt2-0.4m", "settings": {**MODEL, "context": self.context}},
+            "data": {"path": str(data), "context": self.context},
+            "batch": {"sequences": self.sequences},
+            "optimizer": optimizer,
+            "schedule": {"steps": self.steps, "warmup": self.warmup, "floor": self.floor},
+            "compute": {"device": "cpu", "threads": 1},
+            "validation": {"every": max(1, self.steps // self.evaluations), "sequences": self.validation_sequences},
+            "log": {"diagnostics": max(1, self.steps // 60), "tensorboard": False},
+            "checkpoint": {"every": 0},
+        }
+
+
+@dataclass
+class Record:
+    """What a run did. `x` values are steps, counted from 1; losses are in nats per token.
+
+    `stopped_at` is the step whose loss was not finite, None for a run that reached its end. `final_loss` is the
+    validation loss after the last step, None if there is none. `learning_rates` holds, for every role, the learning
+    rate times the block's multiplier at `learning_rate_steps`. `tokens_per_second` of whole steps and `step_ms` of
+    `optimizer.step()` are those that the quickest tenth of the steps keep to: other work on the machine can only slow
+    the rest. Evaluations do not count.
+    """
+
+    train_steps: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    learning_rate_steps: list[int] = field(default_factory=list)
+    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    stopped_at: int | None = None
+    final_loss: float | None = None
+    tokens_per_second: float | None = None
+    step_ms: float | None = None
+    state_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a run reports: `step` of run `run` is done; a run that stops early reports all its steps at once."""
 
@@ -63,40 +127,27 @@ class Progress:
     step: int
 
 
-def build_model(vocabulary: int, context: int, seed: int) -> nn.Module:
-    """A GPT-2 without dropout from a Hugging Face config, its weights drawn from `seed`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def load_corpus(data: Path | None, folder: Path, settings: Settings) -> Prepared:
+    """Tokenize the text of the demo, into a folder.
 
-    # Two choices for speed on a CPU at this size: the tanh formula in one kernel, and attention written out (the
-    # backward pass of torch's fused CPU attention takes three times as long as the matrix products).
-    fast: dict[str, Any] = {"activation_function": "gelu_pytorch_tanh", "attn_implementation": "eager"}
-    config = GPT2Config(
-        **MODEL,
-        **fast,
-        vocab_size=vocabulary,
-        n_positions=context,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    torch.manual_seed(seed)
-    model: nn.Module = GPT2LMHeadModel(config)
-    return model
-
-
-def load_corpus(data: Path | None, context: int) -> Corpus:
-    """Read and tokenize the text of the demo. Raises ValueError for what cannot be used, see `read_documents`."""
-    source = f"standard library of Python {platform.python_version()}" if data is None else data.name
-    return prepare(read_documents(data), vocabulary=VOCABULARY, context=context, source=source)
+    Raises:
+        ValueError: a text that cannot be used (see `prepare_tokens`), or that is too short.
+    """
+    corpus = prepare_tokens([data or "stdlib"], folder, vocabulary=VOCABULARY, validation=0.05, max_bytes=32 * 2**20)
+    for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        if len(tokens) < settings.context + 1:
+            raise ValueError(
+                f"the text is too short: its {part} part has {len(tokens)} tokens, and a context of "
+                f"{settings.context} needs at least {settings.context + 1}; give more text"
+            )
+    return corpus
 
 
 def run_demo(
-    corpus: Corpus,
-    settings: LoopSettings,
+    corpus: Prepared,
+    settings: Settings,
     *,
+    folder: Path,
     jobs: int = 2,
     worker_setup: Callable[[], object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -105,21 +156,20 @@ def run_demo(
 
     Args:
         corpus: from `load_corpus`.
-        settings: of every run; the seed is also that of the weights, so that all runs start alike.
+        settings: of every run.
+        folder: where the folders of the runs are made.
         jobs: processes at a time, one thread each; 1 runs here. The losses do not depend on it.
         worker_setup: called first in every worker process (a function that can be pickled).
         on_progress: called every few steps.
     """
     trials = [(arm.name, lr) for lr in LEARNING_RATES for arm in ARMS]
-    settings = replace(settings, autocast=bf16_autocast(settings.autocast))
     report = on_progress or (lambda progress: None)
+    place = _Place(corpus.folder, folder, settings)
     if jobs == 1:
         with _one_thread():
-            records = [
-                _run_trial(i, arm, lr, corpus, settings, report, lambda: False) for i, (arm, lr) in enumerate(trials)
-            ]
+            records = [_run_trial(place, i, arm, lr, report, lambda: False) for i, (arm, lr) in enumerate(trials)]
     else:
-        records = _run_in_processes(trials, corpus, settings, min(jobs, len(trials)), worker_setup, report)
+        records = _run_in_processes(place, trials, min(jobs, len(trials)), worker_setup, report)
     order = {arm.name: i for i, arm in enumerate(ARMS)}
     runs = [{"arm": arm, "lr": lr, **asdict(record)} for (arm, lr), record in zip(trials, records, strict=True)]
     return {
@@ -127,11 +177,10 @@ def run_demo(
         "baseline": BASELINE,
         "arms": [{"name": arm.name, "code": arm.code} for arm in ARMS],
         "learning_rates": list(LEARNING_RATES),
-        "common": {key: list(value) if isinstance(value, tuple) else value for key, value in COMMON.items()},
+        "common": dict(COMMON),
         "settings": {**asdict(settings), "tokens": settings.tokens},
         "data": dict(corpus.about),
-        **_describe_model(corpus, settings),
-        "environment": _environment(jobs),
+        **_describe(corpus, settings, jobs),
         "runs": sorted(runs, key=lambda run: (order[run["arm"]], run["lr"])),
     }
 
@@ -140,27 +189,70 @@ class Cancelled(Exception):
     """A run was told to stop."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the tokens are and the runs go, and how each goes."""
+
+    data: Path
+    runs: Path
+    settings: Settings
+
+
 def _run_trial(
+    place: _Place,
     number: int,
     arm_name: str,
     lr: float,
-    corpus: Corpus,
-    settings: LoopSettings,
     report: Callable[[Progress], None],
     stopped: Callable[[], bool],
 ) -> Record:
     arm = next(arm for arm in ARMS if arm.name == arm_name)
-    model = build_model(corpus.vocabulary, settings.context, settings.seed)
+    folder = place.runs / f"run-{number}"
 
-    def on_step(step: int, loss: float) -> None:
+    def on_step(step: Step) -> None:
         if stopped():
             raise Cancelled
-        if step % 5 == 0:
-            report(Progress(number, step))
+        if step.step % 5 == 0:
+            report(Progress(number, step.step))
 
-    record = train(model, arm.build(model, lr), corpus, settings, on_step)
-    report(Progress(number, settings.steps))
-    return record
+    with suppress(Diverged):  # the run's folder says so
+        run(place.settings.given(place.data, arm.settings(lr)), folder, on_step=on_step)
+    report(Progress(number, place.settings.steps))
+    return read_record(folder, place.settings)
+
+
+def read_record(folder: Path, settings: Settings) -> Record:
+    """What the folder of a run says that it did."""
+    steps, timing = ([json.loads(line) for line in (folder / name).read_text().splitlines()]
+                     for name in ("metrics.jsonl", "timing.jsonl"))  # fmt: skip
+    status = json.loads((folder / "status.json").read_text())
+    facts = json.loads((folder / "facts.json").read_text())
+    validated = [step for step in steps if step.get("validation_loss") is not None]
+    noted = [step for step in steps if "multipliers" in step]
+    rates: dict[str, list[float]] = {}
+    for step in noted:
+        for role, multiplier in step["multipliers"].items():
+            rates.setdefault(role, []).append(step["lr"] * multiplier)
+    finished = bool(validated) and validated[-1]["step"] == settings.steps
+    return Record(
+        train_steps=[step["step"] for step in steps],
+        train_loss=[step["loss"] for step in steps],
+        validation_steps=[step["step"] for step in validated],
+        validation_loss=[step["validation_loss"] for step in validated],
+        learning_rate_steps=[step["step"] for step in noted],
+        learning_rates=rates,
+        types={role: str(BLOCK_TYPE[Role(role)]) for role in rates},
+        stopped_at=status["step"] if status["state"] == "diverged" else None,
+        final_loss=validated[-1]["validation_loss"] if finished else None,
+        tokens_per_second=settings.sequences * settings.context / _quick(timing, "seconds") if timing else None,
+        step_ms=_quick(timing, "optimizer_seconds") * 1e3 if timing else None,
+        state_bytes=facts["state_bytes"] if steps else None,
+    )
+
+
+def _quick(timing: list[dict[str, float]], key: str) -> float:
+    """The tenth percentile."""
+    return sorted(line[key] for line in timing)[len(timing) // 10]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -169,9 +261,8 @@ def _run_trial(
 
 
 def _run_in_processes(
+    place: _Place,
     trials: list[tuple[str, float]],
-    corpus: Corpus,
-    settings: LoopSettings,
     jobs: int,
     worker_setup: Callable[[], object] | None,
     report: Callable[[Progress], None],
@@ -180,7 +271,7 @@ def _run_in_processes(
     progress: SimpleQueue[Progress] = context.SimpleQueue()
     stop = context.Event()
     with ProcessPoolExecutor(
-        jobs, context, initializer=_start_worker, initargs=(corpus, settings, progress, stop, worker_setup)
+        jobs, context, initializer=_start_worker, initargs=(place, progress, stop, worker_setup)
     ) as executor:
         futures: list[Future[Record]] = []
         try:
@@ -205,8 +296,7 @@ def _run_in_processes(
 
 @dataclass(frozen=True)
 class _Worker:
-    corpus: Corpus
-    settings: LoopSettings
+    place: _Place
     progress: "SimpleQueue[Progress]"
     stop: Event
 
@@ -215,21 +305,17 @@ _worker: _Worker
 
 
 def _start_worker(
-    corpus: Corpus,
-    settings: LoopSettings,
-    progress: "SimpleQueue[Progress]",
-    stop: Event,
-    worker_setup: Callable[[], object] | None,
+    place: _Place, progress: "SimpleQueue[Progress]", stop: Event, worker_setup: Callable[[], object] | None
 ) -> None:
     global _worker
     if worker_setup:
         worker_setup()
     torch.set_num_threads(1)
-    _worker = _Worker(corpus, settings, progress, stop)
+    _worker = _Worker(place, progress, stop)
 
 
 def _run_in_worker(number: int, arm: str, lr: float) -> Record:
-    return _run_trial(number, arm, lr, _worker.corpus, _worker.settings, _worker.progress.put, _worker.stop.is_set)
+    return _run_trial(_worker.place, number, arm, lr, _worker.progress.put, _worker.stop.is_set)
 
 
 @contextmanager
@@ -265,16 +351,15 @@ def _one_thread() -> Iterator[None]:
 # --- what was trained, and where -------------------------------------------------------------------------------------
 
 
-def _describe_model(corpus: Corpus, settings: LoopSettings) -> dict[str, Any]:
-    """The model in numbers, and its block map with the multipliers of each arm."""
-    model = build_model(corpus.vocabulary, settings.context, settings.seed)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
-    optimizers = {arm.name: arm.build(model, 1.0) for arm in ARMS}
-    segments = optimizers[BASELINE].blocks.segments
-    multipliers = {
-        name: [float(row["multiplier"]) for row in optimizer.lr_multipliers()] for name, optimizer in optimizers.items()
-    }
+def _describe(corpus: Prepared, settings: Settings, jobs: int) -> dict[str, Any]:
+    """The model in numbers, its block map with the multipliers of each arm, and the environment."""
+    with _one_thread():
+        built = build(make_config(settings.given(corpus.folder, ARMS[0].settings(LEARNING_RATES[0]))))
+    total, without_embedding = count_parameters(built.model)
+    multipliers = {}
+    for arm in ARMS:
+        own = make_config({"optimizer": arm.settings(1.0)}).optimizer
+        multipliers[arm.name] = [float(row["multiplier"]) for row in build_optimizer(own, built.model).lr_multipliers()]
     return {
         "model": {
             "family": "gpt2",
@@ -282,43 +367,11 @@ def _describe_model(corpus: Corpus, settings: LoopSettings) -> dict[str, Any]:
             "context": settings.context,
             "vocabulary": corpus.vocabulary,
             "parameters": total,
-            "non_embedding_parameters": total - embedding,
+            "non_embedding_parameters": without_embedding,
         },
         "blocks": [
-            {
-                "name": segment.name,
-                "shape": list(segment.shape),
-                "type": str(segment.block_type),
-                "role": str(segment.role),
-                "rows": segment.describe_rows(),
-                "heads": segment.heads,
-                "parameters": segment.numel,
-                "tied": list(segment.tied),
-                "multipliers": {name: values[i] for name, values in multipliers.items()},
-            }
-            for i, segment in enumerate(segments)
+            {**describe(segment), "multipliers": {name: values[i] for name, values in multipliers.items()}}
+            for i, segment in enumerate(built.optimizer.blocks.segments)
         ],
+        "environment": {**environment(built.config), "processes": jobs, "threads_per_process": 1},
     }
-
-
-def _environment(jobs: int) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import transformers
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sharpwise": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": available_cpus(),
-        "processes": jobs,
-        "threads_per_process": 1,
-        "matrix_products": "bf16 autocast" if bf16_autocast(None) else "fp32",
-    }
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,9 +5,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
 Kind = Literal["cosine", "linear", "wsd", "constant"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
@@ -88,27 +85,3 @@ class Schedule:
         done = step - self.warmup
         whole = self.total - self.warmup
         return 1 - done / whole if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done / whole))
-
-
-def warmup_cosine_factor(step: int, *, warmup: int, total: int, floor: float) -> float:
-    """The factor of `Schedule("cosine", ...)` in step `step`.
-
-    >>> [round(warmup_cosine_factor(s, warmup=2, total=6, floor=0.1), 3) for s in range(7)]
-    [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
-    """
-    return Schedule("cosine", total, warmup, floor).factor(step)
-
-
-def warmup_cosine(optimizer: Optimizer, *, warmup: int, total: int, floor: float = 0.1) -> LambdaLR:
-    """A torch scheduler that follows `Schedule("cosine", ...)`; call its `step()` after each optimizer step.
-
-    Args:
-        optimizer: its learning rates are the peak.
-        warmup: steps of linear warm-up, 0 <= warmup <= total.
-        total: steps of the whole run.
-        floor: what is left of the peak at the end, a fraction in [0, 1].
-
-    Raises:
-        ValueError: a number outside its range.
-    """
-    return LambdaLR(optimizer, Schedule("cosine", total, warmup, floor).factor)

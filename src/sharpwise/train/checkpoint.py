@@ -1,0 +1,225 @@
+"""Checkpoints: written aside, flushed, put in place by one rename; read back only if every byte is as it was written.
+
+A checkpoint is a folder `step-00000100` with `state.pt` (tensors and plain values, for `torch.load(weights_only=True)`)
+and `about.json`, which holds the hash of the former and its own. A folder of that name is whole: what was being written
+when the process was killed has another name, and is removed at the next start.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from sharpwise.files import remove_folder, remove_leftovers, rename_folder, replace_folder, sync
+
+logger = logging.getLogger("sharpwise.train")
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after step `step`: `state` as given to `save`, `about` its plain notes."""
+
+    step: int
+    state: dict[str, Any]
+    about: dict[str, Any]
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made when the first is written.
+        keep: how many of the latest stay.
+        best: keep the one with the lowest `about["validation_loss"]` as well.
+        asynchronous: write in the background, from a copy of the tensors on the CPU.
+        check: says what is wrong with a checkpoint by its notes, "" if nothing is; such a one is passed over.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        best: bool = False,
+        asynchronous: bool = False,
+        check: Callable[[Mapping[str, Any]], str] = lambda about: "",
+    ) -> None:
+        self.folder, self.keep, self.best, self.check = folder, keep, best, check
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+        if folder.exists():
+            remove_leftovers(folder)
+
+    def save(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Save the state after step `step`; in the background if asynchronous, after what is still being written.
+
+        Raises:
+            OSError: this one, or the one before it, could not be written; those already there are as they were.
+        """
+        self.wait()
+        copy = _copied(state, {})
+        notes = {**about, "step": step}
+        if self._writer is None:
+            self._write(step, copy, notes)
+        else:
+            self._pending = self._writer.submit(self._write, step, copy, notes)
+
+    def wait(self) -> None:
+        """Wait for what is being written. Raises OSError if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the background thread."""
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+
+    def _write(self, step: int, state: Any, about: dict[str, Any]) -> None:
+        def fill(folder: Path) -> None:
+            with (folder / "state.pt").open("wb") as raw:
+                file = _Hashing(raw)
+                try:
+                    torch.save(state, cast(IO[bytes], file))
+                except RuntimeError:
+                    if file.error is not None:  # torch reports a full disk as a file position that it did not expect
+                        raise file.error from None
+                    raise
+                sync(raw)
+            about["files"] = {"state.pt": {"bytes": file.size, "sha256": file.hash.hexdigest()}}
+            about["sha256"] = _hash(about)
+            (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_folder(self.folder / f"step-{step:08d}", fill)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-self.keep :])
+        if self.best and (losses := {s: loss for s in steps if (loss := self._loss(s)) is not None}):
+            kept.add(min(losses, key=losses.__getitem__))
+        for step in steps:
+            if step not in kept:
+                remove_folder(self._path(step))
+
+    def _loss(self, step: int) -> float | None:
+        try:
+            loss = json.loads((self._path(step) / "about.json").read_text(encoding="utf-8")).get("validation_loss")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return loss if isinstance(loss, float) else None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps after which there is a checkpoint, in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
+
+    def latest(self) -> Checkpoint | None:
+        """The latest one that is as it was written, None if none was ever written.
+
+        Damaged ones after it are named in a warning and set aside: they must not count among those that are kept.
+
+        Raises:
+            ValueError: there are some, and all are damaged.
+        """
+        damaged: list[Path] = []
+        for path, loaded in self._read_backwards():
+            if isinstance(loaded, Checkpoint):
+                for other in damaged:
+                    rename_folder(other, f"damaged-{other.name}")
+                self._remove_old()  # a kill may have come before that
+                return loaded
+            logger.warning("the checkpoint %s is passed over: %s", path, loaded)
+            damaged.append(path)
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read; bring one back from a copy, or remove that folder to let "
+                "the run begin again"
+            )
+        return None
+
+    def _read_backwards(self) -> Iterator[tuple[Path, Checkpoint | str]]:
+        for step in reversed(self.steps()):
+            path = self._path(step)
+            try:
+                yield path, self._read(step, path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+                yield path, f"{type(error).__name__}: {error}"
+
+    def _read(self, step: int, path: Path) -> Checkpoint | str:
+        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        if about["step"] != step:
+            return f"it says that it is of step {about['step']}"
+        if about["sha256"] != _hash(about):
+            return "the content of about.json has changed since it was written"
+        for name, wanted in about["files"].items():
+            file = path / name
+            if file.stat().st_size != wanted["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {wanted['bytes']:,}"
+            with file.open("rb") as raw:
+                if hashlib.file_digest(raw, "sha256").hexdigest() != wanted["sha256"]:
+                    return f"the content of {name} has changed since it was written"
+        if wrong := self.check(about):
+            return wrong
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return Checkpoint(step, state, about, path)
+
+
+def _hash(about: Mapping[str, Any]) -> str:
+    """Of the notes, without the hash itself."""
+    content = {key: value for key, value in about.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Hashing:
+    """A file that remembers the hash and the size of what is written, and why it could not be."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.hash.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _copied(value: Any, seen: dict[Any, Tensor]) -> Any:
+    """A copy on the CPU; tensors that are one and the same stay so."""
+    if isinstance(value, Tensor):
+        key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        if value.numel() == 0 or key not in seen:
+            seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(value, Mapping):
+        return {key: _copied(item, seen) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, seen) for item in value)
+    return value

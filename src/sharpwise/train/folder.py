@@ -1,0 +1,159 @@
+"""The folder of a run: what is in it, who may write to it, and metrics without gaps or doubles.
+
+    config.toml     the resolved configuration          facts.json        the model and the data in numbers
+    blocks.json     the block map                       environment.json  every start: versions, machine, first step
+    metrics.jsonl   a line per step                     timing.jsonl      how long each took: not repeatable
+    checkpoints/    see `checkpoint.py`                 status.json       how it ended; absent while it runs
+    final/          the model, as Hugging Face saves    sample.txt        a text that it wrote
+    tensorboard/    event files                         index.html        the page
+
+`metrics.jsonl` holds only what is the same whenever the run is repeated. A checkpoint notes how long the file was; to
+go on from it is to cut the file there. So it is, byte for byte, that of a run which was never stopped.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sharpwise.files import sync, write_whole
+from sharpwise.train.config import Config
+from sharpwise.train.config_file import make_config, read_given, to_toml
+
+
+class RunFolder:
+    """A run's folder, held by this process alone while it is open.
+
+    Raises:
+        ValueError: another process is training in it, or it is no folder, or holds something else than a run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; name another folder for the run")
+        own = {"config.toml", "run.lock"}
+        is_empty = not path.exists() or not any(path.iterdir())
+        if not is_empty and not any((path / name).exists() for name in own):
+            raise ValueError(f"{path} holds something else than a run; name an empty or new folder")
+        self._is_new = is_empty
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "run.lock").open("a")
+        self._hold()
+
+    def _hold(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ValueError(
+                f"another process is training in {self.path}; wait for it or name another folder"
+            ) from None
+
+    def close(self) -> None:
+        """Let others write to it; if nothing came about in a new folder, all is as it was before."""
+        if self._is_new and [p.name for p in self.path.iterdir()] == ["run.lock"]:
+            (self.path / "run.lock").unlink()
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Where the trained model is, once the run has ended."""
+        return self.path / "final"
+
+    def read_config(self) -> Config | None:
+        """The stored configuration, None in a new folder. Raises ValueError if it is damaged."""
+        path = self.path / "config.toml"
+        if not path.exists():
+            return None
+        try:
+            return make_config(read_given(path))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
+
+    def write_config(self, config: Config) -> None:
+        """Store the configuration, whole or not at all."""
+        write_whole(self.path / "config.toml", to_toml(config))
+
+    def read_json(self, name: str) -> Any:
+        """A file of plain values, None if it is missing or damaged."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write plain values, whole or not at all."""
+        write_whole(self.path / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def add_start(self, start: Mapping[str, Any]) -> None:
+        """Note where and with what a process has begun to train here."""
+        before = self.read_json("environment.json")
+        self.write_json("environment.json", [*(before if isinstance(before, list) else []), dict(start)])
+
+    def set_status(self, state: str, step: int, message: str) -> None:
+        """Say how a run ended."""
+        self.write_json("status.json", {"state": state, "step": step, "message": message})
+
+    def clear_status(self) -> None:
+        """The run goes on."""
+        (self.path / "status.json").unlink(missing_ok=True)
+
+
+class Lines:
+    """A file of one JSON object per line that is appended to, and cut where a checkpoint was.
+
+    Args:
+        path: of the file.
+        size: bytes that stay of what is there.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._file = path.open("ab", buffering=0)
+        os.ftruncate(self._file.fileno(), size)
+        self.size = size
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append a line; numbers that are not finite become null.
+
+        Raises:
+            OSError: it could not be written whole, for instance on a full disk.
+        """
+        data = (json.dumps(_finite(values), separators=(",", ":"), allow_nan=False) + "\n").encode()
+        if self._file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size += len(data)
+
+    def sync(self) -> int:
+        """Flush what was written to the disk; returns the bytes that the file has."""
+        sync(self._file)
+        return self.size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,136 @@
+"""Configurations: what is said, what is meant, what is written down, and what a run refuses to go on with."""
+
+import pytest
+
+from sharpwise.train.config import Config
+from sharpwise.train.config_file import as_given, differences, make_config, read_given, set_keys, taking_over, to_toml
+
+
+def make(*assignments: str) -> Config:
+    return make_config(set_keys({}, assignments))
+
+
+def test_nothing_said_is_a_whole_run() -> None:
+    config = make()
+    assert config.optimizer.name == "adamw"
+    assert config.optimizer.lr == 1e-3
+    assert config.optimizer.options["betas"] == [0.9, 0.999]  # of the constructor, written down
+
+
+def test_written_down_and_read_back_it_is_the_same(tmp_path) -> None:
+    config = make(
+        "optimizer.name=adam-mini",
+        'optimizer.block_lr={name = "blockwise", emb = 5.0}',
+        "optimizer.betas=[0.9, 0.95]",
+        "optimizer.v_by=tensor",
+        "model.settings.n_layer=3",
+        "schedule.tokens=1_000_000",
+        "seed=7",
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    again = make_config(read_given(path))
+    assert again == config
+    assert make_config(as_given(config)) == config
+    assert again.optimizer.block_lr == {"name": "blockwise", "emb": 5.0}
+    assert again.optimizer.options["v_by"] == "tensor"
+
+
+def test_later_assignments_win_over_the_file_and_it_stays_as_it_is() -> None:
+    given = {"optimizer": {"lr": 1.0}}
+    assert set_keys(given, ["optimizer.lr=2", "optimizer.lr=3"]) == {"optimizer": {"lr": 3}}
+    assert given == {"optimizer": {"lr": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ("runs/x", "runs/x"),
+        ('"4"', "4"),
+        ("", ""),
+        ("a=b", "a=b"),
+    ],
+)
+def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
+    assert set_keys({}, [f"model.name={text}"]) == {"model": {"name": value}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.nam=lion", r"adamw has no such setting \(did you mean 'name'\?\); there are betas"),
+        ("optimizer.betaz=[1]", r"did you mean 'betas'"),
+        ("optimizer.model=x", r"optimizer\.model: adamw has no such setting"),
+        ("optimizer.name=adamv", r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\)"),
+        ("optimizer.name=3", r"no optimizer is called 3"),
+        ("optimizer.block_lr=blockwize", r"no block_lr is called 'blockwize' \(did you mean 'blockwise'\?\)"),
+        ("optimizer.block_lr={emb = 3}", r"no block_lr is called ''"),
+        ("optimizer.on_nonfinite=skp", r"got 'skp' \(did you mean 'skip'\?\), allowed: raise, skip"),
+        ("optimizer.lr=fast", r"optimizer\.lr: expected a number, got 'fast'"),
+        ("optimizer.lr=-1", r"optimizer\.lr must be at least 0"),
+        ("optimizer.max_grad_norm=-1", r"max_grad_norm must be at least 0"),
+        ("schedul.steps=1", r"no setting is called 'schedul' \(did you mean 'schedule'\?\)"),
+        ("schedule.step=1", r"no setting is called 'schedule\.step' \(did you mean 'steps'\?\)"),
+        ("schedule.steps=0", r"schedule\.steps must be at least 1, got 0"),
+        ("schedule.tokens=0", r"schedule\.tokens must be at least 1, got 0"),
+        ("schedule.steps=1.5", r"schedule\.steps: expected a whole number, got 1\.5"),
+        ("schedule.warmup=-1", r"schedule\.warmup: steps, or a fraction below 1, got -1"),
+        ("model.compile=1", r"model\.compile: expected true or false, got 1"),
+        ("model=3", r"model: expected a table \[model\], got 3"),
+        ("model.attention=flash", r"model\.attention: got 'flash', allowed: eager, sdpa"),
+        ("seed=true", r"seed: expected a whole number, got True"),
+        ("seed=-1", r"seed must be at least 0"),
+        ("batch.micro=3", r"batch\.micro=3 does not divide batch\.sequences=16; divisors are 1, 2, 4, 8, 16"),
+        ("batch.sequences=0", r"batch\.sequences must be at least 1"),
+        ("compute.precision=bf61", r"got 'bf61' \(did you mean 'bf16'\?\)"),
+        ("checkpoint.keep=0", r"checkpoint\.keep must be at least 1"),
+        ("data.context=0", r"data\.context must be at least 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(assignment, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(assignment)
+
+
+@pytest.mark.parametrize("assignment", ["lr", "=3", "a..b=1", "seed.x=1"])
+def test_what_is_no_assignment_is_refused(assignment) -> None:
+    with pytest.raises(ValueError, match="--set"):
+        set_keys({"seed": 1}, [assignment])
+
+
+def test_a_file_that_is_none_is_refused(tmp_path) -> None:
+    path = tmp_path / "c.toml"
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        read_given(path)
+    path.write_text("a = ", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not a TOML file"):
+        read_given(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not a TOML file"):
+        read_given(path)
+
+
+def test_a_difference_is_shown_and_what_is_left_open_is_none() -> None:
+    stored = make("schedule.steps=10", "compute.threads=2", "optimizer.lr=1e-3")
+    assert differences(stored, make("schedule.steps=10")) == []
+    assert differences(stored, make()) == []  # steps are left open
+    assert differences(stored, make("optimizer.lr=2e-3", "seed=1")) == [
+        "optimizer.lr: the run has 0.001, now it is 0.002",
+        "seed: the run has 0, now it is 1",
+    ]
+    lines = differences(stored, make("model.settings.n_layer=2", "optimizer.name=lion"))
+    assert "model.settings.n_layer: the run has nothing, now it is 2" in lines
+    assert "optimizer.name: the run has 'adamw', now it is 'lion'" in lines
+
+
+def test_what_may_change_is_taken_over() -> None:
+    stored = make("checkpoint.every=5", "log.tensorboard=true", "seed=3")
+    wanted = make("checkpoint.keep=7", "optimizer.on_nonfinite=skip", "seed=3")
+    assert differences(stored, wanted) == []
+    both = taking_over(stored, wanted)
+    assert (both.checkpoint.every, both.checkpoint.keep, both.log.tensorboard) == (5, 7, True)
+    assert (both.optimizer.on_nonfinite, both.seed) == ("skip", 3)
