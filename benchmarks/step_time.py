@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, BASE, COLD, LR, PAIRS, WEIGHT_DECAY, state_bytes
+from arms import ARMS, BASE, CLIPPED_BASE, COLD, LR, PAIRS, TINY_ARMS, WEIGHT_DECAY, state_bytes
 from environment import environment
 from shapes import FULL, LAYOUTS, QUICK, Shape, model_with_gradients
 
 import sharpwise
 
 HERE = Path(__file__).parent
+TINY = ((2, 128), (4, 144), (4, 256), (6, 384))  # layers and widths, vocabulary 4096
 AXPY = "in-place axpy"
 AXPY_BYTES = 12  # reads p and g, writes p
 
@@ -53,6 +54,7 @@ def main() -> None:
         result["fresh_process"] = fresh_processes(args.quick, args.threads, args.only)
     result["small_tensors"] = small_tensors(20 if args.quick else 200)
     show("150 small tensors, ms", result["small_tensors"])
+    result["tiny_models"] = tiny_models(20 if args.quick else 100)
     result["llama_3_8b_on_meta"] = on_meta()
     show("Llama-3-8B on the meta device, seconds", result["llama_3_8b_on_meta"])
     result["import_after_torch_s"] = import_seconds()
@@ -206,6 +208,39 @@ def small_tensors(rounds: int) -> dict[str, float]:
             if number >= 0:
                 times[name].append(seconds)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def tiny_models(rounds: int) -> dict[str, dict[str, Any]]:
+    """Steps of models too small to compile, against torch's clipping and fused step: median ms, ratio, difference."""
+    found: dict[str, dict[str, Any]] = {}
+    for layers, width in TINY:
+        shape = Shape(n_layer=layers, n_head=4, n_embd=width, vocab_size=4096, block_size=256)
+        model = model_with_gradients("linear", shape)
+        parameters = list(model.parameters())
+        steps = {}
+        for arm in TINY_ARMS:
+            optimizer = arm.build(model)
+            steps[arm.name] = clipped(optimizer, parameters, arm.clip) if arm.clip else timed(optimizer.step)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for number in range(-3, rounds):
+            for name, step in steps.items():
+                seconds = step()
+                if number >= 0:
+                    times[name].append(seconds)
+        base = times[CLIPPED_BASE]
+        title = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
+        found[title] = {
+            name: {
+                "median_ms": 1e3 * statistics.median(values),
+                "ratio": statistics.median(within_rounds(values, base)),
+                "more_ms": 1e3 * statistics.median([a - b for a, b in zip(values, base, strict=True)]),
+            }
+            for name, values in times.items()
+        }
+        print(f"\n{title} parameters, {len(parameters)} tensors: median ms, ratio to clipping and fused step")
+        for name, row in found[title].items():
+            print(f"  {name:36}{row['median_ms']:8.2f}{row['ratio']:8.2f}")
+    return found
 
 
 def on_meta() -> dict[str, float]:

@@ -5,6 +5,7 @@ row (`row_step`, `row_decay`) come shaped to broadcast against the view.
 """
 
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 22
 """Elements per eager call: temporaries stay below 16 MiB, and tensors up to this size round exactly as torch's do."""
+PIECE = 1 << 17
+"""As CHUNK, on a CPU where speed counts: temporaries that stay in the cache. Larger ones also go back to the system
+with every call, and getting them anew costs more than the step itself."""
+RUN = 1 << 10
+"""Elements whose squares are added in fp32."""
 COMPILE_TOTAL = 10_000_000
 """Below this many parameters compiling costs more than it brings."""
 COMPILE_EACH = 1 << 16
@@ -78,6 +84,36 @@ def update(
         _write(tensor, new[name], s, noise, slot)
 
 
+def update_blocks(
+    rule: Rule,
+    s: Mapping[str, Any],
+    p: Tensor,
+    g: Tensor,
+    stored: Sequence[Tensor],
+    blocks: Mapping[str, Tensor],
+    counts: Tensor,
+    row_step: Tensor | None = None,
+    row_decay: Tensor | None = None,
+) -> Tensor:
+    """As `update`, of a matrix whose rows are blocks; their denominators are worked out by the way, from `blocks` as it
+    was before the step and stays. Returns the sum of g*g per row, fp64, for the block phase that will change it.
+
+    Compiled, a row is read, summed up and moved while it is in the cache: the gradient comes from memory once. Writing
+    the block state here would split the loop in three.
+    """
+    dtype = compute_dtype(p.dtype)
+    groups = g.to(dtype).square().view(g.shape[0], g.shape[1] // 256, 256).sum(2)
+    squares = groups.double().sum(1)
+    old = {name: t.to(dtype) for name, t in blocks.items()}
+    _, denominator = rule.block_phase(old, (squares / counts).to(dtype), s)
+    rate = (s["step"] / denominator).view(-1, 1)
+    # The largest of equal numbers, of which none is 0: what a loop over the groups of a row yields is worked out once
+    # per row, anything else once per element.
+    rate = torch.where(groups < 0, torch.zeros_like(rate), rate).amax(1, keepdim=True)
+    update(rule, s, p, g, stored, rate if row_step is None else rate * row_step, row_decay)
+    return squares
+
+
 def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int) -> None:
     index = None if noise is None or target.dtype != torch.bfloat16 else noise.row + noise.column
     rounded = round_to(value, target.dtype, index, None if noise is None else mix(noise.key + slot))
@@ -90,6 +126,32 @@ def row_squares(g: Tensor, dim: int) -> Tensor:
         return (g.double() ** 2).sum(dim)
     parts = [(part.double() ** 2).sum(dim) for part in g.split(max(1, CHUNK * g.shape[0] // g.numel()))]
     return torch.stack(parts).sum(0) if dim == 0 else torch.cat(parts)
+
+
+def quick_norms(flat: Tensor) -> list[Tensor]:
+    """Norms of runs that together are `flat`, fp32: over more than a run they would lose digits."""
+    n = flat.numel()
+    whole = n - n % RUN
+    parts = [flat[:whole].view(-1, RUN)] if whole else []
+    parts += [flat[whole:].view(1, -1)] if whole < n or not n else []
+    return [torch.linalg.vector_norm(part, dim=1) for part in parts]
+
+
+def quick_row_squares(g: Tensor, dim: int) -> Tensor:
+    """As `row_squares`, of fp32 sums over runs."""
+    run = g.shape[-1] if g.shape[-1] <= RUN else math.gcd(g.shape[-1], RUN)
+    if g.dim() != 2 or run < 32:
+        return row_squares(g, dim)
+    if dim == 1:
+        norms = torch.linalg.vector_norm(g.view(g.shape[0], -1, run), dim=2).double()
+        return norms.square_().sum(1)
+    parts = [torch.sum(part * part, 0) for part in g.split(max(1, piece(g) // g.shape[1]))]
+    return torch.stack(parts).sum(0, dtype=torch.float64)
+
+
+def piece(tensor: Tensor) -> int:
+    """Elements per eager call where speed counts."""
+    return PIECE if tensor.device.type == "cpu" else CHUNK
 
 
 def _grouped_squares(g: Tensor, dim: int) -> Tensor:
@@ -115,6 +177,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._failed: set[Any] = set()
         self.broken = False
 
     @property
@@ -161,6 +224,47 @@ class Compiler:
             known[short] = graph
         graph(*args)
 
+    def blocks_call(
+        self,
+        known: dict[Any, Callable[..., Any]],
+        rule: Rule,
+        s: Mapping[str, Any],
+        packed: Tensor,
+        p: Tensor,
+        g: Tensor,
+        stored: Sequence[Tensor],
+        blocks: Mapping[str, Tensor],
+        counts: Tensor,
+        row_step: Tensor | None,
+        row_decay: Tensor | None,
+    ) -> tuple[Callable[..., Any], list[Tensor]] | None:
+        """The graph of `update_blocks` and what to call it with; None if it cannot be built."""
+        args = [packed, p, g, counts, *stored, *blocks.values()]
+        args += [t for t in (row_step, row_decay) if t is not None]
+        short = ("blocks", tuple(s), row_step is None, row_decay is None, g.dtype)
+        graph = known.get(short)
+        if graph is None:
+            names, kept = tuple(s), tuple(blocks)
+            form = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in args)
+
+            def body(packed: Tensor, p: Tensor, g: Tensor, counts: Tensor, *more: Tensor) -> tuple[Tensor]:
+                rest = list(more)
+                own = [rest.pop(0) for _ in stored]
+                state = {name: rest.pop(0) for name in kept}
+                step = None if row_step is None else rest.pop(0)
+                decay = None if row_decay is None else rest.pop(0)
+                scalars = dict(zip(names, packed.unbind(), strict=True))
+                return (update_blocks(rule, scalars, p, g, own, state, counts, step, decay),)
+
+            examples = [packed, *(_example(t, (96, 512)) for t in args[1:])]
+            # Else what goes into the rate of a row is written out as vectors of all rows, and the loop is split there.
+            whole = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64}
+            graph = self._built((type(rule), *short, form, p.device), body, examples, needed=False, **whole)
+            if graph is None:
+                return None
+            known[short] = graph
+        return graph, args
+
     def row_squares(self, g: Tensor, dim: int) -> Tensor:
         """As `row_squares`."""
         fits = g.shape[dim] % (256 if dim == 1 else 16) == 0
@@ -176,13 +280,16 @@ class Compiler:
         graph = self._built(key, body, [_example(g, (96, 512) if fits else (66, 98))])
         return row_squares(g, dim) if graph is None else graph(g)[0]
 
-    def _built(self, key: Any, body: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any] | None:
-        if key in self._graphs or self.broken:
+    def _built(
+        self, key: Any, body: Callable[..., Any], examples: list[Tensor], needed: bool = True, **patches: Any
+    ) -> Callable[..., Any] | None:
+        if key in self._graphs or key in self._failed or self.broken:
             return self._graphs.get(key)
         try:
-            self._graphs[key] = _compile(body, examples)
+            self._graphs[key] = _compile(body, examples, **patches)
         except Exception as error:  # whatever inductor raises: the eager twin gives the same numbers
-            self.broken = True
+            self._failed.add(key)
+            self.broken = needed
             logger.warning("compiling the optimizer step failed, going on without: %s", str(error).split("\n")[0])
         return self._graphs.get(key)
 
@@ -198,7 +305,7 @@ def _example(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
     return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
+def _compile(body: Callable[..., Any], examples: list[Tensor], **patches: Any) -> Callable[..., Any]:
     # Not torch.compile: its guards and wrappers cost several times what the call itself does, at every call. What they
     # would check is in the key of the graph.
     from torch._inductor import standalone_compile
@@ -207,7 +314,7 @@ def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Callable[..., 
     inputs: list[Any] = list(examples)
     # Inductor proves each vector instruction set by building and importing a test library, 15 s on a cold machine.
     # The processor's own flags are read all the same.
-    options = {"config_patches": {"cpp.vec_isa_ok": True}}
+    options = {"config_patches": {"cpp.vec_isa_ok": True} | patches}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
         graph = make_fx(body, tracing_mode="symbolic")(*inputs)

@@ -265,6 +265,7 @@ class BlockOptimizer(Optimizer):
             self._validate(group)  # a schedule may have written anything
         fresh = self._stepper is None
         stepper = self._bind()
+        stepper.squares = None
         active = [e for e in stepper.entries if e.param.grad is not None]
         for entry in active:
             check_gradient(entry.name, entry.param)
@@ -291,6 +292,15 @@ class BlockOptimizer(Optimizer):
         """Steps left out under on_nonfinite="skip"."""
         before = max((int(group.get("skipped_steps", 0)) for group in self.param_groups), default=0)
         return before + (0 if self._stepper is None else int(self._stepper.skipped))
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global L2 norm of the gradients of the last step, taken or skipped, before clipping: fp64, 0-d, on device.
+
+        None before the first step, and where steps do not read it: neither `max_grad_norm` nor `on_nonfinite` is set.
+        """
+        squares = None if self._stepper is None else self._stepper.squares
+        return None if squares is None else squares.sqrt()
 
     @property
     def compiled_graphs(self) -> int:

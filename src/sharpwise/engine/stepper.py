@@ -10,12 +10,13 @@ from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.engine import kernels
+from sharpwise.engine.fused import Fused, exactly
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
 from sharpwise.engine.mesh import local
+from sharpwise.engine.one_pass import Calls, one_pass
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.scalars import Clock, Numbers
 from sharpwise.engine.sums import Sums
-from sharpwise.rules import AdamW
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class Options:
 
 
 class Stepper:
-    """Executes steps over entries whose state is allocated. Rebuilt whenever those change."""
+    """Executes steps over entries whose state is allocated. Rebuilt whenever those change.
+
+    Attributes:
+        skipped: steps left out since this was built; `squares`: sum of g*g in the last step, None if it was not read.
+    """
 
     def __init__(self, entries: Sequence[Entry], state: Any, options: Options, compiler: kernels.Compiler) -> None:
         self.entries = list(entries)
@@ -48,31 +53,25 @@ class Stepper:
         pays = total >= kernels.COMPILE_TOTAL and kernels.compiler_present(device)
         compiles = options.compile is True or (options.compile is None and pays)
         self.compiler = compiler if compiles else None
-        self.fused = {id(e): (e, state[e.param]) for e in entries if self._torch_has_it(e, state)}
-        rest = [e for e in entries if id(e) not in self.fused]
+        self.fast = options.compile is not False
+        # Where graphs are compiled they clip by the way; torch's kernel is given scaled copies.
+        torchs = self.fast and options.decoupled and not options.stochastic_rounding
+        torchs = torchs and (options.max_grad_norm is None or self.compiler is None)
+        self.fused = Fused([e for e in entries if torchs and exactly(e, state[e.param])], state, self._scales_decay)
+        theirs = {id(e) for e in self.fused.entries}
+        rest = [e for e in entries if id(e) not in theirs]
         # A buffer shifts the boundaries of torch's vector loops, whose lerp rounds differently at the edges: the
         # eager reference, bit-equal to torch, does without.
-        self.items = gather_small(rest, state, -1 if options.compile is False else SMALL)
+        self.items = gather_small(rest, state, SMALL if self.fast else -1)
         self.pools = pool_blocks(self.items, state)
+        at_once = self.compiler is not None and not options.guarded and not options.stochastic_rounding
+        self.one_pass = {id(item): one_pass(item) for item in self.items if at_once}
+        self.sums = Sums(self.compiler, options.guarded, not self.fast)
         self.skipped: Tensor | int = 0
+        self.squares: Tensor | None = None
         self._sorts: dict[int, int] = {}
         self._sort_numbers: dict[Any, int] = {}
         self._now: dict[Any, Numbers] = {}
-
-    def _torch_has_it(self, entry: Entry, state: Any) -> bool:
-        """Whether torch's fused kernel computes exactly this update, of the whole or of ranges of its rows."""
-        tensors = [entry.param, *(t for n, t in state[entry.param].items() if n in entry.rule.state)]
-        return (
-            type(entry.rule) is AdamW
-            and self.options.compile is not False
-            and self.options.max_grad_norm is None
-            and self.options.decoupled
-            and not self.options.stochastic_rounding
-            and min(entry.multipliers) > 0
-            and (entry.uniform or _in_ranges(entry))
-            and local(entry.param).device.type in ("cpu", "cuda")
-            and all(local(t).dtype == torch.float32 and local(t).is_contiguous() for t in tensors)
-        )
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -80,20 +79,30 @@ class Stepper:
         """Take a step with the entries that have gradients, unless it is skipped for a non-finite one."""
         ids = {id(e) for e in active}
         items = list(self._live_items(ids))
-        fused = [pair for key, pair in self.fused.items() if key in ids]
         grads = [item.gradient() for item in items]
-        sums, total = Sums(self.compiler, self.options.guarded).of(items, grads, [e for e, _ in fused])
-        ok, clip = self._guard(total, active)
-        if ok is False:
-            return
+        fused = [e for e in self.fused.entries if id(e) in ids]
+        sums: list[Tensor | None] = [None] * len(items)
+        ok, clip = True, None
+        if self.options.guarded:
+            sums, self.squares = self.sums.of(items, grads, fused)
+            ok, clip = self._guard(self.squares, active)
+            if ok is False:
+                return
         together = {id(pool) for pool in self.pools if self.clock.together([e for i in pool.items for e in i.parts])}
         self.clock.advance(active, ok)
         self._now.clear()
         self._track_peak(active)
+        left = list(range(len(items)))
+        if not self.options.guarded:
+            sums = self._in_one_pass(items, grads)
+            left = [i for i in left if sums[i] is None]
+            found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused)
+            for i, squares in zip(left, found, strict=True):
+                sums[i] = squares
         rates = self._block_phase(items, sums, together, ok, clip)
-        for item, g, rate in zip(items, grads, rates, strict=True):
-            self._move(item, g, rate, ok, clip)
-        self._move_fused(fused, ok)
+        for i in left:
+            self._move(items[i], grads[i], rates[i], ok, clip)
+        self.fused.move(ids, self.clock, self.multipliers_now, ok, clip)
 
     def _live_items(self, ids: set[int]) -> Iterator[Item]:
         for item in self.items:
@@ -203,8 +212,30 @@ class Stepper:
                 item.graphs, item.layout.rule, now.scalars, packed, p, g, item.stored, row_step, row_decay, noise
             )
         else:
-            _eager(item, now.scalars, p, g, row_step, row_decay, noise)
+            size = kernels.piece(p) if self.fast else kernels.CHUNK
+            _eager(item, now.scalars, p, g, row_step, row_decay, noise, size)
         item.scatter(p)
+
+    def _in_one_pass(self, items: Sequence[Item], grads: Sequence[Tensor]) -> list[Tensor | None]:
+        """Move the items that can be moved so, and return their sums, one per block; None, untouched, for others."""
+        if self.compiler is None:
+            return [None] * len(items)
+        # All calls are made ready first: once they stream through the cache, every line of Python comes from memory.
+        ready: list[tuple[Item, Tensor, Calls] | None] = []
+        for item, g in zip(items, grads, strict=True):
+            way, calls = self.one_pass.get(id(item)), None
+            if way is not None:
+                p = item.parameter()
+                calls = way.calls(self.compiler, p, g, self._numbers(item, True, None))
+            ready.append(None if calls is None else (item, p, calls))
+        sums: list[Tensor | None] = []
+        for found in ready:
+            squares = [] if found is None else [graph(*args)[0] for graph, args in found[2]]
+            sums.append(torch.cat(squares) if len(squares) > 1 else squares[0] if squares else None)
+        for found in ready:
+            if found is not None:
+                found[0].scatter(found[1])
+        return sums
 
     def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
         """The numbers of this step, worked out once for all items that share them."""
@@ -249,53 +280,10 @@ class Stepper:
     def _scales_decay(self) -> bool:
         return self.options.block_lr is not None and self.options.block_lr.decay == "scaled"
 
-    def _move_fused(self, pairs: Sequence[tuple[Entry, Any]], ok: Any) -> None:
-        """Torch's own kernel for lists, one call per learning rate."""
-        calls: dict[tuple[Any, ...], list[tuple[Entry, Any, slice | None]]] = {}
-        for entry, own in pairs:
-            factors = zip(self.multipliers_now(entry), entry.decays, entry.segments, strict=True)
-            if entry.uniform:
-                calls.setdefault((id(entry.group), *next(factors)[:2]), []).append((entry, own, None))
-                continue
-            for m, decays, segment in factors:
-                rows = slice(segment.start, segment.start + segment.length)
-                calls.setdefault((id(entry.group), m, decays), []).append((entry, own, rows))
-        for (_, m, decays), part in calls.items():
-            group = part[0][0].group
-            lr, wd, _ = self.clock.rates(part[0][0])
-            b1, b2 = group["betas"]
-            torch._fused_adamw_(
-                [_range(local(e.param), rows) for e, _, rows in part],
-                [_range(local(e.param.grad).contiguous(), rows) for e, _, rows in part],  # type: ignore[arg-type]
-                [_range(local(own["exp_avg"]), rows) for _, own, rows in part],
-                [_range(local(own["exp_avg_sq"]), rows) for _, own, rows in part],
-                [],
-                [own["step"] for _, own, _ in part],
-                lr=(lr * m).float() if isinstance(lr, Tensor) else lr * m,
-                beta1=b1,
-                beta2=b2,
-                weight_decay=0.0 if wd is None or not decays else wd if self._scales_decay else wd / m,
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-                found_inf=None if ok is True else (~ok).to(torch.float32).view(()),
-            )
 
-
-def _range(tensor: Tensor, rows: slice | None) -> Tensor:
-    return tensor if rows is None else tensor[rows]
-
-
-def _in_ranges(entry: Entry) -> bool:
-    """Whether the segments of an unsharded parameter are ranges of its leading dimension."""
-    return not entry.shard.groups and all(s.dim == 0 and s.count == 1 for s in entry.segments)
-
-
-def _eager(
-    item: Item, s: dict[str, Any], p: Tensor, g: Tensor, step: Tensor | None, decay: Tensor | None, noise: Any
-) -> None:
+def _eager(item: Item, s: dict[str, Any], p: Tensor, g: Tensor, step: Any, decay: Any, noise: Any, size: int) -> None:
     """In pieces, so that temporaries stay small."""
-    size = max(1, kernels.CHUNK * p.shape[0] // max(item.numel, 1))
+    size = max(1, size * p.shape[0] // max(item.numel, 1))
     for i in range(0, p.shape[0], size):
         j = slice(i, i + size)
         own = None if noise is None else kernels.Noise(_cut(noise.row, j), noise.column, _cut(noise.key, j))

@@ -1,0 +1,70 @@
+"""The norm that the step measured is there to be logged: of the whole gradient, before clipping, skipped or not."""
+
+import math
+
+import pytest
+import torch
+
+import sharpwise
+from sharpwise.testing import fill_gradients, run, tiny_model
+
+OPTIONS = {
+    "clip": {"max_grad_norm": 0.5},
+    "clip, no clipping needed": {"max_grad_norm": 1e6},
+    "skip": {"on_nonfinite": "skip"},
+    "raise": {"on_nonfinite": "raise"},
+    "both": {"max_grad_norm": 0.5, "on_nonfinite": "skip"},
+    "both, eager": {"max_grad_norm": 0.5, "on_nonfinite": "skip", "compile": False},
+    "both, by block": {"max_grad_norm": 0.5, "on_nonfinite": "skip", "block_lr": "blockwise"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_is_the_norm_before_clipping(name, options, dtype):
+    model = tiny_model(dtype)
+    optimizer = sharpwise.create_optimizer(model, name, lr=1e-3, **options)
+    assert optimizer.grad_norm is None
+    for step in range(3):
+        fill_gradients(model, step, skip=["transformer.wpe.weight"] if step == 1 else ())
+        exact = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None))
+        optimizer.step()
+        assert optimizer.grad_norm.dim() == 0
+        assert float(optimizer.grad_norm) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_of_a_step_left_out(bad):
+    model = tiny_model()
+    optimizer = sharpwise.AdamMini(model, lr=1e-3, on_nonfinite="skip", max_grad_norm=1.0)
+    fill_gradients(model, 0)
+    next(iter(model.parameters())).grad[0, 0] = bad
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert not math.isfinite(optimizer.grad_norm)
+    run(model, optimizer, range(1))
+    assert math.isfinite(optimizer.grad_norm)
+
+
+def test_is_there_when_a_step_raises():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-3, on_nonfinite="raise")
+    fill_gradients(model, 0)
+    next(iter(model.parameters())).grad[0, 0] = math.nan
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert math.isnan(optimizer.grad_norm)
+
+
+def test_is_not_there_unless_the_step_reads_it():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-3)
+    run(model, optimizer, range(1))
+    assert optimizer.grad_norm is None
+    clipped = sharpwise.AdamW(model, lr=1e-3, max_grad_norm=1.0)
+    run(model, clipped, range(1))
+    assert clipped.grad_norm is not None
+    clipped.zero_grad()
+    clipped.step()  # nothing to step with
+    assert clipped.grad_norm is None

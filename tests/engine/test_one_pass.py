@@ -1,0 +1,112 @@
+"""Adam-mini's matrices in one pass over memory against the eager reference, and what of a model goes that way."""
+
+import pytest
+import torch
+from torch import nn
+
+import sharpwise
+from sharpwise.engine import kernels
+from sharpwise.engine.one_pass import Run, runs_of
+from sharpwise.testing import TinyGPT, fill_gradients, same
+
+
+def model_of(seed=0):
+    """Wide enough for graphs: fused qkv of 16 heads, rows, tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TinyGPT(width=256, heads=16, vocabulary=300)
+
+
+def run(model, optimizer, steps, skip=()):
+    for step in steps:
+        fill_gradients(model, step, skip)
+        optimizer.step()
+
+
+def ways(optimizer):
+    """How many items go in one pass."""
+    return sum(way is not None for way in optimizer._stepper.one_pass.values())
+
+
+OPTIONS = {
+    "bare": {},
+    "by block": {"block_lr": "blockwise"},
+    "by block, decay of the base": {"block_lr": sharpwise.BlockwiseLR(decay="base")},
+    "decay of a part": {"no_decay": ("v", "bias")},
+    "bf16 state": {"storage": "bf16"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_is_eager(options, dtype):
+    models = [model_of().to(dtype) for _ in range(2)]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), **options}
+    first, second = (sharpwise.AdamMini(m, **settings, compile=c) for m, c in zip(models, (True, False), strict=True))
+    run(models[0], first, range(1))
+    run(models[1], second, range(1))
+    built = first.compiled_graphs
+    assert ways(first) == 9 and ways(second) == 0  # tokens; qkv, o, up, down of two layers
+    name = "transformer.h.0.attn.c_attn.weight"
+    for model, optimizer in zip(models, (first, second), strict=True):
+        run(model, optimizer, [1], skip=[name])
+        run(model, optimizer, [2, 3])
+    assert first.compiled_graphs == built
+    # A bf16 number may round to the other side.
+    bound = 1e-6 if dtype is torch.float32 and "storage" not in options else 1e-3
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (p.double() - q.double()).norm() <= bound * q.double().norm(), name
+        for key, value in first.state[p].items():
+            other = second.state[q][key].double()
+            assert (value.double() - other).norm() <= (bound if key == "exp_avg" else 1e-6) * other.norm(), (name, key)
+
+
+def test_a_resumed_run_is_the_same():
+    models = [model_of() for _ in range(2)]
+    steady, first = (sharpwise.AdamMini(m, lr=1e-2, compile=True) for m in models)
+    run(models[0], steady, range(4))
+    run(models[1], first, range(2))
+    second = sharpwise.AdamMini(models[1], lr=1e-2, compile=True)
+    second.load_state_dict(first.state_dict())
+    run(models[1], second, range(2, 4))
+    assert ways(second) and same(*models)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_grad_norm": 1.0}, {"on_nonfinite": "skip"}, {"stochastic_rounding": True, "storage": "bf16"}],
+    ids=str,
+)
+def test_waits_for_all_gradients_where_it_must(options):
+    model = model_of()
+    optimizer = sharpwise.AdamMini(model, lr=1e-2, compile=True, **options)
+    run(model, optimizer, range(1))
+    assert ways(optimizer) == 0 and optimizer.compiled_graphs > 0
+
+
+def test_goes_on_without_the_graph(monkeypatch):
+    """Its loop is asked much of the compiler: where it cannot be built, sums and update are two graphs as elsewhere."""
+    monkeypatch.setattr(kernels, "update_blocks", lambda *args: 1 / 0)
+    models = [model_of() for _ in range(2)]
+    first, second = (sharpwise.AdamMini(m, lr=1e-2, compile=c) for m, c in zip(models, (True, False), strict=True))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        run(model, optimizer, range(3))
+    assert first.compiled_graphs == 2
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert (p - q).norm() <= 1e-6 * q.norm()
+
+
+def test_blocks_as_runs():
+    model = model_of()
+    optimizer = sharpwise.AdamMini(model, lr=1e-2)
+    optimizer.init_state()
+    entries = {e.name: e for e in optimizer._stepper.entries}
+    heads, rows = Run(slice(0, 512), slice(0, 32), 16), Run(slice(512, 768), slice(32, 288), 1)
+    assert runs_of(entries["transformer.h.0.attn.c_attn.weight"]) == [heads, rows]
+    assert runs_of(entries["transformer.wte.weight"]) == [Run(slice(0, 300), slice(0, 300), 1)]
+    transposed = nn.Module()
+    transposed.w = nn.Parameter(torch.randn(256, 512))
+    segment = sharpwise.blocks.Segment("w", (256, 512), role=sharpwise.blocks.Role.UP, dim=1, source="said")
+    optimizer = sharpwise.AdamMini(transposed, lr=1e-2, blocks=sharpwise.BlockMap((segment,)))
+    optimizer.init_state()
+    assert runs_of(optimizer._stepper.entries[0]) == []
