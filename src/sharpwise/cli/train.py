@@ -168,11 +168,11 @@ class View:
         self.started = False
 
     def __enter__(self) -> "View":
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.started:  # otherwise it would still print an empty line
+            self.progress.stop()
 
     def start(self, start: "Start") -> None:
         """Say what is trained, on what, and from where."""
@@ -192,6 +192,7 @@ class View:
         for line in [*lines, f"into {start.folder}"]:
             self.log.print(line, soft_wrap=True)
         self.progress.update(self.task, total=facts["steps"], completed=start.step, visible=True)
+        self.progress.start()
 
     def step(self, step: "Step") -> None:
         """Show the numbers of a step."""
@@ -216,7 +217,8 @@ def _say_end(console: Console, outcome: "Outcome") -> None:
     sample = outcome.folder / "sample.txt"
     if sample.exists():
         text = sample.read_text(encoding="utf-8").strip()  # of a model, which may say anything to a terminal
-        console.print(Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), style="dim"))
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        console.print(Text(text.encode(console.encoding, "replace").decode(console.encoding), style="dim"))
     for label, path in (("model", outcome.folder / "final"), ("page", outcome.folder / "index.html")):
         if path.exists():
             console.print(f"{label}: {path}", soft_wrap=True)

@@ -211,9 +211,9 @@ class _Run:
         except OSError as error:
             self._note("failed", str(error))
             raise
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._note("failed", f"{type(error).__name__}: {error}")
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
                 raise ValueError(_OUT_OF_MEMORY.format(self.plan.device, self.plan.micro)) from error
             raise
 
