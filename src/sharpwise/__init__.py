@@ -1,10 +1,10 @@
 """sharpwise gives every block of a transformer its own step size and just the optimizer memory it needs."""
 
 from sharpwise._version import __version__
-from sharpwise.block_lr import BlockwiseLR, LayerDecay
+from sharpwise.block_lr import BlockwiseLR, LayerDecay, MeanMatched, Only, Reversed, Shuffled, make_block_lr
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.optim import SGD, AdamMini, AdamW, Lion, create_optimizer, list_optimizers
+from sharpwise.optim import SGD, AdamMini, AdamW, Lion, create_optimizer, list_optimizers, parse_arm
 
 __all__ = [
     "SGD",
@@ -15,7 +15,13 @@ __all__ = [
     "BlockwiseLR",
     "LayerDecay",
     "Lion",
+    "MeanMatched",
+    "Only",
+    "Reversed",
+    "Shuffled",
     "__version__",
     "create_optimizer",
     "list_optimizers",
+    "make_block_lr",
+    "parse_arm",
 ]

@@ -10,8 +10,10 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from torch import Tensor, nn
 
-from sharpwise import block_lr as block_lrs
 from sharpwise import rules
+from sharpwise.block_lr import Ablation, BlockLR, make_block_lr
+from sharpwise.block_lr.spelling import ABLATIONS as ABLATIONS
+from sharpwise.block_lr.spelling import BLOCK_LRS, nearest
 from sharpwise.blocks import BlockMap, Cut
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.stepper import Options
@@ -27,7 +29,8 @@ class Common(TypedDict, total=False):
         model: the model that the tensors or groups given first belong to; found by identity.
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a name of `BLOCK_LRS`, an instance, or None.
+        block_lr: multiplier of lr per block: a spelling such as "blockwise", "blockwise(emb=5)" or
+            "reversed(blockwise)", a table with `name` and arguments, an instance, or None; see `make_block_lr`.
         storage: element state in "fp32" or "bf16". Block state is always fp32. A second moment in bf16 stops moving
             where (1 - b2) is below its last bit (b2 > 0.99) unless it is rounded stochastically.
         stochastic_rounding: round to bf16 (state and parameters of that type) stochastically, by a hash of
@@ -42,7 +45,7 @@ class Common(TypedDict, total=False):
     model: nn.Module | None
     blocks: BlockMap | Mapping[str, Any] | None
     strict: bool
-    block_lr: str | block_lrs.BlockLR | None
+    block_lr: str | Mapping[str, Any] | BlockLR | None
     storage: Literal["fp32", "bf16"]
     stochastic_rounding: bool
     seed: int
@@ -154,12 +157,6 @@ OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
 }
 """Every optimizer by its one spelling."""
 
-BLOCK_LRS: dict[str, type[block_lrs.BlockLR]] = {
-    "blockwise": block_lrs.BlockwiseLR,
-    "layer_decay": block_lrs.LayerDecay,
-}
-"""Every per-block learning rate by name."""
-
 STORAGES: dict[str, Dense] = {"fp32": FP32, "bf16": BF16}
 """Every storage of element state by name."""
 
@@ -169,7 +166,8 @@ COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lion": (("blockwise", "layer_decay"), ("fp32", "bf16")),
     "sgd": (("blockwise", "layer_decay"), ("fp32", "bf16")),
 }
-"""What combines: optimizer -> (block_lrs, storages). The battery runs over exactly this table."""
+"""What combines: optimizer -> (block_lrs, storages); the ablations of a block_lr combine as it does. The battery runs
+over exactly this table, and over all of `ABLATIONS`."""
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
@@ -186,15 +184,55 @@ def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
 
     Args:
         first: as in `AdamW`.
-        name: one of `list_optimizers()`.
+        name: one of `list_optimizers()`, or a whole arm as `parse_arm` reads it.
         **kwargs: as the constructor takes them.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or an arm whose block_lr is not the one in `kwargs`.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"no optimizer is called {name!r}; there are {', '.join(list_optimizers())}")
-    return OPTIMIZERS[name](first, **kwargs)
+    settings = split_arm({**kwargs, "name": name})
+    return OPTIMIZERS[settings.pop("name")](first, **settings)
+
+
+def parse_arm(text: str) -> dict[str, str]:
+    """What one arm of a comparison is, from its name: an optimizer, or an optimizer + a block_lr.
+
+    Returns:
+        `name` and, where there is one, `block_lr` in its canonical spelling: for `create_optimizer`, or the table
+        [optimizer] of a configuration.
+
+    Raises:
+        ValueError: for an unknown optimizer, or a block_lr that `make_block_lr` refuses.
+
+    >>> parse_arm("adam-mini+reversed(blockwise)")
+    {'name': 'adam-mini', 'block_lr': 'reversed(blockwise)'}
+    """
+    before, plus, after = str(text).partition("+")
+    name, block_lr = before.strip(), after.strip()
+    if not isinstance(text, str) or name not in OPTIMIZERS:
+        called = f"{name!r}{nearest(name, OPTIMIZERS)}" if isinstance(text, str) else repr(text)
+        raise ValueError(f"no optimizer is called {called}; there are {', '.join(list_optimizers())}")
+    if not plus:
+        return {"name": name}
+    if not block_lr:
+        raise ValueError(f"{text!r} names no block_lr after the +; write {name}, or for instance {name}+blockwise")
+    return {"name": name, "block_lr": str(make_block_lr(block_lr))}
+
+
+def split_arm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an optimizer, by `name`, which may be a whole arm: with its name and its block_lr apart.
+
+    Raises:
+        ValueError: as `parse_arm`; or where `block_lr` is given too, and is another one.
+    """
+    arm = parse_arm(settings["name"])
+    given = settings.get("block_lr")
+    if "block_lr" in arm and given not in (None, "") and make_block_lr(given) != make_block_lr(arm["block_lr"]):
+        raise ValueError(
+            f"two different block_lrs are given: {arm['block_lr']} in {settings['name']!r}, and "
+            f"block_lr={make_block_lr(given)}; leave out one of them"
+        )
+    return {**settings, **arm}
 
 
 def _build(
@@ -208,7 +246,7 @@ def _build(
     model: nn.Module | None = None,
     blocks: BlockMap | Mapping[str, Any] | None = None,
     strict: bool = False,
-    block_lr: str | block_lrs.BlockLR | None = None,
+    block_lr: str | Mapping[str, Any] | BlockLR | None = None,
     storage: Literal["fp32", "bf16"] = "fp32",
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -220,12 +258,12 @@ def _build(
 ) -> BlockOptimizer:
     if unknown:
         raise TypeError(f"{who}: {_unknown_options(unknown)}")
-    if isinstance(block_lr, str):
-        block_lr = _one_of(who, "block_lr", block_lr, BLOCK_LRS)()
-    if block_lr is not None and not isinstance(block_lr, block_lrs.BlockLR):
-        raise TypeError(f"{who}: block_lr must be a name or a BlockLR, got {type(block_lr).__name__}")
+    try:
+        per_block = make_block_lr(block_lr)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}: {error}") from None
     where = _one_of(who, "storage", storage, STORAGES)
-    _check_combination(who, rule.name, block_lr, storage)
+    _check_combination(who, rule.name, per_block, storage)
     if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
         raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, got {max_grad_norm!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):
@@ -235,7 +273,7 @@ def _build(
         rule,
         lr=lr,
         weight_decay=weight_decay,
-        options=Options(decoupled, block_lr, stochastic_rounding, seed, max_grad_norm, on_nonfinite, compile),
+        options=Options(decoupled, per_block, stochastic_rounding, seed, max_grad_norm, on_nonfinite, compile),
         storage=where,
         blocks=blocks,
         model=model,
@@ -258,9 +296,12 @@ def _unknown_options(names: Collection[str]) -> str:
     return f"no option is called {', '.join(sorted(names))}{hint}; options are {', '.join(ours)}"
 
 
-def _check_combination(who: str, rule: str, block_lr: block_lrs.BlockLR | None, storage: str) -> None:
+def _check_combination(who: str, rule: str, block_lr: BlockLR | None, storage: str) -> None:
     lrs, storages = COMBINES.get(rule, ((), ()))
-    known = block_lr is None or block_lr.name in lrs or block_lr.name not in BLOCK_LRS
+    own = block_lr
+    while isinstance(own, Ablation):
+        own = own.of
+    known = own is None or own.name in lrs or own.name not in BLOCK_LRS
     if not known or storage not in storages:
         raise ValueError(
             f"{who}: {rule} with block_lr={block_lr!r} and storage={storage!r} is not supported; "

@@ -7,7 +7,8 @@ import torch
 
 import sharpwise
 from sharpwise import testing
-from sharpwise.optim import BLOCK_LRS, COMBINES, STORAGES, create_optimizer
+from sharpwise.block_lr import make_block_lr
+from sharpwise.optim import ABLATIONS, BLOCK_LRS, COMBINES, STORAGES, create_optimizer
 
 ALL = [
     (name, block_lr, storage, rounding)
@@ -29,6 +30,18 @@ def pairwise(rows):
 
 PAIRWISE = pairwise(ALL)
 
+# An ablation combines as what it is of. It is nothing but other numbers, so that one rule each does for a quick look.
+ABLATED = [
+    (name, f"{ablation}({block_lr})", storage, rounding)
+    for (name, block_lr, storage, rounding), ablation in itertools.product(ALL, ABLATIONS)
+    if block_lr == "blockwise"
+]
+RULES = itertools.cycle(sorted(COMBINES, reverse=True))
+QUICK = [
+    next(row for row in ABLATED if row[:2] == (name, f"{a}(blockwise)"))
+    for a, name in zip(ABLATIONS, RULES, strict=False)
+]
+
 
 def make_of(name, block_lr, storage, rounding):
     extra = {"momentum": 0.9, "weight_decay": 0.1} if name == "sgd" else {"weight_decay": 0.1}
@@ -37,13 +50,13 @@ def make_of(name, block_lr, storage, rounding):
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("combination", PAIRWISE, ids=str)
+@pytest.mark.parametrize("combination", PAIRWISE + QUICK, ids=str)
 def test_combination(combination, check):
     check(make_of(*combination))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combination", [row for row in ALL if row not in PAIRWISE], ids=str)
+@pytest.mark.parametrize("combination", [row for row in ALL + ABLATED if row not in PAIRWISE + QUICK], ids=str)
 def test_every_other_combination(combination):
     testing.check_optimizer(make_of(*combination))
 
@@ -53,9 +66,9 @@ def test_compiled_is_eager_and_compiles_once(name):
     testing.check_no_recompilation(make_of(name, "blockwise", "fp32", False))
 
 
-@pytest.mark.parametrize("block_lr", [cls() for cls in BLOCK_LRS.values()], ids=lambda b: b.name)
+@pytest.mark.parametrize("block_lr", [*BLOCK_LRS, *(f"{a}(layer_decay)" for a in ABLATIONS)])
 def test_block_lr(block_lr):
-    testing.check_block_lr(block_lr)
+    testing.check_block_lr(make_block_lr(block_lr))
 
 
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=lambda s: s.name)

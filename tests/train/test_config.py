@@ -2,7 +2,7 @@
 
 import pytest
 
-from sharpwise.train.config import Config
+from sharpwise.train.config import Config, OptimizerConfig, check
 from sharpwise.train.config_file import as_given, differences, make_config, read_given, set_keys, taking_over, to_toml
 
 
@@ -20,7 +20,7 @@ def test_nothing_said_is_a_whole_run() -> None:
 def test_written_down_and_read_back_it_is_the_same(tmp_path) -> None:
     config = make(
         "optimizer.name=adam-mini",
-        'optimizer.block_lr={name = "blockwise", emb = 5.0}',
+        'optimizer.block_lr={name = "blockwise", emb = 5.0, floor = 1e-5}',
         "optimizer.betas=[0.9, 0.95]",
         "optimizer.v_by=tensor",
         "model.settings.n_layer=3",
@@ -32,8 +32,43 @@ def test_written_down_and_read_back_it_is_the_same(tmp_path) -> None:
     again = make_config(read_given(path))
     assert again == config
     assert make_config(as_given(config)) == config
-    assert again.optimizer.block_lr == {"name": "blockwise", "emb": 5.0}
+    assert again.optimizer.block_lr == "blockwise(emb=5, floor=1e-5)"
     assert again.optimizer.options["v_by"] == "tensor"
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ["optimizer.name=adamw+shuffled(blockwise(emb=5), seed=2)"],
+        ["optimizer.name=adamw + shuffled( blockwise(emb=5.0), seed=2 )"],
+        ["optimizer.block_lr=shuffled(blockwise(emb=5), seed=2)"],
+        ['optimizer.block_lr={name = "shuffled", of = "blockwise(emb=5)", seed = 2}'],
+        ['optimizer.block_lr={name = "shuffled", of = {name = "blockwise", emb = 5}, seed = 2}'],
+        ["optimizer.name=adamw+shuffled(blockwise(emb=5), seed=2)", "optimizer.block_lr="],
+        [
+            "optimizer.name=adamw+shuffled(blockwise(emb=5), seed=2)",
+            "optimizer.block_lr=shuffled(blockwise(emb=5),seed=2)",
+        ],
+    ],
+)
+def test_an_arm_is_one_spelling_however_it_is_given(assignments) -> None:
+    config = make(*assignments)
+    assert (config.optimizer.name, config.optimizer.block_lr) == ("adamw", "shuffled(blockwise(emb=5), seed=2)")
+    assert make_config(as_given(config)) == config
+    assert differences(config, make("optimizer.name=adamw+shuffled(blockwise(emb=5),seed=2)")) == []
+
+
+def test_two_different_block_lrs_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"optimizer\.name: two different block_lrs are given: blockwise in 'adamw\+bl"
+    ):
+        make("optimizer.name=adamw+blockwise", "optimizer.block_lr=layer_decay")
+
+
+def test_a_configuration_made_by_hand_is_checked_too() -> None:
+    check(Config(optimizer=OptimizerConfig(block_lr={"name": "blockwise"})))
+    with pytest.raises(ValueError, match=r"optimizer\.block_lr: no block_lr is called 'x'"):
+        check(Config(optimizer=OptimizerConfig(block_lr="x")))
 
 
 def test_later_assignments_win_over_the_file_and_it_stays_as_it_is() -> None:
@@ -68,7 +103,17 @@ def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
         ("optimizer.name=adamv", r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\)"),
         ("optimizer.name=3", r"no optimizer is called 3"),
         ("optimizer.block_lr=blockwize", r"no block_lr is called 'blockwize' \(did you mean 'blockwise'\?\)"),
-        ("optimizer.block_lr={emb = 3}", r"no block_lr is called ''"),
+        ("optimizer.block_lr={emb = 3}", r"optimizer\.block_lr: a block_lr as a table needs a name"),
+        ("optimizer.block_lr=3", r"optimizer\.block_lr: expected text or a table, got 3"),
+        (
+            "optimizer.block_lr=blockwise(embb=3)",
+            r"block_lr: blockwise has no argument 'embb' \(did you mean 'emb'\?\)",
+        ),
+        ("optimizer.block_lr=blockwise(emb=-3)", r"optimizer\.block_lr: blockwise: emb must be a finite number >= 0"),
+        ("optimizer.block_lr=only(blockwise, types=emb)", r"optimizer\.block_lr: only: types takes .*, got 'emb'"),
+        ('optimizer.block_lr={name = "reversed", of = 3}', r"optimizer\.block_lr: block_lr must be a name, .*, got 3"),
+        ("optimizer.name=adamw+blockwize", r"optimizer\.name: no block_lr is called 'blockwize' \(did you mean"),
+        ("optimizer.name=adamw+", r"optimizer\.name: 'adamw\+' names no block_lr"),
         ("optimizer.on_nonfinite=skp", r"got 'skp' \(did you mean 'skip'\?\), allowed: raise, skip"),
         ("optimizer.lr=fast", r"optimizer\.lr: expected a number, got 'fast'"),
         ("optimizer.lr=-1", r"optimizer\.lr must be at least 0"),

@@ -1,15 +1,17 @@
 """How far, per block: a multiplier of the learning rate for every segment."""
 
+import keyword
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal
 
 from sharpwise.blocks import Segment
 
 
 @dataclass(frozen=True)
 class BlockLR:
-    """Base of all per-block learning rates.
+    """Base of all per-block learning rates. `str()` of one is the spelling that `make_block_lr` reads.
 
     Args:
         decay: "scaled" multiplies decoupled decay with the multiplier as well (lr * multiplier * wd), as published;
@@ -24,6 +26,16 @@ class BlockLR:
         if self.decay not in ("scaled", "base"):
             raise ValueError(f"{self.name}: decay must be 'scaled' or 'base', got {self.decay!r}")
 
+    def __str__(self) -> str:
+        said = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, BlockLR):
+                said.append(str(value))
+            elif field.init and value != field.default:
+                said.append(f"{field.name}={_spelled(value)}")
+        return f"{self.name}({', '.join(said)})" if said else self.name
+
     def multipliers(self, segments: Sequence[Segment]) -> list[float]:
         """One multiplier >= 0 per segment of the whole model."""
         raise NotImplementedError
@@ -36,3 +48,21 @@ class BlockLR:
     def follows_lr(self) -> bool:
         """Whether `effective` depends on the learning rate."""
         return False
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a real number, True and False being none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _spelled(value: Any) -> str:
+    """A value in the shortest form that reads back as the same: 5, 1e-5, Emb, (Emb, QK)."""
+    if isinstance(value, tuple):
+        parts = [_spelled(part) for part in value]
+        return parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
+    if isinstance(value, str):
+        return value if value.isidentifier() and not keyword.iskeyword(value) else repr(str(value))
+    if not is_number(value) or isinstance(value, Integral):
+        return str(value)
+    mantissa, e, exponent = repr(float(value)).removesuffix(".0").partition("e")
+    return f"{mantissa}{e}{int(exponent)}" if e else mantissa

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from sharpwise.block_lr.base import BlockLR
+from sharpwise.block_lr.base import BlockLR, is_number
 from sharpwise.blocks import BlockType, Role, Segment
 
 _BY_TYPE = {
@@ -62,7 +62,9 @@ class BlockwiseLR(BlockLR):
         super().__post_init__()
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "decay" and value is not None and not 0.0 <= value < float("inf"):
+            if field.name == "decay" or (field.name == "floor" and value is None):
+                continue
+            if not is_number(value) or not 0.0 <= value < float("inf"):
                 raise ValueError(f"{self.name}: {field.name} must be a finite number >= 0, got {value!r}")
 
     def multipliers(self, segments: Sequence[Segment]) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sharpwise.block_lr.base import BlockLR
+from sharpwise.block_lr.base import BlockLR, is_number
 from sharpwise.blocks import BlockType, Segment
 
 
@@ -26,7 +26,7 @@ class LayerDecay(BlockLR):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.rate <= 1.0:
+        if not is_number(self.rate) or not 0.0 < self.rate <= 1.0:
             raise ValueError(f"{self.name}: rate must be in (0, 1], got {self.rate!r}")
 
     def multipliers(self, segments: Sequence[Segment]) -> list[float]:

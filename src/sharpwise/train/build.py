@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpwise.block_lr.spelling import nearest
 from sharpwise.engine import BlockOptimizer
-from sharpwise.optim import BLOCK_LRS, create_optimizer
-from sharpwise.train.config import Config, OptimizerConfig, nearest, steps_of
+from sharpwise.optim import create_optimizer
+from sharpwise.train.config import Config, OptimizerConfig, steps_of
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
 from sharpwise.train.models import (
@@ -287,21 +288,12 @@ def build_optimizer(own: OptimizerConfig, model: nn.Module) -> BlockOptimizer:
     Raises:
         ValueError, TypeError: from its constructor.
     """
-    block_lr: Any = None
-    if isinstance(own.block_lr, dict):
-        arguments = {key: value for key, value in own.block_lr.items() if key != "name"}
-        try:
-            block_lr = BLOCK_LRS[own.block_lr["name"]](**arguments)
-        except TypeError as error:
-            raise ValueError(f"optimizer.block_lr: {error}") from None
-    else:
-        block_lr = own.block_lr or None
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in own.options.items()}
     return create_optimizer(
         model,
         own.name,
         lr=own.lr,
-        block_lr=block_lr,
+        block_lr=own.block_lr or None,
         max_grad_norm=own.max_grad_norm or None,
         on_nonfinite="skip",
         **options,

@@ -4,13 +4,12 @@ A field that is None is worked out when the run is built (`sharpwise.train.build
 the `config.toml` of a run holds every value that it used.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sharpwise.optim import BLOCK_LRS
+from sharpwise.block_lr.spelling import make_block_lr, nearest
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,10 @@ class OptimizerConfig:
     """Which optimizer; further keys of the table are arguments of its constructor, such as `betas` or `storage`.
 
     Args:
-        name: one of `sharpwise.list_optimizers()`.
+        name: one of `sharpwise.list_optimizers()`; where it is read from, also with a block_lr: "adamw+blockwise".
         lr: peak of the schedule; None takes the constructor's default.
-        block_lr: a name, or a table with `name` and its arguments, "" for none.
+        block_lr: a spelling as `sharpwise.make_block_lr` reads it, or a table with `name` and its arguments, "" for
+            none.
         max_grad_norm: clip the global norm to this; 0 does not clip.
         on_nonfinite: a loss or gradient that is not finite: "raise" ends the run at that step, before any weight
             changes; "skip" leaves the step out and goes on.
@@ -228,19 +228,17 @@ def check(config: Config) -> None:
     optimizer = config.optimizer
     _at_least(0.0, "optimizer.max_grad_norm", optimizer.max_grad_norm)
     _at_least(0.0, "optimizer.lr", optimizer.lr)
-    block_lr = optimizer.block_lr
-    name = block_lr.get("name", "") if isinstance(block_lr, dict) else block_lr
-    if block_lr != "" and (not isinstance(name, str) or name not in BLOCK_LRS):
-        raise ValueError(
-            f"optimizer.block_lr: no block_lr is called {name!r}{nearest(str(name), BLOCK_LRS)}; "
-            f"there are {', '.join(BLOCK_LRS)}"
-        )
+    spelled_block_lr(optimizer.block_lr)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known, empty where nothing is near."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+def spelled_block_lr(given: str | Mapping[str, Any]) -> str:
+    """The canonical spelling of a block_lr, "" for none. Raises ValueError for what is none."""
+    if given == "":
+        return ""
+    try:
+        return str(make_block_lr(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.block_lr: {error}") from None
 
 
 def _at_least(least: float, where: str, value: float | None) -> None:

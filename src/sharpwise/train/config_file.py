@@ -8,8 +8,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sharpwise.optim import OPTIMIZERS, Common
-from sharpwise.train.config import Config, OptimizerConfig, check, nearest
+from sharpwise.block_lr.spelling import nearest
+from sharpwise.optim import OPTIMIZERS, Common, split_arm
+from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block_lr
 
 Given = Mapping[str, Any]
 """A configuration as TOML gives it: nested dictionaries, with only what was said."""
@@ -81,9 +82,8 @@ def _gather_options(table: Any) -> Any:
     if not isinstance(table, Mapping):
         return table  # refused later, with a message
     own = {f.name for f in fields(OptimizerConfig)} - {"options"}
-    name = table.get("name", OptimizerConfig.name)
-    if not isinstance(name, str) or name not in OPTIMIZERS:
-        raise ValueError(f"optimizer.name: no optimizer is called {name!r}{nearest(str(name), OPTIMIZERS)}")
+    table = _apart({"name": OptimizerConfig.name, **table})
+    name = table["name"]
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
     allowed = (set(parameters) | set(Common.__annotations__)) - {"first", "options", "model", "blocks", *own}
     for key in table.keys() - own:
@@ -100,6 +100,17 @@ def _gather_options(table: Any) -> Any:
         **{key: value for key, value in table.items() if key in own},
         "options": {key: value for key, value in options.items() if key in allowed},
     }
+
+
+def _apart(table: Given) -> dict[str, Any]:
+    """Optimizer and block_lr, which may stand in the name both, each in its one spelling: so that runs compare."""
+    block_lr = table.get("block_lr", "")
+    if isinstance(block_lr, (str, Mapping)):
+        table = {**table, "block_lr": spelled_block_lr(block_lr)}
+    try:
+        return split_arm(table)
+    except ValueError as error:
+        raise ValueError(f"optimizer.name: {error}") from None
 
 
 def _as_toml(value: Any) -> Any:
