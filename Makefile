@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 .PHONY: help demo test test-all lint format types bench clean FORCE
 
 help:
-	@echo 'make demo      train a small transformer under three optimizers, write one HTML page'
+	@echo 'make demo      compare three optimizers on a small transformer, write one HTML page'
 	@echo 'make test      the tests; `make test-all` adds the slow ones'
 	@echo 'make lint      ruff check and format --check; `make format` applies both'
 	@echo 'make types     mypy'

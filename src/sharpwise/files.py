@@ -94,3 +94,23 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".writing-*", ".removed-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path, taken: str) -> Iterator[None]:
+    """Hold a file that one process at a time may hold; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        ValueError: another process holds it, with `taken` as the message.
+    """
+    with path.open("a") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(taken) from None
+        yield

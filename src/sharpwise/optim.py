@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from sharpwise import rules
 from sharpwise.block_lr import Ablation, BlockLR, make_block_lr
 from sharpwise.block_lr.spelling import ABLATIONS as ABLATIONS
-from sharpwise.block_lr.spelling import BLOCK_LRS, nearest
+from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap, Cut
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.stepper import Options
+from sharpwise.hints import nearest
 from sharpwise.storage import BF16, FP32, Dense
 
 T = TypeVar("T")

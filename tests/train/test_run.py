@@ -311,6 +311,17 @@ def test_another_configuration_is_refused_with_the_difference(given, tmp_path) -
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
 
 
+def test_a_run_that_failed_before_its_first_step_takes_another_configuration(given, tmp_path) -> None:
+    def fail(start: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(given, tmp_path / "run", on_start=fail)
+    assert (tmp_path / "run" / "config.toml").exists()
+    assert run(changed(given, batch={"micro": 1}), tmp_path / "run").state == "finished"
+    assert RunFolder(tmp_path / "run").read_config().batch.micro == 1  # type: ignore[union-attr]
+
+
 def test_other_text_under_the_same_name_is_refused(tmp_path) -> None:
     data = prepare(tmp_path)
     given = settings(data, ADAMW)

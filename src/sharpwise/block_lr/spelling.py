@@ -9,9 +9,8 @@ evaluated. `str()` of a BlockLR is its canonical spelling, with only what differ
 """
 
 import ast
-import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, overload
 
@@ -19,6 +18,7 @@ from sharpwise.block_lr.ablations import Ablation, MeanMatched, Only, Reversed, 
 from sharpwise.block_lr.base import BlockLR, is_number
 from sharpwise.block_lr.blockwise import BlockwiseLR
 from sharpwise.block_lr.layer_decay import LayerDecay
+from sharpwise.hints import nearest
 
 BLOCK_LRS: dict[str, type[BlockLR]] = {
     "blockwise": BlockwiseLR,
@@ -65,12 +65,6 @@ def make_block_lr(spec: Any) -> BlockLR | None:
         return _made(spec)
     what = f"the class {spec.__name__}; make one of it" if isinstance(spec, type) else repr(spec)
     raise TypeError(f"block_lr must be a name, a table, a BlockLR or None, got {what}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known, empty where nothing is near."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 # --- from a table ----------------------------------------------------------------------------------------------------

@@ -1,135 +1,51 @@
-"""`sharpwise demo`: train a tiny transformer under three optimizers and write a page that says what came out."""
+"""`sharpwise demo`: a small study of three optimizers, from text to page, with nothing to download."""
 
-import tempfile
 import time
-import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from sharpwise.cli.compare import conduct_and_write, show
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page and its numbers.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the study and its page.")] = Path("runs/demo"),
     data: Annotated[
         Path | None,
         typer.Option(
             "--data",
             "-d",
-            help="A text file, an .xz of one, or a folder of them; without it, the source text of this Python's "
-            "standard library.",
+            help="A text file, or a folder of them; without it, the source text of this Python's standard library.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of each of the nine runs.")] = 260,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights and of the order of the data.")] = 0,
-    jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=0, help="Runs at a time, one thread each; 0 takes what the CPUs allow.")
-    ] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=50, help="Optimizer steps of each run.")] = 200,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0 takes one per CPU.")] = 0,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Train a tiny GPT-2 under AdamW, AdamW with blockwise learning rates and Adam-mini, and say what came out.
+    """Compare AdamW, AdamW with blockwise learning rates and Adam-mini on a tiny GPT-2, and say what came out.
 
-    Three learning rates each, one seed, two to four minutes on two cores, no network. Writes index.html and
-    result.json.
+    A small `sharpwise compare`: every arm is tuned alike, two seeds, a few minutes on two cores, no network. Stopped,
+    the same command goes on; where it has ended, it shows the result.
     """
     log = Console(stderr=True, highlight=False, markup=False)
+    keep_large_blocks()  # before torch allocates
     started = time.perf_counter()
     try:
         with user_errors():
-            result, page = _demo(log, out, data, steps, seed, jobs)
+            with log.status("Reading the text and learning its tokens"):
+                from sharpwise.compare.demo import demo_data, demo_study
+
+                corpus = demo_data(data, out / "data")
+            about = corpus.about
+            log.print(
+                f"{about['source']}: {about['documents']:,} documents, {about['train_tokens']:,} tokens to train on"
+            )
+            result, page = conduct_and_write(log, demo_study(corpus.folder, steps), out, jobs)
     except KeyboardInterrupt:
-        log.print("Stopped; nothing was written.")
+        log.print("Stopped; what was trained is kept, and the same command goes on.")
         raise typer.Exit(130) from None
-    console = Console(highlight=False, markup=False)
-    _print(console, result)
-    console.print(f"{time.perf_counter() - started:.0f} s. The page: {page}", soft_wrap=True)
-    if open_page:
-        webbrowser.open(page.resolve().as_uri())
-
-
-def _demo(log: Console, out: Path, data: Path | None, steps: int, seed: int, jobs: int) -> tuple[dict[str, Any], Path]:
-    """Everything from the text to the page; progress goes to `log`."""
-    keep_large_blocks()  # before torch allocates
-    _check_writable(out)
-    with tempfile.TemporaryDirectory(prefix=".runs-", dir=out) as aside:
-        result = _train(log, Path(aside), data, steps, seed, jobs)
-    from sharpwise.compare.page import write
-
-    return result, write(result, out)
-
-
-def _train(log: Console, folder: Path, data: Path | None, steps: int, seed: int, jobs: int) -> dict[str, Any]:
-    """The nine runs, their folders below `folder`."""
-    with log.status("Reading the text and learning its tokens"):
-        from sharpwise.compare.demo import ARMS, LEARNING_RATES, Settings, load_corpus, run_demo
-        from sharpwise.train.environment import available_cpus
-
-        settings = Settings(steps=steps, warmup=max(1, steps // 10), seed=seed)
-        corpus = load_corpus(data, folder / "data", settings)
-    count = len(ARMS) * len(LEARNING_RATES)
-    jobs = min(jobs or min(available_cpus(), 3), count)
-    about: dict[str, Any] = corpus.about
-    log.print(f"{about['source']}: {about['documents']:,} documents, {about['train_tokens']:,} tokens to train on")
-    log.print(f"{count} runs of {settings.tokens:,} tokens, {jobs} at a time")
-    steps_of = [0] * count
-    with _progress(log) as progress:
-        task = progress.add_task("", total=count * settings.steps, ended=0, runs=count)
-
-        def on_progress(news: Any) -> None:
-            steps_of[news.run] = news.step
-            ended = sum(step == settings.steps for step in steps_of)
-            progress.update(task, completed=sum(steps_of), ended=ended)
-
-        return run_demo(
-            corpus, settings, folder=folder, jobs=jobs, worker_setup=keep_large_blocks, on_progress=on_progress
-        )
-
-
-def _check_writable(out: Path) -> None:
-    """Find out before three minutes of training whether the results can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"cannot write into {out}: {error.strerror or error}; name another folder with --out"
-        ) from None
-
-
-def _progress(log: Console) -> Progress:
-    return Progress(
-        TextColumn("training"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("steps,"),
-        TextColumn("{task.fields[ended]}/{task.fields[runs]} runs,"),
-        TimeElapsedColumn(),
-        TextColumn("to go"),
-        TimeRemainingColumn(),
-        console=log,
-        speed_estimate_period=60,
-    )
-
-
-def _print(console: Console, result: dict[str, Any]) -> None:
-    from sharpwise.compare.summary import arm_names, caveats, headline, rows
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("")
-    for arm in arm_names(result):
-        table.add_column(arm, justify="right")
-    for label, texts in rows(result):
-        table.add_row(label, *texts, style="bold" if label == "best" else "")
-    console.print(table)
-    console.print()
-    console.print(headline(result) + ".", style="bold")
-    for note in caveats(result):
-        console.print(f"- {note}")
+    show(result, page, time.perf_counter() - started, open_page)

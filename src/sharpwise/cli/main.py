@@ -38,7 +38,7 @@ def create_app() -> "typer.Typer":
             raise typer.Exit
 
     app.command()(blocks)
-    for name in ("prepare", "train", "runs", "page", "demo"):
+    for name in ("prepare", "train", "runs", "page", "compare", "demo"):
         if importlib.util.find_spec(f"sharpwise.cli.{name}") is not None:
             app.command()(getattr(importlib.import_module(f"sharpwise.cli.{name}"), name))
     return app

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shlex
 import signal
 import threading
@@ -115,8 +116,9 @@ def _default_folder(config: Path | None, given: dict[str, Any]) -> Path:
     from sharpwise.train.config_file import make_config
 
     meant = make_config(given)
-    names = (meant.model.init_from or meant.model.name, meant.optimizer.name)
-    return Path("runs") / "-".join(name.replace("/", "_").replace(":", "_") for name in names)
+    block_lr = meant.optimizer.block_lr
+    names = [meant.model.init_from or meant.model.name, meant.optimizer.name, *([str(block_lr)] if block_lr else [])]
+    return Path("runs") / "-".join(re.sub(r"[^\w.-]+", "_", name).strip("_") for name in names)
 
 
 def _train(log: Console, given: dict[str, Any] | None, folder: Path) -> "Outcome":
@@ -202,6 +204,8 @@ class View:
             self.validation = f"validation {step.validation_loss:.3f}  "
         numbers = f"loss {step.loss:.3f}  {self.validation}{self.speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=step.step, numbers=numbers)
+        if step.validation_loss is not None and not self.log.is_terminal:  # a bar is drawn in terminals only
+            self.log.print(f"step {step.step:,}: {numbers}", soft_wrap=True)
 
 
 def _say_end(console: Console, outcome: "Outcome") -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpwise.block_lr.spelling import nearest
 from sharpwise.engine import BlockOptimizer
+from sharpwise.hints import nearest
 from sharpwise.optim import create_optimizer
 from sharpwise.train.config import Config, OptimizerConfig, steps_of
 from sharpwise.train.data import Prepared, open_tokens, same_tokens

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sharpwise.block_lr.spelling import make_block_lr, nearest
+from sharpwise.block_lr.spelling import make_block_lr
+from sharpwise.hints import nearest
 
 
 @dataclass(frozen=True)

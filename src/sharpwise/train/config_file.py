@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sharpwise.block_lr.spelling import nearest
+from sharpwise.hints import nearest
 from sharpwise.optim import OPTIMIZERS, Common, split_arm
 from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block_lr
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sharpwise.files import sync, write_whole
+from sharpwise.files import held, sync, write_whole
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, read_given, to_toml
 
@@ -43,21 +43,9 @@ class RunFolder:
         self._is_new = is_empty
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / "run.lock").open("a")
-        self._hold()
-
-    def _hold(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on Windows
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(
-                f"another process is training in {self.path}; wait for it or name another folder"
-            ) from None
+        self._hold = contextlib.ExitStack()
+        taken = f"another process is training in {path}; wait for it or name another folder"
+        self._hold.enter_context(held(path / "run.lock", taken))
 
     def close(self) -> None:
         """Let others write to it; if nothing came about in a new folder, all is as it was before."""
@@ -66,7 +54,7 @@ class RunFolder:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for folder in self._made:
                     folder.rmdir()
-        self._lock.close()
+        self._hold.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -77,6 +65,12 @@ class RunFolder:
     def final(self) -> Path:
         """Where the trained model is, once the run has ended."""
         return self.path / "final"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step was taken here."""
+        metrics = self.path / "metrics.jsonl"
+        return self.checkpoints.exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
     def read_config(self) -> Config | None:
         """The stored configuration, None in a new folder. Raises ValueError if it is damaged."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpwise.train.presets import PRESETS, build_config, cannot_build, nearest, read_config, transformers_for
+from sharpwise.hints import nearest
+from sharpwise.train.presets import PRESETS, build_config, cannot_build, read_config, transformers_for
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -4,12 +4,13 @@ What a config leaves out has the default of its model_type. Counts are of all pa
 check them. GPT-2 has no dropout here: the 0.1 of Hugging Face is for fine-tuning, pretraining is done without.
 """
 
-import difflib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from sharpwise.hints import nearest
 
 
 def gpt2(layers: int, width: int, heads: int, **other: Any) -> dict[str, Any]:
@@ -185,8 +186,3 @@ def _own_names(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]
 
 def cannot_build(what: str, error: Exception) -> ValueError:
     return ValueError(f"{what}: transformers cannot build this config: {' '.join(str(error).split())}")
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float) -> str:
-    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -111,6 +111,8 @@ def _agree(place: RunFolder, given: Given | None) -> Config:
     if given is None:
         return stored
     wanted = make_config(given)
+    if not place.has_begun:  # it failed before its first step, perhaps for want of another setting
+        return wanted
     if lines := differences(stored, wanted):
         raise ValueError(
             f"{place.path} holds a run with another configuration:\n  "

@@ -1,9 +1,10 @@
 """Learning rate against step: linear warm-up, then a cosine, a line, or a constant that may end in a line."""
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from sharpwise.hints import nearest
 
 Kind = Literal["cosine", "linear", "wsd", "constant"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -53,9 +54,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            near = difflib.get_close_matches(str(self.kind), KINDS, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"no schedule is called {self.kind!r}{hint}; there are {', '.join(KINDS)}")
+            raise ValueError(
+                f"no schedule is called {self.kind!r}{nearest(str(self.kind), KINDS)}; there are {', '.join(KINDS)}"
+            )
         if not 0 <= self.warmup <= self.total or self.total < 1:
             raise ValueError(
                 f"need 0 <= warmup <= total and total >= 1, got warmup={self.warmup} and total={self.total}"

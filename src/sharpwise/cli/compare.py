@@ -1,0 +1,239 @@
+"""`sharpwise compare`: which optimizer helps this model, by how much, and how sure that is."""
+
+import datetime
+import time
+import webbrowser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sharpwise.cli.errors import user_errors
+from sharpwise.cli.malloc import keep_large_blocks
+
+if TYPE_CHECKING:
+    from sharpwise.compare.conduct import Budget
+    from sharpwise.compare.conduct import Progress as Progressed
+
+
+def compare(
+    arms: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ARM...|STUDY",
+            help="Optimizers, as adamw, adam-mini, adamw+blockwise, 'adamw+reversed(blockwise)'; or a study file "
+            "(TOML); or nothing, to go on with the study in --out.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the study. [default: runs/NAME]")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="As in sharpwise train.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="A folder that `sharpwise prepare` wrote.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", "-b", help="Of each run: tokens, as 4000000 or 4M; or 1x for 20 tokens per parameter."
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Final runs of each arm. [default: 3]")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="[default: the first arm]")] = None,
+    margin: Annotated[
+        float | None, typer.Option("--margin", help="Nats per token that would not matter. [default: 0.01]")
+    ] = None,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Add the ablations of every block_lr: mean, reversed, shuffled.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="A.B=VALUE", help="A setting that all runs share. Repeatable."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="A study that comes with sharpwise.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=0,
+            help="Runs at a time, of one thread unless compute.threads is set; 0 takes one per CPU.",
+        ),
+    ] = 0,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Tune every arm fairly, train its best setting over fresh seeds, and say what is better, by how much, how sure.
+
+    Stopped or killed, the same command goes on. Arms and seeds can be added later.
+    """
+    log = Console(stderr=True, highlight=False, markup=False)
+    keep_large_blocks()  # before torch allocates
+    started = time.perf_counter()
+    try:
+        with user_errors():
+            said = {"seeds": seeds, "baseline": baseline, "margin": margin, "ablations": ablations or None}
+            run = [f'{key}="{value}"' for key, value in (("model.name", model), ("data.path", data)) if value]
+            given, folder = _study(arms or [], out, recipe, budget, said, [*run, *(settings or [])])
+            result, page = conduct_and_write(log, given, folder, jobs)
+    except KeyboardInterrupt:
+        log.print("Stopped; what was trained is kept, and the same command goes on.")
+        raise typer.Exit(130) from None
+    show(result, page, time.perf_counter() - started, open_page)
+
+
+def show(result: Mapping[str, Any], page: Path, seconds: float, open_page: bool) -> None:
+    """Print what came out, and where the page is."""
+    console = Console(highlight=False, markup=False)
+    _print(console, result)
+    console.print(f"{_duration(seconds)}. The page: {page}", soft_wrap=True)
+    if open_page:
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _study(
+    arms: list[str],
+    out: Path | None,
+    recipe: str | None,
+    budget: str | None,
+    said: Mapping[str, Any],
+    assignments: list[str],
+) -> tuple[dict[str, Any] | None, Path]:
+    """The study as TOML would give it, None to go on with the stored one; and its folder."""
+    from sharpwise.compare.recipes import find_recipe
+    from sharpwise.compare.study import read_study
+    from sharpwise.train.config_file import set_keys
+
+    if recipe is not None and arms:
+        raise ValueError("--recipe is a whole study; leave out the arms")
+    given: dict[str, Any] = {}
+    if recipe is not None:
+        path = find_recipe(recipe)
+        given = {"name": recipe, **read_study(path)}
+    elif len(arms) == 1 and (arms[0].endswith(".toml") or Path(arms[0]).is_file()):
+        given = {"name": Path(arms[0]).stem, **read_study(Path(arms[0]))}
+    elif arms:
+        given = {"arms": list(arms)}
+    said = {key: value for key, value in said.items() if value is not None}
+    if not given and (said or assignments or budget):
+        raise ValueError("say which optimizers to compare, as in: sharpwise compare adamw adam-mini --budget 4M")
+    if not given:
+        if out is None:
+            raise ValueError("say which optimizers to compare, or which study to go on with: --out FOLDER")
+        return None, out
+    given |= said
+    if assignments:
+        given["run"] = set_keys(given.get("run", {}), assignments)
+    if budget is not None:
+        given = {key: value for key, value in given.items() if key not in ("tokens", "ratio")} | _budget(budget)
+    if "tokens" not in given and "ratio" not in given:
+        raise ValueError("say how long a run is: --budget 4M (tokens), or --budget 1x (20 tokens per parameter)")
+    given.setdefault("name", "study")
+    return given, out or Path("runs") / str(given["name"])
+
+
+def _budget(text: str) -> dict[str, Any]:
+    number, unit = (text[:-1], text[-1]) if text[-1:].lower() in ("x", "k", "m", "b") else (text, "")
+    try:
+        value = float(number.replace("_", ""))
+    except ValueError:
+        raise ValueError(f"--budget {text!r}: expected tokens, as 4000000 or 4M, or a ratio as 1x") from None
+    if unit.lower() == "x":
+        return {"ratio": value}
+    return {"tokens": round(value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit.lower()])}
+
+
+def conduct_and_write(
+    log: Console, given: Mapping[str, Any] | None, folder: Path, jobs: int
+) -> tuple[dict[str, Any], Path]:
+    """Conduct a study with its progress on the terminal, and write its page."""
+    with log.status("Building every arm once"):
+        from sharpwise.compare.conduct import conduct, open_study
+        from sharpwise.compare.report.page import write_study_page
+        from sharpwise.compare.results import results
+        from sharpwise.train.environment import available_cpus
+
+        study = open_study(given, folder)
+    jobs = jobs or max(1, available_cpus() // study.threads)
+    with _progress(log) as progress:
+        task = progress.add_task("", total=1.0, runs="", eta="")
+        started, first = time.perf_counter(), [0.0]
+
+        def on_budget(budget: "Budget") -> None:
+            _announce(log, budget, len(study.arms), study.seeds, jobs)
+
+        def on_progress(news: "Progressed") -> None:
+            first[0] = first[0] or news.share
+            gained = news.share - first[0]
+            eta = "" if gained < 0.01 else _duration((time.perf_counter() - started) / gained * (1 - news.share))
+            runs = f"{news.done} of about {news.expected} runs"
+            progress.update(task, completed=news.share, runs=runs, eta=eta and f"about {eta} to go")
+
+        conducted = conduct(
+            study,
+            folder,
+            jobs=jobs,
+            setup=keep_large_blocks,
+            on_budget=on_budget,
+            on_progress=on_progress,
+        )
+    result = results(conducted, jobs=jobs)
+    return result, write_study_page(result, folder)
+
+
+def _announce(log: Console, budget: "Budget", arms: int, seeds: int, jobs: int) -> None:
+    least, most = budget.runs
+    log.print(
+        f"{arms} arms, {least} to {most} runs of {budget.tokens:,} tokens ({budget.steps:,} steps), {jobs} at a time"
+    )
+    log.print(
+        f"{budget.tokens_per_parameter:.2g} tokens per parameter outside the embeddings, where 20 are usual",
+        soft_wrap=True,
+    )
+    if budget.seconds is not None:
+        log.print(f"estimated time: {_duration(budget.seconds[0])} to {_duration(budget.seconds[1])}")
+    log.print(
+        f"{seeds} seeds see a difference of about {budget.detectable:.3f} nats (80% of the time, if seeds differ as "
+        "those of AdamW at 0.4M parameters)",
+        soft_wrap=True,
+    )
+
+
+def _progress(log: Console) -> Progress:
+    return Progress(
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:.0f}%"),
+        TextColumn("{task.fields[runs]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[eta]}"),
+        console=log,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return str(datetime.timedelta(seconds=round(seconds))) if seconds >= 5400 else f"{seconds / 60:.0f} min"
+
+
+def _print(console: Console, result: Mapping[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in ("arm", "lr", "final loss", "against " + result["baseline"], "state"):
+        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
+    for arm in result["arms"]:
+        lr = "-" if arm["setting"] is None else f"{arm['setting']['optimizer.lr']:g}{' (edge)' if arm['edge'] else ''}"
+        mean = "diverged" if arm["mean"] is None else f"{arm['mean']:.4f}"
+        difference = arm["difference"]
+        against = "" if difference is None or difference["mean"] is None else f"{difference['mean']:+.4f}"
+        if difference and difference["low"] is not None:
+            against += f" ({difference['low']:+.4f} to {difference['high']:+.4f})"
+        state = "-" if arm["state_bytes"] is None else f"{arm['state_bytes'] / 2**20:.2f} MiB"
+        table.add_row(arm["name"], lr, mean, against, state)
+    console.print(table)
+    console.print()
+    for arm in result["arms"]:
+        if arm["name"] != result["baseline"]:
+            console.print(arm["sentence"], style="bold")
+    for note in result["caveats"]:
+        console.print(f"- {note}")

@@ -1,0 +1,287 @@
+"""Carry out a study: plan, train, store, until nothing is needed any more. Stopped anywhere, the same call goes on."""
+
+import hashlib
+import logging
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sharpwise.compare.record import Record, read_record
+from sharpwise.compare.statistics import detectable
+from sharpwise.compare.storage import Storage
+from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Study, differences, make_study, read_study
+from sharpwise.compare.tuning import Trial, needed, tried
+from sharpwise.compare.workers import Workers
+from sharpwise.files import held, write_whole
+from sharpwise.train.build import Built, build
+from sharpwise.train.config_file import make_config
+from sharpwise.train.models import count_parameters
+from sharpwise.train.steps import train_steps
+
+logger = logging.getLogger("sharpwise.compare")
+
+# Standard deviation over seeds of the end loss: AdamW, 0.4M parameters, 4.1M tokens of mixed text, three seeds. What a
+# study can see is worked out from its own runs once there are some.
+SEED_NOISE = 0.012
+POINTS = 200  # of a training curve that is kept
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a study is going to take. Times are None where nothing was timed."""
+
+    runs: tuple[int, int]
+    tokens: int
+    steps: int
+    tokens_per_step: int
+    parameters: int
+    non_embedding_parameters: int
+    seconds: tuple[float, float] | None
+    detectable: float
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """Of a run, by parameters outside the embeddings."""
+        return self.tokens / self.non_embedding_parameters
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is: runs that are stored, runs that it will have at least, and the share of their tokens."""
+
+    done: int
+    expected: int
+    share: float
+    running: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Conducted:
+    """A study with what it has found. `complete` says whether nothing is missing."""
+
+    study: Study
+    folder: Path
+    budget: Budget
+    results: Mapping[Trial, Mapping[str, Any]]
+    first: Built
+    complete: bool
+
+
+def open_study(given: Mapping[str, Any] | None, folder: Path) -> Study:
+    """The study of a folder: that which is stored there, with the arms and seeds that `given` adds.
+
+    Raises:
+        ValueError: `given` contradicts it; or there is none and `given` is None.
+    """
+    path = folder / "study.toml"
+    stored = make_study(read_study(path)) if path.exists() else None
+    if given is None:
+        if stored is None:
+            raise ValueError(f"{folder} holds no study to go on with; name arms, or a study file")
+        return stored
+    study = make_study(given)
+    if stored is not None and (lines := differences(stored, study)):
+        raise ValueError(f"{folder} holds another study:\n  " + "\n  ".join(lines) + "\nName another folder with --out")
+    return study
+
+
+def conduct(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    setup: Callable[[], object] | None = None,
+    on_budget: Callable[[Budget], object] = lambda budget: None,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+) -> Conducted:
+    """Run all that a study needs and does not have.
+
+    Args:
+        study: see `open_study`.
+        folder: its place, made if need be: `study.toml`, `study.db`, and the runs below `runs/`.
+        jobs: processes that train at a time. The results do not depend on it.
+        setup: called first in every process.
+        on_budget, on_progress: called before anything starts, and every few steps.
+
+    Raises:
+        ValueError: an arm that cannot be built, a budget too small to say anything, another process at work there.
+        OSError: the disk is full; all that was recorded is kept.
+        KeyboardInterrupt: after the runs were saved.
+    """
+    import tomli_w
+
+    built = build_arms(study)
+    budget = work_out(study, built, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder / "study.lock", f"another process conducts the study in {folder}"):
+        on_budget(budget)
+        write_whole(folder / "study.toml", tomli_w.dumps(study.given))
+        storage = Storage(folder / "study.db")
+        conductor = _Conductor(study, folder, budget, storage, on_progress)
+        with Workers(jobs, threads=study.threads, setup=setup, on_step=conductor.note) as workers:
+            conductor.go(workers)
+    return Conducted(study, folder, budget, storage.results, built, complete=True)
+
+
+def build_arms(study: Study) -> Built:
+    """Build every arm once, so that what cannot be built is found before anything is trained; the baseline's is given.
+
+    Raises:
+        ValueError: with the name of the arm.
+    """
+    found: Built | None = None
+    for arm in sorted(study.arms, key=lambda arm: arm.name == study.baseline):
+        trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
+        try:
+            found = build(make_config(study.config(trial, steps=FEWEST_STEPS)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"arm {arm.name!r} cannot be built: {error}") from error
+    assert found is not None
+    return found
+
+
+def work_out(study: Study, built: Built, jobs: int) -> Budget:
+    """Runs, tokens and time that a study takes, the latter from a few steps of the baseline.
+
+    Raises:
+        ValueError: fewer than `FEWEST_STEPS` steps a run.
+    """
+    total, without_embedding = count_parameters(built.model)
+    per_step = built.plan.tokens_per_step
+    tokens = study.tokens or round((study.ratio or 0) * TOKENS_PER_PARAMETER * without_embedding)
+    steps = tokens // per_step
+    if steps < FEWEST_STEPS:
+        raise ValueError(
+            f"a run of {tokens:,} tokens has {steps} steps of {per_step:,}: too few to say anything about an "
+            f"optimizer; {FEWEST_STEPS * per_step:,} tokens are the least"
+        )
+    others = study.seeds * (len(study.arms) + sum(study.horizons))
+    further = max(sum(len(v) for v in arm.space.search.values()) for arm in study.arms)
+    least = max(len(arm.space.lrs) for arm in study.arms) + further
+    most = max(arm.space.most for arm in study.arms) + further
+    seconds = None
+    if (per_token := _seconds_per_token(built)) is not None:
+        seconds = (
+            per_token * tokens * (least * len(study.arms) + others) / jobs,
+            per_token * tokens * (most * len(study.arms) + others) / jobs,
+        )
+    count = study.seeds * (len(study.arms) + len(study.horizons))
+    return Budget(
+        runs=(least * len(study.arms) + count, most * len(study.arms) + count),
+        tokens=steps * per_step,
+        steps=steps,
+        tokens_per_step=per_step,
+        parameters=total,
+        non_embedding_parameters=without_embedding,
+        seconds=seconds,
+        detectable=detectable(SEED_NOISE * 2**0.5, study.seeds),
+    )
+
+
+def _seconds_per_token(built: Built) -> float | None:
+    running = train_steps(built.model, built.optimizer, built.data.train, built.data.validation, built.plan)
+    seconds = [step.seconds for step in islice(running, 4)][1:]
+    running.close()
+    return statistics.median(seconds) / built.plan.tokens_per_step if seconds else None
+
+
+class _Conductor:
+    """The loop of a study."""
+
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        budget: Budget,
+        storage: Storage,
+        on_progress: Callable[[Progress], object],
+    ) -> None:
+        self.study, self.folder, self.budget = study, folder, budget
+        self.storage, self.on_progress = storage, on_progress
+        self.running: dict[str, Trial] = {}
+        self._steps: dict[str, int] = {}
+        self._told = 0.0
+
+    def note(self, key: str, step: int) -> None:
+        """A run has taken a step."""
+        self._steps[key] = step
+
+    def go(self, workers: Workers) -> None:
+        """Train until nothing is needed."""
+        study = self.study
+        while True:
+            wanted = needed(study.spaces, study.baseline, study.seed_numbers, self.storage.losses, study.horizons)
+            if not wanted and not self.running:
+                return
+            running = set(self.running.values())
+            for trial in [trial for trial in wanted if trial not in running][: workers.free]:
+                self.running[trial.key] = trial
+                workers.start(trial.key, self._config(trial), self._place(trial))
+            ended: list[str] = []
+            while not ended:
+                ended = workers.wait()
+                self._tell()
+            for key in ended:
+                self._store(self.running.pop(key))
+
+    def _config(self, trial: Trial) -> dict[str, Any]:
+        given = self.study.config(trial, self.budget.steps)
+        # So that a run that is stopped loses little, and a study's folder stays small.
+        steps = given["schedule"]["steps"]
+        given["checkpoint"] = {"every": max(1, steps // 4), "keep": 1, **given.get("checkpoint", {})}
+        given["log"] = {"tensorboard": False, **given.get("log", {})}
+        return given
+
+    def _place(self, trial: Trial) -> Path:
+        return self.folder / place_of(trial)
+
+    def _store(self, trial: Trial) -> None:
+        place = self._place(trial)
+        self.storage.add(trial, summary(read_record(place), self.budget.tokens_per_step))
+        for name in ("checkpoints", "final") if trial.stage != "final" else ("checkpoints",):
+            shutil.rmtree(place / name, ignore_errors=True)
+        self._tell(now=True)
+
+    def _tell(self, now: bool = False) -> None:
+        if not now and time.monotonic() - self._told < 0.5:
+            return
+        self._told = time.monotonic()
+        study, done = self.study, self.storage.losses
+        most = max(len(tried(arm.name, done)) for arm in study.arms)
+        least = max(most, *(len(arm.space.lrs) for arm in study.arms))
+        horizons = {1.0: len(study.arms), **dict.fromkeys(study.horizons, 1)}
+        expected = least * len(study.arms) + study.seeds * sum(horizons.values())
+        whole = least * len(study.arms) + study.seeds * sum(share * count for share, count in horizons.items())
+        tokens = sum(trial.horizon for trial in done)
+        steps = {key: self._steps.get(key, 0) for key in self.running}
+        tokens += sum(steps.values()) / self.budget.steps
+        self.on_progress(Progress(len(done), expected, min(1.0, tokens / whole), steps))
+
+
+def place_of(trial: Trial) -> str:
+    """The folder of a trial's run below that of the study: readable, and one for each."""
+    arm = re.sub(r"[^\w.-]+", "-", trial.arm).strip("-")
+    share = "" if trial.horizon == 1 else f"-x{trial.horizon:g}"
+    digest = hashlib.sha256(trial.key.encode()).hexdigest()[:6]
+    return f"runs/{arm}/{trial.stage}-lr{trial.lr:g}-seed{trial.seed}{share}-{digest}"
+
+
+def summary(record: Record, tokens_per_step: int) -> dict[str, Any]:
+    """What is stored of a run: its record, the training curve thinned."""
+    values = asdict(record)
+    every = max(1, len(record.train_steps) // POINTS)
+    steps = range(0, len(record.train_steps), every)
+    values["train_steps"] = [record.train_steps[min(i + every, len(record.train_steps)) - 1] for i in steps]
+    values["train_loss"] = [_mean(record.train_loss[i : i + every]) for i in steps]
+    return {**values, "tokens_per_step": tokens_per_step}
+
+
+def _mean(losses: list[float]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return statistics.fmean(known) if known else None

@@ -1,0 +1,69 @@
+"""What a run's folder says that it did, as plain values: all that a comparison knows of it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sharpwise.blocks.roles import BLOCK_TYPE, Role
+
+
+@dataclass
+class Record:
+    """What a run did. `x` values are steps, counted from 1; losses are in nats per token.
+
+    `stopped_at` is the step whose loss was not finite, None for a run that reached its end. `final_loss` is the
+    validation loss after the last step, None if there is none. `learning_rates` holds, for every role, the learning
+    rate times the block's multiplier at `learning_rate_steps` (of roles whose layers differ, the mean over layers).
+    `tokens_per_second` of whole steps and `step_ms` of `optimizer.step()` are those that the quickest tenth of the
+    steps keep to: other work on the machine can only slow the rest. Evaluations do not count.
+    """
+
+    train_steps: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    learning_rate_steps: list[int] = field(default_factory=list)
+    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    stopped_at: int | None = None
+    final_loss: float | None = None
+    tokens_per_second: float | None = None
+    step_ms: float | None = None
+    state_bytes: int | None = None
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a run that has ended. Raises OSError or ValueError where its files are not there or damaged."""
+    steps, timing = (
+        [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("metrics.jsonl", "timing.jsonl")
+    )
+    status, facts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("status.json", "facts.json"))
+    validated = [step for step in steps if step.get("validation_loss") is not None]
+    noted = [step for step in steps if "multipliers" in step]
+    rates: dict[str, list[float]] = {}
+    for step in noted:
+        for role, multiplier in step["multipliers"].items():
+            by_layer = multiplier if isinstance(multiplier, list) else [multiplier]
+            rates.setdefault(role, []).append(step["lr"] * sum(by_layer) / len(by_layer))
+    ended = status["state"] == "finished" and bool(validated) and validated[-1]["step"] == facts["steps"]
+    return Record(
+        train_steps=[step["step"] for step in steps],
+        train_loss=[step["loss"] for step in steps],
+        validation_steps=[step["step"] for step in validated],
+        validation_loss=[step["validation_loss"] for step in validated],
+        learning_rate_steps=[step["step"] for step in noted],
+        learning_rates=rates,
+        types={role: str(BLOCK_TYPE[Role(role)]) for role in rates},
+        stopped_at=status["step"] if status["state"] == "diverged" else None,
+        final_loss=validated[-1]["validation_loss"] if ended else None,
+        tokens_per_second=facts["tokens_per_step"] / _quick(timing, "seconds") if timing else None,
+        step_ms=_quick(timing, "optimizer_seconds") * 1e3 if timing and timing[0]["optimizer_seconds"] else None,
+        state_bytes=facts["state_bytes"] if steps else None,
+    )
+
+
+def _quick(timing: list[dict[str, Any]], key: str) -> float:
+    """The tenth percentile."""
+    return float(sorted(line[key] for line in timing)[len(timing) // 10])

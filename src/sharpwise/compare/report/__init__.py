@@ -1,0 +1,1 @@
+"""The page of a comparison, with its numbers beside it as JSON and CSV."""

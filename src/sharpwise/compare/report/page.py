@@ -1,0 +1,222 @@
+"""The page of a comparison: one HTML file with everything in it, and its numbers beside it as JSON and CSV."""
+
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from sharpwise.compare.report import curve_charts, row_charts, tables, words
+from sharpwise.compare.report.arms import Result, html_name, looks
+from sharpwise.compare.report.runs import csv_text
+from sharpwise.compare.report.sensitivity import sensitivity
+from sharpwise.files import write_whole
+from sharpwise.report.skeleton import PAGE_NAME, card, chart, document, facts, notes
+from sharpwise.report.words import moment
+
+JSON_NAME, CSV_NAME = "result.json", "result.csv"
+RESULTS_HINT = "Loss in nats per token, on the same held-out tokens for every run. In bold: the lowest mean."
+
+
+def write_study_page(result: Result, folder: Path) -> Path:
+    """Write index.html, result.json and result.csv (a row per run) into `folder`; returns the path of the page.
+
+    Each file is replaced as a whole; if the page cannot be made, none is. What is not finite is null in the JSON.
+
+    Args:
+        result: of a comparison, complete or not, as plain values; losses in nats per token.
+        folder: made if it is not there; the folders of runs that `result` names are relative to it.
+    """
+    page, rows = render(result), csv_text(result)
+    numbers = json.dumps(_finite(result), allow_nan=False, indent=1, ensure_ascii=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / JSON_NAME, numbers + "\n")
+    write_whole(folder / CSV_NAME, rows)
+    write_whole(folder / PAGE_NAME, page)
+    return folder / PAGE_NAME
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(result: Result) -> str:
+    """The whole page as HTML."""
+    parts = (
+        "<header>",
+        f'<p class="kicker">Comparison of optimizers: {escape(result["name"])}</p>',
+        f"<h1>{escape(words.headline(result))}</h1>",
+        *(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in words.method(result)),
+        ""
+        if result["complete"]
+        else f'<p class="state running"><strong>unfinished</strong> {escape(words.status(result))}</p>',
+        notes(found) if (found := words.caveats(result)) else "",
+        "</header>",
+        '<div class="grid">',
+        card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
+        *_charts(result),
+        card("Results", RESULTS_HINT, tables.results(result), wide=True),
+        card("Settings and costs", _costs_hint(result), tables.costs(result), wide=True),
+        _rates(result),
+        *_told(result),
+        _blocks(result),
+        card(
+            "Every run",
+            "The number is its final validation loss. Open a run for its settings and its folder; all else is under "
+            "what all runs share.",
+            tables.runs(result) + _links(),
+            wide=True,
+        ),
+        *_setup(result),
+        "</div>",
+        f'<p class="hint foot">Written from results of {escape(moment(str(result["environment"].get("date", "-"))))}. '
+        "This file needs no network.</p>",
+    )
+    return document(f"{result['name']}: {words.headline(result)}", "\n".join(part for part in parts if part))
+
+
+def _verdict_hint(result: Result) -> str:
+    return (
+        f"Each candidate against {result['baseline']}, its final losses paired by seed. A 95% interval says how far "
+        "other seeds might move the number. Undecided means just that: neither a difference nor its absence was shown."
+    )
+
+
+def _charts(result: Result) -> list[str]:
+    baseline = result["baseline"]
+    cards: tuple[tuple[str, str, str, go.Figure | None], ...] = (
+        (
+            "difference",
+            f"Difference to {baseline}",
+            f"Filled: the mean over seeds, with its 95% interval; open: single seeds. The line at 0 is {baseline}, the "
+            f"grey band what makes no difference (within {result['margin']:g}).",
+            row_charts.differences(result),
+        ),
+        (
+            "final",
+            "Final losses",
+            f"Filled: the mean over seeds, with its 95% interval; open: single seeds. Dashed: the mean of {baseline}. "
+            "Seeds move all arms together, so that differences are surer than these.",
+            row_charts.final_losses(result),
+        ),
+        (
+            "speedup",
+            "Speed-up",
+            f"The tokens that the tuned {baseline} needs to reach the same loss, over the tokens used, read off runs "
+            f"of {baseline} with {_shares(result)} the tokens. An arrow: beyond what was measured.",
+            row_charts.speedups(result),
+        ),
+        (
+            "memory",
+            "Memory against loss",
+            "What the optimizer keeps beside the weights. Lower left is better. The bar is the 95% interval.",
+            curve_charts.memory(result),
+        ),
+        (
+            "loss",
+            "Loss along the way",
+            "Each arm at its best setting. Thick: the mean over seeds, averaged over short stretches; thin: single "
+            "seeds. Only the ends count, as schedules lower the learning rate up to there.",
+            curve_charts.loss_curves(result),
+        ),
+        (
+            "gap",
+            "Ahead or behind along the way",
+            f"Validation loss minus that of {baseline} with the same seed, after the same number of tokens. Below 0 is "
+            "ahead. Curves may cross late.",
+            curve_charts.gaps(result),
+        ),
+        (
+            "sensitivity",
+            "Which learning rate?",
+            "Every point is a whole run, all with the same seed. Filled: the one that was chosen.",
+            sensitivity(result),
+        ),
+    )
+    shown = [one for one in cards if one[3] is not None]
+    return [
+        # The last one fills its row.
+        card(title, hint, chart(figure, name, f"{title}. {hint}"), wide=len(shown) % 2 == 1 and one is shown[-1])
+        for one in shown
+        for name, title, hint, figure in (one,)
+    ]
+
+
+def _shares(result: Result) -> str:
+    shares = sorted({1.0, *(horizon["share"] for horizon in result["horizons"])})
+    texts = [f"{share:g}" for share in shares]
+    return f"{', '.join(texts[:-1])} and {texts[-1]} times" if len(texts) > 1 else "once"
+
+
+def _costs_hint(result: Result) -> str:
+    some = any(arm["tokens_per_second"] is not None for arm in result["arms"])
+    return (
+        "What tuning chose, and what it costs. The mean lr factor is what an arm multiplies the learning rate of an "
+        f"average parameter by.{' Speeds are those that the quickest tenth of the steps keep to.' if some else ''}"
+    )
+
+
+def _rates(result: Result) -> str:
+    figures = curve_charts.learning_rates(result)
+    if not figures:
+        return ""
+    parts = [
+        f"<div><h3>{html_name(name, looks(result)[name])}</h3>"
+        f"{chart(figure, f'rates-{i}', f'Learning rate of each block type in {name}')}</div>"
+        for i, (name, figure) in enumerate(figures.items())
+    ]
+    hint = (
+        "The scheduled learning rate times the factor of the block, all on one scale; arms that treat all blocks alike "
+        "are left out. Emb: embeddings; QK and VO: attention; FFN: feed-forward; Norm: normalization."
+    )
+    return card("Learning rate of each block type", hint, f'<div class="three">{"".join(parts)}</div>', wide=True)
+
+
+def _told(result: Result) -> list[str]:
+    untested = "".join(f"<li>{escape(item)}</li>" for item in result["not_tested"])
+    codes = {arm["name"]: arm["code"] for arm in result["arms"] if arm["code"]}
+    code = facts(codes.items(), code=codes)
+    wide = not untested
+    cards = [card("What was not tested", "", f'<ul class="plain">{untested}</ul>')] if untested else []
+    return [*cards, card("The arms as code", "What to write to get the same.", code, wide=wide)]
+
+
+def _blocks(result: Result) -> str:
+    if not result["blocks"]:
+        return ""
+    varied = tables.varied_arms(result)
+    hint = f"What each parameter is taken for, and {'the factor on its learning rate' if varied else 'its size'}"
+    return card("Block map", f"{hint}. Equal layers share one row.", tables.blocks(result), wide=True)
+
+
+def _links() -> str:
+    return (
+        f'<p class="hint foot">All numbers: <a href="{JSON_NAME}">{JSON_NAME}</a>; a row per run: '
+        f'<a href="{CSV_NAME}">{CSV_NAME}</a></p>'
+    )
+
+
+def _setup(result: Result) -> list[str]:
+    budget, model = result["budget"], result["model"]
+    items = [
+        *((f"model: {key}", text) for key, text in tables.flat(model)),
+        *((f"data: {key}", text) for key, text in tables.flat(result["data"])),
+        *((f"run: {key}", text) for key, text in tables.flat(budget)),
+        ("seeds", ", ".join(map(str, result["seeds"]))),
+    ]
+    config = facts(tables.flat(result["config"]))
+    shared = facts(tables.readable(items)) + (
+        f'<details class="more"><summary>The whole configuration</summary>{config}</details>'
+        if result["config"]
+        else ""
+    )
+    return [
+        card("What all runs share", "", shared),
+        card("Where it ran", "", facts(tables.readable(tables.flat(result["environment"])))),
+    ]

@@ -1,0 +1,208 @@
+"""The tables of a comparison's page, as HTML."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+from urllib.parse import quote
+
+from sharpwise.compare.report.arms import (
+    Arm,
+    Result,
+    candidates,
+    chosen_lr,
+    diverged,
+    further,
+    html_name,
+    looks,
+    setting_name,
+    setting_words,
+    value_words,
+)
+from sharpwise.compare.report.runs import STAGES, Run, runs_of
+from sharpwise.compare.report.words import VERDICTS, interval, speedup_words
+from sharpwise.report.blocks import block_table
+from sharpwise.report.skeleton import facts, table
+from sharpwise.report.words import mebibytes, moment, number
+
+
+def verdicts(result: Result) -> str:
+    """The verdict on each candidate in a sentence."""
+    look = looks(result)
+    lines = [
+        f'<tr><th scope="row" class="verdict">{html_name(arm["name"], look[arm["name"]])}<br>{_badge(arm)}</th>'
+        f"<td>{escape(arm['sentence'] if arm['final'] else 'No final run yet.')}</td></tr>"
+        for arm in candidates(result)
+    ]
+    return table('<th scope="col">candidate</th><th scope="col">what came out</th>', lines, "Verdicts")
+
+
+def _badge(arm: Arm) -> str:
+    kind = "diverged" if diverged(arm) else arm["verdict"] if arm["final"] else "not yet"
+    return f'<span class="badge {escape(kind)}">{escape(VERDICTS.get(kind, kind))}</span>'
+
+
+def results(result: Result) -> str:
+    """What came out of the final runs, an arm per row."""
+    arms = result["arms"]
+    columns: list[Column] = [
+        ("final loss, mean", [(number(arm["mean"], ".4f"), "") for arm in arms]),
+        ("95% interval", [(interval(arm["interval"]), "") for arm in arms]),
+        (f"minus {result['baseline']}", [_difference(arm) for arm in arms]),
+        ("speed-up", [speedup_words(arm["speedup"]) for arm in arms]),
+        ("final runs", [(_ended(arm), "") for arm in arms]),
+    ]
+    best = min((arm["mean"] for arm in arms if arm["mean"] is not None), default=None)
+    bold = [arm["mean"] is not None and arm["mean"] == best for arm in arms]
+    return _arms_table(result, columns, "Results", bold, roomy=("95% interval",))
+
+
+def costs(result: Result) -> str:
+    """What tuning chose and what a step costs, an arm per row."""
+    arms = result["arms"]
+    columns: list[Column] = [
+        ("learning rate", [(_rate(arm), "") for arm in arms]),
+        ("further settings", [(setting_words(further(arm["setting"])) or "-", "") for arm in arms]),
+        ("tuning runs", [(str(len(arm["tuning"])), "") for arm in arms]),
+        ("diverged from lr", [(number(arm["divergence_edge"], "g"), "") for arm in arms]),
+        ("mean lr factor", [(number(arm["mean_multiplier"], ".3g"), "") for arm in arms]),
+        ("tokens/s", [(number(arm["tokens_per_second"], ",.0f"), "") for arm in arms]),
+        ("optimizer step", [(number(arm["step_ms"], ".2f", " ms"), "") for arm in arms]),
+        ("optimizer state", [(mebibytes(arm["state_bytes"]), "") for arm in arms]),
+    ]
+    return _arms_table(result, columns, "Settings and costs", [False] * len(arms))
+
+
+Column = tuple[str, list[tuple[str, str]]]
+"""A title, and for each arm a text and a second line."""
+
+
+def _arms_table(
+    result: Result, columns: list[Column], label: str, bold: Sequence[bool], roomy: Sequence[str] = ()
+) -> str:
+    """A row per arm; columns of `roomy` are left out where the screen is small."""
+    arms, look = result["arms"], looks(result)
+    # A column that says nothing is left out.
+    columns = [column for column in columns if any(text != "-" for text, _ in column[1])]
+    head = '<th scope="col">arm</th>' + "".join(
+        f'<th scope="col" class="number arm{" roomy" * (title in roomy)}">{escape(title)}</th>' for title, _ in columns
+    )
+    lines = []
+    for i, arm in enumerate(arms):
+        css = ' class="best"' if bold[i] else ""
+        cells = ""
+        for title, texts in columns:
+            (first, second), small = texts[i], " roomy" * (title in roomy)
+            cells += f'<td class="number{small}">{escape(first)}{f"<br>{escape(second)}" if second else ""}</td>'
+        lines.append(
+            f'<tr{css}><th scope="row" class="name">{html_name(arm["name"], look[arm["name"]])}</th>{cells}</tr>'
+        )
+    return table(head, lines, label)
+
+
+def _difference(arm: Arm) -> tuple[str, str]:
+    found = arm["difference"]
+    if not found or found["mean"] is None:
+        return "-", ""
+    low, high = found["low"], found["high"]
+    return f"{found['mean']:+.4f}", "" if low is None or high is None else f"({low:+.4f} to {high:+.4f})"
+
+
+def _rate(arm: Arm) -> str:
+    lr = chosen_lr(arm)
+    edge = f" ({arm['edge']} tried)" if arm["edge"] else ""
+    return "-" if lr is None else f"{lr:g}{edge}"
+
+
+def _ended(arm: Arm) -> str:
+    lost = sum(run["final_loss"] is None for run in arm["final"])
+    return f"{len(arm['final'])}{f', {lost} diverged' if lost else ''}"
+
+
+# --- every run -------------------------------------------------------------------------------------------------------
+
+
+def runs(result: Result) -> str:
+    """Every run by arm, each with its settings a click away."""
+    found, look = runs_of(result), looks(result)
+    parts = []
+    for arm in result["arms"]:
+        own = [run for run in found if run.arm == arm["name"]]
+        lines = "".join(_run(run) for run in own) or '<p class="hint">None is done yet.</p>'
+        parts.append(f'<div class="runs"><h3>{html_name(arm["name"], look[arm["name"]])}</h3>{lines}</div>')
+    return f'<div class="three">{"".join(parts)}</div>'
+
+
+def _run(run: Run) -> str:
+    end = "diverged" if run.final_loss is None else f"{run.final_loss:.4f}"
+    stage = {"tune": "tuning", "even": "tuning", "final": "final", "horizon": f"{run.share:g} x tokens"}[run.stage]
+    what = setting_words(run.setting) or "no setting"
+    if run.stage in ("final", "horizon"):
+        what = "seed unknown" if run.seed is None else f"seed {run.seed}"
+    mark = " (chosen)" if run.chosen and run.stage in ("tune", "even") else ""
+    summary = f"<summary>{escape(f'{stage}, {what}{mark}')}: <b>{end}</b></summary>"
+    items = [
+        ("stage", STAGES[run.stage]),
+        *((setting_name(key), value_words(value)) for key, value in run.setting.items()),
+        ("seed", "unknown" if run.seed is None else str(run.seed)),
+        ("tokens", f"{run.tokens:,}"),
+        ("final loss", end if run.stopped_at is None else f"diverged at step {run.stopped_at:,}"),
+    ]
+    return f"<details>{summary}{facts(items)}{_links(run.folder)}</details>"
+
+
+def _links(folder: str) -> str:
+    if not folder:
+        return ""
+    # "./" makes it a path, whatever it looks like.
+    path = "./" + quote(folder.rstrip("/"))
+    return (
+        f'<p class="hint">Its folder: <a href="{path}/">{escape(folder)}</a>, and in it the whole configuration: '
+        f'<a href="{path}/config.toml">config.toml</a></p>'
+    )
+
+
+# --- what all share --------------------------------------------------------------------------------------------------
+
+
+def blocks(result: Result) -> str:
+    """The block map, with the factors of the arms whose blocks differ."""
+    arms = varied_arms(result)
+    titles = {name: f"lr factor, {name}" if len(arms) > 1 else "lr factor" for name in arms}
+    return block_table(result["blocks"], titles)
+
+
+def varied_arms(result: Result) -> list[str]:
+    """Arms that have a factor other than 1 on the learning rate of some block."""
+    names = [arm["name"] for arm in result["arms"]]
+    return [name for name in names if any(block["multipliers"].get(name, 1.0) != 1.0 for block in result["blocks"])]
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
+    """Nested values as names and texts.
+
+    >>> list(flat({"batch": {"sequences": 16}, "seed": None, "betas": [0.9, 0.95]}))
+    [('batch.sequences', '16'), ('seed', '-'), ('betas', '0.9, 0.95')]
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", _plain(key, value)
+
+
+def _plain(key: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        # A year or a seed has no thousands; counts have.
+        return f"{value:,}" if abs(value) >= 10_000 and "seed" not in key else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(key, item) for item in value) or "-"
+    return moment(value) if key == "date" and isinstance(value, str) else str(value)
+
+
+def readable(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The names of plain values, as words."""
+    return [(key.replace("_", " "), text) for key, text in items]

@@ -1,0 +1,202 @@
+"""What a comparison came to, in sentences that need no knowledge of the project."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sharpwise.compare.report.arms import Arm, Result, baseline_of, candidates, diverged
+from sharpwise.report.words import USUAL_TOKENS_PER_PARAMETER, short
+
+VERDICTS = {
+    "baseline": "baseline",
+    "better": "better",
+    "worse": "worse",
+    "equivalent": "equal",
+    "undecided": "undecided",
+    "diverged": "diverged",
+}
+
+
+def headline(result: Result) -> str:
+    """What came out, whichever way."""
+    baseline, others = result["baseline"], candidates(result)
+    if not result["complete"]:
+        return f"Unfinished: {_done(result)} of this comparison with {baseline} are done"
+    if diverged(baseline_of(result)):
+        return f"{baseline}, which the others were to be compared with, diverged with every seed"
+    if len(others) == 1:
+        return _of_one(others[0], baseline)
+    better = sorted((arm for arm in others if arm["verdict"] == "better"), key=_difference)
+    if not better:
+        return f"None of {len(others)} candidates was shown to be better than {baseline}: {_counts(others)}"
+    if len(better) == 1:
+        return f"{_beats(better[0], baseline)}; {_rest(others, better)}"
+    first = f"{len(better)} of {len(others)} candidates trained better than {baseline}"
+    return f"{first}; the best, {better[0]['name']}, ended {_by(better[0])}"
+
+
+def _difference(arm: Arm) -> float:
+    found = (arm["difference"] or {}).get("mean")
+    return float("inf") if found is None else float(found)
+
+
+def _of_one(arm: Arm, baseline: str) -> str:
+    name, verdict = arm["name"], arm["verdict"]
+    if verdict == "better":
+        return _beats(arm, baseline)
+    if verdict == "worse" and not diverged(arm):
+        return f"{name} trained worse than {baseline}: it ended {_by(arm)}"
+    if verdict == "equivalent":
+        return f"{name} trained as well as {baseline}"
+    if verdict == "undecided" and not diverged(arm):
+        return f"Undecided: these runs cannot tell whether {name} trains better or worse than {baseline}"
+    if not diverged(arm):
+        return f"Undecided: with no seed did both {name} and {baseline} reach the end"
+    return f"{name} diverged with every seed; {baseline} did not"
+
+
+def _beats(arm: Arm, baseline: str) -> str:
+    return f"{arm['name']} trained better than {baseline}: it ended {_by(arm)}"
+
+
+def _by(arm: Arm) -> str:
+    found = arm["difference"] or {}
+    if found.get("mean") is None:  # better than a baseline that diverged
+        return "where the other diverged"
+    mean = found["mean"]
+    text = f"{abs(mean):.3f} nats per token {'lower' if mean < 0 else 'higher'}"
+    if found.get("low") is None or found.get("high") is None:
+        return text
+    if found["low"] <= 0 <= found["high"]:
+        return f"{text} (95% interval of the difference {found['low']:+.3f} to {found['high']:+.3f})"
+    low, high = sorted((abs(found["low"]), abs(found["high"])))
+    return f"{text} (95% interval {low:.3f} to {high:.3f})"
+
+
+def _rest(others: list[Arm], better: list[Arm]) -> str:
+    rest = [arm for arm in others if arm not in better]
+    if len(rest) == 1:
+        return f"{rest[0]['name']}: {'diverged' if diverged(rest[0]) else VERDICTS[rest[0]['verdict']]}"
+    return f"of the other {len(rest)}, {_counts(rest)}"
+
+
+def _counts(arms: list[Arm]) -> str:
+    kinds = ["diverged" if diverged(arm) else arm["verdict"] for arm in arms]
+    words = {"equivalent": "equal", "worse": "worse", "undecided": "undecided", "diverged": "diverged"}
+    return ", ".join(f"{kinds.count(kind)} {word}" for kind, word in words.items() if kind in kinds)
+
+
+# --- what was compared, and how --------------------------------------------------------------------------------------
+
+
+def method(result: Result) -> list[str]:
+    """What was compared and how: two paragraphs of a few plain sentences."""
+    model, data, budget, seeds = (result[key] for key in ("model", "data", "budget", "seeds"))
+    source = data.get("source")
+    text = f" on the same text ({source})" if source else ""
+    what = (
+        f"{len(result['arms'])} ways to train the same language model ({model['name']}, {short(model['parameters'])} "
+        f"parameters){text}: {result['baseline']} is the baseline, the others are candidates. What counts is the loss "
+        f"at the end of a run of {budget['tokens']:,} tokens, on text that was not trained on, in nats per token: "
+        "lower is better, and 0.01 lower is a perplexity about 1% lower. A difference below "
+        f"{result['margin']:g} is taken to make no difference."
+    )
+    how = (
+        f"{_tuning(result)} The best setting of each then trains again {_times(len(seeds))}, with "
+        f"{'a seed' if len(seeds) == 1 else 'seeds'} that tuning did not use; runs with the same seed start from the "
+        "same weights and read the same text in the same order, so that they are compared in pairs."
+    )
+    return [what, how]
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _tuning(result: Result) -> str:
+    counts = sorted({len(arm["tuning"]) for arm in result["arms"]})
+    keys = {key for arm in result["arms"] for run in arm["tuning"] for key in run["setting"]}
+    what = "learning rate" if len(keys) < 2 else "learning rate and further settings"
+    if len(counts) == 1:
+        return f"Each was tuned with the same effort: {counts[0]} trial runs to find its best {what}."
+    return (
+        f"Each is tuned with the same effort, trial runs to find its best {what}; so far they had between {counts[0]} "
+        f"and {counts[-1]}."
+    )
+
+
+def caveats(result: Result) -> list[str]:
+    """What a reader has to know before concluding anything: what the study says, and what the page sees itself."""
+    found = list(result["caveats"])
+    told = " ".join(found)
+    ratio = result["budget"]["tokens_per_parameter"]
+    if ratio < USUAL_TOKENS_PER_PARAMETER and "tokens per parameter" not in told:
+        found.insert(
+            0,
+            f"Short runs: {ratio:.2g} tokens per parameter. Below {USUAL_TOKENS_PER_PARAMETER} tokens per parameter a "
+            "run says little about longer ones: what is ahead early may fall behind later.",
+        )
+    for arm in result["arms"]:
+        if arm["edge"] and not _said(result, arm, arm["edge"]):
+            other = "smaller" if arm["edge"] == "smallest" else "larger"
+            found.append(
+                f"{arm['name']} was best at the {arm['edge']} learning rate tried; a {other} one might be better still."
+            )
+        lost = [run for run in arm["final"] if run["final_loss"] is None]
+        if lost and not _said(result, arm, "diverged"):
+            at = ", ".join(f"seed {run['seed']} at step {run['stopped_at']:,}" for run in lost if run["stopped_at"])
+            found.append(
+                f"{arm['name']} diverged in {len(lost)} of {len(arm['final'])} final runs{f' ({at})' if at else ''}: "
+                "its loss was not a finite number any more."
+            )
+    if len(candidates(result)) > 2:
+        found.append(
+            f"Each interval is for one candidate by itself. Of {len(candidates(result))} candidates, the one that came "
+            "out best looks a little better than it is."
+        )
+    return found
+
+
+def _said(result: Result, arm: Arm, word: str) -> bool:
+    """Whether a caveat of the study is about this of the arm already."""
+    return any(note.startswith(f"{arm['name']} ") and word in note for note in result["caveats"])
+
+
+def status(result: Result) -> str:
+    """What is missing of a study that is not complete."""
+    return f"{_done(result)} are done. The page shows what there is; every number may still change."
+
+
+def _done(result: Result) -> str:
+    done, expected = result["progress"]["done"], result["progress"]["expected"]
+    # How many an unfinished tuning will take may not be known.
+    return f"{done:,} of {expected:,} runs" if expected > done else f"{done:,} runs"
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """An interval of a loss in a table.
+
+    >>> interval([3.8, 3.91234]), interval(None)
+    ('3.8000 to 3.9123', '-')
+    """
+    return "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def speedup_words(found: Any) -> tuple[str, str]:
+    """A speed-up in a table, and its interval."""
+    if not found or (found["value"] is None and not found["bound"]):
+        return "-", ""
+    text = found["bound"] or f"{found['value']:.2f}"
+    low, high = found["low"], speedup_high(found)
+    if low is None or high is None:
+        return text, ""
+    if low == 0 or high == float("inf"):
+        ends = [f"from {low:.2f}"] * (low != 0) + [f"up to {high:.2f}"] * (high != float("inf"))
+        return text, f"({' '.join(ends) or 'open on both sides'})"
+    return text, f"({low:.2f} to {high:.2f})"
+
+
+def speedup_high(found: Any) -> float | None:
+    """The upper end of a speed-up; what plain values cannot say is infinite: a lower end and no upper one."""
+    if found["high"] is None:
+        return None if found["low"] is None else float("inf")
+    return float(found["high"])

@@ -1,0 +1,82 @@
+"""What a study has found, in one SQLite file that Optuna reads too (`optuna-dashboard sqlite:///study.db`).
+
+An Optuna study per arm; a trial is one run. The file is written by the study's main process alone, one transaction per
+trial: whatever is in it is whole.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sharpwise.compare.tuning import Trial
+
+
+class Storage:
+    """Trials that are done. Args: path of the file, made if need be."""
+
+    def __init__(self, path: Path) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        self._studies: dict[str, Any] = {}
+        self.results: dict[Trial, dict[str, Any]] = {}
+        for name in optuna.get_all_study_names(self._storage):
+            for trial in self._study(name).get_trials(deepcopy=False):
+                if "key" in trial.user_attrs:
+                    self.results[_trial(trial.user_attrs["key"])] = trial.user_attrs["result"]
+
+    @property
+    def losses(self) -> dict[Trial, float]:
+        """End validation losses, inf where a run diverged."""
+        return {
+            trial: math.inf if result["final_loss"] is None else result["final_loss"]
+            for trial, result in self.results.items()
+        }
+
+    def add(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        """Store what a trial found: plain values with `final_loss`, None if it diverged.
+
+        Raises:
+            ValueError: it is there already.
+        """
+        from optuna.distributions import FloatDistribution
+        from optuna.trial import create_trial
+
+        if trial in self.results:
+            raise ValueError(f"{trial.key} is stored already")
+        numbers = {key: float(value) for key, value in trial.setting if isinstance(value, (int, float))}
+        ranges: dict[str, Any] = {
+            key: FloatDistribution(1e-12, 1e6, log=True) if key.endswith(".lr") else FloatDistribution(-1e6, 1e6)
+            for key in numbers
+        }
+        loss = result["final_loss"]
+        self._study(trial.arm).add_trial(
+            create_trial(
+                params=numbers,
+                distributions=ranges,
+                value=math.inf if loss is None else loss,
+                user_attrs={"key": trial.key, "result": dict(result)},
+            )
+        )
+        self.results[trial] = dict(result)
+
+    def _study(self, arm: str) -> Any:
+        import optuna
+
+        if arm not in self._studies:
+            self._studies[arm] = optuna.create_study(
+                storage=self._storage, study_name=arm, direction="minimize", load_if_exists=True
+            )
+        return self._studies[arm]
+
+
+def _trial(key: str) -> Trial:
+    arm, stage, setting, seed, horizon = json.loads(key)
+    return Trial(arm, stage, tuple((name, _hashable(value)) for name, value in setting), seed, horizon)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

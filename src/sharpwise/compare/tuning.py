@@ -1,0 +1,191 @@
+"""What a fair comparison has to try: a pure function of what it has tried, so that a study can be stopped anywhere.
+
+    tune     every arm: three learning rates, then one more on the side where the best one is, until it is interior or
+             seven were tried; then the arm's further settings, one after the other, each at the best so far
+    even     every arm gets as many trials as the one that had most: between the best learning rate and its neighbours
+    final    the best setting of every arm, on the same fresh seeds
+    horizon  the baseline's best setting on half and on twice the tokens, on the same seeds: what speed-ups are read off
+
+All of `tune` and `even` is on one seed that `final` does not use. What is decided depends on complete sets of results
+only, never on the order in which they came: one process and ten decide alike.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["tune", "even", "final", "horizon"]
+TUNING_SEED = 0
+HORIZONS = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: an arm's setting (dotted keys of a configuration), a seed, and the share of the budget it gets."""
+
+    arm: str
+    stage: Stage
+    setting: tuple[tuple[str, Any], ...]
+    seed: int
+    horizon: float = 1.0
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate."""
+        return float(dict(self.setting)["optimizer.lr"])
+
+    @property
+    def key(self) -> str:
+        """What names it in the study's storage."""
+        return json.dumps([self.arm, self.stage, self.setting, self.seed, self.horizon], separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Space:
+    """What an arm may try.
+
+    Args:
+        lrs: the learning rates it starts with, three or more.
+        search: further settings by dotted key, with the values to try besides the one it starts with.
+        factor: from one learning rate to the next when the range is widened.
+        most: learning rates at most when it is widened.
+    """
+
+    lrs: tuple[float, ...]
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    factor: float = math.sqrt(10)
+    most: int = 7
+
+
+Losses = Mapping[Trial, float]
+"""End validation losses in nats per token of trials that are done; inf where the run diverged."""
+
+
+def needed(
+    spaces: Mapping[str, Space],
+    baseline: str,
+    seeds: Sequence[int],
+    done: Losses,
+    horizons: Sequence[float] = HORIZONS,
+) -> list[Trial]:
+    """The trials that can be started now; none when the study is complete.
+
+    Args:
+        spaces: of every arm, in the order of the study.
+        baseline: one of them.
+        seeds: of the final runs.
+        done: results so far. What is running is still among the needed ones.
+        horizons: shares of the budget that the baseline is trained on too.
+    """
+    trials: list[Trial] = []
+    for arm, space in spaces.items():
+        trials += next_of_arm(arm, space, done)
+    if trials:
+        return [trial for trial in trials if trial not in done]
+    most = max(len(tried(arm, done)) for arm in spaces)
+    for arm in spaces:
+        trials += even_out(arm, most, done)
+    if trials:
+        return trials
+    for arm in spaces:
+        setting = best(arm, done).setting
+        trials += [Trial(arm, "final", setting, seed) for seed in seeds]
+        if arm == baseline:
+            trials += [Trial(arm, "horizon", setting, seed, share) for share in horizons for seed in seeds]
+    return [trial for trial in trials if trial not in done]
+
+
+def tried(arm: str, done: Losses) -> dict[Trial, float]:
+    """The tuning trials of an arm, in the order of their settings."""
+    found = {trial: loss for trial, loss in done.items() if trial.arm == arm and trial.stage in ("tune", "even")}
+    return dict(sorted(found.items(), key=lambda item: (item[0].lr, item[0].key)))
+
+
+def best(arm: str, done: Losses) -> Trial:
+    """The tuning trial with the lowest loss; where several are equal, that with the smallest learning rate."""
+    found = tried(arm, done)
+    return min(found, key=lambda trial: (found[trial], trial.lr))
+
+
+def at_edge(arm: str, done: Losses) -> Literal["", "smallest", "largest"]:
+    """Which end of the learning rates that were tried the best one lies at, "" if it is inside."""
+    chosen = best(arm, done)
+    lrs = sorted({trial.lr for trial in tried(arm, done) if trial.setting[1:] == chosen.setting[1:]})
+    others = sorted({trial.lr for trial in tried(arm, done)})
+    lrs = lrs if len(lrs) > 1 else others
+    return "smallest" if chosen.lr == lrs[0] else "largest" if chosen.lr == lrs[-1] else ""
+
+
+def next_of_arm(arm: str, space: Space, done: Losses) -> list[Trial]:
+    """The trials that an arm needs next before it is tuned; none when it is."""
+
+    def trial(setting: Mapping[str, Any]) -> Trial:
+        return Trial(arm, "tune", tuple(setting.items()), TUNING_SEED)
+
+    def plain(lr: float) -> Trial:
+        return trial({"optimizer.lr": lr})
+
+    first = [plain(lr) for lr in space.lrs]
+    if any(one not in done for one in first):
+        return [one for one in first if one not in done]
+    known = {one.lr: loss for one, loss in done.items() if one == plain(one.lr)}
+    while len(known) < space.most:
+        lr = widened(known, space.factor)
+        if lr is None:
+            break
+        if plain(lr) not in done:
+            return [plain(lr)]
+        known[lr] = done[plain(lr)]
+    # One setting after the other, each at the best of what was decided before it.
+    setting: dict[str, Any] = {"optimizer.lr": min(known, key=lambda lr: (known[lr], lr))}
+    loss = known[setting["optimizer.lr"]]
+    for key, values in space.search.items():
+        others = [trial({**setting, key: value}) for value in values]
+        if any(one not in done for one in others):
+            return [one for one in others if one not in done]
+        for one in others:
+            if done[one] < loss:
+                setting, loss = dict(one.setting), done[one]
+    return []
+
+
+def widened(known: Mapping[float, float], factor: float) -> float | None:
+    """The next learning rate on the side where the best one is, rounded to three digits; None if it is inside.
+
+    Where every run diverged the next is smaller.
+
+    >>> widened({1e-3: 4.0, 3e-3: 3.9, 1e-2: 3.8}, 10**0.5)
+    0.0316
+    """
+    lrs = sorted(known)
+    chosen = min(lrs, key=lambda lr: (known[lr], lr))
+    if chosen == lrs[0]:
+        return _rounded(lrs[0] / factor)
+    if chosen == lrs[-1]:
+        return _rounded(lrs[-1] * factor)
+    return None
+
+
+def even_out(arm: str, count: int, done: Losses) -> list[Trial]:
+    """The next trial of an arm that had fewer than `count`: between its best learning rate and a neighbour of it."""
+    found = tried(arm, done)
+    if len(found) >= count:
+        return []
+    chosen = best(arm, done)
+    others = sorted({t.lr for t in found})
+    place = others.index(chosen.lr)
+    sides = [others[i] for i in (place - 1, place + 1) if 0 <= i < len(others)]
+    if not sides:
+        sides = [chosen.lr * 2]
+    # The wider gap first; of equal ones the larger learning rate.
+    gap = max(sides, key=lambda lr: (round(abs(math.log(lr / chosen.lr)), 3), lr))
+    lr = _rounded(math.sqrt(gap * chosen.lr))
+    while lr in others:  # three digits do not tell them apart any more
+        lr = _rounded(lr * 1.01)
+    return [Trial(arm, "even", (("optimizer.lr", lr), *chosen.setting[1:]), TUNING_SEED)]
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.3g}")

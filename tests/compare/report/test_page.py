@@ -1,0 +1,316 @@
+"""The page of a comparison: whole, self-contained, and right about whatever the study came to."""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly.offline import get_plotlyjs
+from report.parse import Parser, parse
+
+from compare.report import canned
+from sharpwise.compare.report import page
+from sharpwise.compare.report.runs import csv_text, runs_of
+from sharpwise.compare.report.words import caveats, headline, method, speedup_words
+
+CHARTS = {f"chart-{name}" for name in ("difference", "final", "speedup", "memory", "loss", "gap", "sensitivity")}
+
+
+def _parse(result: Mapping[str, Any]) -> Parser:
+    parser = parse(page.render(result))
+    assert len(parser.ids) == len(set(parser.ids))
+    return parser
+
+
+def test_a_complete_study() -> None:
+    result = canned.result()
+    parser = _parse(result)
+    for arm in result["arms"]:
+        for text in (arm["name"], arm["code"], arm["sentence"]):
+            assert text in parser.text
+        assert f"{arm['mean']:.4f}" in parser.text
+    for text in (
+        headline(result),
+        "Each was tuned with the same effort: 5 trial runs to find its best learning rate.",
+        "then trains again 3 times, with seeds that tuning did not use",
+        "in nats per token: lower is better",
+        "2.9 tokens per parameter. Below 20 tokens per parameter a run says little about longer ones",
+        "One model and one text",
+        "Of 3 candidates, the one that came out best looks a little better than it is.",
+        "What was not tested",
+        "Other model sizes, longer contexts, other texts.",
+        "h.{0..1}.attn.c_attn.weight",
+        "optimizer.betas",
+        "2026-01-02 03:04:05 UTC",
+        "0.5, 1 and 2 times the tokens",
+    ):
+        assert text in parser.text
+    assert set(parser.ids) == CHARTS | {"chart-rates-0", "chart-rates-1"}
+
+
+def test_every_run_is_there_with_its_settings_and_folder() -> None:
+    result = canned.result(2, weight_decay=True)
+    parser = _parse(result)
+    summaries = re.findall(r"<summary>(.*?)</summary>", page.render(result))
+    assert len(summaries) == len(runs_of(result)) + 1  # and the whole configuration
+    assert "tuning, lr 0.003, weight decay 0.3: <b>4.0800</b>" in summaries
+    assert "tuning, lr 0.003, weight decay 0 (chosen): <b>4.0400</b>" in summaries
+    assert "2 x tokens, seed 3: <b>3.9100</b>" in summaries
+    links = [value for _, name, value in parser.attributes if name == "href"]
+    assert "./runs/adamw%2Bblockwise-seed-2/config.toml" in links
+    assert {page.JSON_NAME, page.CSV_NAME} <= set(links)
+
+
+def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+    html = page.render(canned.result())
+    assert not re.findall(r"(?:https?:)?//[\w.]+\.\w+", html.replace(get_plotlyjs(), ""))
+    links = [value or "" for _, name, value in parse(html).attributes if name in ("src", "href")]
+    assert all(link.startswith("./runs/") or link in (page.JSON_NAME, page.CSV_NAME) for link in links)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+@pytest.mark.parametrize("arms", [2, 8])
+def test_few_and_many_arms_and_seeds(arms: int, seeds: int) -> None:
+    result = canned.result(arms, seeds, count=7)
+    html = page.render(result)
+    assert len(html.encode()) < 7_000_000
+    assert set(parse(html).ids) >= CHARTS
+
+
+def test_a_study_with_long_runs_has_a_small_page() -> None:
+    result = canned.result(8, count=7)
+    for arm in result["arms"]:
+        for run in arm["final"]:
+            for key in ("train_tokens", "train_loss", "learning_rate_tokens"):
+                run[key] = [value for value in run[key] for _ in range(25)]
+            run["learning_rates"] = {
+                role: [value for value in rates for _ in range(25)] for role, rates in run["learning_rates"].items()
+            }
+    assert len(page.render(result)) - len(get_plotlyjs()) < 700_000
+
+
+def test_an_unfinished_study_shows_what_there_is() -> None:
+    result = canned.unfinished()
+    parser = _parse(result)
+    assert headline(result) == "Unfinished: 17 of 46 runs of this comparison with adamw are done"
+    for text in (
+        headline(result),
+        "every number may still change",
+        "not yet",
+        "No final run yet.",
+        "None is done yet.",
+    ):
+        assert text in parser.text
+    assert "so far they had between 0 and 5" in parser.text
+    assert set(parser.ids) == CHARTS - {"chart-speedup"} | {"chart-rates-0"}
+
+
+def test_a_study_that_has_only_begun() -> None:
+    result = canned.unfinished()
+    nothing = {"tuning": [], "final": [], "setting": None, "mean": None, "interval": None, "difference": None}
+    arms = [{**arm, **nothing, "state_bytes": None} for arm in result["arms"]]
+    parser = _parse({**result, "arms": arms, "progress": {"done": 0, "expected": 46}})
+    assert parser.ids == []
+    assert "0 of 46 runs are done." in parser.text
+
+
+def test_an_arm_that_diverged_everywhere() -> None:
+    result = canned.result(4, lost={1: 3, 2: 1})
+    parser = _parse(result)
+    assert "adamw+blockwise diverged in 3 of 3 final runs (seed 1 at step 31, seed 2 at step 32," in parser.text
+    assert "adam-mini diverged in 1 of 3 final runs (seed 1 at step 31)" in parser.text
+    assert "3, 3 diverged" in parser.text
+    assert "diverged at step 33" in parser.text
+    assert "1 diverged" in headline(result)
+
+
+def test_a_baseline_that_diverged_is_said_first() -> None:
+    result = canned.result(3, lost={0: 3})
+    assert headline(result) == "adamw, which the others were to be compared with, diverged with every seed"
+    assert {"chart-difference", "chart-gap"}.isdisjoint(_parse(result).ids)
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [
+        ((0, 1), r"adamw\+blockwise trained better than adamw: it ended 0\.1\d\d nats per token lower \(95% interval "),
+        ((0, 3), r".* trained worse than adamw: it ended 0\.0\d\d nats per token higher \(95% interval 0\.0\d\d to "),
+        ((0, 2), "adam-mini trained as well as adamw"),
+        ((0, 1, 3), r"adamw\+blockwise trained better .*\); adamw\+reversed\(blockwise\): worse"),
+        ((0, 1, 2, 3), r"adamw\+blockwise trained better .*\); of the other 2, 1 equal, 1 worse"),
+        ((0, 1, 7), r"2 of 2 candidates trained better than adamw; the best, adamw\+blockwise, ended 0\.110 nats"),
+        ((0, 2, 3), "None of 2 candidates was shown to be better than adamw: 1 equal, 1 worse"),
+    ],
+)
+def test_the_headline_says_what_came_out(arms: tuple[int, ...], sentence: str) -> None:
+    assert re.match(sentence, headline(canned.result(arms)))
+
+
+def test_one_seed_decides_nothing() -> None:
+    result = canned.result((0, 1), 1)
+    assert (
+        headline(result)
+        == "Undecided: these runs cannot tell whether adamw+blockwise trains better or worse than adamw"
+    )
+    assert "trains again once, with a seed that" in " ".join(method(result))
+
+
+def test_the_short_run_is_called_short_once() -> None:
+    result = canned.result(2)
+    assert sum("tokens per parameter" in note for note in caveats(result)) == 1
+    result["caveats"].append("Short runs: 2.9 tokens per parameter, beware.")
+    assert sum("tokens per parameter" in note for note in caveats(result)) == 1
+    long = {**result, "caveats": [], "budget": {**result["budget"], "tokens_per_parameter": 20.0}}
+    assert caveats(long) == []
+
+
+def test_what_the_study_says_of_an_arm_is_not_said_again() -> None:
+    result = canned.result((0, 1))
+    for arm in result["arms"]:
+        arm["edge"] = "largest"
+    result["caveats"] = ["adamw+blockwise was best at the largest learning rate that was tried."]
+    notes = " ".join(caveats(result))
+    assert notes.count("adamw+blockwise was best") == notes.count("adamw was best") == 1
+
+
+def test_runs_that_are_still_to_come_did_not_diverge() -> None:
+    result = canned.unfinished()
+    result |= {"horizons": [{"share": 0.5, "tokens": 9, "final_losses": [4.2, None, None]}]}
+    result["progress"] = {"done": 17, "expected": 17}
+    assert [run.seed for run in runs_of(result) if run.stage == "horizon"] == [1]
+    assert headline(result) == "Unfinished: 17 runs of this comparison with adamw are done"
+
+
+def test_seeds_at_which_one_of_both_diverged_decide_nothing() -> None:
+    result = canned.result((0, 1), 2, lost={0: 1})
+    result["arms"][1]["final"][1] |= {"final_loss": None, "stopped_at": 9}
+    result["arms"][1] |= {"verdict": "diverged", "speedup": None}
+    result["arms"][1]["difference"] |= dict.fromkeys(("mean", "low", "high", "sd", "p"), None)
+    assert headline(result) == "Undecided: with no seed did both adamw+blockwise and adamw reach the end"
+    assert "chart-difference" not in _parse(result).ids
+
+
+@pytest.mark.parametrize(
+    ("found", "texts"),
+    [
+        ({"value": 1.3, "low": 1.1, "high": 1.5, "bound": ""}, ("1.30", "(1.10 to 1.50)")),
+        ({"value": 1.3, "low": None, "high": None, "bound": ""}, ("1.30", "")),
+        ({"value": None, "low": 1.9, "high": None, "bound": ">2"}, (">2", "(from 1.90)")),
+        ({"value": None, "low": 0.0, "high": 0.6, "bound": "<0.5"}, ("<0.5", "(up to 0.60)")),
+        ({"value": 1.0, "low": 0.0, "high": math.inf, "bound": ""}, ("1.00", "(open on both sides)")),
+        ({"value": None, "low": None, "high": None, "bound": ""}, ("-", "")),
+        (None, ("-", "")),
+    ],
+)
+def test_speedups_are_said_with_their_interval(found: Any, texts: tuple[str, str]) -> None:
+    assert speedup_words(found) == texts
+
+
+# --- hostile input ---------------------------------------------------------------------------------------------------
+
+
+def test_names_are_text_and_never_markup() -> None:
+    nasty = '</title></script><script>alert("x")</script><a href="https://example.org">&'
+    result = json.loads(json.dumps(canned.result(3)).replace("adamw+blockwise", json.dumps(nasty)[1:-1]))
+    result |= {"name": nasty, "caveats": [nasty], "not_tested": [nasty], "data": {"source": nasty, nasty: nasty}}
+    result["arms"][0]["final"][0]["folder"] = "javascript:alert(1)"
+    result["arms"][0]["final"][1]["folder"] = "//example.org"
+    result["environment"][nasty] = nasty
+    html = page.render(result)
+    parser = parse(html)
+    assert "<script>alert" not in html
+    assert html.replace(get_plotlyjs(), "").count("</title>") == 1
+    assert nasty in parser.text
+    links = [value or "" for _, name, value in parser.attributes if name in ("src", "href")]
+    assert all(link.startswith("./") or link in (page.JSON_NAME, page.CSV_NAME) for link in links)
+    # Plotly takes labels for markup of its own, with links.
+    assert "\\u003ca href" not in html.replace(get_plotlyjs(), "")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_three_files_are_written_and_nothing_else(tmp_path: Path) -> None:
+    result = canned.result(2)
+    (tmp_path / page.PAGE_NAME).write_text("old")
+    assert page.write_study_page(result, tmp_path) == tmp_path / "index.html"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "result.csv", "result.json"]
+    assert (tmp_path / "index.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == result
+
+
+def test_what_is_not_finite_is_null_in_the_json(tmp_path: Path) -> None:
+    result = canned.result(2)
+    result["arms"][1]["speedup"] |= {"high": math.inf}
+    page.write_study_page(result, tmp_path / "new")
+    stored = json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8"))
+    assert stored["arms"][1]["speedup"]["high"] is None
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / page.PAGE_NAME).write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        page.write_study_page(canned.result(2), tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_csv_has_a_row_per_run() -> None:
+    result = canned.result(2, weight_decay=True, lost={1: 1})
+    rows = list(csv.DictReader(io.StringIO(csv_text(result))))
+    assert len(rows) == 2 * (5 + 2 + 3) + 2 * 3
+    assert list(rows[0]) == [
+        "arm", "stage", "seed", "share", "tokens", "optimizer.lr", "optimizer.weight_decay", "final_loss",
+        "diverged_at_step", "chosen", "folder",
+    ]  # fmt: skip
+    lost = next(row for row in rows if row["arm"] == "adamw+blockwise" and row["stage"] == "final")
+    assert (lost["seed"], lost["final_loss"], lost["diverged_at_step"]) == ("1", "", "31")
+    assert [row["share"] for row in rows if row["stage"] == "horizon"] == ["0.5"] * 3 + ["2.0"] * 3
+    chosen = [row for row in rows if row["chosen"] == "yes" and row["stage"] == "tune" and row["arm"] == "adamw"]
+    assert [(row["optimizer.lr"], row["optimizer.weight_decay"]) for row in chosen] == [("0.003", "0.0")]
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("case", ["eight", "unfinished"])
+def test_a_browser_shows_it_without_errors_and_a_phone_without_scrolling_sideways(case: str, tmp_path: Path) -> None:
+    result = canned.unfinished() if case == "unfinished" else canned.result(8, weight_decay=True, lost={6: 3}, count=7)
+    page.write_study_page(result, tmp_path)
+    (tmp_path / "phone.html").write_text(
+        '<iframe src="index.html" style="width: 390px; height: 800px"></iframe><script>'
+        "onload = () => setTimeout(() => { const page = document.querySelector('iframe').contentDocument;"
+        "const charts = [...page.querySelectorAll('[id^=chart-]')];"
+        "document.title = [page.documentElement.scrollWidth, charts.length,"
+        "charts.filter(chart => chart.querySelector('svg .trace')).length].join(' '); }, 2000);</script>"
+    )
+    done = subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
+            "--dump-dom", (tmp_path / "phone.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    assert found is not None
+    width, charts, drawn = map(int, found.groups())
+    assert width <= 390
+    assert charts == drawn == len(_parse(result).ids)

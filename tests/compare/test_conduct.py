@@ -1,0 +1,228 @@
+"""Whole studies of a model that trains in a blink: to the end, stopped, killed, extended, in one process and in two."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train.kill_rig import processes
+
+from sharpwise.compare import conduct as conducting
+from sharpwise.compare.conduct import conduct, open_study, place_of
+from sharpwise.compare.results import results
+from sharpwise.compare.storage import Storage
+from sharpwise.train.data import prepare_tokens
+
+TEXT = "The quick fox jumps over the lazy dog, and {} other foxes watch. Why {}? Nobody knows, not even fox {}.\n"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    documents = [TEXT.format(i, i * 7 % 11, i * i) * 20 for i in range(40)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    prepare_tokens([folder / "text.txt"], folder / "tokens", vocabulary=300, validation=0.1)
+    return folder / "tokens"
+
+
+def study(data: Path, **changes: Any) -> dict[str, Any]:
+    """Two arms, two seeds, 50 steps of 32 tokens."""
+    return {
+        "arms": ["adamw", "adamw+blockwise"],
+        "seeds": 2,
+        "tokens": 50 * 32,
+        "run": {
+            "model": {"name": "train.kill_rig:build"},
+            "data": {"path": str(data), "context": 16},
+            "batch": {"sequences": 2},
+            "compute": {"device": "cpu", "precision": "fp32"},
+            "validation": {"sequences": 4, "every": 25},
+            "log": {"diagnostics": 25},
+        },
+    } | changes
+
+
+def losses(folder: Path) -> dict[str, float]:
+    return {trial.key: loss for trial, loss in Storage(folder / "study.db").losses.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that was never stopped, in this process."""
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    seen = []
+    conducted = conduct(open_study(study(data), folder), folder, on_progress=seen.append)
+    assert seen[-1].done == len(conducted.results) == seen[-1].expected
+    return folder
+
+
+def test_a_study_has_what_it_should_have(whole: Path, data: Path) -> None:
+    conducted = conduct(open_study(None, whole), whole)  # it is complete: nothing is trained
+    found = results(conducted, jobs=1)
+    assert [arm["name"] for arm in found["arms"]] == ["adamw", "adamw+blockwise"]
+    assert len({len(arm["tuning"]) for arm in found["arms"]}) == 1
+    for arm in found["arms"]:
+        assert [run["seed"] for run in arm["final"]] == [1, 2]
+        assert arm["setting"]["optimizer.lr"] in [run["lr"] for run in arm["tuning"]]
+        assert all((whole / run["folder"] / "metrics.jsonl").exists() for run in arm["final"] + arm["tuning"])
+    first = {run["train_loss"][0] for arm in found["arms"] for run in arm["final"] if run["seed"] == 1}
+    assert len(first) == 1  # the same weights and the same first batch
+    assert [h["share"] for h in found["horizons"]] == [0.5, 2.0]
+    assert all(len(h["final_losses"]) == 2 for h in found["horizons"])
+    json.dumps(found, allow_nan=False)
+    blockwise = found["arms"][1]
+    assert blockwise["mean_multiplier"] > 1
+    assert blockwise["difference"]["n"] == 2
+    assert blockwise["sentence"].startswith("adamw+blockwise")
+
+
+def test_two_processes_find_the_same(whole: Path, data: Path, tmp_path: Path) -> None:
+    conduct(open_study(study(data), tmp_path), tmp_path, jobs=2)
+    assert losses(tmp_path) == losses(whole)
+
+
+def _conduct_and_die(given: dict[str, Any], folder: str, after: int) -> None:
+    """Conduct a study and die when so many runs are stored."""
+    real = Storage.add
+
+    def add(self: Storage, trial: Any, result: Any) -> None:
+        real(self, trial, result)
+        if len(self.results) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Storage.add = add  # type: ignore[method-assign]
+    conduct(open_study(given, Path(folder)), Path(folder))
+
+
+def test_a_study_that_was_killed_goes_on_and_loses_nothing(whole: Path, data: Path, tmp_path: Path) -> None:
+    for after in (1, 4):
+        process = processes.Process(target=_conduct_and_die, args=(study(data), str(tmp_path), after))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        assert len(losses(tmp_path)) == after
+    conduct(open_study(study(data), tmp_path), tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def _conduct(given: dict[str, Any], folder: str) -> None:
+    conduct(open_study(given, Path(folder)), Path(folder))
+
+
+def test_killed_at_any_time_nothing_is_counted_twice(whole: Path, data: Path, tmp_path: Path) -> None:
+    for seconds in (0.7, 1.1, 0.9):
+        process = processes.Process(target=_conduct, args=(study(data), str(tmp_path)))
+        process.start()
+        time.sleep(seconds)
+        process.kill()
+        process.join(60)
+    conduct(open_study(study(data), tmp_path), tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_process_that_is_killed_is_replaced(whole: Path, data: Path, tmp_path: Path) -> None:
+    killed = []
+
+    def kill_one(progress: Any) -> None:
+        if not killed and progress.done >= 1 and progress.running:
+            workers = [int(p) for p in _children(os.getpid())]
+            for pid in workers:
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    break
+
+    conduct(open_study(study(data), tmp_path), tmp_path, jobs=2, on_progress=kill_one)
+    assert killed
+    assert losses(tmp_path) == losses(whole)
+
+
+def _children(pid: int) -> list[str]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += (task / "children").read_text().split()
+    return found
+
+
+def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    conduct(open_study(study(data), folder), folder)
+    before = losses(folder)
+    more = study(data, arms=["adamw", "adamw+blockwise", "adam-mini"], seeds=3)
+    conducted = conduct(open_study(more, folder), folder)
+    after = losses(folder)
+    assert before.items() <= after.items()
+    found = results(conducted, jobs=1)
+    assert [len(arm["final"]) for arm in found["arms"]] == [3, 3, 3]
+    with pytest.raises(ValueError, match=r"holds another study:\n  arms: the study has adam-mini, now it is missing"):
+        open_study(study(data, seeds=3), folder)
+    with pytest.raises(ValueError, match="tokens: the study has 1600, now it is 3200"):
+        open_study({**more, "tokens": 3200}, folder)
+    with pytest.raises(ValueError, match="seeds: the study has 3, now it is 2"):
+        open_study({**more, "seeds": 2}, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["adamw"]}, "needs two arms or more"),
+        ({"arms": ["adamw", "adamw"]}, "two arms are the same: adamw"),
+        ({"arms": ["adamw+blockwise", "adamw+blockwise()"]}, r"two arms are the same: adamw\+blockwise"),
+        ({"arms": ["adamw", "adamv"]}, r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\)"),
+        ({"arms": "adamw"}, "arms must be a list of names"),
+        ({"baseline": "lion"}, "the baseline 'lion' is no arm"),
+        ({"seeds": 1}, "seeds must be 2 or more, got 1"),
+        ({"margin": 0}, "margin must be a number of nats above 0"),
+        ({"tokens": 0}, "the budget of a run must be above 0, got 0"),
+        ({"ratio": 1.0}, r"tokens = N, or ratio = X .* give one of them"),
+        ({"sedes": 3}, r"a study has no 'sedes' \(did you mean 'seeds'\?\)"),
+        ({"arms": {"adamw": {"lrz": [1]}, "lion": {}}}, r"arm 'adamw' has no 'lrz' \(did you mean 'lrs'\?\)"),
+        ({"arms": {"adamw": {"lrs": [1, 2]}, "lion": {}}}, "lrs must be three or more learning rates"),
+        ({"search": {"optimizer.weight_decay": 0.1}}, "must be a list of values to try"),
+        ({"settings": {"optimizer.betaz": [0.9]}}, r"optimizer.betaz: adamw has no such setting"),
+    ],
+)
+def test_a_study_that_cannot_be_meant_is_refused(data, tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_study(study(data, **changes), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_budget_that_says_nothing_is_refused_with_the_number_that_would_do(data, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"640 tokens has 20 steps of 32: too few .* 1,600 tokens are the least"):
+        conduct(open_study(study(data, tokens=640), tmp_path / "study"), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_arm_that_cannot_be_built_is_named_before_anything_is_trained(data, tmp_path) -> None:
+    given = study(data, arms={"adamw": {}, "lion": {"settings": {"optimizer.betas": [2.0, 0.9]}}})
+    with pytest.raises(ValueError, match="arm 'lion' cannot be built"):
+        conduct(open_study(given, tmp_path / "study"), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_full_disk_keeps_what_was_recorded(whole: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    calls = [0]
+    real = conducting.read_record
+
+    def read(folder: Path) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(28, "No space left on device")
+        return real(folder)
+
+    monkeypatch.setattr(conducting, "read_record", read)
+    with pytest.raises(OSError, match="No space left"):
+        conduct(open_study(study(data), tmp_path), tmp_path)
+    assert len(losses(tmp_path)) == 2
+    monkeypatch.undo()
+    conduct(open_study(study(data), tmp_path), tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_every_trial_has_a_folder_of_its_own(whole: Path) -> None:
+    trials = list(Storage(whole / "study.db").results)
+    assert len({place_of(trial) for trial in trials}) == len(trials)
