@@ -178,13 +178,17 @@ class Stepper:
     def _one_block_phase(self, pool: Pool, squares: Tensor, ok: Any, clip: Any) -> Tensor:
         entry = pool.items[0].parts[0]
         lr, _, of_rule = self.clock.rates(entry)
+        rate = lr / of_rule.get("bias_correction", 1.0)
+        if self.compiler is not None:
+            # Rounded as in the graph that works this out by the way: sharded or not, the same bits.
+            of_rule = {k: torch.as_tensor(value, dtype=entry.dtype) for k, value in of_rule.items()}
         mean = (squares / pool.counts).to(entry.dtype)
         mean = mean if clip is None else mean * (clip * clip)
         old = {name: tensor.to(entry.dtype) for name, tensor in pool.state.items()}
         new, denominator = entry.rule.block_phase(old, mean, of_rule)
         for name, tensor in pool.state.items():
             tensor.copy_(new[name] if ok is True else torch.where(ok, new[name], tensor))
-        return denominator.reciprocal_().mul_(lr / of_rule.get("bias_correction", 1.0))
+        return torch.as_tensor(rate, dtype=entry.dtype) / denominator
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
@@ -195,7 +199,7 @@ class Stepper:
         row_decay: Tensor | None = None
         if not now.uniform:
             by_row = item.spread_segments(now.multipliers)
-            row_step = by_row * now.rate if row_step is None else row_step * by_row
+            row_step = by_row * now.rate if row_step is None else row_step * by_row.to(row_step.dtype)
         elif row_step is not None and now.multipliers[0] != 1.0:
             row_step = row_step * now.multipliers[0]
         if now.decays_by_row:
@@ -264,7 +268,8 @@ class Stepper:
         uniform, level = len(set(multipliers)) == 1, len(set(decays)) == 1
         rate = lr / of_rule.get("bias_correction", 1.0)
         s = {name: value for name, value in of_rule.items() if name != "bias_correction"}
-        s["step"] = rate * multipliers[0] if uniform else rate
+        has_blocks = item.layout.rule.has_blocks  # their rate is multiplied row by row
+        s["step"] = rate * multipliers[0] if uniform and not has_blocks else rate
         if wd is not None and not self.options.decoupled:
             s["weight_decay"] = wd
         elif wd is not None and level:

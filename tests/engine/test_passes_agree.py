@@ -1,0 +1,44 @@
+"""Adam-mini in one pass over memory and in two, as under a guard or a mesh: the same bits."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import sharpwise
+from sharpwise.engine import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("block_lr", [None, "blockwise", "layer_decay(rate=0.7)"])
+def test_one_pass_and_two_give_the_same_bits(block_lr: str | None) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=512,
+    )
+    one = transformers.LlamaForCausalLM(config)
+    two = copy.deepcopy(one)
+    options = {"lr": 1e-3, "weight_decay": 0.1, "block_lr": block_lr, "compile": True}
+    optimizers = (
+        sharpwise.AdamMini(one, **options),
+        sharpwise.AdamMini(two, on_nonfinite="skip", **options),  # needs the sums before anything moves
+    )
+    for _ in range(4):
+        for mine, other in zip(one.parameters(), two.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    ways = [sum(way is not None for way in optimizer._stepper.one_pass.values()) for optimizer in optimizers]
+    assert ways[0] > 5
+    assert ways[1] == 0
+    for (name, mine), other in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+        for key, value in optimizers[0].state[mine].items():
+            assert torch.equal(value, optimizers[1].state[other][key]), (name, key)
