@@ -17,7 +17,8 @@ from sharpwise.cli.main import create_app
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.compare import demo
 from sharpwise.compare.recipes import find_recipe, list_recipes
-from sharpwise.compare.study import make_study, read_study
+from sharpwise.compare.study import make_study
+from sharpwise.train.config_file import read_given
 from sharpwise.train.data import prepare_tokens
 
 TEXT = "".join(f"def function_{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
@@ -118,7 +119,7 @@ def test_budgets(text: str, budget: dict[str, Any]) -> None:
 def test_every_recipe_is_a_study() -> None:
     assert "blockwise_lr" in list_recipes()
     for name in [*list_recipes(), "blockwise_lr/gpu"]:
-        study = make_study(read_study(find_recipe(name)))
+        study = make_study(read_given(find_recipe(name)))
         assert len(study.arms) >= 2
 
 

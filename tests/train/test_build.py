@@ -11,19 +11,14 @@ from sharpwise.train import build as build_module
 from sharpwise.train.build import Built, as_code, build, build_optimizer
 from sharpwise.train.config import OptimizerConfig
 from sharpwise.train.config_file import make_config, set_keys
-from sharpwise.train.data import prepare_tokens
 from sharpwise.train.profile import WARM_UP, profile_steps
 from train.kill_rig import Tiny, settings
+from train.run_rig import prepare
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("data")
-    text = "The fox {} jumps over {} dogs; who saw it? Fox {}.\n"
-    documents = [text.format(i, i * 7, i * i) * 20 for i in range(40)]
-    (place / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
-    prepare_tokens([place / "text.txt"], place / "tokens", vocabulary=300, validation=0.1)
-    return place / "tokens"
+    return prepare(tmp_path_factory.mktemp("data"))
 
 
 def built(data: Path, *assignments: str) -> Built:

@@ -21,22 +21,15 @@ from sharpwise import files
 from sharpwise.train import checkpoint, final, folder
 from sharpwise.train import run as run_module
 from sharpwise.train.checkpoint import Checkpoints
-from sharpwise.train.data import prepare_tokens
 from sharpwise.train.run import Diverged, run
 from sharpwise.train.steps import Plan, step_starts
 from train.kill_rig import STEPS, Tiny, assert_same_run, settings
-
-ADAMW = {"name": "adamw", "block_lr": "blockwise"}
+from train.run_rig import ADAMW, prepare
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("data")
-    text = "The fox {} jumps over {} dogs; who saw it? Fox {}.\n"
-    documents = [text.format(i, i * 7, i * i) * 20 for i in range(40)]
-    (place / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
-    prepare_tokens([place / "text.txt"], place / "tokens", vocabulary=300, validation=0.1)
-    return place / "tokens"
+    return prepare(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

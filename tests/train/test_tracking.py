@@ -10,21 +10,16 @@ from typing import Any
 import pytest
 
 from sharpwise.train import tracking
-from sharpwise.train.data import prepare_tokens
 from sharpwise.train.run import run
 from sharpwise.train.steps import Step
 from sharpwise.train.tracking import points
 from train.kill_rig import STEPS, settings
+from train.run_rig import prepare
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("data")
-    text = "The fox {} jumps over {} dogs; who saw it? Fox {}.\n"
-    documents = [text.format(i, i * 7, i * i) * 20 for i in range(40)]
-    (place / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
-    prepare_tokens([place / "text.txt"], place / "tokens", vocabulary=300, validation=0.1)
-    return place / "tokens"
+    return prepare(tmp_path_factory.mktemp("data"))
 
 
 def given(data: Path, **log: Any) -> dict[str, Any]:

@@ -102,17 +102,16 @@ def _study(
 ) -> tuple[dict[str, Any] | None, Path]:
     """The study as TOML would give it, None to go on with the stored one; and its folder."""
     from sharpwise.compare.recipes import find_recipe
-    from sharpwise.compare.study import read_study
-    from sharpwise.train.config_file import set_keys
+    from sharpwise.train.config_file import read_given, set_keys
 
     if recipe is not None and arms:
         raise ValueError("--recipe is a whole study; leave out the arms")
     given: dict[str, Any] = {}
     if recipe is not None:
         path = find_recipe(recipe)
-        given = {"name": recipe, **read_study(path)}
+        given = {"name": recipe, **read_given(path, "study")}
     elif len(arms) == 1 and (arms[0].endswith(".toml") or Path(arms[0]).is_file()):
-        given = {"name": Path(arms[0]).stem, **read_study(Path(arms[0]))}
+        given = {"name": Path(arms[0]).stem, **read_given(Path(arms[0]), "study")}
     elif arms:
         given = {"arms": list(arms)}
     said = {key: value for key, value in said.items() if value is not None}

@@ -15,12 +15,12 @@ from typing import Any
 from sharpwise.compare.record import Record, read_record
 from sharpwise.compare.statistics import detectable
 from sharpwise.compare.storage import Storage
-from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Study, differences, make_study, read_study
+from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Study, differences, make_study
 from sharpwise.compare.tuning import Trial, needed, tried
 from sharpwise.compare.workers import Workers
 from sharpwise.files import held, write_whole
 from sharpwise.train.build import Built, build
-from sharpwise.train.config_file import make_config
+from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.models import count_parameters
 from sharpwise.train.steps import train_steps
 
@@ -80,7 +80,7 @@ def open_study(given: Mapping[str, Any] | None, folder: Path) -> Study:
         ValueError: `given` contradicts it; or there is none and `given` is None.
     """
     path = folder / "study.toml"
-    stored = make_study(read_study(path)) if path.exists() else None
+    stored = make_study(read_given(path, "study")) if path.exists() else None
     if given is None:
         if stored is None:
             raise ValueError(f"{folder} holds no study to go on with; name arms, or a study file")

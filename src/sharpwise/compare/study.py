@@ -1,10 +1,8 @@
 """What a study compares: its arms, what all its runs share, and how much it may spend."""
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sharpwise.compare.tuning import HORIZONS, Space, Trial
@@ -89,16 +87,6 @@ class Study:
         given["compute"] = {**self.run.get("compute", {}), "threads": self.threads}
         given = _with(given, arm.settings)
         return _with(given, dict(trial.setting))
-
-
-def read_study(path: Path) -> dict[str, Any]:
-    """What a study file says. Raises ValueError if it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the study {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
 
 
 def make_study(given: Mapping[str, Any]) -> Study:

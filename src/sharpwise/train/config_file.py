@@ -22,12 +22,12 @@ MAY_CHANGE = ("checkpoint.", "log.tensorboard", "log.wandb", "optimizer.on_nonfi
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_given(path: Path) -> dict[str, Any]:
-    """What a TOML file says. Raises ValueError if it cannot be read."""
+def read_given(path: Path, what: str = "configuration") -> dict[str, Any]:
+    """What a TOML file says; `what` it should be is for the message. Raises ValueError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
 
