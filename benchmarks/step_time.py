@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +201,19 @@ def small_tensors(rounds: int) -> dict[str, float]:
         "torch AdamW foreach": timed(torch.optim.AdamW(tensors, lr=LR, weight_decay=WEIGHT_DECAY, foreach=True).step),
         "sharpwise AdamW": timed(sharpwise.AdamW(named, lr=LR, weight_decay=WEIGHT_DECAY).step),
     }
+    times = in_turns(steps, rounds)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def in_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per round of each; three untimed rounds come first."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-3, rounds):
         for name, step in steps.items():
             seconds = step()
             if number >= 0:
                 times[name].append(seconds)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def tiny_models(rounds: int) -> dict[str, dict[str, Any]]:
@@ -221,12 +227,7 @@ def tiny_models(rounds: int) -> dict[str, dict[str, Any]]:
         for arm in TINY_ARMS:
             optimizer = arm.build(model)
             steps[arm.name] = clipped(optimizer, parameters, arm.clip) if arm.clip else timed(optimizer.step)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for number in range(-3, rounds):
-            for name, step in steps.items():
-                seconds = step()
-                if number >= 0:
-                    times[name].append(seconds)
+        times = in_turns(steps, rounds)
         base = times[CLIPPED_BASE]
         title = f"{sum(p.numel() for p in parameters) / 1e6:.1f}M"
         found[title] = {

@@ -8,6 +8,7 @@ from typing import Any
 from sharpwise.compare.conduct import Conducted, place_of
 from sharpwise.compare.speedup import Speedup, speedup
 from sharpwise.compare.statistics import holm, mean_interval, paired_difference
+from sharpwise.compare.storage import losses_of
 from sharpwise.compare.study import TOKENS_PER_PARAMETER, Arm
 from sharpwise.compare.tuning import Trial, at_edge, best, tried
 from sharpwise.compare.verdict import sentence, verdict
@@ -73,7 +74,7 @@ def results(conducted: Conducted, *, jobs: int) -> Result:
 
 
 def _arm(conducted: Conducted, arm: Arm) -> Result:
-    losses = {trial: math.inf if r["final_loss"] is None else r["final_loss"] for trial, r in conducted.results.items()}
+    losses = losses_of(conducted.results)
     tuning = tried(arm.name, losses)
     chosen = best(arm.name, losses) if any(math.isfinite(loss) for loss in tuning.values()) else None
     final = _final(conducted, arm.name)

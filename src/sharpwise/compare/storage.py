@@ -30,11 +30,8 @@ class Storage:
 
     @property
     def losses(self) -> dict[Trial, float]:
-        """End validation losses, inf where a run diverged."""
-        return {
-            trial: math.inf if result["final_loss"] is None else result["final_loss"]
-            for trial, result in self.results.items()
-        }
+        """See `losses_of`."""
+        return losses_of(self.results)
 
     def add(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Store what a trial found: plain values with `final_loss`, None if it diverged.
@@ -71,6 +68,11 @@ class Storage:
                 storage=self._storage, study_name=arm, direction="minimize", load_if_exists=True
             )
         return self._studies[arm]
+
+
+def losses_of(results: Mapping[Trial, Mapping[str, Any]]) -> dict[Trial, float]:
+    """End validation losses, inf where a run diverged."""
+    return {t: math.inf if result["final_loss"] is None else result["final_loss"] for t, result in results.items()}
 
 
 def _trial(key: str) -> Trial:

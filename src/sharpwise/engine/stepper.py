@@ -13,7 +13,7 @@ from sharpwise.engine import kernels
 from sharpwise.engine.fused import Fused, exactly
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
 from sharpwise.engine.mesh import local
-from sharpwise.engine.one_pass import Calls, one_pass
+from sharpwise.engine.one_pass import one_pass
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.scalars import Clock, Numbers
 from sharpwise.engine.sums import Sums
@@ -224,21 +224,18 @@ class Stepper:
         """Move the items that can be moved so, and return their sums, one per block; None, untouched, for others."""
         if self.compiler is None:
             return [None] * len(items)
-        # All calls are made ready first: once they stream through the cache, every line of Python comes from memory.
-        ready: list[tuple[Item, Tensor, Calls] | None] = []
+        sums: list[Tensor | None] = []
         for item, g in zip(items, grads, strict=True):
             way, calls = self.one_pass.get(id(item)), None
             if way is not None:
                 p = item.parameter()
                 calls = way.calls(self.compiler, p, g, self._numbers(item, True, None))
-            ready.append(None if calls is None else (item, p, calls))
-        sums: list[Tensor | None] = []
-        for found in ready:
-            squares = [] if found is None else [graph(*args)[0] for graph, args in found[2]]
-            sums.append(torch.cat(squares) if len(squares) > 1 else squares[0] if squares else None)
-        for found in ready:
-            if found is not None:
-                found[0].scatter(found[1])
+            if calls is None:
+                sums.append(None)
+                continue
+            squares = [graph(*args)[0] for graph, args in calls]
+            sums.append(torch.cat(squares) if len(squares) > 1 else squares[0])
+            item.scatter(p)
         return sums
 
     def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
