@@ -119,6 +119,10 @@ def test_frozen_parameters_are_left_out() -> None:
     model.transformer.wte.requires_grad_(False)
     assert "transformer.wte.weight" not in BlockMap.of(model)
     assert rows(BlockMap.of(model, include_frozen=True), "transformer.wte.weight") == [("tok_emb", "all", None)]
+    whole = BlockMap.of(model, include_frozen=True)
+    assert {s.name for s in whole if s.frozen} == {"transformer.wte.weight"}
+    assert BlockMap.from_json(whole.to_json()) == whole
+    assert "frozen" not in BlockMap.of(model).to_json()
     nothing = BlockMap.of(model.requires_grad_(False), strict=True)
     assert (len(nothing), nothing.names(), str(nothing.table()).split()[0]) == (0, (), "name")
     assert BlockMap.from_json(nothing.to_json()) == nothing
@@ -273,6 +277,7 @@ def test_json_keeps_stacked_experts() -> None:
         ('{"version":1,"segments":[{"name":"w","shape":[2],"heads":"2"}]}', r"heads='2' is not a whole number or None"),
         ('{"version":1,"segments":[{"name":"w","shape":[2],"tied":"x"}]}', r"tied 'x' is not a list of names"),
         ('{"version":1,"segments":[{"name":"w","shape":[2],"source":1}]}', r"source 1 is not a string"),
+        ('{"version":1,"segments":[{"name":"w","shape":[2],"frozen":1}]}', r"frozen 1 is not true or false"),
         ('{"version":1,"segments":[{"name":"w","shape":[4],"length":2}]}', r"w: rows 2:4 of 4 belong to no segment"),
         ('{"version":1,"segments":[{"name":"w","shape":[4],"count":2}]}', r"do not fit 4 output rows"),
     ],

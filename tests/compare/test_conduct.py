@@ -14,18 +14,6 @@ from sharpwise.compare import conduct as conducting
 from sharpwise.compare.conduct import conduct, open_study, place_of
 from sharpwise.compare.results import results
 from sharpwise.compare.storage import Storage
-from sharpwise.train.data import prepare_tokens
-
-TEXT = "The quick fox jumps over the lazy dog, and {} other foxes watch. Why {}? Nobody knows, not even fox {}.\n"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    documents = [TEXT.format(i, i * 7 % 11, i * i) * 20 for i in range(40)]
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
-    prepare_tokens([folder / "text.txt"], folder / "tokens", vocabulary=300, validation=0.1)
-    return folder / "tokens"
 
 
 def study(data: Path, **changes: Any) -> dict[str, Any]:
@@ -61,7 +49,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_study_has_what_it_should_have(whole: Path, data: Path) -> None:
     conducted = conduct(open_study(None, whole), whole)  # it is complete: nothing is trained
-    found = results(conducted, jobs=1)
+    found = results(conducted)
     assert [arm["name"] for arm in found["arms"]] == ["adamw", "adamw+blockwise"]
     assert len({len(arm["tuning"]) for arm in found["arms"]}) == 1
     for arm in found["arms"]:
@@ -155,12 +143,14 @@ def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, t
     conducted = conduct(open_study(more, folder), folder)
     after = losses(folder)
     assert before.items() <= after.items()
-    found = results(conducted, jobs=1)
+    found = results(conducted)
     assert [len(arm["final"]) for arm in found["arms"]] == [3, 3, 3]
     with pytest.raises(ValueError, match=r"holds another study:\n  arms: the study has adam-mini, now it is missing"):
         open_study(study(data, seeds=3), folder)
     with pytest.raises(ValueError, match="tokens: the study has 1600, now it is 3200"):
         open_study({**more, "tokens": 3200}, folder)
+    with pytest.raises(ValueError, match=r"arm adamw: .* most 7, .*, now it is .* most 5, "):
+        open_study({**more, "most": 5}, folder)
     with pytest.raises(ValueError, match="seeds: the study has 3, now it is 2"):
         open_study({**more, "seeds": 2}, folder)
 
@@ -178,6 +168,22 @@ def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, t
         ({"margin": 0}, "margin must be a number of nats above 0"),
         ({"tokens": 0}, "the budget of a run must be above 0, got 0"),
         ({"ratio": 1.0}, r"tokens = N, or ratio = X .* give one of them"),
+        ({"ratio": "x", "tokens": None}, "the budget of a run must be above 0, got 'x'"),
+        ({"ratio": float("inf"), "tokens": None}, "the budget of a run must be above 0, got inf"),
+        ({"horizons": [1.0]}, r"horizons must be different shares .* other than 1, got \[1.0\]"),
+        ({"horizons": [0.5, 0.5]}, "horizons must be different shares"),
+        ({"horizons": 2.0}, "horizons must be different shares"),
+        ({"run": {"optimizer": {"lr": 1e-3}}}, "run.optimizer.lr is not shared by the runs of a study; say lrs"),
+        ({"run": {"optimizer": {"block_lr": "blockwise"}}}, "run.optimizer.block_lr is not shared .* say arms"),
+        ({"run": {"schedule": {"steps": 9}}}, "run.schedule.steps is not shared .* say tokens or ratio"),
+        ({"run": {"seed": 3}}, "run.seed is not shared by the runs of a study; say seeds = N"),
+        ({"run": {"compute": 2}}, "run.compute: expected a table, got 2"),
+        ({"settings": {"batch.sequences": 4}}, "arm 'adamw': batch.sequences is no setting of an arm"),
+        ({"settings": {"schedule.steps": 4}}, "schedule.steps is no setting of an arm; say tokens or ratio"),
+        ({"search": {"optimizer.lr": [1e-3]}}, "optimizer.lr is no setting of an arm; say lrs"),
+        ({"search": 3}, "search: expected a table, got 3"),
+        ({"arms": {"adamw": {"lrs": ["a", "b", "c"]}, "lion": {}}}, "lrs must be three or more learning rates"),
+        ({"arms": {"adamw": {"lrs": [1e-3, 1.0001e-3, 2e-3]}, "lion": {}}}, "lrs must be three or more learning rates"),
         ({"sedes": 3}, r"a study has no 'sedes' \(did you mean 'seeds'\?\)"),
         ({"arms": {"adamw": {"lrz": [1]}, "lion": {}}}, r"arm 'adamw' has no 'lrz' \(did you mean 'lrs'\?\)"),
         ({"arms": {"adamw": {"lrs": [1, 2]}, "lion": {}}}, "lrs must be three or more learning rates"),
@@ -186,9 +192,21 @@ def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, t
     ],
 )
 def test_a_study_that_cannot_be_meant_is_refused(data, tmp_path, changes, message) -> None:
+    given = {key: value for key, value in study(data, **changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        open_study(study(data, **changes), tmp_path / "study")
+        open_study(given, tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+def test_ablations_are_of_block_lrs_and_not_of_ablations(data, tmp_path) -> None:
+    own = {"lrs": [1, 2, 3]}
+    arms = {"adamw": {}, "adamw + blockwise()": {}, "adamw+reversed(blockwise)": own}
+    found = open_study(study(data, arms=arms, ablations=True), tmp_path)
+    assert [arm.name for arm in found.arms] == [
+        "adamw", "adamw+blockwise", "adamw+reversed(blockwise)", "adamw+mean_matched(blockwise)",
+        "adamw+shuffled(blockwise)",
+    ]  # fmt: skip
+    assert found.arm("adamw+reversed(blockwise)").space.lrs == (1, 2, 3)  # as it was said
 
 
 def test_a_budget_that_says_nothing_is_refused_with_the_number_that_would_do(data, tmp_path) -> None:

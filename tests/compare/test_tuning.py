@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpwise.compare.tuning import HORIZONS, Space, Trial, at_edge, best, needed, tried, widened
@@ -43,6 +43,7 @@ def bowl(optimum, curvature=0.1, diverges=math.inf):
 OPTIMA = st.floats(-12, 2).map(math.exp)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.dictionaries(st.sampled_from(["a", "b", "c"]), OPTIMA, max_size=3), OPTIMA, st.integers(0, 5), st.floats(0.5, 8)
 )
@@ -61,6 +62,7 @@ def test_every_arm_gets_the_same_number_of_trials_and_an_interior_optimum(others
         assert final == {best(arm, done).setting}
 
 
+@settings(deadline=None)
 @given(OPTIMA, OPTIMA)
 def test_the_order_of_results_decides_nothing(a, b) -> None:
     spaces = {"base": Space(LRS), "other": Space(LRS, {"optimizer.weight_decay": (0.0, 0.3)})}
@@ -95,6 +97,17 @@ def test_further_settings_come_one_after_the_other_at_the_best_so_far() -> None:
     warm = [dict(t.setting) for t in tried("base", done) if "schedule.warmup" in dict(t.setting)]
     assert warm == [{"optimizer.lr": 3e-3, "optimizer.weight_decay": 0.3, "schedule.warmup": 0.2}]
     assert len(tried("base", done)) == len(tried("other", done)) == 6
+
+
+def test_a_learning_rate_between_others_is_no_edge_whatever_else_was_set() -> None:
+    def loss(trial: Trial) -> float:
+        return bowl(3e-3)(trial) - 0.1 * (dict(trial.setting).get("optimizer.weight_decay") == 0.3)
+
+    spaces = {"base": Space(LRS, {"optimizer.weight_decay": (0.3,)}), "other": Space((*LRS, 3e-2, 0.1))}
+    done = play(spaces, loss)
+    assert best("base", done).setting == (("optimizer.lr", 3e-3), ("optimizer.weight_decay", 0.3))
+    assert {t.lr for t in tried("base", done) if len(t.setting) == 2} == {3e-3, 5.48e-3}
+    assert at_edge("base", done) == ""  # 1e-3 was tried, and worse
 
 
 def test_diverged_trials_are_results() -> None:

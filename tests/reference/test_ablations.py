@@ -91,9 +91,12 @@ def test_resumed_on_the_way_down(arm):
         assert optimizer.state[p]["lr_multiplier"].tolist() == resumed.state[q]["lr_multiplier"].tolist()
 
 
-def found(block_lr):
-    """{role: multiplier} of the tied GPT-2."""
-    optimizer = sharpwise.AdamW(models.build("gpt2"), block_lr=block_lr)
+def found(block_lr, *trained):
+    """{role: multiplier} of the tied GPT-2, of which all is trained, or what has these words in its names."""
+    model = models.build("gpt2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not trained or any(word in name for word in trained))
+    optimizer = sharpwise.AdamW(model, block_lr=block_lr)
     return {row["role"]: row["multiplier"] for row in optimizer.lr_multipliers()}
 
 
@@ -117,6 +120,20 @@ def test_the_paper_s_values_by_hand():
     assert found("only(blockwise, types=(FFN, v))") == {
         role: m if role in ("up", "down", "v") else 1 for role, m in types.items()
     }
+
+
+def test_frozen_parameters_do_not_count():
+    """Of the tied GPT-2 attention's queries, keys, values (8, 8, 4) and the norms (1) are trained, d=12, L=2."""
+    d, layers = 12, 2
+    count = {8: layers * 2 * (d * d + d), 4: layers * (d * d + d), 1: (2 * layers + 1) * 2 * d}
+    mean = sum(value * n for value, n in count.items()) / sum(count.values())
+    trained = ("c_attn", "ln_")
+    assert found("blockwise", *trained) == {"q": 8, "k": 8, "v": 4, "norm": 1}
+    assert set(found("mean_matched(blockwise)", *trained).values()) == {mean}
+    assert found("reversed(blockwise)", *trained) == {"q": 1, "k": 1, "v": 4, "norm": 8}
+    shuffled = found("shuffled(blockwise, seed=1)", *trained)
+    assert sorted(set(shuffled.values())) == [1, 4, 8]
+    assert shuffled["q"] != 8 and shuffled["v"] != 4 and shuffled["norm"] != 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Ablations: is it these multipliers on these blocks, or would a larger step do as well? Each wraps any block_lr.
 
 m_s is the multiplier that `of` gives to segment s, n_s the elements of s, v_1 < ... < v_k the distinct m_s; all of
-them over the whole model, whatever the groups and shards. The multiplier of segment s becomes
+them over the whole model, whatever the groups and shards, without what is frozen. The multiplier of segment s becomes
 
     MeanMatched   m = sum_s n_s m_s / sum_s n_s                        the mean step of `of`, the same for all blocks
     Reversed      v_(k+1-i)  where m_s = v_i                           what had the largest gets the smallest, and so on
@@ -24,8 +24,9 @@ matter.
 
 Units: none, factors on lr. Only MeanMatched keeps the mean step; Reversed and Shuffled change it, as values meet other
 numbers of elements. How a multiplier follows the learning rate, and whether it scales decay, is as in `of`. A floor is
-affine in the multiplier, so that means match at every learning rate. "The whole model" is what `multipliers` is asked
-for: the optimizer asks for frozen parameters too, and they count.
+affine in the multiplier, so that means match at every learning rate. Frozen is what was so when the block map was made:
+the base weights of a LoRA model take no steps, and would drown the adapters in the mean. Should they be thawed later,
+`MeanMatched` treats them like all others, `Reversed` and `Shuffled` as far as their multipliers are among the v_i.
 """
 
 import hashlib
@@ -78,11 +79,12 @@ class MeanMatched(Ablation):
 
     def multipliers(self, segments: Sequence[Segment]) -> list[float]:
         own = self.of.multipliers(segments)
-        total = sum(s.numel for s in segments)
+        sizes = [0 if s.frozen else s.numel for s in segments]
+        total = sum(sizes)
         if not total:
             return own
         # Exact, and rounded once: the order of the segments does not matter, and equal multipliers stay what they are.
-        moved = sum((Fraction(m) * s.numel for m, s in zip(own, segments, strict=True)), Fraction())
+        moved = sum((Fraction(m) * size for m, size in zip(own, sizes, strict=True)), Fraction())
         return [float(moved / total)] * len(own)
 
 
@@ -98,7 +100,8 @@ class Reversed(Ablation):
 
     def multipliers(self, segments: Sequence[Segment]) -> list[float]:
         own = self.of.multipliers(segments)
-        return _renamed(own, range(len(set(own)))[::-1])
+        values = _values(own, segments)
+        return _renamed(own, values, values[::-1])
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ class Shuffled(Ablation):
 
     def multipliers(self, segments: Sequence[Segment]) -> list[float]:
         own = self.of.multipliers(segments)
-        return _renamed(own, _permutation(self.seed, len(set(own))))
+        values = _values(own, segments)
+        return _renamed(own, values, [values[i] for i in _permutation(self.seed, len(values))])
 
 
 @dataclass(frozen=True)
@@ -158,11 +162,15 @@ class Only(Ablation):
         return [m if {s.block_type, s.role} & {*self.types} else 1.0 for m, s in zip(own, segments, strict=True)]
 
 
-def _renamed(multipliers: Sequence[float], order: Sequence[int]) -> list[float]:
-    """Every i-th of the sorted distinct values replaced by the order[i]-th."""
-    values = sorted(set(multipliers))
-    instead = {value: values[j] for value, j in zip(values, order, strict=True)}
-    return [instead[m] for m in multipliers]
+def _values(multipliers: Sequence[float], segments: Sequence[Segment]) -> list[float]:
+    """The distinct multipliers of what is trained, sorted."""
+    return sorted({m for m, s in zip(multipliers, segments, strict=True) if not s.frozen})
+
+
+def _renamed(multipliers: Sequence[float], values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Every one of `values` replaced by that in its place in `others`; all else as it is."""
+    instead = dict(zip(values, others, strict=True))
+    return [instead.get(m, m) for m in multipliers]
 
 
 def _permutation(seed: int, size: int) -> list[int]:

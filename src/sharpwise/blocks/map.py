@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ class BlockMap:
                 dimension, layer and heads that the family found; or the fields of a Segment, as
                 `{"role": "q", "heads": 12}`; or a list of these that together cover the parameter.
             strict: raise where nothing explains a parameter, instead of listing it in one line of the log.
-            include_frozen: also parameters that require no gradient.
+            include_frozen: also parameters that require no gradient; their segments are marked `frozen`.
 
         Raises:
             ValueError: names and dataflow disagree; an override matches nothing or is not one; a trace that was asked
@@ -95,7 +95,10 @@ class BlockMap:
                 f"BlockMap.of: got {type(model).__name__}, expected a torch.nn.Module; "
                 "for named parameters without a model there is BlockMap.unknown(named)"
             )
-        return cls.of_sources(Sources.of(model, example, trace, include_frozen), overrides=overrides, strict=strict)
+        found = cls.of_sources(Sources.of(model, example, trace, include_frozen), overrides=overrides, strict=strict)
+        named = model.named_parameters() if include_frozen else ()
+        frozen = {canonical_name(name) for name, parameter in named if not parameter.requires_grad}
+        return cls(replace(s, frozen=s.name in frozen) for s in found) if frozen else found
 
     @classmethod
     def of_sources(
@@ -282,7 +285,9 @@ def _from_plain(item: Any, index: int) -> Segment:
         raise ValueError(f"{what}: tied {tied!r} is not a list of names")
     if not isinstance(values.setdefault("source", ""), str):
         raise ValueError(f"{what}: source {values['source']!r} is not a string")
-    known = {key: values.pop(key) for key in ("name", "source")}
+    if not isinstance(values.setdefault("frozen", False), bool):
+        raise ValueError(f"{what}: frozen {values['frozen']!r} is not true or false")
+    known = {key: values.pop(key) for key in ("name", "source", "frozen")}
     known |= {"shape": tuple(values.pop("shape")), "tied": tuple(values.pop("tied"))}
     _overrides.check_fields(values, what)
     role = as_role(values.pop("role", Role.OTHER), what)

@@ -32,6 +32,7 @@ class Segment:
         bias: a vector that is added; it has the role of its matrix.
         source: who says so: a family ("gpt2"), "override", or "" when no source explains the parameter.
         tied: other names of the same tensor.
+        frozen: it required no gradient when the map was made; only maps with `include_frozen` have such segments.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Segment:
     bias: bool = False
     source: str = ""
     tied: tuple[str, ...] = ()
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.shape and not 0 <= self.dim < len(self.shape):

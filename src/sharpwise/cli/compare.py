@@ -1,6 +1,7 @@
 """`sharpwise compare`: which optimizer helps this model, by how much, and how sure that is."""
 
 import datetime
+import math
 import time
 import webbrowser
 from collections.abc import Mapping
@@ -52,6 +53,15 @@ def compare(
         list[str] | None,
         typer.Option("--set", "-s", metavar="A.B=VALUE", help="A setting that all runs share. Repeatable."),
     ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            metavar="A.B=[VALUE, ...]",
+            help="Values of a setting to try for every arm, after its learning rate, as "
+            "'optimizer.weight_decay=[0, 0.3]' or 'schedule.warmup=[0.02]'. Repeatable.",
+        ),
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="A study that comes with sharpwise.")] = None,
     jobs: Annotated[
         int,
@@ -59,9 +69,12 @@ def compare(
             "--jobs",
             "-j",
             min=0,
-            help="Runs at a time, of one thread unless compute.threads is set; 0 takes one per CPU.",
+            help="Runs at a time, of one thread unless compute.threads is set; 0 takes one per CPU, or one on a GPU.",
         ),
     ] = 0,
+    so_far: Annotated[
+        bool, typer.Option("--so-far", help="Train nothing: write the page of what there is, of a study in --out.")
+    ] = False,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Tune every arm fairly, train its best setting over fresh seeds, and say what is better, by how much, how sure.
@@ -75,8 +88,8 @@ def compare(
         with user_errors():
             said = {"seeds": seeds, "baseline": baseline, "margin": margin, "ablations": ablations or None}
             run = [f'{key}="{value}"' for key, value in (("model.name", model), ("data.path", data)) if value]
-            given, folder = _study(arms or [], out, recipe, budget, said, [*run, *(settings or [])])
-            result, page = conduct_and_write(log, given, folder, jobs)
+            given, folder = _study(arms or [], out, recipe, budget, said, [*run, *(settings or [])], search or [])
+            result, page = conduct_and_write(log, given, folder, jobs, so_far=so_far)
     except KeyboardInterrupt:
         log.print("Stopped; what was trained is kept, and the same command goes on.")
         raise typer.Exit(130) from None
@@ -99,6 +112,7 @@ def _study(
     budget: str | None,
     said: Mapping[str, Any],
     assignments: list[str],
+    search: list[str],
 ) -> tuple[dict[str, Any] | None, Path]:
     """The study as TOML would give it, None to go on with the stored one; and its folder."""
     from sharpwise.compare.recipes import find_recipe
@@ -115,7 +129,7 @@ def _study(
     elif arms:
         given = {"arms": list(arms)}
     said = {key: value for key, value in said.items() if value is not None}
-    if not given and (said or assignments or budget):
+    if not given and (said or assignments or search or budget):
         raise ValueError("say which optimizers to compare, as in: sharpwise compare adamw adam-mini --budget 4M")
     if not given:
         if out is None:
@@ -124,6 +138,8 @@ def _study(
     given |= said
     if assignments:
         given["run"] = set_keys(given.get("run", {}), assignments)
+    if search:
+        given["search"] = {**given.get("search", {}), **_searched(search)}
     if budget is not None:
         given = {key: value for key, value in given.items() if key not in ("tokens", "ratio")} | _budget(budget)
     if "tokens" not in given and "ratio" not in given:
@@ -132,10 +148,26 @@ def _study(
     return given, out or Path("runs") / str(given["name"])
 
 
+def _searched(assignments: list[str]) -> dict[str, Any]:
+    """Dotted keys with the values to try."""
+    from sharpwise.train.config_file import set_keys
+
+    found = {}
+    for assignment in assignments:
+        key, _, _ = assignment.partition("=")
+        value = set_keys({}, [assignment])
+        for part in key.split("."):
+            value = value[part.strip()]
+        found[key.strip()] = value
+    return found
+
+
 def _budget(text: str) -> dict[str, Any]:
     number, unit = (text[:-1], text[-1]) if text[-1:].lower() in ("x", "k", "m", "b") else (text, "")
     try:
         value = float(number.replace("_", ""))
+        if not math.isfinite(value):
+            raise ValueError
     except ValueError:
         raise ValueError(f"--budget {text!r}: expected tokens, as 4000000 or 4M, or a ratio as 1x") from None
     if unit.lower() == "x":
@@ -144,17 +176,20 @@ def _budget(text: str) -> dict[str, Any]:
 
 
 def conduct_and_write(
-    log: Console, given: Mapping[str, Any] | None, folder: Path, jobs: int
+    log: Console, given: Mapping[str, Any] | None, folder: Path, jobs: int, *, so_far: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """Conduct a study with its progress on the terminal, and write its page."""
+    """Conduct a study with its progress on the terminal, or look at what there is `so_far`, and write its page."""
     with log.status("Building every arm once"):
-        from sharpwise.compare.conduct import conduct, open_study
+        from sharpwise.compare.conduct import conduct, look, open_study
         from sharpwise.compare.report.page import write_study_page
         from sharpwise.compare.results import results
         from sharpwise.train.environment import available_cpus
 
         study = open_study(given, folder)
-    jobs = jobs or max(1, available_cpus() // study.threads)
+        if so_far:
+            result = results(look(study, folder))
+            return result, write_study_page(result, folder)
+    jobs = jobs or (1 if study.on_gpu else max(1, available_cpus() // study.threads))
     with _progress(log) as progress:
         task = progress.add_task("", total=1.0, runs="", eta="")
         started, first = time.perf_counter(), [0.0]
@@ -177,7 +212,7 @@ def conduct_and_write(
             on_budget=on_budget,
             on_progress=on_progress,
         )
-    result = results(conducted, jobs=jobs)
+    result = results(conducted)
     return result, write_study_page(result, folder)
 
 
@@ -185,13 +220,15 @@ def _announce(log: Console, budget: "Budget", arms: int, seeds: int, jobs: int) 
     least, most = budget.runs
     log.print(
         f"{arms} arms, {least} to {most} runs of {budget.tokens:,} tokens ({budget.steps:,} steps), {jobs} at a time"
+        + (f"; {budget.done} are done" if budget.done else "")
     )
     log.print(
         f"{budget.tokens_per_parameter:.2g} tokens per parameter outside the embeddings, where 20 are usual",
         soft_wrap=True,
     )
     if budget.seconds is not None:
-        log.print(f"estimated time: {_duration(budget.seconds[0])} to {_duration(budget.seconds[1])}")
+        rest = " of the others" if budget.done else ""
+        log.print(f"estimated time{rest}: {_duration(budget.seconds[0])} to {_duration(budget.seconds[1])}")
     log.print(
         f"{seeds} seeds see a difference of about {budget.detectable:.3f} nats (80% of the time, if seeds differ as "
         "those of AdamW at 0.4M parameters)",
@@ -222,17 +259,20 @@ def _print(console: Console, result: Mapping[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
     for arm in result["arms"]:
         lr = "-" if arm["setting"] is None else f"{arm['setting']['optimizer.lr']:g}{' (edge)' if arm['edge'] else ''}"
-        mean = "diverged" if arm["mean"] is None else f"{arm['mean']:.4f}"
+        mean = ("diverged" if arm["final"] else "-") if arm["mean"] is None else f"{arm['mean']:.4f}"
         difference = arm["difference"]
         against = "" if difference is None or difference["mean"] is None else f"{difference['mean']:+.4f}"
         if difference and difference["low"] is not None:
             against += f" ({difference['low']:+.4f} to {difference['high']:+.4f})"
         state = "-" if arm["state_bytes"] is None else f"{arm['state_bytes'] / 2**20:.2f} MiB"
         table.add_row(arm["name"], lr, mean, against, state)
+    if not result["complete"]:
+        done, expected = result["progress"]["done"], result["progress"]["expected"]
+        console.print(f"Unfinished: {done} of about {expected} runs are done; every number may still change.")
     console.print(table)
     console.print()
     for arm in result["arms"]:
-        if arm["name"] != result["baseline"]:
+        if arm["name"] != result["baseline"] and arm["sentence"]:
             console.print(arm["sentence"], style="bold")
     for note in result["caveats"]:
         console.print(f"- {note}")

@@ -6,7 +6,8 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 
 from sharpwise.compare.record import Record, read_record
 from sharpwise.compare.statistics import detectable
-from sharpwise.compare.storage import Storage
-from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Study, differences, make_study
-from sharpwise.compare.tuning import Trial, needed, tried
+from sharpwise.compare.storage import Storage, losses_of
+from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Study, differences, make_study
+from sharpwise.compare.tuning import Losses, Trial, tried
 from sharpwise.compare.workers import Workers
 from sharpwise.files import held, write_whole
 from sharpwise.train.build import Built, build
@@ -34,9 +35,10 @@ POINTS = 200  # of a training curve that is kept
 
 @dataclass(frozen=True)
 class Budget:
-    """What a study is going to take. Times are None where nothing was timed."""
+    """What a study takes: `runs` at least and at most, `done` of them, `seconds` of the others (None if not timed)."""
 
     runs: tuple[int, int]
+    done: int
     tokens: int
     steps: int
     tokens_per_step: int
@@ -63,14 +65,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Conducted:
-    """A study with what it has found. `complete` says whether nothing is missing."""
+    """A study with what it has found so far. `first` is a run of the baseline, ready to start."""
 
     study: Study
     folder: Path
     budget: Budget
     results: Mapping[Trial, Mapping[str, Any]]
     first: Built
-    complete: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.study.needed(losses_of(self.results))
 
 
 def open_study(given: Mapping[str, Any] | None, folder: Path) -> Study:
@@ -100,7 +106,7 @@ def conduct(
     on_budget: Callable[[Budget], object] = lambda budget: None,
     on_progress: Callable[[Progress], object] = lambda progress: None,
 ) -> Conducted:
-    """Run all that a study needs and does not have.
+    """Run all that a study needs and does not have; what is complete is looked at alone.
 
     Args:
         study: see `open_study`.
@@ -116,8 +122,11 @@ def conduct(
     """
     import tomli_w
 
-    built = build_arms(study)
-    budget = work_out(study, built, jobs)
+    done = Storage(folder / "study.db").losses if (folder / "study.db").exists() else {}
+    if done and not study.needed(done):
+        return look(study, folder)
+    built = build_arms(study, study.arms)
+    budget = work_out(study, built, done, jobs, timed=True)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / "study.lock", f"another process conducts the study in {folder}"):
         on_budget(budget)
@@ -126,17 +135,33 @@ def conduct(
         conductor = _Conductor(study, folder, budget, storage, on_progress)
         with Workers(jobs, threads=study.threads, setup=setup, on_step=conductor.note) as workers:
             conductor.go(workers)
-    return Conducted(study, folder, budget, storage.results, built, complete=True)
+    return Conducted(study, folder, budget, storage.results, built)
 
 
-def build_arms(study: Study) -> Built:
-    """Build every arm once, so that what cannot be built is found before anything is trained; the baseline's is given.
+def look(study: Study, folder: Path) -> Conducted:
+    """What a study has found so far. Nothing is trained, and another process may be at work there.
+
+    Raises:
+        ValueError: nothing has begun there.
+    """
+    if not (folder / "study.db").exists():
+        raise ValueError(f"{folder} holds no runs yet")
+    results = Storage(folder / "study.db").results
+    built = build_arms(study, [study.arm(study.baseline)])
+    return Conducted(study, folder, work_out(study, built, losses_of(results)), results, built)
+
+
+def build_arms(study: Study, arms: Collection[Arm]) -> Built:
+    """Build each of these once, so that what cannot be built is found before anything is trained.
+
+    Returns:
+        That of the baseline, or else of the last one.
 
     Raises:
         ValueError: with the name of the arm.
     """
     found: Built | None = None
-    for arm in sorted(study.arms, key=lambda arm: arm.name == study.baseline):
+    for arm in sorted(arms, key=lambda arm: arm.name == study.baseline):
         trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
         try:
             found = build(make_config(study.config(trial, steps=FEWEST_STEPS)))
@@ -146,8 +171,8 @@ def build_arms(study: Study) -> Built:
     return found
 
 
-def work_out(study: Study, built: Built, jobs: int) -> Budget:
-    """Runs, tokens and time that a study takes, the latter from a few steps of the baseline.
+def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: bool = False) -> Budget:
+    """Runs, tokens and, if it is to be `timed` by a few steps of the baseline, time that a study takes.
 
     Raises:
         ValueError: fewer than `FEWEST_STEPS` steps a run.
@@ -166,14 +191,16 @@ def work_out(study: Study, built: Built, jobs: int) -> Budget:
     least = max(len(arm.space.lrs) for arm in study.arms) + further
     most = max(arm.space.most for arm in study.arms) + further
     seconds = None
-    if (per_token := _seconds_per_token(built)) is not None:
+    if timed and (per_token := _seconds_per_token(built)) is not None:
+        others -= sum(trial.horizon for trial in done)
         seconds = (
-            per_token * tokens * (least * len(study.arms) + others) / jobs,
-            per_token * tokens * (most * len(study.arms) + others) / jobs,
+            per_token * tokens * max(0.0, least * len(study.arms) + others) / jobs,
+            per_token * tokens * max(0.0, most * len(study.arms) + others) / jobs,
         )
     count = study.seeds * (len(study.arms) + len(study.horizons))
     return Budget(
         runs=(least * len(study.arms) + count, most * len(study.arms) + count),
+        done=len(done),
         tokens=steps * per_step,
         steps=steps,
         tokens_per_step=per_step,
@@ -216,7 +243,7 @@ class _Conductor:
         """Train until nothing is needed."""
         study = self.study
         while True:
-            wanted = needed(study.spaces, study.baseline, study.seed_numbers, self.storage.losses, study.horizons)
+            wanted = study.needed(self.storage.losses)
             if not wanted and not self.running:
                 return
             running = set(self.running.values())
@@ -228,7 +255,7 @@ class _Conductor:
                 ended = workers.wait()
                 self._tell()
             for key in ended:
-                self._store(self.running.pop(key))
+                self._store(self.running.pop(key), workers.jobs)
 
     def _config(self, trial: Trial) -> dict[str, Any]:
         given = self.study.config(trial, self.budget.steps)
@@ -241,9 +268,9 @@ class _Conductor:
     def _place(self, trial: Trial) -> Path:
         return self.folder / place_of(trial)
 
-    def _store(self, trial: Trial) -> None:
+    def _store(self, trial: Trial, jobs: int) -> None:
         place = self._place(trial)
-        self.storage.add(trial, summary(read_record(place), self.budget.tokens_per_step))
+        self.storage.add(trial, summary(read_record(place), self.budget.tokens_per_step, jobs))
         for name in ("checkpoints", "final") if trial.stage != "final" else ("checkpoints",):
             shutil.rmtree(place / name, ignore_errors=True)
         self._tell(now=True)
@@ -252,16 +279,21 @@ class _Conductor:
         if not now and time.monotonic() - self._told < 0.5:
             return
         self._told = time.monotonic()
-        study, done = self.study, self.storage.losses
-        most = max(len(tried(arm.name, done)) for arm in study.arms)
-        least = max(most, *(len(arm.space.lrs) for arm in study.arms))
-        horizons = {1.0: len(study.arms), **dict.fromkeys(study.horizons, 1)}
-        expected = least * len(study.arms) + study.seeds * sum(horizons.values())
-        whole = least * len(study.arms) + study.seeds * sum(share * count for share, count in horizons.items())
+        done = self.storage.losses
+        runs = expected(self.study, done)
+        whole = sum(share * count for share, count in runs.items())
         tokens = sum(trial.horizon for trial in done)
         steps = {key: self._steps.get(key, 0) for key in self.running}
         tokens += sum(steps.values()) / self.budget.steps
-        self.on_progress(Progress(len(done), expected, min(1.0, tokens / whole), steps))
+        self.on_progress(Progress(len(done), sum(runs.values()), min(1.0, tokens / whole), steps))
+
+
+def expected(study: Study, done: Losses) -> Mapping[float, int]:
+    """How many runs a study has in the end, as far as is known, by their share of the tokens."""
+    tuning = max(*(len(tried(arm.name, done)) for arm in study.arms), *(len(arm.space.lrs) for arm in study.arms))
+    runs = Counter(dict.fromkeys(study.horizons, study.seeds))
+    runs[1.0] += (tuning + study.seeds) * len(study.arms)
+    return runs
 
 
 def place_of(trial: Trial) -> str:
@@ -272,14 +304,14 @@ def place_of(trial: Trial) -> str:
     return f"runs/{arm}/{trial.stage}-lr{trial.lr:g}-seed{trial.seed}{share}-{digest}"
 
 
-def summary(record: Record, tokens_per_step: int) -> dict[str, Any]:
-    """What is stored of a run: its record, the training curve thinned."""
+def summary(record: Record, tokens_per_step: int, jobs: int) -> dict[str, Any]:
+    """What is stored of a run: its record, the training curve thinned, and how many runs were made at a time."""
     values = asdict(record)
     every = max(1, len(record.train_steps) // POINTS)
     steps = range(0, len(record.train_steps), every)
     values["train_steps"] = [record.train_steps[min(i + every, len(record.train_steps)) - 1] for i in steps]
     values["train_loss"] = [_mean(record.train_loss[i : i + every]) for i in steps]
-    return {**values, "tokens_per_step": tokens_per_step}
+    return {**values, "tokens_per_step": tokens_per_step, "jobs": jobs}
 
 
 def _mean(losses: list[float]) -> float | None:

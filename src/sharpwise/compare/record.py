@@ -64,6 +64,15 @@ def read_record(folder: Path) -> Record:
     )
 
 
+def read_environment(folder: Path) -> dict[str, Any] | None:
+    """Where and with what a run was made, when it was last begun or gone on with; None where its folder is gone."""
+    try:
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[-1]
+    except (OSError, ValueError):
+        return None
+    return {key: value for key, value in found.items() if key != "step"}
+
+
 def _quick(timing: list[dict[str, Any]], key: str) -> float:
     """The tenth percentile."""
     return float(sorted(line[key] for line in timing)[len(timing) // 10])

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sharpwise.compare.conduct import Conducted, place_of
+from sharpwise.compare.conduct import Conducted, expected, place_of
+from sharpwise.compare.record import read_environment
 from sharpwise.compare.speedup import Speedup, speedup
-from sharpwise.compare.statistics import holm, mean_interval, paired_difference
+from sharpwise.compare.statistics import Difference, holm, mean_interval, paired_difference
 from sharpwise.compare.storage import losses_of
 from sharpwise.compare.study import TOKENS_PER_PARAMETER, Arm
-from sharpwise.compare.tuning import Trial, at_edge, best, tried
+from sharpwise.compare.tuning import Stage, Trial, at_edge, best, tried
 from sharpwise.compare.verdict import sentence, verdict
 from sharpwise.report.blocks import describe
 from sharpwise.train.build import as_code, build_optimizer
@@ -21,20 +22,15 @@ Result = dict[str, Any]
 LEVEL = 0.95
 
 
-def results(conducted: Conducted, *, jobs: int) -> Result:
-    """The result of a study, ready for `write_study_page`.
-
-    Args:
-        conducted: from `conduct`.
-        jobs: how many runs were made at a time, for the environment.
-    """
+def results(conducted: Conducted) -> Result:
+    """The result of a study, or what it has found so far, ready for `write_study_page`."""
     study, budget, built = conducted.study, conducted.budget, conducted.first
     arms = [_arm(conducted, arm) for arm in study.arms]
     _compare(conducted, arms)
     multipliers = {arm.name: _multipliers(conducted, arm) for arm in study.arms}
     for arm in arms:
         arm["mean_multiplier"] = _mean_multiplier(conducted, multipliers[arm["name"]])
-    done = len(conducted.results)
+    done, places = len(conducted.results), _places(conducted)
     shared = as_given(make_config(study.config(Trial(study.baseline, "tune", (), 0), budget.steps)))
     for name in ("optimizer", "seed"):
         del shared[name]
@@ -45,7 +41,7 @@ def results(conducted: Conducted, *, jobs: int) -> Result:
         "margin": study.margin,
         "seeds": list(study.seed_numbers),
         "complete": conducted.complete,
-        "progress": {"done": done, "expected": done},
+        "progress": {"done": done, "expected": _expected(conducted)},
         "budget": {
             "tokens": budget.tokens,
             "steps": budget.steps,
@@ -60,7 +56,7 @@ def results(conducted: Conducted, *, jobs: int) -> Result:
             "context": built.plan.context,
         },
         "data": dict(built.data.about),
-        "environment": {**environment(built.config), "processes": jobs, "threads_per_process": study.threads},
+        "environment": places[-1] if places else environment(built.config),
         "config": shared,
         "arms": arms,
         "horizons": [_horizon(conducted, share) for share in study.horizons],
@@ -68,19 +64,25 @@ def results(conducted: Conducted, *, jobs: int) -> Result:
             {**describe(segment), "multipliers": {name: values[i] for name, values in multipliers.items()}}
             for i, segment in enumerate(built.optimizer.blocks.segments)
         ],
-        "caveats": caveats(conducted, arms),
+        "caveats": [*caveats(conducted, arms), *_of_places(places), *_of_horizons(conducted)],
         "not_tested": not_tested(conducted),
     }
+
+
+def _expected(conducted: Conducted) -> int:
+    """How many runs there will be: those that there are, where none is missing."""
+    done = losses_of(conducted.results)
+    return len(done) if conducted.complete else max(len(done), sum(expected(conducted.study, done).values()))
 
 
 def _arm(conducted: Conducted, arm: Arm) -> Result:
     losses = losses_of(conducted.results)
     tuning = tried(arm.name, losses)
     chosen = best(arm.name, losses) if any(math.isfinite(loss) for loss in tuning.values()) else None
-    final = _final(conducted, arm.name)
+    final = list(_runs(conducted, arm.name, "final").values())
     records = [conducted.results[trial] for trial in final]
     ended = [record for record in records if record["final_loss"] is not None]
-    mean = mean_interval([record["final_loss"] for record in records], LEVEL)
+    mean = mean_interval([record["final_loss"] for record in records], LEVEL) if records else None
     diverged = [trial.lr for trial, loss in tuning.items() if math.isinf(loss)]
     setting = None if chosen is None else dict(chosen.setting)
     return {
@@ -104,14 +106,22 @@ def _arm(conducted: Conducted, arm: Arm) -> Result:
             for trial in tuning
         ],
         "final": [_run(conducted, trial) for trial in final],
-        "mean": mean.mean,
-        "interval": None if mean.low is None else [mean.low, mean.high],
+        "mean": None if mean is None else mean.mean,
+        "interval": None if mean is None or mean.low is None else [mean.low, mean.high],
     }
 
 
-def _final(conducted: Conducted, arm: str) -> list[Trial]:
-    found = [t for t in conducted.results if t.arm == arm and t.stage == "final"]
-    return sorted((t for t in found if t.seed in conducted.study.seed_numbers), key=lambda t: t.seed)
+def _runs(conducted: Conducted, arm: str, stage: Stage, share: float = 1.0) -> dict[int, Trial]:
+    """The runs of an arm's best setting that are done, by seed.
+
+    There may be others, of what was best before another arm was added, and with it trials for all.
+    """
+    losses = losses_of(conducted.results)
+    if not tried(arm, losses):
+        return {}
+    setting = best(arm, losses).setting
+    trials = {seed: Trial(arm, stage, setting, seed, share) for seed in conducted.study.seed_numbers}
+    return {seed: trial for seed, trial in trials.items() if trial in losses}
 
 
 def _run(conducted: Conducted, trial: Trial) -> Result:
@@ -135,35 +145,44 @@ def _code(conducted: Conducted, trial: Trial) -> str:
     return as_code(make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer)
 
 
-def _losses(conducted: Conducted, arm: str) -> list[float | None]:
-    by_seed = {trial.seed: conducted.results[trial]["final_loss"] for trial in _final(conducted, arm)}
-    return [by_seed.get(seed) for seed in conducted.study.seed_numbers]
+ByLosses = dict[int, float | None]
+"""End losses by seed of runs that are done, None where a run diverged."""
+
+
+def _losses(conducted: Conducted, arm: str) -> ByLosses:
+    return {seed: conducted.results[trial]["final_loss"] for seed, trial in _runs(conducted, arm, "final").items()}
 
 
 def _horizon(conducted: Conducted, share: float) -> Result:
-    found = {t.seed: r for t, r in conducted.results.items() if t.stage == "horizon" and t.horizon == share}
+    """The runs of the baseline on another number of tokens, in the order of the seeds."""
+    runs = _runs(conducted, conducted.study.baseline, "horizon", share)
+    records = [conducted.results[trial] for trial in runs.values()]
     steps = max(1, round(conducted.budget.steps * share))
-    losses = [found[seed]["final_loss"] if seed in found else None for seed in conducted.study.seed_numbers]
-    return {"share": share, "tokens": steps * conducted.budget.tokens_per_step, "final_losses": losses}
+    return {
+        "share": share,
+        "tokens": steps * conducted.budget.tokens_per_step,
+        "seeds": list(runs),
+        "final_losses": [record["final_loss"] for record in records],
+        "stopped_at": [record["stopped_at"] for record in records],
+        "folders": [place_of(trial) for trial in runs.values()],
+    }
 
 
 def _compare(conducted: Conducted, arms: list[Result]) -> None:
     """Difference, verdict, sentence and speed-up of every arm against the baseline."""
     study = conducted.study
-    baseline = _losses(conducted, study.baseline)
-    others = [arm for arm in arms if arm["name"] != study.baseline]
-    found = {arm["name"]: paired_difference(_losses(conducted, arm["name"]), baseline, LEVEL) for arm in others}
-    adjusted = dict(zip(found, holm([difference.p for difference in found.values()]), strict=True))
-    curve = {float(h["tokens"]): h["final_losses"] for h in (_horizon(conducted, share) for share in study.horizons)}
-    curve[float(conducted.budget.tokens)] = baseline
+    found = {arm.name: _difference(conducted, arm.name) for arm in study.arms if arm.name != study.baseline}
+    adjusted = dict(zip(found, holm([one.p if one else None for one in found.values()]), strict=True))
     for arm in arms:
         name = arm["name"]
-        if name not in found:
-            arm |= {"difference": None, "verdict": "baseline", "sentence": f"{name} is the baseline.", "speedup": None}
+        arm |= {"difference": None, "verdict": "baseline", "sentence": f"{name} is the baseline.", "speedup": None}
+        if name == study.baseline:
             continue
-        difference, gain = found[name], None
-        if difference.n and study.horizons:
-            gain = speedup(_losses(conducted, name), conducted.budget.tokens, dict(sorted(curve.items())), LEVEL)
+        difference = found[name]
+        if difference is None:
+            arm |= {"verdict": "undecided", "sentence": ""}
+            continue
+        gain = _speedup(conducted, name) if difference.n else None
         said = verdict(difference, study.margin, adjusted[name])
         arm["difference"] = {
             key: getattr(difference, key) for key in ("mean", "low", "high", "sd", "n", "p", "diverged")
@@ -171,6 +190,26 @@ def _compare(conducted: Conducted, arms: list[Result]) -> None:
         arm["verdict"] = "diverged" if difference.n == 0 and difference.arm_diverged else str(said)
         arm["sentence"] = sentence(name, study.baseline, difference, study.margin, gain, adjusted[name]) + "."
         arm["speedup"] = None if gain is None else _plain(gain)
+
+
+def _difference(conducted: Conducted, arm: str) -> Difference | None:
+    """Over the seeds at which both are done; None where there is none yet."""
+    mine, other = _losses(conducted, arm), _losses(conducted, conducted.study.baseline)
+    seeds = [seed for seed in mine if seed in other]
+    return paired_difference([mine[s] for s in seeds], [other[s] for s in seeds], LEVEL) if seeds else None
+
+
+def _speedup(conducted: Conducted, arm: str) -> Speedup | None:
+    """Over the seeds at which all are done; None where there is none yet, or no other horizon."""
+    tokens, mine = conducted.budget.tokens, _losses(conducted, arm)
+    horizons = [_horizon(conducted, share) for share in conducted.study.horizons]
+    curve: dict[float, ByLosses] = {tokens: _losses(conducted, conducted.study.baseline)}
+    curve |= {h["tokens"]: dict(zip(h["seeds"], h["final_losses"], strict=True)) for h in horizons}
+    seeds = [seed for seed in mine if all(seed in losses for losses in curve.values())]
+    if len(curve) < 2 or not seeds:
+        return None
+    by_tokens = {at: [curve[at][seed] for seed in seeds] for at in sorted(curve)}
+    return speedup([mine[seed] for seed in seeds], tokens, by_tokens, LEVEL)
 
 
 def _plain(gain: Speedup) -> Result:
@@ -210,9 +249,9 @@ def caveats(conducted: Conducted, arms: list[Mapping[str, Any]] | list[Result]) 
                 f"{arm['name']} was best at the {arm['edge']} learning rate that was tried: a {other} one might be "
                 "better still, so this arm is not tuned."
             )
-        if arm["setting"] is None:
+        if arm["tuning"] and arm["setting"] is None:
             notes.append(f"{arm['name']} diverged at every learning rate that was tried.")
-        elif arm["mean_multiplier"] > 1.05 and arm["name"] != study.baseline:
+        if arm["mean_multiplier"] > 1.05 and arm["name"] != study.baseline:
             notes.append(
                 f"{arm['name']} multiplies the learning rate of an average parameter by {arm['mean_multiplier']:.1f}; "
                 "its own learning rate is tuned, so that this is no advantage by itself."
@@ -220,9 +259,42 @@ def caveats(conducted: Conducted, arms: list[Mapping[str, Any]] | list[Result]) 
     return notes
 
 
+def _of_horizons(conducted: Conducted) -> list[str]:
+    """Where the curve that speed-ups are read off has holes."""
+    found = []
+    for horizon in (_horizon(conducted, share) for share in conducted.study.horizons):
+        pairs = zip(horizon["seeds"], horizon["final_losses"], strict=True)
+        if lost := [str(seed) for seed, loss in pairs if loss is None]:
+            rest = "are those of the other seeds" if len(lost) < conducted.study.seeds else "cannot be given"
+            found.append(
+                f"On {horizon['share']:g} times the tokens {conducted.study.baseline} diverged with seed"
+                f"{'s' * (len(lost) > 1)} {', '.join(lost)}: speed-ups {rest}."
+            )
+    return found
+
+
+def _places(conducted: Conducted) -> list[Result]:
+    """Where each run was made, the latest last."""
+    found = []
+    for trial, record in conducted.results.items():
+        place = read_environment(conducted.folder / place_of(trial))
+        if place is not None:
+            found.append({**place, **({"runs_at_a_time": record["jobs"]} if "jobs" in record else {})})
+    return sorted(found, key=lambda place: str(place.get("date")))
+
+
+def _of_places(places: list[Result]) -> list[str]:
+    """What differs from run to run in where they were made."""
+    keys = dict.fromkeys(key for place in places for key in place if key != "date")
+    differ = [key.replace("_", " ") for key in keys if len({str(place.get(key)) for place in places}) > 1]
+    if not differ:
+        return []
+    return [f"Not all runs were made alike: they differ in {', '.join(differ)}. Times can be compared with care only."]
+
+
 def not_tested(conducted: Conducted) -> list[str]:
     """What a reader might take for granted, and nobody looked at."""
-    built, searched = conducted.first, {key for arm in conducted.study.arms for key in arm.space.search}
+    built, arms = conducted.first, conducted.study.arms
     notes = [
         f"Other models than {built.config.model.name}, other text, other batch sizes and contexts, longer schedules.",
         "Quality beyond the validation loss: nothing was fine-tuned or evaluated on tasks.",
@@ -232,11 +304,15 @@ def not_tested(conducted: Conducted) -> list[str]:
         "schedule.warmup": "warm-up",
         "optimizer.betas": "momentum and second-moment decay (betas)",
     }
-    if left := [words for key, words in fixed.items() if key not in searched]:
-        notes.append(
-            f"Not tuned, the same for all arms: {', '.join(left)}, gradient clipping, the shape of the schedule."
-        )
+    for key, words in fixed.items():
+        tuned = [arm.name for arm in arms if key in arm.space.search]
+        if 0 < len(tuned) < len(arms):
+            notes.append(f"Tuned for {', '.join(tuned)} alone: {words}.")
+    left = [words for key, words in fixed.items() if not any(key in arm.space.search for arm in arms)]
     notes.append(
-        "The baseline's learning rate was tuned at the full budget, not again for its half and double budgets."
+        f"Not tuned: {', '.join([*left, 'gradient clipping'])} and the shape of the schedule. The arms as code say "
+        "what each arm has; where nobody said so, an arm has the defaults of its optimizer."
     )
+    if conducted.study.horizons:
+        notes.append("The baseline's setting was tuned at the full budget, not again for its other numbers of tokens.")
     return notes

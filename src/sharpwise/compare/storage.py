@@ -24,7 +24,9 @@ class Storage:
         self._studies: dict[str, Any] = {}
         self.results: dict[Trial, dict[str, Any]] = {}
         for name in optuna.get_all_study_names(self._storage):
-            for trial in self._study(name).get_trials(deepcopy=False):
+            # Loaded, not `created if missing`: whoever looks at a study that goes on elsewhere must not write.
+            self._studies[name] = optuna.load_study(study_name=name, storage=self._storage)
+            for trial in self._studies[name].get_trials(deepcopy=False):
                 if "key" in trial.user_attrs:
                     self.results[_trial(trial.user_attrs["key"])] = trial.user_attrs["result"]
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharpwise.compare.tuning import HORIZONS, Space, Trial
+from sharpwise.block_lr import Ablation, make_block_lr
+from sharpwise.compare.tuning import HORIZONS, Losses, Space, Trial, needed
 from sharpwise.hints import nearest
 from sharpwise.optim import parse_arm
 from sharpwise.train.config_file import make_config, set_keys
@@ -20,6 +21,17 @@ _KEYS = (
     "most", "horizons",
 )  # fmt: skip
 _ARM_KEYS = ("lrs", "search", "settings")
+# What `run` may not say, as every run has its own; the same for arms, which differ in nothing but the optimizer and its
+# schedule: another model, text, batch or number of steps would be another comparison.
+_OWN = {
+    "seed": "seeds = N",
+    "optimizer.name": "arms",
+    "optimizer.block_lr": "arms, as in adamw+blockwise",
+    "optimizer.lr": "lrs",
+    "schedule.steps": "tokens or ratio",
+    "schedule.tokens": "tokens or ratio",
+}
+_OF_ARMS = ("optimizer.", "schedule.")
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,21 @@ class Study:
         return int(self.run.get("compute", {}).get("threads", 1))
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether its runs train on a GPU: all on the same one."""
+        import torch
+
+        device = self.run.get("compute", {}).get("device")
+        return torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+
+    @property
     def spaces(self) -> dict[str, Space]:
         """What each arm may try."""
         return {arm.name: arm.space for arm in self.arms}
+
+    def needed(self, done: Losses) -> list[Trial]:
+        """The trials that can be started now; none when the study is complete."""
+        return needed(self.spaces, self.baseline, self.seed_numbers, done, self.horizons)
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -82,8 +106,7 @@ class Study:
         arm = self.arm(trial.arm)
         given = {**self.run, "seed": trial.seed}
         given["optimizer"] = {**self.run.get("optimizer", {}), **arm.optimizer}
-        schedule = {key: value for key, value in self.run.get("schedule", {}).items() if key != "tokens"}
-        given["schedule"] = {**schedule, "steps": max(1, round(steps * trial.horizon))}
+        given["schedule"] = {**self.run.get("schedule", {}), "steps": max(1, round(steps * trial.horizon))}
         given["compute"] = {**self.run.get("compute", {}), "threads": self.threads}
         given = _with(given, arm.settings)
         return _with(given, dict(trial.setting))
@@ -107,9 +130,8 @@ def make_study(given: Mapping[str, Any]) -> Study:
     named = given.get("arms", ())
     tables = dict(named) if isinstance(named, Mapping) else {name: {} for name in _unique(named)}
     if given.get("ablations"):
-        for name in list(tables):
-            rule, plus, block_lr = name.partition("+")
-            tables |= {f"{rule}+{kind}({block_lr})": tables[name] for kind in ABLATIONS if plus}
+        tables |= _ablations(tables)
+    run = _run_of(given)
     arms = tuple(_make_arm(name, table, given) for name, table in tables.items())
     if len(arms) < 2:
         raise ValueError(f"a comparison needs two arms or more, got {[arm.name for arm in arms]}")
@@ -126,19 +148,25 @@ def make_study(given: Mapping[str, Any]) -> Study:
     margin = given.get("margin", 0.01)
     if not isinstance(margin, (int, float)) or not 0 < margin < math.inf:
         raise ValueError(f"margin must be a number of nats above 0, got {margin!r}")
-    tokens, ratio = given.get("tokens"), given.get("ratio")
-    if (tokens is None) == (ratio is None):
-        raise ValueError("the budget of a run is tokens = N, or ratio = X (times 20 per parameter); give one of them")
-    if not (tokens is None or (isinstance(tokens, int) and tokens > 0)) or not (ratio is None or ratio > 0):
-        raise ValueError(f"the budget of a run must be above 0, got {tokens if ratio is None else ratio}")
-    horizons = tuple(given.get("horizons", HORIZONS))
-    if any(not isinstance(share, (int, float)) or not 0 < share < math.inf for share in horizons):
-        raise ValueError(f"horizons must be shares of the tokens above 0, got {list(horizons)}")
-    name, run = str(given.get("name", "study")), given.get("run", {})
+    tokens, ratio = _budget_of(given)
+    horizons = given.get("horizons", HORIZONS)
+    if not _numbers(horizons) or 1 in horizons or len({*horizons}) < len(horizons):
+        raise ValueError(f"horizons must be different shares of the tokens above 0, other than 1, got {horizons!r}")
+    name, horizons = str(given.get("name", "study")), tuple(horizons)
     study = Study(name, run, arms, baseline, seeds, tokens, ratio, float(margin), horizons, given)
     for arm in arms:
         make_config(study.config(Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0), steps=1))
     return study
+
+
+def _budget_of(given: Mapping[str, Any]) -> tuple[int | None, float | None]:
+    """Tokens of a run, or their ratio to the usual ones."""
+    tokens, ratio = given.get("tokens"), given.get("ratio")
+    if (tokens is None) == (ratio is None):
+        raise ValueError("the budget of a run is tokens = N, or ratio = X (times 20 per parameter); give one of them")
+    if not (_positive(ratio) if tokens is None else isinstance(tokens, int) and _positive(tokens)):
+        raise ValueError(f"the budget of a run must be above 0, got {tokens if ratio is None else ratio!r}")
+    return tokens, ratio
 
 
 def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
@@ -151,14 +179,18 @@ def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
     optimizer = parse_arm(name)
     middle = MIDDLE.get(optimizer["name"], 1e-3) / (3 if optimizer.get("block_lr") else 1)
     lrs = table.get("lrs", given.get("lrs", [middle / math.sqrt(10), middle, middle * math.sqrt(10)]))
-    if not isinstance(lrs, Sequence) or len(set(lrs)) < 3 or any(not 0 < lr < math.inf for lr in lrs):
+    rounded = tuple(sorted({float(f"{lr:.3g}") for lr in lrs})) if _numbers(lrs) else ()
+    if len(rounded) < 3:
         raise ValueError(f"arm {name!r}: lrs must be three or more learning rates above 0, got {lrs!r}")
-    settings = {**given.get("settings", {}), **table.get("settings", {})}
-    search = {**given.get("search", {}), **table.get("search", {})}
+    settings = {**_table(given, "settings"), **_table(table, "settings", f"arm {name!r}: ")}
+    search = {**_table(given, "search"), **_table(table, "search", f"arm {name!r}: ")}
+    for key in (*settings, *search):
+        if key in _OWN or not key.startswith(_OF_ARMS):
+            say = f"say {_OWN[key]}" if key in _OWN else f"arms differ in {' and '.join(_OF_ARMS)}* alone"
+            raise ValueError(f"arm {name!r}: {key} is no setting of an arm; {say}")
     for key, values in search.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise ValueError(f"arm {name!r}: search.{key!r} must be a list of values to try, got {values!r}")
-    rounded = tuple(sorted({float(f"{lr:.3g}") for lr in lrs}))
     most = given.get("most", Space.most)
     if not isinstance(most, int) or most < len(rounded):
         raise ValueError(
@@ -166,6 +198,45 @@ def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
         )
     space = Space(rounded, {key: tuple(map(_frozen, values)) for key, values in search.items()}, most=most)
     return Arm(_canonical(name), optimizer, space, settings)
+
+
+def _ablations(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms that `ablations` adds: those of every arm with a block_lr that is none itself, and is not there yet."""
+    found: dict[str, Any] = {}
+    there = {_canonical(name) for name in tables}
+    for name, table in tables.items():
+        arm = parse_arm(name)
+        block_lr = arm.get("block_lr")
+        if block_lr is not None and not isinstance(make_block_lr(block_lr), Ablation):
+            found |= {f"{arm['name']}+{kind}({block_lr})": table for kind in ABLATIONS}
+    return {name: table for name, table in found.items() if name not in there}
+
+
+def _run_of(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What all runs share. Raises ValueError where it says what every run has of its own."""
+    run = _table(given, "run")
+    for name in ("optimizer", "schedule", "compute", "checkpoint", "log"):
+        _table(run, name, "run.")
+    for key, instead in _OWN.items():
+        table, _, last = key.rpartition(".")
+        if last in (run.get(table, {}) if table else run):
+            raise ValueError(f"run.{key} is not shared by the runs of a study; say {instead}")
+    return run
+
+
+def _table(given: Mapping[str, Any], key: str, where: str = "") -> Mapping[str, Any]:
+    found = given.get(key, {})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}{key}: expected a table, got {found!r}")
+    return found
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(map(_positive, values))
 
 
 def _canonical(name: str) -> str:
@@ -216,4 +287,5 @@ def differences(stored: Study, wanted: Study) -> list[str]:
 
 
 def _said(arm: Arm) -> str:
-    return f"lrs {list(arm.space.lrs)}, settings {dict(arm.settings)}, search {dict(arm.space.search)}"
+    space = arm.space
+    return f"lrs {list(space.lrs)}, most {space.most}, settings {dict(arm.settings)}, search {dict(space.search)}"

@@ -111,11 +111,8 @@ def best(arm: str, done: Losses) -> Trial:
 
 def at_edge(arm: str, done: Losses) -> Literal["", "smallest", "largest"]:
     """Which end of the learning rates that were tried the best one lies at, "" if it is inside."""
-    chosen = best(arm, done)
-    lrs = sorted({trial.lr for trial in tried(arm, done) if trial.setting[1:] == chosen.setting[1:]})
-    others = sorted({trial.lr for trial in tried(arm, done)})
-    lrs = lrs if len(lrs) > 1 else others
-    return "smallest" if chosen.lr == lrs[0] else "largest" if chosen.lr == lrs[-1] else ""
+    lr, lrs = best(arm, done).lr, sorted({trial.lr for trial in tried(arm, done)})
+    return "smallest" if lr == lrs[0] else "largest" if lr == lrs[-1] else ""
 
 
 def next_of_arm(arm: str, space: Space, done: Losses) -> list[Trial]:

@@ -211,7 +211,7 @@ def result(
         },
         "environment": {
             "date": "2026-01-02T03:04:05+00:00", "sharpwise": "0.1", "torch": "2.13", "python": "3.11",
-            "transformers": "5.23", "platform": "Linux x86_64", "cpus": 2, "processes": 2, "threads_per_process": 1,
+            "transformers": "5.23", "platform": "Linux x86_64", "cpus": 2, "threads": 1, "runs_at_a_time": 2,
             "matrix_products": "fp32",
         },
         "config": {
@@ -222,7 +222,11 @@ def result(
         },
         "arms": [{**one, **compared(one, found[0], margin)} for one in found],
         "horizons": [
-            {"share": share, "tokens": int(share * TOKENS), "final_losses": [4.05 + d + 0.01 * s for s in numbers]}
+            {
+                "share": share, "tokens": int(share * TOKENS), "seeds": numbers, "stopped_at": [None] * seeds,
+                "final_losses": [4.05 + d + 0.01 * s for s in numbers],
+                "folders": [f"runs/{names[0]}-x{share:g}-seed-{s}" for s in numbers],
+            }
             for share, d in ((0.5, 0.17), (2.0, -0.17))
         ],
         "blocks": [

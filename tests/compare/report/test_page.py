@@ -104,7 +104,7 @@ def test_an_unfinished_study_shows_what_there_is() -> None:
         headline(result),
         "every number may still change",
         "not yet",
-        "No final run yet.",
+        "No pair of final runs yet.",
         "None is done yet.",
     ):
         assert text in parser.text
@@ -183,11 +183,20 @@ def test_what_the_study_says_of_an_arm_is_not_said_again() -> None:
     assert notes.count("adamw+blockwise was best") == notes.count("adamw was best") == 1
 
 
-def test_runs_that_are_still_to_come_did_not_diverge() -> None:
+def test_runs_of_other_horizons_have_their_seed_and_folder() -> None:
     result = canned.unfinished()
-    result |= {"horizons": [{"share": 0.5, "tokens": 9, "final_losses": [4.2, None, None]}]}
-    result["progress"] = {"done": 17, "expected": 17}
-    assert [run.seed for run in runs_of(result) if run.stage == "horizon"] == [1]
+    horizon = {
+        "share": 0.5,
+        "tokens": 9,
+        "seeds": [2],
+        "final_losses": [None],
+        "stopped_at": [7],
+        "folders": ["runs/x"],
+    }
+    result |= {"horizons": [horizon], "progress": {"done": 17, "expected": 17}}
+    runs = [run for run in runs_of(result) if run.stage == "horizon"]
+    assert [(run.seed, run.final_loss, run.stopped_at, run.folder) for run in runs] == [(2, None, 7, "runs/x")]
+    assert "./runs/x/config.toml" in page.render(result)
     assert headline(result) == "Unfinished: 17 runs of this comparison with adamw are done"
 
 

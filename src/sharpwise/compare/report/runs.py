@@ -24,7 +24,7 @@ class Run:
 
     arm: str
     stage: str
-    seed: int | None
+    seed: int
     share: float
     tokens: int
     setting: Mapping[str, Any]
@@ -62,15 +62,10 @@ def _final(result: Result, arm: Mapping[str, Any]) -> list[Run]:
     if arm["name"] != result["baseline"]:
         return runs
     for horizon in result["horizons"]:
-        losses = horizon["final_losses"]
-        # With some runs missing nobody knows which seed a loss is of.
-        seeds = result["seeds"] if len(losses) == len(result["seeds"]) else [None] * len(losses)
-        folders = horizon.get("folders") or [""] * len(losses)
-        for seed, loss, folder in zip(seeds, losses, folders, strict=True):
-            if loss is None and not result["complete"]:  # most likely still to come
-                continue
-            share, ran = horizon["share"], horizon["tokens"]
-            runs.append(Run(arm["name"], "horizon", seed, share, ran, setting, loss, None, folder, True))
+        share, ran = horizon["share"], horizon["tokens"]
+        columns = (horizon[key] for key in ("seeds", "final_losses", "stopped_at", "folders"))
+        for seed, loss, stopped_at, folder in zip(*columns, strict=True):
+            runs.append(Run(arm["name"], "horizon", seed, share, ran, setting, loss, stopped_at, folder, True))
     return runs
 
 
@@ -87,7 +82,7 @@ def csv_text(result: Result) -> str:
         settings = [_cell(run.setting.get(key)) for key in keys]
         writer.writerow(
             [
-                run.arm, run.stage, _cell(run.seed), run.share, run.tokens, *settings, _cell(run.final_loss),
+                run.arm, run.stage, run.seed, run.share, run.tokens, *settings, _cell(run.final_loss),
                 _cell(run.stopped_at), "yes" if run.chosen else "no", run.folder,
             ]
         )  # fmt: skip

@@ -30,14 +30,14 @@ def verdicts(result: Result) -> str:
     look = looks(result)
     lines = [
         f'<tr><th scope="row" class="verdict">{html_name(arm["name"], look[arm["name"]])}<br>{_badge(arm)}</th>'
-        f"<td>{escape(arm['sentence'] if arm['final'] else 'No final run yet.')}</td></tr>"
+        f"<td>{escape(arm['sentence'] or 'No pair of final runs yet.')}</td></tr>"
         for arm in candidates(result)
     ]
     return table('<th scope="col">candidate</th><th scope="col">what came out</th>', lines, "Verdicts")
 
 
 def _badge(arm: Arm) -> str:
-    kind = "diverged" if diverged(arm) else arm["verdict"] if arm["final"] else "not yet"
+    kind = "diverged" if diverged(arm) else arm["verdict"] if arm["difference"] else "not yet"
     return f'<span class="badge {escape(kind)}">{escape(VERDICTS.get(kind, kind))}</span>'
 
 
@@ -137,13 +137,13 @@ def _run(run: Run) -> str:
     stage = {"tune": "tuning", "even": "tuning", "final": "final", "horizon": f"{run.share:g} x tokens"}[run.stage]
     what = setting_words(run.setting) or "no setting"
     if run.stage in ("final", "horizon"):
-        what = "seed unknown" if run.seed is None else f"seed {run.seed}"
+        what = f"seed {run.seed}"
     mark = " (chosen)" if run.chosen and run.stage in ("tune", "even") else ""
     summary = f"<summary>{escape(f'{stage}, {what}{mark}')}: <b>{end}</b></summary>"
     items = [
         ("stage", STAGES[run.stage]),
         *((setting_name(key), value_words(value)) for key, value in run.setting.items()),
-        ("seed", "unknown" if run.seed is None else str(run.seed)),
+        ("seed", str(run.seed)),
         ("tokens", f"{run.tokens:,}"),
         ("final loss", end if run.stopped_at is None else f"diverged at step {run.stopped_at:,}"),
     ]

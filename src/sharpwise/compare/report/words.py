@@ -116,12 +116,10 @@ def _tuning(result: Result) -> str:
     counts = sorted({len(arm["tuning"]) for arm in result["arms"]})
     keys = {key for arm in result["arms"] for run in arm["tuning"] for key in run["setting"]}
     what = "learning rate" if len(keys) < 2 else "learning rate and further settings"
-    if len(counts) == 1:
+    if len(counts) == 1 and result["complete"]:
         return f"Each was tuned with the same effort: {counts[0]} trial runs to find its best {what}."
-    return (
-        f"Each is tuned with the same effort, trial runs to find its best {what}; so far they had between {counts[0]} "
-        f"and {counts[-1]}."
-    )
+    had = f"{counts[0]} each" if len(counts) == 1 else f"between {counts[0]} and {counts[-1]}"
+    return f"Each is tuned with the same effort, trial runs to find its best {what}; so far they had {had}."
 
 
 def caveats(result: Result) -> list[str]:

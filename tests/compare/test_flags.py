@@ -1,0 +1,71 @@
+"""What the flags of `sharpwise compare` say beyond a study file: settings to search, a look at what there is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from typer.testing import CliRunner, Result
+
+from compare.test_conduct import study
+from compare.test_results import fill
+from sharpwise.cli.compare import _budget, _study
+from sharpwise.cli.main import create_app
+from sharpwise.compare.study import make_study
+
+
+def _sharpwise(*arguments: object) -> Result:
+    return CliRunner().invoke(create_app(), [str(argument) for argument in arguments])
+
+
+def test_a_study_is_shown_so_far_and_nothing_is_trained(data: Path, tmp_path: Path) -> None:
+    given = study(data)
+    fill(given, tmp_path, runs=4)
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(given))
+    before = (tmp_path / "study.db").read_bytes()
+    outcome = _sharpwise("compare", "--out", tmp_path, "--so-far")
+    assert outcome.exit_code == 0, outcome.output
+    assert "Unfinished: 4 of about 14 runs are done" in outcome.stdout
+    assert "diverged" not in outcome.stdout
+    assert (tmp_path / "study.db").read_bytes() == before
+    assert not (tmp_path / "runs").exists()
+    assert not json.loads((tmp_path / "result.json").read_text())["complete"]
+    assert "No pair of final runs yet." in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_there_has_to_be_something_to_show(tmp_path: Path) -> None:
+    outcome = _sharpwise("compare", "--out", tmp_path / "none", "--so-far")
+    assert outcome.exit_code == 2
+    assert "holds no study to go on with" in outcome.stderr.replace("\n", " ")
+
+
+def test_settings_to_search_by_flags() -> None:
+    search = ["optimizer.weight_decay=[0, 0.3]", "optimizer.betas=[[0.9, 0.99]]", "schedule.warmup=[0.02]"]
+    given, _ = _study(["adamw", "lion"], None, None, "4M", {}, [], search)
+    assert given is not None
+    space = make_study(given).arm("lion").space
+    assert space.search == {
+        "optimizer.weight_decay": (0, 0.3), "optimizer.betas": ((0.9, 0.99),), "schedule.warmup": (0.02,),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "infx", "1e999"])
+def test_a_budget_is_finite(text: str) -> None:
+    with pytest.raises(ValueError, match="expected tokens, as 4000000 or 4M"):
+        _budget(text)
+
+
+@pytest.mark.parametrize(
+    ("run", "cuda", "on_gpu"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"compute": {"device": "cpu"}}, True, False),
+        ({"compute": {"device": "cuda:1"}}, True, True),
+    ],
+)
+def test_runs_share_one_gpu(run: dict[str, Any], cuda: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so they are made one at a time, unless said otherwise."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    assert make_study({"arms": ["adamw", "lion"], "tokens": 1, "run": run}).on_gpu == on_gpu

@@ -1,0 +1,174 @@
+"""What is made of stored runs, without training any: unfinished studies, runs that were superseded, where it ran."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compare.test_conduct import study
+from sharpwise.compare import conduct as conducting
+from sharpwise.compare.conduct import conduct, look, open_study, place_of, summary
+from sharpwise.compare.record import Record
+from sharpwise.compare.report.page import render
+from sharpwise.compare.results import results
+from sharpwise.compare.storage import Storage
+from sharpwise.compare.study import Study
+from sharpwise.compare.tuning import Trial
+
+Loss = Callable[[Trial], float | None]
+
+
+def even(trial: Trial) -> float:
+    """The middle learning rate is best; twice the tokens help."""
+    return 4.0 + abs(trial.lr - 3e-3) + 0.01 * trial.seed * len(trial.arm) - 0.1 * trial.horizon
+
+
+def fill(given: Mapping[str, Any], folder: Path, loss: Loss = even, *, runs: int = 1000) -> Study:
+    """Store so many runs of a study with made-up results."""
+    found = open_study(given, folder)
+    folder.mkdir(exist_ok=True)
+    storage = Storage(folder / "study.db")
+    while (wanted := found.needed(storage.losses)) and len(storage.results) < runs:
+        record = Record([1, 2], [5.0, 4.0], [2], [4.0], final_loss=loss(wanted[0]))
+        if record.final_loss is None:
+            record.stopped_at = 2
+        storage.add(wanted[0], summary(record, 32, 2))
+    return found
+
+
+def result_of(found: Study, folder: Path, *, shown: bool = True) -> dict[str, Any]:
+    """The result, checked to be plain values that the page can show."""
+    result = results(look(found, folder))
+    json.dumps(result, allow_nan=False)
+    assert not shown or render(result)
+    return result
+
+
+def test_an_unfinished_study_says_nothing_of_runs_that_are_still_to_come(data: Path, tmp_path: Path) -> None:
+    assert result_of(fill(study(data), tmp_path / "whole"), tmp_path / "whole")["complete"]
+    whole = len(Storage(tmp_path / "whole" / "study.db").results)
+    for runs in range(1, whole, 2):
+        folder = tmp_path / str(runs)
+        result = result_of(fill(study(data), folder, runs=runs), folder, shown=runs % 5 == 0)
+        assert not result["complete"]
+        assert result["progress"]["done"] == runs < result["progress"]["expected"]
+        base, other = result["arms"]
+        assert "diverged" not in json.dumps([result["caveats"], other["sentence"], other["verdict"]])
+        pairs = min(len(base["final"]), len(other["final"]))
+        assert (other["difference"] or {"n": 0})["n"] == pairs
+        assert bool(other["sentence"]) == bool(pairs)
+        assert all(len(h["final_losses"]) == len(h["folders"]) == len(h["seeds"]) for h in result["horizons"])
+
+
+def test_final_runs_of_a_setting_that_was_superseded_do_not_count(data: Path, tmp_path: Path) -> None:
+    """A third arm takes seven trials, and so every arm gets more: they find a better setting, and new final runs."""
+
+    def loss(trial: Trial) -> float:
+        at = 0.1 if trial.arm == "adam-mini" else 4.3e-3
+        return 4.0 + abs(trial.lr - at) + 0.001 * trial.seed
+
+    fill(study(data), tmp_path, loss)
+    before = {trial for trial in Storage(tmp_path / "study.db").results if trial.stage in ("final", "horizon")}
+    more = fill(study(data, arms=["adamw", "adamw+blockwise", "adam-mini"]), tmp_path, loss)
+    stored = Storage(tmp_path / "study.db").results
+    assert {trial.arm for trial in before} < {trial.arm for trial in stored}
+    assert len([t for t in stored if (t.arm, t.stage) == ("adamw", "final")]) == 4  # two of them superseded
+    for arm in result_of(more, tmp_path)["arms"]:
+        assert [run["seed"] for run in arm["final"]] == [1, 2]
+        finals = {trial: r["final_loss"] for trial, r in stored.items() if trial.arm == arm["name"]}
+        chosen = tuple(arm["setting"].items())
+        expected = [finals[Trial(arm["name"], "final", chosen, seed)] for seed in (1, 2)]
+        assert [run["final_loss"] for run in arm["final"]] == expected
+    shares = {h["share"]: h["folders"] for h in result_of(more, tmp_path)["horizons"]}
+    best = tuple(result_of(more, tmp_path)["arms"][0]["setting"].items())
+    assert shares[2.0] == [place_of(Trial("adamw", "horizon", best, seed, 2.0)) for seed in (1, 2)]
+
+
+def test_a_baseline_that_diverged_on_another_horizon_is_told(data: Path, tmp_path: Path) -> None:
+    given = study(data, seeds=3)
+    for lost, said in (({2}, "seed 2: speed-ups are those of the other seeds"), ({1, 2, 3}, "speed-ups cannot be")):
+        folder = tmp_path / str(len(lost))
+        found = fill(given, folder, lambda t, lost=lost: None if t.horizon == 0.5 and t.seed in lost else even(t))
+        result = result_of(found, folder)
+        assert any(
+            "On 0.5 times the tokens adamw diverged with seed" in note and said in note for note in result["caveats"]
+        )
+        gain = result["arms"][1]["speedup"]
+        assert (gain["n"], gain["seeds"]) == (3 - len(lost), 3)
+        assert said in render(result)
+    assert "at no seed did all runs end" in result["arms"][1]["sentence"]
+
+
+def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    found = fill(study(data), tmp_path)
+    built: list[str] = []
+    real = conducting.build
+
+    def build(config: Any) -> Any:
+        built.append(config.optimizer.block_lr)
+        return real(config)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("this is not needed")
+
+    monkeypatch.setattr(conducting, "build", build)
+    monkeypatch.setattr(conducting, "train_steps", refuse)
+    conducted = conduct(found, tmp_path, on_budget=refuse)
+    assert conducted.complete
+    assert built == [""]  # the baseline alone
+    assert conducted.budget.seconds is None
+
+
+def test_the_estimate_is_of_what_is_left(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(conducting, "_seconds_per_token", lambda built: 1e-3)
+    budgets = []
+    for runs in (0, 4):
+        found = fill(study(data), tmp_path / str(runs), runs=runs)
+        done = Storage(tmp_path / str(runs) / "study.db").losses
+        built = conducting.build_arms(found, found.arms)
+        budgets.append(conducting.work_out(found, built, done, timed=True))
+    assert [budget.done for budget in budgets] == [0, 4]
+    assert budgets[0].seconds is not None and budgets[1].seconds is not None
+    assert budgets[0].seconds[0] - budgets[1].seconds[0] == pytest.approx(4 * 1.6)
+
+
+def test_where_it_ran_is_where_the_runs_were_made(data: Path, tmp_path: Path) -> None:
+    found = fill(study(data), tmp_path)
+    for i, trial in enumerate(Storage(tmp_path / "study.db").results):
+        place = tmp_path / place_of(trial)
+        place.mkdir(parents=True)
+        start = {"step": 1, "date": f"2020-01-{i + 1:02}", "torch": "1.0", "device": "abacus"}
+        (place / "environment.json").write_text(json.dumps([start]))
+    result = result_of(found, tmp_path)
+    last = f"2020-01-{i + 1:02}"
+    assert result["environment"] == {"date": last, "torch": "1.0", "device": "abacus", "runs_at_a_time": 2}
+    assert not any("made alike" in note for note in result["caveats"])
+    (place / "environment.json").write_text(json.dumps([{**start, "device": "slide rule"}]))
+    assert any("they differ in device." in note for note in result_of(found, tmp_path)["caveats"])
+
+
+def test_what_was_not_tuned_is_told_for_those_for_whom_it_was_not(data: Path, tmp_path: Path) -> None:
+    decay = {"search": {"optimizer.weight_decay": [0.3]}}
+    notes = result_of(fill(study(data), tmp_path / "none"), tmp_path / "none")["not_tested"]
+    assert any(note.startswith("Not tuned: weight decay, warm-up, momentum") for note in notes)
+    given = study(data, arms={"adamw": decay, "adamw+blockwise": {}}, horizons=[])
+    notes = result_of(fill(given, tmp_path / "some"), tmp_path / "some")["not_tested"]
+    assert "Tuned for adamw alone: weight decay." in notes
+    assert not any("half" in note or "numbers of tokens" in note for note in notes)
+    notes = result_of(fill(study(data, **decay), tmp_path / "all"), tmp_path / "all")["not_tested"]
+    assert not any("weight decay" in note for note in notes)
+
+
+def test_results_that_an_older_version_stored_can_be_read(data: Path, tmp_path: Path) -> None:
+    found = fill(study(data), tmp_path)
+    conducted = look(found, tmp_path)
+    older = {trial: {k: v for k, v in r.items() if k != "jobs"} for trial, r in conducted.results.items()}
+    object.__setattr__(conducted, "results", older)
+    assert results(conducted)["complete"]
+
+
+def test_there_is_nothing_to_look_at_before_the_first_run(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="study holds no runs yet"):
+        look(open_study(study(data), tmp_path / "study"), tmp_path / "study")
