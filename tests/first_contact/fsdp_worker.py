@@ -1,31 +1,27 @@
 """One of two gloo processes: sharded against unsharded, on recorded gradients and live. Rank 0 writes what it found.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python fsdp_worker.py OUTPUT.json
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m first_contact.fsdp_worker OUTPUT.json
 
 One process group serves all cases, because starting two processes costs more than all of them. What is found is judged
 by test_fsdp2.py.
 """
 
 import copy
-import json
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
+from distributed.serving import Case, serve
+from first_contact.tiny import STEPS, batches, gpt2, loss_of, nanogpt
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import sharpwise
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from first_contact.tiny import STEPS, batches, gpt2, loss_of, nanogpt
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"conv1d": gpt2, "linear": nanogpt}
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,19 +41,20 @@ def build(model: nn.Module, optimizer: str, eager: bool = False) -> Any:
     return sharpwise.create_optimizer(model, name, lr=LR, weight_decay=0.1, **options, **compiled)
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     for block in model.transformer["h"] if isinstance(model.transformer, nn.ModuleDict) else model.transformer.h:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def set_gradients(model: nn.Module, step: int) -> None:
     """The recorded gradients: the same for all placements of the same model. Their size differs from step to step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for parameter in model.parameters():
-        full = torch.randn(parameter.shape, generator=generator) * (0.1 + step % 3)
+        full = (torch.randn(parameter.shape, generator=generator) * (0.1 + step % 3)).to(parameter.dtype)
         if isinstance(parameter, DTensor):
-            parameter.grad = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+            mesh, placements = parameter.device_mesh, parameter.placements
+            parameter.grad = distribute_tensor(full, mesh, placements, src_data_rank=None)  # all ranks have all of it
         else:
             parameter.grad = full
 
@@ -201,8 +198,8 @@ def live(name: str) -> dict[str, Any]:
     return {"losses": worst, "fell": losses[0] - losses[-1]}
 
 
-def cases() -> dict[str, Callable[[], dict[str, Any]]]:
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+def cases() -> dict[str, Case]:
+    found: dict[str, Case] = {}
     for layout in MODELS:
         for name in OPTIMIZERS:
             for path in ("eager", "default"):
@@ -220,20 +217,5 @@ def cases() -> dict[str, Callable[[], dict[str, Any]]]:
     return found
 
 
-def main(output: str) -> None:
-    warnings.simplefilter("ignore")  # gloo's and FSDP's, about a machine without GPUs
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    found: dict[str, dict[str, Any]] = {}
-    for name, case in cases().items():
-        try:
-            found[name] = case()
-        except Exception:  # the other cases are to be judged all the same; both ranks fail alike
-            found[name] = {"error": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(found, indent=1))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(cases(), sys.argv[1])

@@ -7,46 +7,18 @@ default uses torch's fused kernel and gathered buffers, whose vector loops round
 the others, so that there the place of a cut shows in the last bit.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
+from distributed.launch import launch
+from distributed.serving import Found, of
 from first_contact.fsdp_worker import OPTIMIZERS
 
 LAYOUTS = ("linear", "conv1d")
-Found = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What two processes found, all cases in one start."""
-    output = tmp_path_factory.mktemp("fsdp") / "found.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("fsdp_worker.py")), str(output)]
-    workers = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)[-6000:]
-    return json.loads(output.read_text())
-
-
-def of(found: Found, case: str) -> dict[str, Any]:
-    result = found[case]
-    assert "error" not in result, result["error"]
-    return result
+    return launch("first_contact.fsdp_worker", 2, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,18 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, canonical_name
-from sharpwise.engine.mesh import reduces_late
+from sharpwise.engine.mesh import is_dtensor
 
 Groups = list[dict[str, Any]]
 Blocks = BlockMap | Mapping[str, Any] | None
 
+KEEP_SHAPES = (
+    "Blocks (rows, heads) cannot be found in flattened or partitioned parameters. Shard with FSDP2, which leaves every "
+    "parameter its shape: torch.distributed.fsdp.fully_shard(model), or version 2 of FSDP in Accelerate and Trainer. "
+    "FSDP1 and DeepSpeed ZeRO-1, 2 and 3 are not supported"
+)
 
-def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple[Groups, BlockMap, dict[int, str]]:
-    """Groups whose `params` are (name, tensor) pairs, the block map of the whole model, and names by tensor identity.
+
+def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple[Groups, BlockMap, nn.Module | None]:
+    """Groups whose `params` are (name, tensor) pairs, the block map of the whole model, and the model if there is one.
 
     Raises:
         TypeError: for tensors without a model, or something that holds no parameters.
-        ValueError: for a parameter given twice, or one that does not belong to the model.
+        ValueError: for a parameter given twice, one that does not belong to the model, or a flattened one.
+        RuntimeError: for DTensors without a process group.
     """
     if isinstance(first, nn.Module):
         if model is not None and model is not first:
@@ -27,12 +34,18 @@ def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple
         if not first:
             raise ValueError(f"{who}: the model has no trainable parameters")
     groups = _groups(first, who)
-    names = {} if model is None else {id(p): canonical_name(n) for n, p in model.named_parameters()}
+    names = names_of(model)
     for group in groups:
         group["params"] = [_named(item, names, model, who) for item in group["params"]]
     named = [pair for group in groups for pair in group["params"]]
     _check_unique(named, who)
-    return groups, _block_map(named, model, blocks, who), names
+    check_tensors(named, who)
+    return groups, _block_map(named, model, blocks, who), model
+
+
+def names_of(model: nn.Module | None) -> dict[int, str]:
+    """Names by identity of the tensors that the model holds now."""
+    return {} if model is None else {id(p): canonical_name(n) for n, p in model.named_parameters()}
 
 
 def _groups(first: Any, who: str) -> Groups:
@@ -76,8 +89,10 @@ def _named(item: Any, names: Mapping[int, str], model: nn.Module | None, who: st
         return canonical_name(name), tensor
     known = names.get(id(tensor))
     if known is None:
+        check_tensors([(name or "a tensor", tensor)], who)
         shape = f"{name or 'a tensor'} of shape {tuple(tensor.shape)}"
-        raise ValueError(f"{who}: {shape} does not belong to the model {type(model).__name__}")
+        hint = f". If it is a flattened copy of parameters: {KEEP_SHAPES}" if tensor.ndim == 1 else ""
+        raise ValueError(f"{who}: {shape} does not belong to the model {type(model).__name__}{hint}")
     if name is not None and canonical_name(name) != known:
         raise ValueError(f"{who}: the tensor called {name!r} is {known!r} in the model {type(model).__name__}")
     return known, tensor
@@ -113,15 +128,71 @@ def _block_map(named: Sequence[tuple[str, Tensor]], model: nn.Module | None, blo
     return BlockMap.of(model, overrides=blocks, include_frozen=True)
 
 
+def check_tensors(named: Iterable[tuple[str, Tensor]], who: str) -> None:
+    """Raise ValueError for a flattened tensor, RuntimeError for a DTensor without a process group."""
+    for name, tensor in named:
+        by = _flattened_by(tensor)
+        if by:
+            raise ValueError(f"{who}: {name}, now of shape {tuple(tensor.shape)}, was flattened by {by}. {KEEP_SHAPES}")
+        if is_dtensor(tensor) and not torch.distributed.is_initialized():
+            raise RuntimeError(
+                f"{who}: {name} is a DTensor, and there is no process group to reach its other parts: call "
+                f"torch.distributed.init_process_group() before the model is sharded, and keep it while training"
+            )
+
+
+def _flattened_by(tensor: Tensor) -> str | None:
+    # FSDP1 marks its flat parameter, and with use_orig_params=True the originals, whose data become views of it. ZeRO-3
+    # leaves parameters of no elements, and keeps what they were under names that begin with ds_.
+    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
+        return "FSDP1 (FullyShardedDataParallel)"
+    return "DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else None
+
+
+def check_group(names: Sequence[str], tensors: Sequence[Tensor], who: str) -> None:
+    """Raise ValueError unless a group holds a tensor per name: ZeRO puts its flat partition in their place."""
+    if len(names) != len(tensors):
+        first = f", the first of shape {tuple(tensors[0].shape)}" if tensors else ""
+        raise ValueError(
+            f"{who}: the group of {len(names)} parameters that begins with {names[0] if names else 'nothing'} now "
+            f"holds {len(tensors)} tensors{first}. {KEEP_SHAPES}; to leave out a parameter, freeze it"
+        )
+
+
+def check_shapes(named: Sequence[tuple[str, Tensor]], blocks: BlockMap, who: str) -> None:
+    """Raise ValueError for a tensor that no longer has the shape that its blocks were found in."""
+    check_tensors(named, who)
+    for name, tensor in named:
+        if tuple(tensor.shape) != tuple(blocks[name][0].shape):
+            raise ValueError(
+                f"{who}: {name} now has shape {tuple(tensor.shape)}, it had {tuple(blocks[name][0].shape)} when the "
+                f"optimizer was built. {KEEP_SHAPES}"
+            )
+
+
+def check_followed(named: Sequence[tuple[str, Tensor]], model: nn.Module | None, who: str) -> None:
+    """Raise if the model was sharded after the optimizer was built, and the optimizer was left with the old tensors.
+
+    Only that is looked for: between forward and backward FSDP2 shows plain tensors where the optimizer holds DTensors.
+    """
+    live = {} if model is None else {canonical_name(n): p for n, p in model.named_parameters()}
+    check_tensors(live.items(), who)
+    for name, tensor in named:
+        if name in live and is_dtensor(live[name]) and not is_dtensor(tensor):
+            raise RuntimeError(
+                f"{who}: the model was sharded after this optimizer was built: {name} is a DTensor there and a plain "
+                f"tensor here, which will never get a gradient. Build the optimizer after fully_shard(model), or give "
+                f"both to Accelerator.prepare(model, optimizer)"
+            )
+
+
 def check_gradient(name: str, param: Tensor) -> None:
-    """Raise for a gradient no rule can use."""
+    """Raise for a gradient no rule can use. One placed in another way, as a partial sum, is placed as the parameter."""
     grad = param.grad
     assert grad is not None
     if grad.layout != torch.strided:
         raise TypeError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
-    if reduces_late(grad):
-        raise ValueError(
-            f"{name}: its gradient is a partial sum on a mesh; redistribute it to the parameter's placement"
-        )
     if grad.is_complex():
         raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        param.grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]

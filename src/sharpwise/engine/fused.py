@@ -146,7 +146,7 @@ def exactly(entry: Entry, state: Any) -> bool:
 
 def _in_ranges(entry: Entry) -> bool:
     """Whether the segments of an unsharded parameter are ranges of its leading dimension."""
-    return not entry.shard.groups and all(s.dim == 0 and s.count == 1 for s in entry.segments)
+    return not entry.shard.cut and all(s.dim == 0 and s.count == 1 for s in entry.segments)
 
 
 def _slices(entry: Entry, own: Any) -> Iterator[Slice]:

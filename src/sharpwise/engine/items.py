@@ -153,11 +153,12 @@ def gather_small(entries: Sequence[Entry], state: Any, small: int = SMALL) -> li
     for entry in entries:
         tensor = local(entry.param)
         blocked = entry.rule.has_blocks and (entry.n_blocks > 1 or entry.param.ndim > 1)
+        blocked = blocked or bool(entry.rule.rounds)
         # The size of the whole parameter decides, not of the shard: all processes must sum in the same order.
         if entry.param.numel() > small or blocked or not tensor.is_contiguous() or tensor.device.type == "meta":
             items.append(_single(entry, state))
         else:
-            key = (id(entry.group), entry.rule, tensor.dtype, tensor.device, entry.shard.groups, entry.decays)
+            key = (id(entry.group), entry.rule, tensor.dtype, tensor.device, entry.shard.holders, entry.decays)
             together.setdefault(key, []).append(entry)
     for parts in together.values():
         items.append(_single(parts[0], state) if len(parts) == 1 else _flat(parts, state))

@@ -92,7 +92,7 @@ def one_pass(item: Item) -> OnePass | None:
 def runs_of(entry: Entry) -> list[Run]:
     """The blocks of an entry as runs, in their order; empty if they are none, or rows run along the last dimension."""
     runs: list[Run] = []
-    if entry.dim != 1 or len(entry.shape) != 2 or entry.shard.groups:
+    if entry.dim != 1 or len(entry.shape) != 2 or entry.shard.cut:
         return []
     for begin, table in entry.gathers:
         if table is None:

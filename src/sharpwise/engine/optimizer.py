@@ -1,6 +1,7 @@
 """BlockOptimizer: any rule, block_lr and storage as one `torch.optim.Optimizer`."""
 
 import math
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from numbers import Real
@@ -13,9 +14,10 @@ from torch.optim import Optimizer
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap, Role
 from sharpwise.engine import state as states
-from sharpwise.engine.binding import bind, check_gradient
+from sharpwise.engine.agreement import check_ranks_agree
+from sharpwise.engine.binding import bind, check_followed, check_gradient, check_group, check_shapes, names_of
 from sharpwise.engine.kernels import Compiler
-from sharpwise.engine.mesh import all_reduce, local
+from sharpwise.engine.mesh import local
 from sharpwise.engine.plan import Entry, Layouts, build_entry, multiplier_map
 from sharpwise.engine.stepper import Options, Stepper
 from sharpwise.rules import Rule
@@ -49,8 +51,9 @@ class BlockOptimizer(Optimizer):
     ) -> None:
         self.rule, self.options, self.storage, self.who = rule, options, storage, who
         self.no_decay, self.strict = _check_no_decay(no_decay, who), strict
-        groups, self._known, self._names = bind(first, model, blocks, who)
+        groups, self._known, model = bind(first, model, blocks, who)
         self.blocks = BlockMap(())
+        self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
         self._reset()
         defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
         if options.stochastic_rounding:
@@ -64,6 +67,7 @@ class BlockOptimizer(Optimizer):
     def _reset(self) -> None:
         self._stepper: Stepper | None = None
         self._compiler = Compiler()
+        self._agreed = False
 
     # -- groups ----------------------------------------------------------------------------------------------------
 
@@ -76,7 +80,8 @@ class BlockOptimizer(Optimizer):
         group = dict(param_group)
         own = group["params"]
         own = [own] if isinstance(own, Tensor) else list(own)
-        group["params"] = [item if isinstance(item, (tuple, list)) else (self._name_of(item), item) for item in own]
+        names = names_of(self._model())
+        group["params"] = [i if isinstance(i, (tuple, list)) else (self._name_of(i, names), i) for i in own]
         present = {n for g in self.param_groups for n in g["param_names"]}
         for name, tensor in group["params"]:
             if name in present:
@@ -95,8 +100,8 @@ class BlockOptimizer(Optimizer):
         self._note_skipped()
         self._stepper = None
 
-    def _name_of(self, tensor: Tensor) -> str:
-        name = self._names.get(id(tensor))
+    def _name_of(self, tensor: Tensor, names: Mapping[int, str]) -> str:
+        name = names.get(id(tensor))
         if name is None:
             raise ValueError(
                 f"{self.who}: a tensor of shape {tuple(tensor.shape)} is unknown to the model this optimizer was built "
@@ -129,7 +134,7 @@ class BlockOptimizer(Optimizer):
             rule, cut = self.rule.assign(segment)
             if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
                 message = _unknown_message(self.who, f"rule {self.rule.name!r} distinguishes", unknown) + self.rule.hint
-                if self._names:
+                if self._model() is not None:
                     raise ValueError(message)
                 raise TypeError(f"{message}. Names alone carry no head counts: pass the model, or blocks=BlockMap")
             segment.blocks(cut)  # raises TypeError where heads are asked for and not known
@@ -146,6 +151,10 @@ class BlockOptimizer(Optimizer):
         stepper = self._stepper
         if stepper is not None and self._still_bound(stepper, current):
             return stepper
+        self._let_go_exchanged()
+        named = [(n, p) for n, p, _ in current]
+        check_shapes(named, self.blocks, self.who)
+        check_followed(named, self._model(), self.who)
         layouts: Layouts = {}
         entries = [build_entry(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
         block_lr = self.options.block_lr
@@ -170,7 +179,22 @@ class BlockOptimizer(Optimizer):
         return self._stepper
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        for group in self.param_groups:
+            check_group(group["param_names"], group["params"], self.who)
         return [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+    def _let_go_exchanged(self) -> None:
+        """Drop all state if parameters were exchanged, which is allowed before the first step."""
+        named = [(n, p) for n, p, _ in self._parameters()]
+        if not set(map(id, self.state)) - {id(p) for _, p in named}:
+            return
+        if any(own.get("step", 0) != 0 for own in self.state.values()):
+            name = next((n for n, p in named if p not in self.state), "one")
+            raise RuntimeError(
+                f"{self.who}: parameter {name!r} was exchanged after the first step; shard or move the model before it "
+                f"(and before a checkpoint is loaded), or build the optimizer after that"
+            )
+        self.state.clear()
 
     def _note_skipped(self) -> None:
         """Write the steps that the stepper left out to where they are saved."""
@@ -182,18 +206,10 @@ class BlockOptimizer(Optimizer):
     def _still_bound(self, stepper: Stepper, current: list[tuple[str, Tensor, Any]]) -> bool:
         if len(current) != len(stepper.entries):
             return False
-        for (name, param, _), entry, held in zip(current, stepper.entries, self._held, strict=True):
-            if param is not entry.param:
-                if any(own["step"] != 0 for own in self.state.values()):
-                    raise RuntimeError(
-                        f"{self.who}: parameter {name!r} was exchanged after the first step; "
-                        f"shard or move the model before it, or build the optimizer after that"
-                    )
-                self.state.clear()
-                return False
+        for (_, param, _), entry, held in zip(current, stepper.entries, self._held, strict=True):
             what, places = held
-            if (param.dtype, param.device, param.is_contiguous()) != what:
-                return False  # the parameter was recast: lay everything out anew
+            if param is not entry.param or _kind(param) != what:
+                return False  # the parameter was exchanged or recast: lay everything out anew
             own = self.state[param]
             for key, tensor, inner, place in places:
                 if own.get(key) is not tensor or inner.data_ptr() != place:
@@ -244,7 +260,7 @@ class BlockOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._names = {}
+        self._model = _no_model
         self._reset()
 
     # -- step ------------------------------------------------------------------------------------------------------
@@ -256,6 +272,8 @@ class BlockOptimizer(Optimizer):
         Raises:
             TypeError: for sparse or complex gradients.
             FloatingPointError: for non-finite gradients under on_nonfinite="raise"; nothing is changed.
+            RuntimeError: for parameters exchanged after the first step, or a model sharded behind the optimizer's back.
+            ValueError: for flattened parameters; at the first step, for ranks with different models or settings.
         """
         loss = None
         if closure is not None:
@@ -266,14 +284,19 @@ class BlockOptimizer(Optimizer):
         fresh = self._stepper is None
         stepper = self._bind()
         stepper.squares = None
+        if not self._agreed:
+            check_ranks_agree(stepper.entries, self.options, self.who)
+            self._agreed = True
         active = [e for e in stepper.entries if e.param.grad is not None]
+        if not active:
+            check_followed([(e.name, e.param) for e in stepper.entries], self._model(), self.who)
         for entry in active:
             check_gradient(entry.name, entry.param)
-        if active and not self._is_empty(active, fresh):
+        if active and not self._is_empty(stepper, active, fresh):
             stepper.run(active)
         return loss
 
-    def _is_empty(self, active: list[Entry], fresh: bool) -> bool:
+    def _is_empty(self, stepper: Stepper, active: list[Entry], fresh: bool) -> bool:
         """Every lr and every gradient 0: the step that checkpointing takes to allocate state, to leave no trace."""
         for group in self.param_groups:
             lr = group["lr"]
@@ -283,9 +306,7 @@ class BlockOptimizer(Optimizer):
                 return False
         grads = [local(e.param.grad) for e in active]  # type: ignore[arg-type]
         some = torch.stack([g.any() for g in grads]).any().to(torch.float32)
-        for group in dict.fromkeys(g for e in active for g in e.shard.groups):  # another process may have some
-            all_reduce(some, [group])
-        return not some
+        return not stepper.team.reduce(some, "max")  # another process may have some
 
     @property
     def skipped_steps(self) -> int:
@@ -344,10 +365,18 @@ class BlockOptimizer(Optimizer):
         return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
+def _no_model() -> None:
+    """In place of a reference to a model, where none was given or it was left behind by a copy."""
+
+
 def _marks(param: Tensor, state: Mapping[str, Tensor]) -> tuple[Any, list[Any]]:
     """What must be as it was when the stepper was built: kind of the parameter, objects and places of its state."""
     places = [(key, tensor, local(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
-    return (param.dtype, param.device, param.is_contiguous()), places
+    return _kind(param), places
+
+
+def _kind(param: Tensor) -> tuple[Any, ...]:
+    return param.dtype, param.device, param.is_contiguous(), param.shape
 
 
 def _check_no_decay(names: Collection[str], who: str) -> frozenset[str]:

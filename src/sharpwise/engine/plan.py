@@ -130,6 +130,8 @@ def build_entry(
     if len(kinds) != 1:
         raise ValueError(f"{name}: its segments would need {len(kinds)} different rules, which is not supported")
     entry = Entry(name, param, group, segments, assigned[0][0], tuple(c for _, c in assigned), Shard.of(param))
+    if entry.rule.rounds and param.ndim != 2:
+        raise ValueError(f"{name}: rule {entry.rule.name!r} is for matrices, got the shape {tuple(param.shape)}")
     _lay_out_view(entry)
     if len(segments) > 1 or entry.rule.has_blocks:
         cuts = entry.cuts if entry.rule.has_blocks else None

@@ -82,15 +82,18 @@ class Clock:
         """Whether all have taken the same number of steps."""
         return len({self._counts[id(e)] for e in entries}) <= 1
 
+    def hyper(self, entry: Entry) -> dict[str, Any]:
+        """The hyperparameters of the rule as they are now."""
+        return {k: _live(v) for k, v in entry.group.items() if k in entry.rule.defaults}
+
     def rates(self, entry: Entry) -> Rates:
         """The numbers of this step."""
         key = id(entry.group), entry.rule, any(entry.decays), self.t(entry) if self.on_host else id(entry)
         if key not in self._rates:
             group, t = entry.group, self.t(entry)
-            own = {k: _live(v) for k, v in group.items() if k in entry.rule.defaults}
             wd = _live(group["weight_decay"])
             off = not any(entry.decays) or (not isinstance(wd, Tensor) and wd == 0)
-            scalars = entry.rule.scalars(t if self.on_host else t.double(), own)
+            scalars = entry.rule.scalars(t if self.on_host else t.double(), self.hyper(entry))
             self._rates[key] = Rates(_live(group["lr"]), None if off else wd, scalars)
         return self._rates[key]
 

@@ -20,17 +20,22 @@ def allocate(entry: Entry, storage: Dense, multipliers: bool) -> dict[str, Tenso
     """Fresh state of one parameter: `step`, the rule's tensors, and `lr_multiplier` [n_segments] if there is one."""
     param = entry.param
     inner = local(param)
-    state: dict[str, Tensor] = {"step": torch.zeros((), device="cpu" if inner.device.type == "meta" else inner.device)}
+    # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
+    device = torch.device("cpu") if inner.device.type == "meta" else inner.device
+    state: dict[str, Tensor] = {"step": torch.zeros((), device=device)}
     for name, kind in entry.rule.state.items():
         if kind == "block":
             state[name] = torch.zeros(entry.n_blocks, dtype=entry.dtype, device=inner.device)
+        elif kind == "whole":
+            shape = entry.rule.shape_of(name, tuple(param.shape))
+            state[name] = torch.zeros(shape, dtype=entry.dtype, device=inner.device)
         else:
             plain = torch.zeros_like(
                 inner, dtype=storage.dtype_for(entry.dtype), memory_format=torch.contiguous_format, requires_grad=False
             )
             state[name] = like(param, plain)
     if multipliers:
-        state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float64)
+        state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float64, device=device)
     return state
 
 
@@ -42,7 +47,12 @@ def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]],
     """
     groups = saved["param_groups"]
     ids = [i for group in groups for i in group["params"]]
-    names = [n for group in groups for n in group.get("param_names", ())]
+    if ids and all(isinstance(i, str) for i in ids):
+        # `get_optimizer_state_dict` goes by name, and `set_optimizer_state_dict` puts `params` into the order of the
+        # optimizer while `param_names` stay in the order in which they were saved.
+        names = ids
+    else:
+        names = [n for group in groups for n in group.get("param_names", ())]
     if not names:
         if len(ids) != len(current):
             raise ValueError(
@@ -62,7 +72,12 @@ def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]],
 
 
 def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], who: str) -> None:
-    """Raise ValueError unless the saved state of one parameter fits the allocated one."""
+    """Raise unless the saved state of one parameter fits the allocated one.
+
+    Raises:
+        ValueError: for state of another rule, another shape, or shards of another mesh.
+        RuntimeError: for shards without the process group that reaches the others.
+    """
     if not saved or not own:
         return  # never stepped, or frozen here
     needed = set(own) - {"lr_multiplier"}
@@ -82,6 +97,19 @@ def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], 
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape != tuple(own[key].shape):
             raise ValueError(f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}")
+        if isinstance(value, Tensor) and is_dtensor(value):
+            _check_shards(f"{who}: the saved {key} of {name}", value, own[key])
+
+
+def _check_shards(says: str, value: Any, own: Any) -> None:
+    do = (
+        "Save with torch.distributed.checkpoint, or the whole: "
+        "get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))"
+    )
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(f"{says} is a shard (a DTensor), and no process group is there to reach the others. {do}")
+    if is_dtensor(own) and value.device_mesh != own.device_mesh:
+        raise ValueError(f"{says} is a shard of {value.device_mesh}, here it lies on {own.device_mesh}. {do}")
 
 
 def prepared(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -107,7 +135,8 @@ def _placed_like(value: Any, target: Any) -> Tensor:
     if is_dtensor(value):
         moved: Tensor = value.redistribute(target.device_mesh, target.placements)
         return moved
-    return distribute_tensor(value.to(local(target).device), target.device_mesh, target.placements)
+    mine = value.to(local(target).device)
+    return distribute_tensor(mine, target.device_mesh, target.placements, src_data_rank=None)  # every process has all
 
 
 def _few(names: Sequence[str]) -> str:
@@ -137,7 +166,9 @@ def group_of_saved(
             )
     for i in indices:
         _check_rule(saved["param_groups"][i], group, who)
-    return copy.deepcopy(found[0]) if found else {}
+    new = copy.deepcopy(found[0]) if found else {}
+    # Gathering makes lists of tuples.
+    return {k: tuple(v) if isinstance(v, list) and isinstance(group.get(k), tuple) else v for k, v in new.items()}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,10 @@ from sharpwise.block_lr import BlockLR
 from sharpwise.engine import kernels
 from sharpwise.engine.fused import Fused, exactly
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
-from sharpwise.engine.mesh import local
+from sharpwise.engine.mesh import Bucket, Team, local
 from sharpwise.engine.one_pass import one_pass
 from sharpwise.engine.plan import Entry
+from sharpwise.engine.rounds import Rounds
 from sharpwise.engine.scalars import Clock, Numbers
 from sharpwise.engine.sums import Sums
 
@@ -46,7 +48,7 @@ class Stepper:
 
     def __init__(self, entries: Sequence[Entry], state: Any, options: Options, compiler: kernels.Compiler) -> None:
         self.entries = list(entries)
-        self.options = options
+        self.state, self.options = state, options
         self.clock = Clock(entries, state)
         total = sum(e.param.numel() for e in entries)
         device = local(entries[0].param).device if entries else torch.device("cpu")
@@ -66,12 +68,22 @@ class Stepper:
         self.pools = pool_blocks(self.items, state)
         at_once = self.compiler is not None and not options.guarded and not options.stochastic_rounding
         self.one_pass = {id(item): one_pass(item) for item in self.items if at_once}
-        self.sums = Sums(self.compiler, options.guarded, not self.fast)
         self.skipped: Tensor | int = 0
         self.squares: Tensor | None = None
         self._sorts: dict[int, int] = {}
         self._sort_numbers: dict[Any, int] = {}
         self._now: dict[Any, Numbers] = {}
+
+    # Made at the first step, not when state is bound: every process has to take part where a group has to be made.
+    @cached_property
+    def team(self) -> Team:
+        """The processes that hold parts of these parameters."""
+        return Team.of(e.shard for e in self.entries)
+
+    @cached_property
+    def sums(self) -> Sums:
+        """What reads the gradients before anything moves."""
+        return Sums(self.team, self.compiler, self.options.guarded, not self.fast)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -83,8 +95,10 @@ class Stepper:
         fused = [e for e in self.fused.entries if id(e) in ids]
         sums: list[Tensor | None] = [None] * len(items)
         ok, clip = True, None
+        rounds, bucket = Rounds(self.team, items, grads, self.state, self.clock.hyper), Bucket(self.team)
+        rounds.begin(bucket)
         if self.options.guarded:
-            sums, self.squares = self.sums.of(items, grads, fused)
+            sums, self.squares = self.sums.of(items, grads, fused, bucket)
             ok, clip = self._guard(self.squares, active)
             if ok is False:
                 return
@@ -96,12 +110,13 @@ class Stepper:
         if not self.options.guarded:
             sums = self._in_one_pass(items, grads)
             left = [i for i in left if sums[i] is None]
-            found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused)
+            found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
             for i, squares in zip(left, found, strict=True):
                 sums[i] = squares
+        rounds.finish(clip)
         rates = self._block_phase(items, sums, together, ok, clip)
         for i in left:
-            self._move(items[i], grads[i], rates[i], ok, clip)
+            self._move(items[i], grads[i], rates[i], rounds, ok, clip)
         self.fused.move(ids, self.clock, self.multipliers_now, ok, clip)
 
     def _live_items(self, ids: set[int]) -> Iterator[Item]:
@@ -192,7 +207,7 @@ class Stepper:
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
-    def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, ok: Any, clip: Any) -> None:
+    def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, rounds: Rounds, ok: Any, clip: Any) -> None:
         now = self._numbers(item, ok, clip)
         dtype = item.layout.dtype
         row_step = None if block_rate is None else item.layout.spread(block_rate)
@@ -210,7 +225,10 @@ class Stepper:
         if self.options.stochastic_rounding:
             noise = item.noise(int(item.parts[0].group["seed"]), self.clock.t(item.parts[0]))
         p = item.parameter()
-        if self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
+        located = rounds.settle(item, now.scalars, ok)
+        if located is not None:
+            kernels.update(located, now.scalars, p, g, item.stored, row_step, row_decay, noise)
+        elif self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
             packed = now.packed(dtype, p.device)
             self.compiler.update(
                 item.graphs, item.layout.rule, now.scalars, packed, p, g, item.stored, row_step, row_decay, noise

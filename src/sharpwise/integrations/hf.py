@@ -27,6 +27,9 @@ class Factory:
     The Trainer does not tell a factory what stands in its `TrainingArguments`: `learning_rate`, `weight_decay` and
     `adam_*` there have no effect, and the Trainer's own habit of no decay on biases and norms is said as
     `no_decay=("norm", "bias")`. Its schedule and its gradient clipping work as always.
+
+    Under FSDP2 this is the only form: the Trainer refuses `optimizers=` there, and exchanges the parameters of what it
+    built itself for sharded ones.
     """
 
     def __call__(self, model: nn.Module, *, name: str = "adamw", **options: Any) -> torch.optim.Optimizer:

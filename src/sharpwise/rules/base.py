@@ -6,6 +6,9 @@ A rule works in three phases; a rule without block state has only the last.
 2. `block_phase`, once per block: block state and that mean -> new block state and the block's denominator;
 3. `direction`, once per element: gradient and element state -> new element state, numerator, denominator.
 
+A rule that has to know more of a whole matrix says so in `rounds`: sums and maxima over all of its elements, or the
+matrix itself. It is written for the part that one process holds, and the engine completes what it finds.
+
 The engine then moves p by -lr * multiplier * numerator / (bias_correction * denominator). A fraction is returned in
 two parts because torch divides last, and bit-equality with torch's own loop is worth more than one symbol.
 
@@ -13,7 +16,8 @@ Scalars arrive as Python floats in the eager reference and as 0-d tensors in com
 torch's own scalar kernels in the first case, so that the eager path rounds exactly as torch does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,15 +27,46 @@ from sharpwise.blocks import Cut, Segment
 
 Scalars = Mapping[str, Any]
 """Named scalars of one step: floats, or 0-d tensors."""
-Kind = Literal["element", "block"]
+Kind = Literal["element", "block", "whole"]
 State = Mapping[str, Tensor]
 """State tensors by name, in fp32 (fp64 for fp64 parameters)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a parameter of shape `shape` is at hand: a range per dimension."""
+
+    shape: tuple[int, ...]
+    region: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a rule has to know of a whole matrix before its elements move.
+
+    Args:
+        name: under which later rounds, `settle`, `locate` and `direction` find it in their state.
+        of_part: (gradient, state, hyperparameters, part) -> what the part at hand has to say. Gradient and element
+            state are those of the part, in the parameter's own layout; whole state and earlier rounds are complete.
+        op: "sum" or "max": all parts say something of one shape, and it is added up, or the maximum taken; "whole":
+            a matrix, brought together at one process, which does the `work`; every part gets its own back.
+        work: matrix -> matrix of the same shape, for "whole".
+        degree: of a sum in the first round: scaling the gradient by c scales it by c ** degree. It is taken before the
+            clipping factor is known, with whose norm it shares a collective.
+    """
+
+    name: str
+    of_part: Callable[[Tensor, State, Mapping[str, Any], Part], Tensor]
+    op: Literal["sum", "max", "whole"] = "sum"
+    work: Callable[[Tensor], Tensor] | None = None
+    degree: int = 1
 
 
 class Rule:
     """Base of all rules. Concrete rules are frozen dataclasses; nothing concrete is overridden twice.
 
-    `state` says of each state tensor whether it has one number per element of the parameter or one per block of it.
+    `state` says of each state tensor whether it has one number per element of the parameter, one per block of it, or
+    (`whole`) a shape of its own, `shape_of`; the latter is the same in every process.
     Hyperparameters are fields of the rule; they live in the optimizer's param_groups and are read there at every step.
     """
 
@@ -73,6 +108,23 @@ class Rule:
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """New element state, numerator, and denominator (None: 1, or the block's)."""
         raise NotImplementedError
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """What has to be known of the whole matrix, in order. Such a rule moves matrices only."""
+        return ()
+
+    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of whole state, for a parameter of this shape."""
+        raise NotImplementedError(f"{self.name} has no whole state")
+
+    def settle(self, state: State, s: Scalars) -> dict[str, Tensor]:
+        """New whole state, from the old and what the rounds found; `direction` finds all of it in its state."""
+        return {}
+
+    def locate(self, state: State, part: Part) -> dict[str, Tensor]:
+        """Of whole state and what the rounds found, what concerns the part at hand."""
+        return dict(state)
 
     @property
     def has_blocks(self) -> bool:

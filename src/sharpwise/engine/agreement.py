@@ -1,0 +1,86 @@
+"""Whether the processes that share a model agree on what they train: asked once, at the first step.
+
+Ranks with other parameters, blocks or settings would sum what does not belong together, or wait for each other for
+ever.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.engine.mesh import is_dtensor, local
+from sharpwise.engine.plan import Entry
+from sharpwise.engine.stepper import Options
+
+
+def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> None:
+    """Compare parameters, blocks and settings over the meshes on which the parameters lie: a collective.
+
+    One small all-reduce per dimension of a mesh; only a disagreement costs more.
+
+    Raises:
+        ValueError: on every rank, naming what differs first.
+    """
+    groups = _groups(entries)
+    if not groups:
+        return
+    lines = _lines(entries, options)
+    mark = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
+    extremes = torch.tensor([mark, -mark], device=local(entries[0].param).device)
+    for group in groups:
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
+    largest, smallest = extremes.tolist()
+    if largest != -smallest:
+        raise ValueError(f"{who}: {_difference(_lines_by_rank(lines, groups))}")
+
+
+def _groups(entries: Sequence[Entry]) -> list[Any]:
+    """Groups of processes over which parameters are cut or repeated, in the order of the parameters."""
+    meshes: list[Any] = [e.param.device_mesh for e in entries if is_dtensor(e.param)]  # type: ignore[attr-defined]
+    found = [mesh.get_group(d) for mesh in dict.fromkeys(meshes) for d in range(mesh.ndim) if mesh.size(d) > 1]
+    return list(dict.fromkeys(found))
+
+
+def _lines(entries: Sequence[Entry], options: Options) -> list[str]:
+    """All that has to be the same everywhere, in words. How it is compiled need not be."""
+    lines = [repr(replace(options, compile=None))]
+    groups = {id(entry.group): entry.group for entry in entries}
+    for i, group in enumerate(groups.values()):
+        plain = {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")}
+        lines.append(f"group {i}: {plain}")
+    for e in entries:
+        parts = ", ".join(f"{s.role} by {c}" for s, c in zip(e.segments, e.cuts, strict=True))
+        how = f"{e.rule.name} ({parts}), multipliers {e.multipliers}, decays {e.decays}"
+        lines.append(f"{e.name} {tuple(e.param.shape)} {e.param.dtype}: {how}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.tolist() if value.device.type == "cpu" else "on a device"  # reading it would wait for the device
+
+
+def _lines_by_rank(lines: list[str], groups: Sequence[Any]) -> dict[int, list[str]]:
+    """The lines of every rank that is reached through the groups."""
+    everyone = {torch.distributed.get_rank(): lines}
+    for group in groups:
+        found: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, everyone, group=group)
+        everyone = {rank: theirs for part in found for rank, theirs in part.items()}
+    return everyone
+
+
+def _difference(everyone: dict[int, list[str]]) -> str:
+    first = min(everyone)
+    other = min(rank for rank, lines in everyone.items() if lines != everyone[first])
+    ours = [line for line in everyone[first] if line not in everyone[other]]
+    theirs = [line for line in everyone[other] if line not in everyone[first]]
+    said = [f"rank {r} has {lines[0] if lines else 'nothing more'}" for r, lines in ((first, ours), (other, theirs))]
+    if not ours and not theirs:
+        said = [f"ranks {first} and {other} have the same parameters in different order"]
+    return f"ranks differ in model or settings: {'; '.join(said)}. Build model and optimizer alike on all ranks"

@@ -1,0 +1,65 @@
+"""The combinations that the mesh must not change, from the table of what is supported: they grow with it."""
+
+import itertools
+from typing import NamedTuple
+
+from sharpwise.optim import COMBINES
+
+from .placements import MODELS, PLACEMENTS
+from .rules import RULES
+
+
+class Case(NamedTuple):
+    """One run of the battery. `guard`: clipping, and steps with a non-finite gradient left out."""
+
+    rule: str
+    block_lr: str
+    storage: str
+    guard: bool
+    path: str
+    model: str
+    placement: str
+
+    @property
+    def world(self) -> int:
+        """How many processes it takes."""
+        return PLACEMENTS[self.placement][0]
+
+
+def _supported() -> list[tuple[str, str, str]]:
+    found = []
+    for rule, (block_lrs, storages) in COMBINES.items():
+        for storage in storages:
+            roundings = [storage] if storage == "fp32" else [storage, f"{storage}, stochastic"]
+            found += [(rule, block_lr, name) for block_lr in ("", *block_lrs) for name in roundings]
+    return found
+
+
+ALL = [
+    Case(*combination, guard, path, model, placement)
+    for combination in _supported()
+    for guard, path in itertools.product((False, True), ("eager", "default"))
+    for model, placement in itertools.product(MODELS, PLACEMENTS)
+]
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """Few of them, in which any two values of any two columns that occur together still do."""
+    pairs = {case: frozenset(itertools.combinations(enumerate(case), 2)) for case in cases}
+    wanted = set().union(*pairs.values())
+    chosen = []
+    while wanted:
+        best = max(cases, key=lambda case: len(wanted & pairs[case]))
+        chosen.append(best)
+        wanted -= pairs[best]
+    return chosen
+
+
+PAIRWISE = pairwise(ALL)
+ROUNDS = [
+    Case(rule, "", "fp32", guard, "default", model, placement)
+    for rule, (guard, placement) in itertools.product(
+        RULES, [(False, "replicated 2"), (True, "fsdp 3"), (False, "tp 2"), (True, "fsdp 2 x tp 2"), (True, "hsdp 2x2")]
+    )
+    for model in (("llama (grouped)",) if placement != "tp 2" else ("gpt2 (Conv1D, fused, tied)",))
+]

@@ -1,0 +1,137 @@
+"""Rules that use what no rule of the library does yet: two rounds of sums, a maximum, a matrix in one piece."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sharpwise.blocks import Cut, Segment
+from sharpwise.rules import SGD
+from sharpwise.rules.base import Kind, Part, Round, Rule, Scalars, State
+
+RANK = 2
+
+
+@dataclass(frozen=True)
+class _OfMatrices(Rule):
+    """Moves matrices; everything else is moved by SGD."""
+
+    momentum: float = 0.9
+    dampening: float = 0.0
+    nesterov: bool = False
+    hyperparameters: ClassVar[tuple[str, ...]] = SGD.hyperparameters
+
+    def assign(self, segment: Segment) -> tuple[Rule, Cut]:
+        return (self if len(segment.shape) == 2 else SGD(self.momentum), "element")
+
+    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {"momentum": group["momentum"]}
+
+
+@dataclass(frozen=True)
+class LowRank(_OfMatrices):
+    """Momentum as a product of two thin matrices, brought up to date by one step of power iteration:
+
+    M = b L R + g;   L <- orthonormal basis of M R^T;   R <- L^T M;   p <- p - lr L R
+
+    In fp64: an orthonormal basis magnifies the last bits.
+    """
+
+    name: ClassVar[str] = "test-low-rank"
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {"left": "whole", "right": "whole"}
+
+    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], RANK) if name == "left" else (RANK, shape[1])
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        return (Round("g_right", self._times_right), Round("basis_g", self._times_basis))
+
+    def _start(self, right: Tensor) -> Tensor:
+        """The right factor, or where there is none yet anything that is the same everywhere."""
+        anything = torch.cos(torch.arange(right.numel(), dtype=right.dtype)).view_as(right)
+        return torch.where(right.any(), right, anything)
+
+    def _times_right(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
+        rows, columns = part.region
+        whole = g.new_zeros(part.shape[0], RANK, dtype=torch.float64)
+        whole[rows] = g.double() @ self._start(state["right"])[:, columns].double().mT
+        return whole
+
+    def _basis(self, state: State, momentum: float) -> Tensor:
+        left, right, start = (t.double() for t in (state["left"], state["right"], self._start(state["right"])))
+        return torch.linalg.qr(momentum * left @ (right @ start.mT) + state["g_right"])[0]
+
+    def _times_basis(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
+        rows, columns = part.region
+        whole = g.new_zeros(RANK, part.shape[1], dtype=torch.float64)
+        whole[:, columns] = self._basis(state, hyper["momentum"])[rows].mT @ g.double()
+        return whole
+
+    def settle(self, state: State, s: Scalars) -> dict[str, Tensor]:
+        basis, left, right = self._basis(state, s["momentum"]), state["left"].double(), state["right"].double()
+        right = s["momentum"] * (basis.mT @ left) @ right + state["basis_g"]
+        return {"left": basis.to(state["left"].dtype), "right": right.to(state["left"].dtype)}
+
+    def locate(self, state: State, part: Part) -> dict[str, Tensor]:
+        rows, columns = part.region
+        return {"left": state["left"][rows], "right": state["right"][:, columns]}
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return {}, state["left"] @ state["right"], None
+
+
+@dataclass(frozen=True)
+class Orthogonal(_OfMatrices):
+    """Momentum made orthogonal, which takes the whole matrix: m <- b m + g;   p <- p - lr U V^T,  m = U S V^T."""
+
+    name: ClassVar[str] = "test-orthogonal"
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {"momentum_buffer": "element"}
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        return (Round("orthogonal", self._momentum, "whole", _orthogonal),)
+
+    def _momentum(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
+        return hyper["momentum"] * state["momentum_buffer"] + g
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return {"momentum_buffer": s["momentum"] * state["momentum_buffer"] + g}, state["orthogonal"], None
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (u @ vt).to(matrix.dtype)
+
+
+@dataclass(frozen=True)
+class Largest(_OfMatrices):
+    """The gradient over its largest element: p <- p - lr g / max|g|."""
+
+    name: ClassVar[str] = "test-largest"
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {}
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        return (Round("largest", lambda g, state, hyper, part: _largest(g), "max"),)
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return {}, g, state["largest"]
+
+
+def _largest(g: Tensor) -> Tensor:
+    return g.abs().amax().view(1) if g.numel() else g.new_zeros(1)
+
+
+RULES: dict[str, Rule] = {"low rank": LowRank(), "orthogonal": Orthogonal(), "largest": Largest()}
