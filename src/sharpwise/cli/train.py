@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import re
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +70,10 @@ def train(
 
     Settings come from the TOML file, then the options, then --set; what nobody says has a default. The folder of the
     run holds them all, in config.toml.
+
+    On several devices: torchrun --nproc-per-node N -m sharpwise train ..., with the same settings, and those of [mesh].
     """
-    log = Console(stderr=True, highlight=False, markup=False)
+    log = Console(stderr=True, highlight=False, markup=False, quiet=not _speaks())
     keep_large_blocks()  # before torch allocates
     shorthand = {
         "model.name": model,
@@ -100,10 +104,15 @@ def train(
             _profile(log, given, folder, profile)
             return
         outcome = _train(log, given, folder)
-    console = Console(highlight=False, markup=False)
-    _say_end(console, outcome)
+    if _speaks():
+        _say_end(Console(highlight=False, markup=False), outcome)
     if outcome.state == "interrupted":
         raise typer.Exit(130)
+
+
+def _speaks() -> bool:
+    """Whether this is the one process of several that says what happens."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _toml(value: Any) -> str:
@@ -131,10 +140,23 @@ def _train(log: Console, given: dict[str, Any] | None, folder: Path) -> "Outcome
         view.started = True  # or had finished, perhaps without a page
         return outcome
     except Diverged as error:
+        _leave_it_to_main(error)
         raise ValueError(str(error)) from None
+    except (ValueError, OSError, ImportError) as error:
+        _leave_it_to_main(error)
+        raise
     finally:
         if view.started:  # what was refused leaves everything as it was
             _write_page(log, folder)
+
+
+def _leave_it_to_main(error: Exception) -> None:
+    """End quietly where all processes raise the same error; a little later, for the launcher then ends the others."""
+    from sharpwise.train.world import is_everywhere
+
+    if is_everywhere(error) and not _speaks():
+        time.sleep(1)
+        raise typer.Exit(2)
 
 
 def _write_page(log: Console, folder: Path) -> None:
@@ -210,11 +232,9 @@ class View:
 
 def _say_end(console: Console, outcome: "Outcome") -> None:
     if outcome.state == "interrupted":
-        console.print(
-            f"Saved after step {outcome.step:,} of {outcome.steps:,}. "
-            f"To go on: sharpwise train {shlex.quote(str(outcome.folder))}",
-            soft_wrap=True,
-        )
+        again = f"sharpwise train {shlex.quote(str(outcome.folder))}"
+        how = "the same command" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else again
+        console.print(f"Saved after step {outcome.step:,} of {outcome.steps:,}. To go on: {how}", soft_wrap=True)
         return
     loss = "" if outcome.validation_loss is None else f" Validation loss {outcome.validation_loss:.4f} nats per token."
     console.print(f"{outcome.message.capitalize()}.{loss}", style="bold")
@@ -232,7 +252,10 @@ def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: in
     from sharpwise.train.build import build
     from sharpwise.train.config_file import make_config, read_given
     from sharpwise.train.profile import profile_steps
+    from sharpwise.train.world import Launch
 
+    if Launch.of_environment().size > 1:
+        raise ValueError("--profile is for one process; leave out torchrun, or --profile")
     with log.status(Text(f"Training a few steps under the profiler; nothing is written to {folder}")):
         config = make_config(read_given(folder / "config.toml") if given is None else given)
         _print_profile(Console(highlight=False, markup=False), profile_steps(build(config), steps))

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import nearest
 from sharpwise.optim import create_optimizer
 from sharpwise.train.config import Config, OptimizerConfig, steps_of
+from sharpwise.train.config_file import as_flat
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
 from sharpwise.train.models import (
@@ -28,10 +30,12 @@ from sharpwise.train.models import (
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.steps import Plan
 from sharpwise.train.tracking import check_trackers, has_tensorboard
+from sharpwise.train.world import ALONE, Launch, World
 
 LONGEST = 1024  # tokens of context, where nobody says
 EAGER_UP_TO = 1024  # tokens of context: where written-out attention is quicker than torch's fused one on a CPU
 STEPS = 1000
+_OWN = ("compute.threads", "log.tensorboard")  # which may differ from machine to machine
 
 
 @dataclass(frozen=True)
@@ -46,48 +50,66 @@ class Built:
     forward: Callable[[Tensor], Any]
 
 
-def build(config: Config) -> Built:
+def build(config: Config, world: World = ALONE) -> Built:
     """Everything that a configuration names, the model with weights drawn from its seed.
 
-    Sets torch's number of threads and, on CUDA, its choice of kernels.
+    Sets torch's number of threads and, on CUDA, its choice of kernels. Several processes build the same model, each for
+    itself, before its parameters are cut.
 
     Raises:
         ValueError: data, model and settings that do not fit each other.
         ImportError: something that is asked for is not installed.
     """
-    data = _open(config.data.path)
-    config = _on_this_machine(config, data)
-    check_trackers(config)
-    _set_up_torch(config)
-    model = _build_model(config, data)
-    config = _with_sizes(config, model, data)
-    plan = _make_plan(config)
-    if config.model.activation_checkpointing:
-        enable_activation_checkpointing(model)
-    model = _moved(model, plan.device, bf16=config.compute.precision == "bf16")
-    if vocabulary_of(model) is None:
-        _try_out(model, config, plan, data)
+    config, data, model, plan = world.together(lambda: _build_here(config, world))
+    blocks = None
+    if world.size > 1:
+        world.check_same("configuration", {k: v for k, v in as_flat(config).items() if k not in _OWN})
+        world.check_same("model", _fingerprint(model))
+        blocks = BlockMap.of(model)  # of whole parameters
+        world.distribute(model, plan.device)
     try:
-        optimizer = build_optimizer(config.optimizer, model)
+        optimizer = build_optimizer(config.optimizer, model, blocks)
     except TypeError as error:  # from its constructor, for values of another kind
         raise ValueError(f"the optimizer cannot be built: {error}") from error
     forward = torch.compile(model) if config.model.compile else model
     return Built(config, data, model, optimizer, plan, forward)
 
 
+def _build_here(config: Config, world: World) -> tuple[Config, Prepared, nn.Module, Plan]:
+    """The model on its device, or where it is still to be cut, on the CPU."""
+    world.arrange(config.mesh, config.batch.sequences)
+    data = _open(config.data.path)
+    config = _on_this_machine(config, data, world)
+    check_trackers(config)
+    _set_up_torch(config)
+    model = _build_model(config, data)
+    config = _with_sizes(config, model, data)
+    plan = _make_plan(config, world)
+    if config.model.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    place = plan.device if world.size == 1 else torch.device("cpu")
+    model = _moved(model, place, bf16=config.compute.precision == "bf16")
+    if vocabulary_of(model) is None:
+        _try_out(model, config, plan, data, place)
+    return config, data, model, plan
+
+
 # --- what was left open ----------------------------------------------------------------------------------------------
 
 
-def _on_this_machine(config: Config, data: Prepared) -> Config:
+def _on_this_machine(config: Config, data: Prepared, world: World) -> Config:
     compute, model = config.compute, config.model
     device = compute.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world.size > 1 and device.startswith("cuda"):
+        device = "cuda"  # and its number is that of the process
     try:
         kind = torch.device(device).type
     except RuntimeError:
         raise ValueError(f"compute.device: got {device!r}, expected cpu, cuda or cuda:N") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and (torch.device(device).index or 0) >= count):
-        raise ValueError(f"compute.device: {device!r} is not there; this machine has {_devices()}")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and (_device_of(device, world).index or 0) >= count):
+        wanted = str(_device_of(device, world))
+        raise ValueError(f"compute.device: {wanted!r} is not there; this machine has {_devices()}")
     native = torch.cuda.is_bf16_supported() if kind == "cuda" else cpu_multiplies_bf16()
     if config.data.sha256 not in (None, data.sha256):
         raise ValueError(
@@ -109,6 +131,14 @@ def _on_this_machine(config: Config, data: Prepared) -> Config:
             tensorboard=has_tensorboard() if config.log.tensorboard is None else config.log.tensorboard,
         ),
     )
+
+
+def _device_of(text: str, world: World) -> torch.device:
+    """Of several processes on one machine, each has its own GPU."""
+    device = torch.device(text)
+    if world.size > 1 and device.type == "cuda":
+        return torch.device("cuda", Launch.of_environment().local_rank)
+    return device
 
 
 def _devices() -> str:
@@ -168,7 +198,7 @@ def _part(given: int | None, steps: int, parts: int) -> int:
     return max(1, math.ceil(steps / parts)) if given is None else given
 
 
-def _make_plan(config: Config) -> Plan:
+def _make_plan(config: Config, world: World) -> Plan:
     schedule, batch = config.schedule, config.batch
     assert schedule.steps and batch.micro and config.data.context and config.optimizer.lr is not None
     assert config.validation.every is not None and config.log.diagnostics is not None and config.compute.device
@@ -182,11 +212,12 @@ def _make_plan(config: Config) -> Plan:
         micro=batch.micro,
         context=config.data.context,
         seed=config.seed,
-        device=torch.device(config.compute.device),
+        device=_device_of(config.compute.device, world),
         autocast=config.compute.precision == "bf16-autocast",
         validation_every=config.validation.every,
         validation_sequences=config.validation.sequences,
         diagnostics_every=config.log.diagnostics,
+        world=world,
     )
 
 
@@ -254,16 +285,25 @@ def _moved(model: nn.Module, device: torch.device, *, bf16: bool) -> nn.Module:
     return model
 
 
+def _fingerprint(model: nn.Module) -> dict[str, str]:
+    """Of every tensor its kind, and a sum of its bytes, which is the same on all machines."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: f"{tuple(tensor.shape)} {tensor.dtype} {int(tensor.view(words[tensor.element_size()]).sum())}"
+        for name, tensor in model.state_dict().items()
+    }
+
+
 @torch.no_grad()
-def _try_out(model: nn.Module, config: Config, plan: Plan, data: Prepared) -> None:
+def _try_out(model: nn.Module, config: Config, plan: Plan, data: Prepared, place: torch.device) -> None:
     """Show one window to a model without a config to ask. Raises ValueError for one that fails on it."""
     name, highest = config.model.name, data.vocabulary - 1
     # On a GPU a token that is too high would end the process: there the width of the logits has to do.
-    tokens = torch.full((1, plan.context), highest if plan.device.type == "cpu" else 0, device=plan.device)
+    tokens = torch.full((1, plan.context), highest if place.type == "cpu" else 0, device=place)
     was = model.training
     model.eval()
     try:
-        with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast):
+        with torch.autocast(place.type, torch.bfloat16, enabled=plan.autocast):
             found = logits_of(model(tokens), tokens).shape[-1]
     except Exception as error:
         raise ValueError(
@@ -279,8 +319,8 @@ def _try_out(model: nn.Module, config: Config, plan: Plan, data: Prepared) -> No
         )
 
 
-def build_optimizer(own: OptimizerConfig, model: nn.Module) -> BlockOptimizer:
-    """The optimizer that a configuration names.
+def build_optimizer(own: OptimizerConfig, model: nn.Module, blocks: BlockMap | None = None) -> BlockOptimizer:
+    """The optimizer that a configuration names; `blocks` of the model, where they are known already.
 
     It leaves steps with non-finite gradients out whatever `on_nonfinite` says: so the weights are good when the run
     decides what to do.
@@ -289,6 +329,8 @@ def build_optimizer(own: OptimizerConfig, model: nn.Module) -> BlockOptimizer:
         ValueError, TypeError: from its constructor.
     """
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in own.options.items()}
+    if blocks is not None:
+        options["blocks"] = blocks
     return create_optimizer(
         model,
         own.name,

@@ -3,6 +3,9 @@
 A checkpoint is a folder `step-00000100` with `state.pt` (tensors and plain values, for `torch.load(weights_only=True)`)
 and `about.json`, which holds the hash of the former and its own. A folder of that name is whole: what was being written
 when the process was killed has another name, and is removed at the next start.
+
+Several processes write a part each (`sharpwise.train.sharded`) in place of `state.pt`; the rest is the same, and rank 0
+does it when all have written. Either kind is read by any number of processes.
 """
 
 import hashlib
@@ -11,28 +14,54 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from sharpwise.engine.mesh import local
 from sharpwise.files import remove_folder, remove_leftovers, rename_folder, replace_folder, sync
+from sharpwise.train.world import ALONE, World
+
+if TYPE_CHECKING:
+    from sharpwise.train.distributed import Several
 
 logger = logging.getLogger("sharpwise.train")
 
 _NAME = re.compile(r"step-(\d{8,})")
+_STATE = "state.pt"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after step `step`: `state` as given to `save`, `about` its plain notes."""
+    """What was saved after step `step`: `state` as given to `save`, `about` its plain notes.
+
+    `state` is None where it was written in parts, and on all processes but the one that found it: see `state_like`.
+    """
 
     step: int
-    state: dict[str, Any]
+    state: dict[str, Any] | None
     about: dict[str, Any]
     path: Path
+
+    def state_like(self, into: Mapping[str, Any], world: World = ALONE) -> dict[str, Any]:
+        """The state, cut as `into`, a state of the same model whose tensors may be overwritten.
+
+        Raises:
+            ValueError, KeyError: it is that of another model.
+        """
+        whole = self.state
+        if whole is None and (self.path / _STATE).exists():
+            whole = torch.load(self.path / _STATE, map_location="cpu", weights_only=True, mmap=True)
+        if whole is not None and world.size == 1:
+            return whole
+        from sharpwise.train import sharded
+
+        if whole is not None:
+            return sharded.placed(whole, into)
+        return sharded.read_parts(self.path, into, alone=world.size == 1)
 
 
 class Checkpoints:
@@ -44,6 +73,7 @@ class Checkpoints:
         best: keep the one with the lowest `about["validation_loss"]` as well.
         asynchronous: write in the background, from a copy of the tensors on the CPU.
         check: says what is wrong with a checkpoint by its notes, "" if nothing is; such a one is passed over.
+        world: the processes that write together; each must call the same methods in the same order.
     """
 
     def __init__(
@@ -54,11 +84,13 @@ class Checkpoints:
         best: bool = False,
         asynchronous: bool = False,
         check: Callable[[Mapping[str, Any]], str] = lambda about: "",
+        world: World = ALONE,
     ) -> None:
         self.folder, self.keep, self.best, self.check = folder, keep, best, check
+        self.world = world.for_writer()
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
-        if folder.exists():
+        if world.is_main and folder.exists():
             remove_leftovers(folder)
 
     def save(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -70,10 +102,11 @@ class Checkpoints:
         self.wait()
         copy = _copied(state, {})
         notes = {**about, "step": step}
+        write = self._write if self.world.size == 1 else self._write_together
         if self._writer is None:
-            self._write(step, copy, notes)
+            write(step, copy, notes)
         else:
-            self._pending = self._writer.submit(self._write, step, copy, notes)
+            self._pending = self._writer.submit(write, step, copy, notes)
 
     def wait(self) -> None:
         """Wait for what is being written. Raises OSError if it could not be."""
@@ -91,7 +124,7 @@ class Checkpoints:
 
     def _write(self, step: int, state: Any, about: dict[str, Any]) -> None:
         def fill(folder: Path) -> None:
-            with (folder / "state.pt").open("wb") as raw:
+            with (folder / _STATE).open("wb") as raw:
                 file = _Hashing(raw)
                 try:
                     torch.save(state, cast(IO[bytes], file))
@@ -100,13 +133,36 @@ class Checkpoints:
                         raise file.error from None
                     raise
                 sync(raw)
-            about["files"] = {"state.pt": {"bytes": file.size, "sha256": file.hash.hexdigest()}}
-            about["sha256"] = _hash(about)
-            (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            about["files"] = {_STATE: {"bytes": file.size, "sha256": file.hash.hexdigest()}}
+            _write_about(folder, about)
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_folder(self.folder / f"step-{step:08d}", fill)
+        replace_folder(self._path(step), fill)
         self._remove_old()
+
+    def _write_together(self, step: int, state: Any, about: dict[str, Any]) -> None:
+        """Every process writes its part aside; when all have, rank 0 puts them in place."""
+        from sharpwise.train.sharded import write_parts
+
+        parts = self.folder / f".writing-parts-{step:08d}"
+
+        def begin() -> None:
+            remove_leftovers(self.folder)
+            parts.mkdir(parents=True)
+
+        def fill(folder: Path) -> None:
+            for name in about["files"]:
+                (parts / name).rename(folder / name)
+            _write_about(folder, about)
+
+        def end() -> None:
+            replace_folder(self._path(step), fill)
+            parts.rmdir()
+            self._remove_old()
+
+        self.world.on_main(begin)
+        about["files"] = write_parts(cast("Several", self.world), parts, state)
+        self.world.on_main(end)
 
     def _remove_old(self) -> None:
         steps = self.steps()
@@ -134,13 +190,18 @@ class Checkpoints:
         return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
 
     def latest(self) -> Checkpoint | None:
-        """The latest one that is as it was written, None if none was ever written.
+        """The latest one that is as it was written, None if none was ever written. Rank 0 decides for all.
 
         Damaged ones after it are named in a warning and set aside: they must not count among those that are kept.
 
         Raises:
             ValueError: there are some, and all are damaged.
         """
+        found = self.world.on_main(self._latest)
+        sent = self.world.from_main(lambda: found and replace(found, state=None))
+        return found or sent
+
+    def _latest(self) -> Checkpoint | None:
         damaged: list[Path] = []
         for path, loaded in self._read_backwards():
             if isinstance(loaded, Checkpoint):
@@ -180,8 +241,14 @@ class Checkpoints:
                     return f"the content of {name} has changed since it was written"
         if wrong := self.check(about):
             return wrong
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        whole = _STATE in about["files"]
+        state = torch.load(path / _STATE, map_location="cpu", weights_only=True) if whole else None
         return Checkpoint(step, state, about, path)
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    about["sha256"] = _hash(about)
+    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _hash(about: Mapping[str, Any]) -> str:
@@ -214,7 +281,8 @@ class _Hashing:
 def _copied(value: Any, seen: dict[Any, Tensor]) -> Any:
     """A copy on the CPU; tensors that are one and the same stay so."""
     if isinstance(value, Tensor):
-        key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+        own = local(value)
+        key = (own.untyped_storage().data_ptr(), own.storage_offset(), value.shape, value.stride(), value.dtype)
         if value.numel() == 0 or key not in seen:
             seen[key] = value.detach().to("cpu", copy=True)
         return seen[key]

@@ -56,8 +56,8 @@ class BatchConfig:
 
     Args:
         sequences: per optimizer step.
-        micro: per forward and backward pass, a divisor of `sequences`; None takes all at once. It does not change
-            which windows a step sees.
+        micro: per forward and backward pass of a process, a divisor of `sequences`; None takes all at once. It does
+            not change which windows a step sees.
     """
 
     sequences: int = 16
@@ -113,10 +113,11 @@ class ComputeConfig:
     """On what, and how exactly.
 
     Args:
-        device: "cpu", "cuda", "cuda:1"; None takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1"; None takes a GPU if there is one. Of several processes each takes the GPU of
+            its rank on its machine.
         precision: "fp32", "bf16-autocast" (weights and state stay fp32) or "bf16" (weights too); None takes
             bf16-autocast where the device multiplies bf16 natively.
-        threads: of torch on CPU; None takes what torch chose. Results depend on it in the last bits.
+        threads: of torch on CPU, per process; None takes what torch chose. Results depend on it in the last bits.
         deterministic: ask CUDA for repeatable kernels; without effect on CPU, whose kernels are.
     """
 
@@ -124,6 +125,22 @@ class ComputeConfig:
     precision: str | None = None
     threads: int | None = None
     deterministic: bool = True
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How several processes, started by torchrun, share the work; what a step computes stays the same.
+
+    The processes that `fsdp` and `tp` leave over hold replicas, each with its share of the batch.
+
+    Args:
+        fsdp: processes over which FSDP2 cuts parameters, gradients and optimizer state; 1 cuts nothing, 0 takes all
+            that are left.
+        tp: processes over which tensor parallelism cuts the matrices of a layer, for models that have a plan for it.
+    """
+
+    fsdp: int = 1
+    tp: int = 1
 
 
 @dataclass(frozen=True)
@@ -184,6 +201,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
     validation: ValidationConfig = ValidationConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -221,6 +239,8 @@ def check(config: Config) -> None:
         if value is not None and value not in allowed:
             raise ValueError(f"{where}: got {value!r}{nearest(value, allowed)}, allowed: {', '.join(allowed)}")
     _at_least(1, "compute.threads", config.compute.threads)
+    _at_least(0, "mesh.fsdp", config.mesh.fsdp)
+    _at_least(1, "mesh.tp", config.mesh.tp)
     _at_least(0, "validation.every", config.validation.every)
     _at_least(1, "validation.sequences", config.validation.sequences)
     _at_least(0, "log.diagnostics", config.log.diagnostics)

@@ -15,8 +15,8 @@ from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block
 Given = Mapping[str, Any]
 """A configuration as TOML gives it: nested dictionaries, with only what was said."""
 
-MAY_CHANGE = ("checkpoint.", "log.tensorboard", "log.wandb", "optimizer.on_nonfinite")
-"""What may differ when a run goes on: it does not change what the run computes."""
+MAY_CHANGE = ("checkpoint.", "log.tensorboard", "log.wandb", "optimizer.on_nonfinite", "mesh.", "compute.threads")
+"""What may differ when a run goes on: it does not change what the run computes, up to the order of sums."""
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def to_toml(config: Config) -> str:
 
 def differences(stored: Config, wanted: Config) -> list[str]:
     """What `wanted` says that a stored run cannot go on with, a line each; what it leaves open is no difference."""
-    before, now = _flat(as_given(stored)), _flat(as_given(wanted))
+    before, now = as_flat(stored), as_flat(wanted)
     left_open = {
         f"{table.name}.{f.name}"
         for table in fields(Config)
@@ -190,24 +190,30 @@ def differences(stored: Config, wanted: Config) -> list[str]:
     ]
 
 
+def as_flat(config: Config) -> dict[str, Any]:
+    """The values of a configuration, by their whole names."""
+    return flat(as_given(config))
+
+
 def _said(values: Mapping[str, Any], key: str) -> str:
     return repr(values[key]) if key in values else "nothing"
 
 
-def _flat(given: Given, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(given: Given, prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their whole names, such as `optimizer.lr`."""
+    values: dict[str, Any] = {}
     for key, value in given.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            values.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            values[prefix + key] = value
+    return values
 
 
 def taking_over(stored: Config, wanted: Config) -> Config:
     """The stored configuration with what may change taken from `wanted`, where that says something."""
     given = as_given(stored)
-    for key, value in _flat(as_given(wanted)).items():
+    for key, value in as_flat(wanted).items():
         table, _, name = key.partition(".")
         if key.startswith(MAY_CHANGE):
             given[table][name] = value

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, canonical_name
+from sharpwise.engine.mesh import is_dtensor
 
 
 class UpdateSizes:
-    """The size of one update per role. Make it before the optimizer's step; it keeps a copy of the parameters."""
+    """The size of one update per role. Make it before the optimizer's step; it keeps a copy of the parameters.
+
+    Where processes hold parts of them, each process gathers one parameter at a time.
+    """
 
     def __init__(self, model: nn.Module, blocks: BlockMap) -> None:
         self.blocks = blocks
@@ -23,9 +27,10 @@ class UpdateSizes:
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for name, before in self.before.items():
-            moved = (self.after[name].detach() - before).float()
+            whole = whole_of(before)
+            moved = (whole_of(self.after[name].detach()) - whole).float()
             for segment in self.blocks[name]:
-                both = [moved, before.float()]
+                both = [moved, whole.float()]
                 if not (segment.whole and segment.count == 1):
                     rows = segment.row_index(moved.device)
                     both = [t.index_select(segment.dim, rows) for t in both]
@@ -39,6 +44,11 @@ class UpdateSizes:
         rms = {role: (update / counts[role]) ** 0.5 for role, (update, _) in values.items()}
         relative = {role: (update / size) ** 0.5 for role, (update, size) in values.items() if size > 0}
         return rms, relative
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The tensor, gathered from all processes if they hold parts of it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def multipliers_by_role(optimizer: Any) -> dict[str, float | list[float]]:

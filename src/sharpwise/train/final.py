@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,15 @@ PROMPT, LENGTH, TEMPERATURE = 16, 120, 0.8
 
 def save_final(place: RunFolder, built: Built) -> None:
     """Write `final/`, whole or not at all, and `sample.txt`."""
-    replace_folder(place.final, lambda folder: _full_is_os_error(lambda: save_model(built, folder)))
-    write_whole(place.path / "sample.txt", sample_text(built) + "\n")
+    world = built.plan.world
+    weights = world.gathered(built.model)
+
+    def fill(folder: Path) -> None:
+        _full_is_os_error(lambda: save_model(built, folder, weights))
+
+    world.on_main(lambda: replace_folder(place.final, fill))
+    text = sample_text(built)  # all that hold a part of the model take part
+    world.on_main(lambda: write_whole(place.path / "sample.txt", text + "\n"))
 
 
 def _full_is_os_error(write: Callable[[], None]) -> None:
@@ -39,8 +47,11 @@ def _full_is_os_error(write: Callable[[], None]) -> None:
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
-def save_model(built: Built, folder: Path) -> None:
-    """The weights and the tokenizer, for `from_pretrained` where the model is one of Hugging Face's."""
+def save_model(built: Built, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """The weights and the tokenizer, for `from_pretrained` where the model is one of Hugging Face's.
+
+    `weights` are those of the model, where it has only a part of them.
+    """
     model: Any = built.model
     tokenizer = built.data.tokenizer()
     if hasattr(model, "save_pretrained"):
@@ -49,7 +60,7 @@ def save_model(built: Built, folder: Path) -> None:
         model.config.use_cache = True
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # it would be drawn over the run's own
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         if bars:
             transformers.utils.logging.enable_progress_bar()
         end = tokenizer.id_to_token(built.data.end_of_text)
@@ -62,7 +73,8 @@ def save_model(built: Built, folder: Path) -> None:
     else:
         from safetensors.torch import save_model as save
 
-        save(model, str(folder / "model.safetensors"))
+        whole: Any = model if weights is None else SimpleNamespace(state_dict=lambda: weights)
+        save(whole, str(folder / "model.safetensors"))
         tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -73,6 +85,7 @@ def sample_text(built: Built) -> str:
     tokens = generate(
         built.model, start.to(built.plan.device), LENGTH, context=built.plan.context, seed=built.plan.seed
     )
+    built.plan.world.rest(built.model)
     tokenizer = built.data.tokenizer()
     ids = tokens[0].tolist()
     given = start.shape[1]

@@ -102,6 +102,10 @@ class RunFolder:
         before = self.read_json("environment.json")
         self.write_json("environment.json", [*(before if isinstance(before, list) else []), dict(start)])
 
+    def lines(self, name: str, size: int) -> "Lines":
+        """A file of lines, cut to so many bytes."""
+        return Lines(self.path / name, size)
+
     def set_status(self, state: str, step: int, message: str) -> None:
         """Say how a run ended."""
         self.write_json("status.json", {"state": state, "step": step, "message": message})
@@ -109,6 +113,29 @@ class RunFolder:
     def clear_status(self) -> None:
         """The run goes on."""
         (self.path / "status.json").unlink(missing_ok=True)
+
+
+class Bystander(RunFolder):
+    """The folder for a process that leaves it to rank 0: what is written here comes to nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def write_config(self, config: Config) -> None:
+        """Nothing."""
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Nothing."""
+
+    def clear_status(self) -> None:
+        """Nothing."""
+
+    def lines(self, name: str, size: int) -> "Lines":
+        """Lines that go nowhere."""
+        return NoLines()
 
 
 class Lines:
@@ -143,6 +170,23 @@ class Lines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class NoLines(Lines):
+    """Lines that nobody keeps."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        """No bytes."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _finite(value: Any) -> Any:

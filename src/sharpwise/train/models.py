@@ -303,6 +303,13 @@ def max_context(model: nn.Module) -> int | None:
     return None
 
 
+def head_counts(model: nn.Module) -> dict[str, int]:
+    """Attention heads, and those of keys and values, by their names in a Hugging Face config; {} where it has none."""
+    config = _config_of(model)
+    found = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    return {name: count for name, count in found.items() if isinstance(count, int)}
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable elements of all parameters, and of those that are not embeddings; tied ones count once.
 

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,14 @@ import torch
 from sharpwise.train.build import Built, as_code, build
 from sharpwise.train.checkpoint import Checkpoint, Checkpoints
 from sharpwise.train.config import Config
-from sharpwise.train.config_file import Given, differences, make_config, taking_over
+from sharpwise.train.config_file import Given, differences, flat, make_config, taking_over
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
-from sharpwise.train.folder import Lines, RunFolder
+from sharpwise.train.folder import Bystander, RunFolder
 from sharpwise.train.models import count_parameters
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points
+from sharpwise.train.world import World, is_everywhere, is_marked, joined, mark
 
 logger = logging.getLogger("sharpwise.train")
 
@@ -68,41 +69,56 @@ def run(
 ) -> Outcome:
     """Train in `folder`: begin, or go on with what is there. What comes out is the same, however often it was stopped.
 
+    Where several processes were launched, as by torchrun, each calls this with the same arguments, and they train
+    together: every one takes its share of each batch, rank 0 reads and writes the folder.
+
     Args:
         given: the configuration as TOML gives it; None goes on with the stored one.
         folder: of the run, made if need be.
-        on_start: called once, before the first step.
-        on_step: called after each.
-        should_stop: asked after each step; the run then saves and ends, to be gone on with.
+        on_start: called once on rank 0, before the first step.
+        on_step: called after each, on rank 0.
+        should_stop: asked after each step, on every rank; if one of them says so, the run saves and ends, to be gone
+            on with.
 
     Raises:
         ValueError: a configuration that cannot be run, or differs from that of the run in the folder.
         Diverged: under `optimizer.on_nonfinite = "raise"`.
-        OSError: the disk is full, or cannot be written; the last checkpoint is intact.
+        OSError: the disk is full, or cannot be written; other processes do not answer. The last checkpoint is intact.
     """
-    place = RunFolder(folder)
-    try:
-        config = _agree(place, given)
-        if finished := _finished(place, config):
-            return finished
-        built = build(config)
-        place.clear_status()
-        place.write_config(built.config)
-        (folder / "blocks.json").write_text(built.optimizer.blocks.to_json(), encoding="utf-8")
-        return _Run(place, built).go(on_start, on_step, should_stop)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk is full ({folder}); make room and start the run again: it goes on from its last checkpoint",
-        ) from error
-    finally:
-        place.close()
+    with joined() as world:
+        world.check_same("configuration", {"the configuration": "that of the folder"} if given is None else flat(given))
+        place = world.on_main(lambda: RunFolder(folder)) or Bystander(folder)
+        try:
+            config, finished = world.from_main(lambda: _agree(place, given, world))
+            if finished is not None:
+                return finished
+            built = build(config, world)
+            world.on_main(lambda: _begin(place, built))
+            return _Run(place, built).go(on_start, on_step, should_stop)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            full = OSError(
+                error.errno,
+                f"the disk is full ({folder}); make room and start the run again: it goes on from its last checkpoint",
+            )
+            raise (mark(full, everywhere=is_everywhere(error)) if is_marked(error) else full) from error
+        finally:
+            place.close()
 
 
-def _agree(place: RunFolder, given: Given | None) -> Config:
-    """The configuration to run: the stored one if there is one, which `given` must not contradict."""
+def _agree(place: RunFolder, given: Given | None, world: World) -> tuple[Config, Outcome | None]:
+    """The configuration to run, and how the run has ended if it has."""
+    config = _config(place, given)
+    before = place.read_json("environment.json")
+    if before and before[-1].get("processes", 1) != world.size and (given is None or "threads" not in _compute(given)):
+        # So many threads were for so many processes.
+        config = replace(config, compute=replace(config.compute, threads=None))
+    return config, _finished(place, config)
+
+
+def _config(place: RunFolder, given: Given | None) -> Config:
+    """The stored configuration if there is one, which `given` must not contradict."""
     stored = place.read_config()
     if stored is None:
         if given is None:
@@ -122,6 +138,16 @@ def _agree(place: RunFolder, given: Given | None) -> Config:
     return taking_over(stored, wanted)
 
 
+def _compute(given: Given) -> Given:
+    return given.get("compute", {})
+
+
+def _begin(place: RunFolder, built: Built) -> None:
+    place.clear_status()
+    place.write_config(built.config)
+    (place.path / "blocks.json").write_text(built.optimizer.blocks.to_json(), encoding="utf-8")
+
+
 def _finished(place: RunFolder, config: Config) -> Outcome | None:
     status = place.read_json("status.json")
     if not isinstance(status, dict) or status.get("state") != "finished" or not place.final.exists():
@@ -135,6 +161,7 @@ class _Run:
 
     def __init__(self, place: RunFolder, built: Built) -> None:
         self.place, self.built, self.config, self.plan = place, built, built.config, built.plan
+        self.world = built.plan.world
         own = self.config.checkpoint
         self.checkpoints = Checkpoints(
             place.checkpoints,
@@ -142,6 +169,7 @@ class _Run:
             best=own.best,
             asynchronous=own.asynchronous,
             check=self._what_is_wrong,
+            world=self.world,
         )
         self.start = self.at = 0
         self.validation_loss: float | None = None
@@ -150,8 +178,8 @@ class _Run:
         sizes = (0, 0)
         if found is not None:
             sizes = self._restore(found)
-        self.metrics = Lines(place.path / "metrics.jsonl", sizes[0])
-        self.timing = Lines(place.path / "timing.jsonl", sizes[1])
+        self.metrics = place.lines("metrics.jsonl", sizes[0])
+        self.timing = place.lines("timing.jsonl", sizes[1])
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -167,8 +195,9 @@ class _Run:
         if found.about["format"] != _FORMAT:
             raise ValueError(f"{found.path} is of format {found.about['format']}; this sharpwise reads {_FORMAT}")
         try:
-            self.built.model.load_state_dict(found.state["model"])
-            self.built.optimizer.load_state_dict(found.state["optimizer"])
+            state = found.state_like(self._state(), self.world)
+            self.built.model.load_state_dict(state["model"])
+            self.built.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{found.path} does not fit the model as it is now; was the code changed that builds it? {error}"
@@ -186,8 +215,10 @@ class _Run:
             "metrics_bytes": self.metrics.sync(),
             "timing_bytes": self.timing.sync(),
         }
-        state = {"model": self.built.model.state_dict(), "optimizer": self.built.optimizer.state_dict()}
-        self.checkpoints.save(step.step, state, about)
+        self.checkpoints.save(step.step, self._state(), about)
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.built.model.state_dict(), "optimizer": self.built.optimizer.state_dict()}
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -204,20 +235,24 @@ class _Run:
                     opened.callback(part.close)
                 facts = self._facts()
                 self.place.write_json("facts.json", facts)
-                self.place.add_start({"step": self.start + 1, **environment(self.config)})
-                trackers = make_trackers(self.config, self.place.path, self.start)
+                self.place.add_start({"step": self.start + 1, **environment(self.config), **self.world.about()})
+                trackers = self.world.on_main(lambda: make_trackers(self.config, self.place.path, self.start)) or []
                 for tracker in trackers:
                     opened.callback(tracker.close)
-                on_start(Start(self.place.path, self.config, self.start, facts))
+                if self.world.is_main:
+                    on_start(Start(self.place.path, self.config, self.start, facts))
                 return self._end(self._train(trackers, on_step, should_stop))
         except OSError as error:
             self._note("failed", str(error))
             raise
         except (RuntimeError, MemoryError) as error:
-            self._note("failed", f"{type(error).__name__}: {error}")
+            explained = self.world.explained(error)
+            self._note("failed", f"{type(explained).__name__}: {explained}")
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
                 raise ValueError(_OUT_OF_MEMORY.format(self.plan.device, self.plan.micro)) from error
-            raise
+            if explained is error:
+                raise
+            raise explained from error
 
     def _train(
         self, trackers: list[Tracker], on_step: Callable[[Step], object], should_stop: Callable[[], bool]
@@ -237,8 +272,9 @@ class _Run:
                 if shown := points(step, plan.schedule.total):
                     for tracker in trackers:
                         tracker.add(shown, step.step)
-                on_step(step)
-                stopped = step.step < plan.schedule.total and should_stop()
+                if self.world.is_main:
+                    on_step(step)
+                stopped = step.step < plan.schedule.total and self.world.any(should_stop())
                 if stopped or self._is_due(step):
                     self._save(step)
                 if stopped:
@@ -297,7 +333,7 @@ class _Run:
             "such steps out: --set optimizer.on_nonfinite=skip"
         )
         self.place.set_status("diverged", step.step, message)
-        raise Diverged(message)
+        raise mark(Diverged(message), everywhere=True)
 
     def _note(self, state: str, message: str) -> None:
         try:

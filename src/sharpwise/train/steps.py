@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from sharpwise.train.data import Tokens, even_starts, window_starts
 from sharpwise.train.diagnostics import UpdateSizes, multipliers_by_role
 from sharpwise.train.models import logits_of
 from sharpwise.train.schedule import Schedule
+from sharpwise.train.world import ALONE, World, passes_of, share_of
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,14 @@ class Plan:
     Args:
         schedule: of the learning rate, over the whole run.
         peak: the learning rate where the schedule is 1.
-        sequences, micro, context: windows per step, windows per forward pass, tokens per window.
+        sequences, micro, context: windows per step (of all processes), windows per forward pass, tokens per window.
         seed: of the order of the data and of dropout.
         device: where the model is.
         autocast: run the forward pass under bf16 autocast.
         validation_every: steps from one validation to the next; 0 for the last step only.
         validation_sequences: windows of a validation.
         diagnostics_every: steps between measurements of update sizes and multipliers; 0 for none.
+        world: the processes that share the windows of every step and of validation.
     """
 
     schedule: Schedule
@@ -48,6 +51,7 @@ class Plan:
     validation_every: int = 0
     validation_sequences: int = 128
     diagnostics_every: int = 0
+    world: World = ALONE
 
     @property
     def tokens_per_step(self) -> int:
@@ -109,7 +113,7 @@ def train_steps(
     """
     forward = model if forward is None else forward
     autocast = partial(torch.autocast, plan.device.type, torch.bfloat16, enabled=plan.autocast)
-    held_out = _batch(validation, even_starts(len(validation), plan.validation_sequences, plan.context), plan)
+    held_out = _share(validation, even_starts(len(validation), plan.validation_sequences, plan.context), plan)
     batches = _Prefetched(train, plan)
     model.train()
     try:
@@ -118,10 +122,11 @@ def train_steps(
             lr = plan.peak * plan.schedule.factor(step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            _seed(step_seed(plan.seed, step), plan.device)  # dropout too is a function of the step
+            # Dropout too is a function of the step, and of the share.
+            _seed(step_seed(plan.seed, step, plan.world.share), plan.device)
             with record_function("data"):
-                inputs, targets = batches.of(step)
-            loss = _accumulate(forward, inputs, targets, plan.micro, autocast)
+                windows = batches.of(step)
+            loss = _accumulate(model, forward, windows, plan, autocast)
             measured = plan.diagnostics_every > 0 and plan.due(plan.diagnostics_every, step)
             sizes = UpdateSizes(model, optimizer.blocks) if measured else None
             before = time.perf_counter()
@@ -140,15 +145,16 @@ def train_steps(
                 done.multipliers = multipliers_by_role(optimizer)
                 done.update_rms, done.update_relative = sizes.measure()
             if done.finite and plan.due(plan.validation_every, step):
-                done.validation_loss = _evaluate(model, forward, *held_out, plan.micro, autocast)
+                done.validation_loss = _evaluate(model, forward, held_out, plan, autocast)
             yield done
     finally:
         batches.close()
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A seed for torch's generator, another one for every step of every run."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest())
+def step_seed(seed: int, step: int, share: int = 0) -> int:
+    """A seed for torch's generator, another one for every step of every run and share of its windows."""
+    text = f"{seed} {step} {share}" if share else f"{seed} {step}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -163,43 +169,76 @@ def token_loss(output: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits_of(output, inputs).float().flatten(0, 1), targets.flatten())
 
 
+@dataclass(frozen=True)
+class Windows:
+    """This process's windows of a step or of validation: int64 [n, context], of which `own` count among `all`.
+
+    Every process takes the same number of passes, as those that hold parts of a model must; where that is one too many,
+    one last window is there for that alone.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    own: int
+    all: int
+
+    def passes(self, micro: int) -> Generator[tuple[Tensor, Tensor, int, bool], None, None]:
+        """Inputs, targets, how many of them count, and whether they are the last."""
+        for start in range(0, len(self.inputs), micro):
+            part = slice(start, start + micro)
+            x = self.inputs[part]
+            yield x, self.targets[part], len(x) if start < self.own else 0, start + micro >= len(self.inputs)
+
+
 def _accumulate(
+    model: nn.Module,
     forward: Callable[[Tensor], Any],
-    inputs: Tensor,
-    targets: Tensor,
-    micro: int,
+    windows: Windows,
+    plan: Plan,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
-    """Gradients of the mean loss over all windows, `micro` at a time; returns that loss, still on the device."""
-    parts = len(inputs) // micro
-    total = torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
+    """Gradients of the mean loss over the windows of all processes, `micro` at a time; that loss, on the device."""
+    world = plan.world
+    total = torch.zeros((), device=windows.inputs.device)
+    for x, y, count, last in windows.passes(plan.micro):
+        world.before_pass(model, last)
         with record_function("forward"), autocast():
-            loss = token_loss(forward(x), x, y) / parts
+            loss = token_loss(forward(x), x, y) / (windows.all / count if count else math.inf)
         with record_function("backward"):
             # Gradients may be finite where the loss is not, as that of a token with the logit -inf: not so from here.
             loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))
         total += loss.detach()
-    return total
+    world.sum_gradients(model)
+    return world.sum(total)
 
 
 @torch.no_grad()
 def _evaluate(
     model: nn.Module,
     forward: Callable[[Tensor], Any],
-    inputs: Tensor,
-    targets: Tensor,
-    micro: int,
+    windows: Windows,
+    plan: Plan,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> float:
-    """Mean loss over all windows, `micro` at a time, so that memory stays that of training."""
+    """Mean loss over the windows of all processes, `micro` at a time, so that memory stays that of training."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
+    for x, y, count, _ in windows.passes(plan.micro):
         with autocast():
-            total += token_loss(forward(x), x, y).double().cpu() * len(x)
+            total += token_loss(forward(x), x, y).double().cpu() * count
+    plan.world.rest(model)
     model.train()
-    return float(total) / len(inputs)
+    return float(plan.world.sum(total)) / windows.all
+
+
+def _share(tokens: Tokens, starts: Any, plan: Plan) -> Windows:
+    """Of the windows of all processes, those of this one."""
+    world = plan.world
+    own = starts[share_of(len(starts), world.share, world.shares)]
+    filled = own
+    if -(-len(own) // plan.micro) < passes_of(len(starts), plan.micro, world.shares):
+        filled = np.concatenate([own, starts[:1]])
+    return Windows(*_batch(tokens, filled, plan), len(own), len(starts))
 
 
 def _batch(tokens: Tokens, starts: Any, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -216,16 +255,16 @@ class _Prefetched:
     def __init__(self, tokens: Tokens, plan: Plan) -> None:
         self.tokens, self.plan = tokens, plan
         self._reader = ThreadPoolExecutor(1, "data")
-        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._next: tuple[int, Future[Windows]] | None = None
 
-    def of(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one step."""
+    def of(self, step: int) -> Windows:
+        """Those of one step."""
         ready = self._next[1].result() if self._next and self._next[0] == step else self._read(step)
         self._next = (step + 1, self._reader.submit(self._read, step + 1))
         return ready
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        return _batch(self.tokens, step_starts(self.tokens, self.plan, step), self.plan)
+    def _read(self, step: int) -> Windows:
+        return _share(self.tokens, step_starts(self.tokens, self.plan, step), self.plan)
 
     def close(self) -> None:
         """End the reading thread."""
