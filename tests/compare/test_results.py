@@ -101,6 +101,15 @@ def test_a_baseline_that_diverged_on_another_horizon_is_told(data: Path, tmp_pat
     assert "at no seed did all runs end" in result["arms"][1]["sentence"]
 
 
+def test_seeds_that_end_far_apart_are_told(data: Path, tmp_path: Path) -> None:
+    for apart, told in ((0.1, False), (0.3, True)):
+        folder = tmp_path / str(apart)
+        found = fill(study(data), folder, lambda t, apart=apart: even(t) + apart * (t.seed == 2) * (t.arm == "adamw"))
+        notes = [note for note in result_of(found, folder)["caveats"] if "nats apart" in note]
+        assert bool(notes) == told
+        assert all(note.startswith("adamw ended 0.3") for note in notes)
+
+
 def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     found = fill(study(data), tmp_path)
     built: list[str] = []

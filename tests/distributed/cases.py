@@ -35,10 +35,11 @@ def _supported() -> list[tuple[str, str, str]]:
     return found
 
 
+WAYS = tuple(itertools.product((False, True), ("eager", "default")))
 ALL = [
     Case(*combination, guard, path, model, placement)
     for combination in _supported()
-    for guard, path in itertools.product((False, True), ("eager", "default"))
+    for guard, path in WAYS
     for model, placement in itertools.product(MODELS, PLACEMENTS)
 ]
 
@@ -56,6 +57,13 @@ def pairwise(cases: list[Case]) -> list[Case]:
 
 
 PAIRWISE = pairwise(ALL)
+EVERY = [
+    Case(*combination, *way, model, placement)
+    for (combination, model, placement), way in zip(
+        itertools.product(_supported(), MODELS, PLACEMENTS), itertools.cycle(WAYS), strict=False
+    )
+]
+"""Every combination on every model and placement, the four ways by turns."""
 ROUNDS = [
     Case(rule, "", "fp32", guard, "default", model, placement)
     for rule, (guard, placement) in itertools.product(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .cases import ALL, PAIRWISE, ROUNDS, Case
+from .cases import EVERY, PAIRWISE, ROUNDS, Case
 from .launch import launch
 
 WORLDS = (2, 3, 4)
@@ -50,12 +50,12 @@ def test_the_battery_meets_empty_shards_and_cut_rows(found: dict[Case, dict[str,
 @pytest.mark.slow
 def test_every_combination(tmp_path_factory: pytest.TempPathFactory) -> None:
     wrong = []
-    for case, result in _found([case for case in ALL if case not in PAIRWISE], tmp_path_factory, 7200).items():
+    for case, result in _found([case for case in EVERY if case not in PAIRWISE], tmp_path_factory, 7200).items():
         try:
             judge(case, result)
         except AssertionError as error:
             wrong.append(f"{case}: {error}")
-    assert not wrong, f"{len(wrong)} of {len(ALL)}:\n" + "\n".join(wrong[:20])
+    assert not wrong, f"{len(wrong)} of {len(EVERY)}:\n" + "\n".join(wrong[:20])
 
 
 def judge(case: Case, result: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from sharpwise.train.environment import environment
 
 Result = dict[str, Any]
 LEVEL = 0.95
+FAR_APART = 0.2
+"""Nats between seeds of one arm; runs of this kind end 0.01 to 0.05 apart."""
 
 
 def results(conducted: Conducted) -> Result:
@@ -248,6 +250,13 @@ def caveats(conducted: Conducted, arms: list[Mapping[str, Any]] | list[Result]) 
             notes.append(
                 f"{arm['name']} was best at the {arm['edge']} learning rate that was tried: a {other} one might be "
                 "better still, so this arm is not tuned."
+            )
+        ends = [run["final_loss"] for run in arm["final"] if run["final_loss"] is not None]
+        if len(ends) > 1 and max(ends) - min(ends) > FAR_APART:
+            notes.append(
+                f"{arm['name']} ended {max(ends) - min(ends):.2f} nats apart with different seeds. A learning rate "
+                "that was best with the one seed of the tuning may be at the edge of what is stable: rates closer "
+                "together (lrs), or a longer budget, would tell."
             )
         if arm["tuning"] and arm["setting"] is None:
             notes.append(f"{arm['name']} diverged at every learning rate that was tried.")
