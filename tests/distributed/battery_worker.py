@@ -24,7 +24,7 @@ from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.stepper import Options
 
 from .cases import Case
-from .placements import MODELS, PLACEMENTS, gradient_as, held, part_of, worst
+from .placements import MODELS, PLACEMENTS, WIDE, gradient_as, held, part_of, worst
 from .rules import RULES
 
 STEPS = 10
@@ -90,7 +90,7 @@ def rows_are_cut(name: str, p: Tensor, blocks: BlockMap) -> bool:
 def run(case: Case) -> dict[str, Any]:
     alone = MODELS[case.model]()
     blocks = BlockMap.of(MODELS[case.model](), include_frozen=True)
-    placed = PLACEMENTS[case.placement][1](MODELS[case.model]())
+    placed = (PLACEMENTS | WIDE)[case.placement][1](MODELS[case.model]())
     # Names alone serve as well after sharding; every other case is told what was found before.
     optimizers = optimizer_of(placed, case, blocks if case.guard else None), optimizer_of(alone, case, None)
     calls = []

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sharpwise.optim import COMBINES
 
-from .placements import MODELS, PLACEMENTS
+from .placements import MODELS, PLACEMENTS, WIDE
 from .rules import RULES
 
 
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     @property
     def world(self) -> int:
         """How many processes it takes."""
-        return PLACEMENTS[self.placement][0]
+        return (PLACEMENTS | WIDE)[self.placement][0]
 
 
 def _supported() -> list[tuple[str, str, str]]:
@@ -70,4 +70,8 @@ ROUNDS = [
         RULES, [(False, "replicated 2"), (True, "fsdp 3"), (False, "tp 2"), (True, "fsdp 2 x tp 2"), (True, "hsdp 2x2")]
     )
     for model in (("llama (grouped)",) if placement != "tp 2" else ("gpt2 (Conv1D, fused, tied)",))
+]
+STAGES = [
+    Case(rule, "", "fp32", True, "default", "llama (grouped)", placement)
+    for rule, placement in itertools.product(["adam-mini", *RULES], WIDE)
 ]

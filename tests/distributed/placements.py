@@ -71,9 +71,14 @@ def _tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def _both(model: nn.Module) -> nn.Module:
-    mesh = _mesh(2, 2, names=("data", "tensor"))
+def _both(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+    mesh = mesh or _mesh(2, 2, names=("data", "tensor"))
     return _fsdp(_tensor_parallel(model, mesh["tensor"]), mesh["data"])
+
+
+def _stage(model: nn.Module) -> nn.Module:
+    """One of two pipeline stages, here of the same model: less than the world, so that it needs a group of its own."""
+    return _both(model, _mesh(2, 2, 2, names=("stage", "data", "tensor")))
 
 
 PLACEMENTS: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
@@ -86,6 +91,8 @@ PLACEMENTS: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
     "fsdp 2 x tp 2": (4, _both),
 }
 """Name -> number of processes, and how a model is laid out over them."""
+WIDE: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {"stages 2 x fsdp 2 x tp 2": (8, _stage)}
+"""Of more processes than a quick test can start."""
 
 
 def part_of(whole: Tensor, placed: Tensor) -> Tensor:

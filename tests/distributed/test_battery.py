@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 
-from .cases import EVERY, PAIRWISE, ROUNDS, Case
+from .cases import EVERY, PAIRWISE, ROUNDS, STAGES, Case
 from .launch import launch
 
-WORLDS = (2, 3, 4)
 EXPECTED = {"low rank": 2, "orthogonal": 2, "largest": 1}
 """Collectives of the rules of rules.py."""
 
 
 def _found(cases: list[Case], tmp_path_factory: pytest.TempPathFactory, timeout: float) -> dict[Case, dict[str, Any]]:
-    found = {}
-    for world in WORLDS:
+    found: dict[Case, dict[str, Any]] = {}
+    for world in sorted({case.world for case in cases}):
         own = [case for case in cases if case.world == world]
         folder = tmp_path_factory.mktemp(f"world{world}")
         (folder / "cases.json").write_text(json.dumps(own))
@@ -45,6 +44,12 @@ def test_the_battery_meets_empty_shards_and_cut_rows(found: dict[Case, dict[str,
     assert any(result["empty"] for result in found.values())
     assert any(result["rows cut"] for result in found.values())
     assert any(result["cut"] and not result["rows cut"] for result in found.values())
+
+
+@pytest.mark.slow
+def test_a_stage_of_a_pipeline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for case, result in _found(STAGES, tmp_path_factory, 600).items():
+        judge(case, result)
 
 
 @pytest.mark.slow
