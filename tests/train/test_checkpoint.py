@@ -12,7 +12,8 @@ import torch
 
 from sharpwise import files
 from sharpwise.train import checkpoint
-from sharpwise.train.checkpoint import Checkpoints
+from sharpwise.train.checkpoint import Checkpoints, read_checkpoint
+from sharpwise.train.config import CheckpointConfig, Config, check
 
 
 def state(value: float) -> dict:
@@ -65,6 +66,25 @@ def test_the_last_k_and_the_best_stay(tmp_path) -> None:
     saved = Checkpoints(tmp_path, keep=1)
     saved.save(6, state(6), {"validation_loss": None})
     assert names(tmp_path) == ["step-00000006"]
+
+
+def test_milestones_stay(tmp_path) -> None:
+    saved = Checkpoints(tmp_path, keep=1, milestones=(1, 3))
+    for step in range(1, 6):
+        saved.save(step, state(step), {})
+    assert saved.steps() == [1, 3, 5]
+    assert read_checkpoint(tmp_path, 3).state["model"]["a"][0, 0] == 3
+    (tmp_path / "step-00000001" / "state.pt").write_bytes(b"cut")
+    for step, said in ((1, "3 bytes instead of"), (2, "No such file")):
+        with pytest.raises(ValueError, match=said):
+            read_checkpoint(tmp_path, step)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "half", float("nan"), float("inf")])
+def test_milestones_are_steps_or_fractions(bad) -> None:
+    assert CheckpointConfig(milestones=[0.001, 0.5, 7]).steps_of_milestones(100) == {1, 50, 7}
+    with pytest.raises(ValueError, match="milestones: steps, or fractions below 1"):
+        check(Config(checkpoint=CheckpointConfig(milestones=[bad])))
 
 
 def test_saving_a_step_again_replaces_it(tmp_path) -> None:

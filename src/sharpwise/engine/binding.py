@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, canonical_name
-from sharpwise.engine.mesh import is_dtensor
+from sharpwise.engine.mesh import is_dtensor, place_gradient
 
 Groups = list[dict[str, Any]]
 Blocks = BlockMap | Mapping[str, Any] | None
@@ -194,5 +194,4 @@ def check_gradient(name: str, param: Tensor) -> None:
         raise TypeError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
     if grad.is_complex():
         raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")
-    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        param.grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    place_gradient(param)

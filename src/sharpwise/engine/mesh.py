@@ -44,6 +44,13 @@ def like(tensor: Tensor, plain: Tensor) -> Tensor:
     return result
 
 
+def place_gradient(param: Tensor) -> None:
+    """Lay the gradient out as its parameter is, which completes partial sums; tensor parallelism may leave others."""
+    grad: Any = param.grad
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        param.grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Shard(Part):
     """The part of a tensor that this process holds, and where the others are.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +70,7 @@ class Checkpoints:
     Args:
         folder: made when the first is written.
         keep: how many of the latest stay.
+        milestones: steps of which they stay too.
         best: keep the one with the lowest `about["validation_loss"]` as well.
         asynchronous: write in the background, from a copy of the tensors on the CPU.
         check: says what is wrong with a checkpoint by its notes, "" if nothing is; such a one is passed over.
@@ -81,12 +82,14 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int = 2,
+        milestones: Collection[int] = (),
         best: bool = False,
         asynchronous: bool = False,
         check: Callable[[Mapping[str, Any]], str] = lambda about: "",
         world: World = ALONE,
     ) -> None:
         self.folder, self.keep, self.best, self.check = folder, keep, best, check
+        self.milestones = frozenset(milestones)
         self.world = world.for_writer()
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
@@ -166,7 +169,7 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         steps = self.steps()
-        kept = set(steps[-self.keep :])
+        kept = set(steps[-self.keep :]) | self.milestones
         if self.best and (losses := {s: loss for s in steps if (loss := self._loss(s)) is not None}):
             kept.add(min(losses, key=losses.__getitem__))
         for step in steps:
@@ -181,13 +184,11 @@ class Checkpoints:
         return loss if isinstance(loss, float) else None
 
     def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return path_of(self.folder, step)
 
     def steps(self) -> list[int]:
         """Steps after which there is a checkpoint, in order."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
+        return saved_steps(self.folder)
 
     def latest(self) -> Checkpoint | None:
         """The latest one that is as it was written, None if none was ever written. Rank 0 decides for all.
@@ -222,28 +223,61 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path = self._path(step)
             try:
-                yield path, self._read(step, path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+                yield path, _read(step, path, self.check)
+            except _UNREADABLE as error:
                 yield path, f"{type(error).__name__}: {error}"
 
-    def _read(self, step: int, path: Path) -> Checkpoint | str:
-        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
-        if about["step"] != step:
-            return f"it says that it is of step {about['step']}"
-        if about["sha256"] != _hash(about):
-            return "the content of about.json has changed since it was written"
-        for name, wanted in about["files"].items():
-            file = path / name
-            if file.stat().st_size != wanted["bytes"]:
-                return f"{name} has {file.stat().st_size:,} bytes instead of {wanted['bytes']:,}"
-            with file.open("rb") as raw:
-                if hashlib.file_digest(raw, "sha256").hexdigest() != wanted["sha256"]:
-                    return f"the content of {name} has changed since it was written"
-        if wrong := self.check(about):
-            return wrong
-        whole = _STATE in about["files"]
-        state = torch.load(path / _STATE, map_location="cpu", weights_only=True) if whole else None
-        return Checkpoint(step, state, about, path)
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, in the folder of the checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps after which there is a checkpoint in the folder of the checkpoints, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(found[1]) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name)))
+
+
+def read_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """One of the checkpoints in a folder, which is left as it is: a run may be writing there.
+
+    Raises:
+        ValueError: it is not there, or not as it was written.
+    """
+    path = path_of(folder, step)
+    try:
+        found = _read(step, path, lambda about: "")
+    except _UNREADABLE as error:
+        found = f"{type(error).__name__}: {error}"
+    if isinstance(found, str):
+        raise ValueError(f"the checkpoint {path} cannot be read: {found}")
+    return found
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError)
+
+
+def _read(step: int, path: Path, check: Callable[[Mapping[str, Any]], str]) -> Checkpoint | str:
+    """A checkpoint, or what is wrong with it."""
+    about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    if about["step"] != step:
+        return f"it says that it is of step {about['step']}"
+    if about["sha256"] != _hash(about):
+        return "the content of about.json has changed since it was written"
+    for name, wanted in about["files"].items():
+        file = path / name
+        if file.stat().st_size != wanted["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {wanted['bytes']:,}"
+        with file.open("rb") as raw:
+            if hashlib.file_digest(raw, "sha256").hexdigest() != wanted["sha256"]:
+                return f"the content of {name} has changed since it was written"
+    if wrong := check(about):
+        return wrong
+    whole = _STATE in about["files"]
+    state = torch.load(path / _STATE, map_location="cpu", weights_only=True) if whole else None
+    return Checkpoint(step, state, about, path)
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:

@@ -180,14 +180,20 @@ class CheckpointConfig:
     Args:
         every: steps between checkpoints; None takes a tenth of the run, at least one step; 0 writes none but the last.
         keep: how many of the latest stay.
+        milestones: steps, or below 1 fractions of the run, after which there is one that stays whatever comes later.
         best: also keep the one with the lowest validation loss, and write one whenever it falls.
         asynchronous: write while training goes on, from a copy.
     """
 
     every: int | None = None
     keep: int = 2
+    milestones: list[Any] = field(default_factory=list)
     best: bool = False
     asynchronous: bool = True
+
+    def steps_of_milestones(self, total: int) -> frozenset[int]:
+        """The milestones of a run of `total` steps, as steps."""
+        return frozenset(max(1, round(at * total)) if at < 1 else round(at) for at in self.milestones)
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,9 @@ def check(config: Config) -> None:
     _at_least(0, "log.diagnostics", config.log.diagnostics)
     _at_least(0, "checkpoint.every", config.checkpoint.every)
     _at_least(1, "checkpoint.keep", config.checkpoint.keep)
+    for at in config.checkpoint.milestones:
+        if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 < at < math.inf or (at > 1 and at % 1):
+            raise ValueError(f"checkpoint.milestones: steps, or fractions below 1, got {at!r}")
     optimizer = config.optimizer
     _at_least(0.0, "optimizer.max_grad_norm", optimizer.max_grad_norm)
     _at_least(0.0, "optimizer.lr", optimizer.lr)

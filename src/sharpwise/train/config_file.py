@@ -131,6 +131,12 @@ def _make(kind: Any, given: Any, where: str) -> Any:
     return kind(**values)
 
 
+_SAID = {
+    "str": "text", "dict": "a table", "list": "a list", "bool": "true or false", "int": "a whole number",
+    "float": "a number",
+}  # fmt: skip
+
+
 def _fit(value: Any, hint: Any, where: str) -> Any:
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     for option in options:
@@ -144,8 +150,7 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if plain is not NoneType and isinstance(value, plain) and not (isinstance(value, bool) and plain is not bool):
             return dict(value) if plain is dict else value
-    names = [{"str": "text", "dict": "a table", "bool": "true or false", "int": "a whole number", "float": "a number"}
-             .get((get_origin(o) or o).__name__) for o in options if o is not NoneType]  # fmt: skip
+    names = [_SAID.get((get_origin(option) or option).__name__) for option in options if option is not NoneType]
     raise ValueError(f"{where}: expected {' or '.join(map(str, names))}, got {value!r}")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from sharpwise.engine.mesh import is_dtensor, local
+from sharpwise.engine.mesh import is_dtensor, local, place_gradient
 from sharpwise.train.config import MeshConfig
 from sharpwise.train.parallel import mesh_sizes, shard_model
 from sharpwise.train.world import World, is_marked, mark
@@ -168,8 +168,8 @@ class Several(World):
         """See World. FSDP has summed its own; others are summed over the replicas, in buckets, all at the same time."""
         if isinstance(model, FSDPModule):
             return
-        if self.sizes["tp"] > 1:
-            _place_gradients(model)
+        for parameter in model.parameters():
+            place_gradient(parameter)
         if self._replicas is None:
             return
         pending = []
@@ -280,13 +280,6 @@ def _portable(error: Exception) -> Exception:
         return error
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _place_gradients(model: nn.Module) -> None:
-    """Cut gradients as their parameters are, where tensor parallelism has left them in another way."""
-    for p in model.parameters():
-        if is_dtensor(p) and p.grad is not None and p.grad.placements != p.placements:  # type: ignore[attr-defined]
-            p.grad = p.grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -166,6 +166,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             place.checkpoints,
             keep=own.keep,
+            milestones=own.steps_of_milestones(self.plan.schedule.total),
             best=own.best,
             asynchronous=own.asynchronous,
             check=self._what_is_wrong,
@@ -284,7 +285,8 @@ class _Run:
     def _is_due(self, step: Step) -> bool:
         own = self.config.checkpoint
         assert own.every is not None
-        return self.plan.due(own.every, step.step) or (own.best and self._is_best(step))
+        due = self.plan.due(own.every, step.step) or step.step in self.checkpoints.milestones
+        return due or (own.best and self._is_best(step))
 
     def _is_best(self, step: Step) -> bool:
         return step.validation_loss is not None and step.validation_loss == self.best_loss
