@@ -1,6 +1,7 @@
 """What is made of stored runs, without training any: unfinished studies, runs that were superseded, where it ran."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,18 @@ from typing import Any
 import pytest
 
 from compare.test_conduct import study
+from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.compare import conduct as conducting
+from sharpwise.compare.arms import INSTEAD, RULES, ablations, first_line
 from sharpwise.compare.conduct import conduct, look, open_study, place_of, summary
 from sharpwise.compare.record import Record
 from sharpwise.compare.report.page import render
 from sharpwise.compare.results import results
+from sharpwise.compare.statistics import holm, paired_difference
 from sharpwise.compare.storage import Storage
-from sharpwise.compare.study import Study
+from sharpwise.compare.study import Study, make_study
 from sharpwise.compare.tuning import Trial
+from sharpwise.optim import ABLATIONS, OPTIMIZERS
 
 Loss = Callable[[Trial], float | None]
 
@@ -107,7 +112,83 @@ def test_seeds_that_end_far_apart_are_told(data: Path, tmp_path: Path) -> None:
         found = fill(study(data), folder, lambda t, apart=apart: even(t) + apart * (t.seed == 2) * (t.arm == "adamw"))
         notes = [note for note in result_of(found, folder)["caveats"] if "nats apart" in note]
         assert bool(notes) == told
-        assert all(note.startswith("adamw ended 0.3") for note in notes)
+        assert all(note.startswith(("adamw ended 0.3", "Speed-ups rest on adamw with")) for note in notes)
+        assert all("(lrs in the study file)" in note for note in notes if note.startswith("adamw"))
+
+
+def test_speed_ups_rest_on_the_points_of_the_baseline(data: Path, tmp_path: Path) -> None:
+    for share, apart, told in ((1.0, 0.3, True), (0.5, 0.3, True), (2.0, 0.1, False)):
+        folder = tmp_path / str(share)
+        moved = {"adamw": apart}
+
+        def loss(t: Trial, share: float = share, moved: Mapping[str, float] = moved) -> float:
+            return even(t) + moved.get(t.arm, 0.0) * (t.seed == 2 and t.horizon == share)
+
+        result = result_of(fill(study(data), folder, loss), folder)
+        notes = [note for note in result["caveats"] if note.startswith("Speed-ups rest on")]
+        assert bool(notes) == told
+        assert all(f"adamw with {share:g} times the tokens" in note for note in notes)
+    folder = tmp_path / "none"
+    result = result_of(fill(study(data, horizons=[]), folder, loss), folder)
+    assert not any("Speed-ups" in note for note in result["caveats"])
+
+
+def test_arms_are_compared_with_their_own_ablations(data: Path, tmp_path: Path) -> None:
+    arms = [
+        "adamw", "adamw+blockwise", "adamw+mean_matched(blockwise)", "adamw+only(blockwise, types=QK)",
+        "adamw+reversed(layer_decay)", "adam-mini+reversed(blockwise)",
+    ]  # fmt: skip
+
+    def loss(trial: Trial) -> float:
+        return even(trial) + 0.01 * arms.index(trial.arm) * (1 + 0.3 * math.sin(trial.seed + len(trial.arm)))
+
+    result = result_of(fill(study(data, arms=arms, seeds=3), tmp_path, loss), tmp_path)
+    pairs = result["ablations"]
+    assert [(pair["arm"], pair["ablation"]) for pair in pairs] == [(arms[1], arms[2]), (arms[1], arms[3])]
+    ends = {arm["name"]: [run["final_loss"] for run in arm["final"]] for arm in result["arms"]}
+    for pair in pairs:
+        found = paired_difference(ends[pair["arm"]], ends[pair["ablation"]])
+        assert [pair["difference"][key] for key in ("mean", "low", "high", "n")] == [
+            found.mean,
+            found.low,
+            found.high,
+            3,
+        ]
+        assert f"ended {abs(found.mean or 0):.3f} nats" in pair["sentence"]
+    # Adjusted among themselves.
+    assert [pair["difference"]["adjusted_p"] for pair in pairs] == holm([pair["difference"]["p"] for pair in pairs])
+    assert "the same learning rate for every block" in pairs[0]["sentence"]
+    said = {arm["name"]: arm["definition"] for arm in result["arms"]}
+    assert said["adamw"] == "The baseline: Adam with decoupled weight decay, as torch's AdamW."
+    assert said["adamw+blockwise"].startswith("adamw with multipliers by block type: ")
+    assert said[arms[2]].startswith("adamw with the mean multiplier of blockwise for every block: x")
+    assert said[arms[2]].endswith(" everywhere; a control.")
+    assert said[arms[5]].startswith("AdamW with one second moment per block, with the multipliers of blockwise in rev")
+
+
+def test_arms_with_other_settings_are_no_ablations(data: Path, tmp_path: Path) -> None:
+    control = "adamw+mean_matched(blockwise)"
+    for settings, pairs in (({}, 1), ({"optimizer.weight_decay": 0.3}, 0)):
+        given = study(data, arms={"adamw": {}, "adamw+blockwise": {}, control: {"settings": settings}})
+        assert len(list(ablations(make_study(given)))) == pairs
+    del given["arms"]["adamw+blockwise"]
+    assert list(ablations(make_study(given))) == []
+
+
+def test_every_optimizer_and_block_lr_can_say_what_it_is() -> None:
+    assert set(RULES) == set(OPTIMIZERS)
+    assert set(INSTEAD) == set(ABLATIONS.values())
+    for kind in (*RULES.values(), *BLOCK_LRS.values(), *ABLATIONS.values()):
+        assert 10 < len(first_line(kind)) < 90
+        assert not {":", ";", "\n"} & set(first_line(kind))
+
+
+def test_larger_steps_are_one_caveat_for_all_arms(data: Path, tmp_path: Path) -> None:
+    given = study(data, arms=["adamw", "adamw+blockwise", "adam-mini+blockwise"])
+    result = result_of(fill(given, tmp_path), tmp_path)
+    assert sum("lr x mean factor" in note for note in result["caveats"]) == 1
+    for arm in result["arms"]:
+        assert arm["mean_lr"] == arm["setting"]["optimizer.lr"] * arm["mean_multiplier"]
 
 
 def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path: Path, monkeypatch: Any) -> None:

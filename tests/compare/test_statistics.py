@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -236,83 +237,82 @@ CASES = [
         MUON,
         ADAMW,
         Verdict.BETTER,
-        "Muon ended 0.196 nats below AdamW (95% interval 0.171 to 0.221, 3 seeds)",
+        "ended 0.196 nats below AdamW (95% interval 0.171 to 0.221, 3 seeds)",
     ),
     (
         ADAMW,
         MUON,
         Verdict.WORSE,
-        "Muon ended 0.196 nats above AdamW (95% interval 0.171 to 0.221, 3 seeds)",
+        "ended 0.196 nats above AdamW (95% interval 0.171 to 0.221, 3 seeds)",
     ),
     (
         [4.869, 4.857, 4.846],
         ADAMW,
         Verdict.UNDECIDED,
-        "Muon and AdamW: no difference that 3 seeds could see: -0.002 nats (95% interval -0.024 to 0.021); a "
-        "difference of 0.01 would need about 9 seeds",
+        "ended 0.002 nats below AdamW, which 3 seeds cannot tell from chance (95% interval of the difference -0.024 to "
+        "0.021); to confirm a gap of 0.01 would take about 9 seeds",
     ),
     (
         [4.8729, 4.8480, 4.8563],
         ADAMW,
         Verdict.EQUIVALENT,
-        "Muon ended within 0.01 nats of AdamW: +0.0002 (90% interval -0.0011 to 0.0014, 3 seeds)",
+        "ended within 0.01 nats of AdamW: +0.000 (90% interval -0.001 to 0.001, 3 seeds)",
     ),
     (
         [4.8703, 4.8466, 4.8538],
         ADAMW,
         Verdict.EQUIVALENT,
-        "Muon ended within 0.01 nats of AdamW: -0.00200 (90% interval -0.00217 to -0.00183, 3 seeds); a real "
+        "ended within 0.01 nats of AdamW: -0.002 (90% interval -0.002 to -0.002, 3 seeds); a real "
         "difference, too small to matter",
     ),
     (
         [4.7],
         [4.9],
         Verdict.UNDECIDED,
-        "Muon ended 0.200 nats below AdamW at one seed: no interval, so no verdict",
+        "ended 0.200 nats below AdamW at one seed: no interval, so no verdict",
     ),
     (
         [4.7, 4.7],
         [4.9, 4.9],
         Verdict.UNDECIDED,
-        "Muon ended 0.200 nats below AdamW at each of 2 seeds, to the last digit: the seeds changed nothing, so no "
-        "verdict",
+        "ended 0.200 nats below AdamW at each of 2 seeds, to the last digit: the seeds changed nothing, so no verdict",
     ),
     (
         [*MUON, None],
         [*ADAMW, 4.86],
         Verdict.UNDECIDED,
-        "Muon ended 0.196 nats below AdamW (95% interval 0.171 to 0.221, 3 seeds); Muon diverged at 1 of 4 seeds, and "
+        "ended 0.196 nats below AdamW (95% interval 0.171 to 0.221, 3 seeds); it diverged at 1 of 4 seeds, and "
         "the numbers are of the seeds at which both ended: no verdict",
     ),
     (
         [*MUON, 4.66],
         [*ADAMW, NAN],
         Verdict.BETTER,
-        "Muon ended 0.196 nats below AdamW (95% interval 0.171 to 0.221, 3 seeds); AdamW diverged at 1 of 4 seeds, and "
+        "ended 0.196 nats below AdamW (95% interval 0.171 to 0.221, 3 seeds); AdamW diverged at 1 of 4 seeds, and "
         "the numbers are of the seeds at which both ended",
     ),
     (
         [*ADAMW, 4.66, None],
         [*MUON, NAN, 4.66],
         Verdict.UNDECIDED,
-        "Muon ended 0.196 nats above AdamW (95% interval 0.171 to 0.221, 3 seeds); Muon diverged at 1 and AdamW "
-        "diverged at 1 of 5 seeds, and the numbers are of the seeds at which both ended: no verdict",
+        "ended 0.196 nats above AdamW (95% interval 0.171 to 0.221, 3 seeds); it diverged at 1 and AdamW "
+        "at 1 of 5 seeds, and the numbers are of the seeds at which both ended: no verdict",
     ),
     (
         [4.8729, 4.8480, 4.8563, None],
         [*ADAMW, 4.86],
         Verdict.UNDECIDED,
-        "Muon and AdamW: no difference that 3 seeds could see: +0.0002 nats (95% interval -0.0017 to 0.0020); Muon "
-        "diverged at 1 of 4 seeds, and the numbers are of the seeds at which both ended: no verdict",
+        "ended 0.000 nats above AdamW, which 3 seeds cannot tell from chance (95% interval of the difference -0.002 to "
+        "0.002); it diverged at 1 of 4 seeds, and the numbers are of the seeds at which both ended: no verdict",
     ),
-    ([None] * 3, ADAMW, Verdict.WORSE, "Muon diverged at 3 of 3 seeds: there is no difference to give"),
+    ([None] * 3, ADAMW, Verdict.WORSE, "it diverged at 3 of 3 seeds: there is no difference to give"),
     (MUON, [None] * 3, Verdict.BETTER, "AdamW diverged at 3 of 3 seeds: there is no difference to give"),
-    ([None], [4.9], Verdict.UNDECIDED, "Muon diverged at 1 of 1 seed: there is no difference to give"),
+    ([None], [4.9], Verdict.UNDECIDED, "it diverged at 1 of 1 seed: there is no difference to give"),
     (
         [None] * 3,
         [*MUON[:2], None],
         Verdict.UNDECIDED,
-        "Muon diverged at 3 and AdamW diverged at 1 of 3 seeds: there is no difference to give",
+        "it diverged at 3 and AdamW at 1 of 3 seeds: there is no difference to give",
     ),
 ]
 
@@ -321,7 +321,7 @@ CASES = [
 def test_verdict_and_sentence(arm, baseline, found, words):
     difference = paired_difference(arm, baseline)
     assert verdict(difference, 0.01) is found
-    assert sentence("Muon", "AdamW", difference, 0.01) == words
+    assert sentence("AdamW", difference, 0.01) == words
 
 
 def test_a_verdict_among_several_arms_uses_the_adjusted_p():
@@ -329,8 +329,24 @@ def test_a_verdict_among_several_arms_uses_the_adjusted_p():
     assert difference.p == pytest.approx(0.039, abs=1e-3)
     assert verdict(difference, 0.01) is Verdict.BETTER
     assert verdict(difference, 0.01, adjusted_p=0.074) is Verdict.UNDECIDED
-    words = sentence("Lion", "AdamW", difference, 0.01, adjusted_p=0.074)
-    assert words.endswith("3 seeds), which does not stand among several arms (adjusted p 0.074)")
+    words = sentence("AdamW", difference, 0.01, adjusted_p=0.074)
+    assert words.endswith("3 seeds), which does not stand among several comparisons (adjusted p 0.074)")
+
+
+@given(st.lists(st.floats(-0.3, 0.3), min_size=2, max_size=6))
+def test_a_number_of_seeds_is_said_only_if_somebody_might_train_them(shifts):
+    margin = 0.02
+    difference = paired_difference([4.0 + shift for shift in shifts], [4.0] * len(shifts))
+    words = sentence("AdamW", difference, margin)
+    said = re.search(r"a gap of (\S+) would take (about|more than) (\d+) seeds", words)
+    if said:
+        gap, how, count = said.groups()
+        assert float(gap) == pytest.approx(max(abs(difference.mean), margin), abs=6e-4)
+        assert len(shifts) < int(count) <= 100
+        needed = seeds_needed(difference.sd, max(abs(difference.mean), margin))
+        assert needed == int(count) if how == "about" else needed > 100
+    numbers = re.findall(r"-?\d+\.\d+", words.replace("0.02 ", ""))
+    assert all(len(number.partition(".")[2]) == 3 for number in numbers)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,9 @@ class Ablation(BlockLR):
 
 @dataclass(frozen=True)
 class MeanMatched(Ablation):
-    """One multiplier for all: the mean of those of `of`, weighted with the elements.
+    """The mean multiplier of `of` for every block.
+
+    The mean is weighted with the elements.
 
     Args:
         of: the block_lr.
@@ -90,7 +92,9 @@ class MeanMatched(Ablation):
 
 @dataclass(frozen=True)
 class Reversed(Ablation):
-    """The same values in reversed order: what had the largest multiplier gets the smallest, and so on.
+    """The multipliers of `of` in reversed order.
+
+    What had the largest gets the smallest, and so on.
 
     Args:
         of: the block_lr.
@@ -106,7 +110,9 @@ class Reversed(Ablation):
 
 @dataclass(frozen=True)
 class Shuffled(Ablation):
-    """The same values in another order, drawn by a seed; every value moves if there are two or more.
+    """The multipliers of `of` in another order.
+
+    It is drawn by a seed; every value moves if there are two or more.
 
     Args:
         of: the block_lr.
@@ -130,7 +136,9 @@ class Shuffled(Ablation):
 
 @dataclass(frozen=True)
 class Only(Ablation):
-    """The multipliers of `of` for some block types or roles, 1 for all others.
+    """The multipliers of `of` for some of the blocks alone.
+
+    All others have 1.
 
     Args:
         of: the block_lr.

@@ -34,7 +34,7 @@ _BY_TYPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class BlockwiseLR(BlockLR):
-    """Fixed multipliers by block type.
+    """Multipliers by block type.
 
     Args:
         emb, qk, ffn, vo, norm, head, pos_emb, other: multipliers, >= 0; the defaults are the paper's.

@@ -13,7 +13,7 @@ from sharpwise.blocks import BlockType, Segment
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDecay(BlockLR):
-    """The nearer to the input, the smaller the step.
+    """Multipliers that shrink from layer to layer towards the input.
 
     Args:
         rate: factor per layer, in (0, 1].

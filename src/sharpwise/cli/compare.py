@@ -273,6 +273,9 @@ def _print(console: Console, result: Mapping[str, Any]) -> None:
     console.print()
     for arm in result["arms"]:
         if arm["name"] != result["baseline"] and arm["sentence"]:
-            console.print(arm["sentence"], style="bold")
+            console.print(f"{arm['name']}: {arm['sentence']}", style="bold")
+    for pair in result["ablations"]:
+        if pair["sentence"]:
+            console.print(f"{pair['arm']}, against {pair['ablation']}: {pair['sentence']}")
     for note in result["caveats"]:
         console.print(f"- {note}")

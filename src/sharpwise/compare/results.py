@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from sharpwise.compare.arms import ablations, definitions, instead
+from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
 from sharpwise.compare.conduct import Conducted, expected, place_of
 from sharpwise.compare.record import read_environment
 from sharpwise.compare.speedup import Speedup, speedup
 from sharpwise.compare.statistics import Difference, holm, mean_interval, paired_difference
 from sharpwise.compare.storage import losses_of
-from sharpwise.compare.study import TOKENS_PER_PARAMETER, Arm
+from sharpwise.compare.study import Arm, Study
 from sharpwise.compare.tuning import Stage, Trial, at_edge, best, tried
 from sharpwise.compare.verdict import sentence, verdict
 from sharpwise.report.blocks import describe
@@ -20,8 +22,6 @@ from sharpwise.train.environment import environment
 
 Result = dict[str, Any]
 LEVEL = 0.95
-FAR_APART = 0.2
-"""Nats between seeds of one arm; runs of this kind end 0.01 to 0.05 apart."""
 
 
 def results(conducted: Conducted) -> Result:
@@ -30,8 +30,16 @@ def results(conducted: Conducted) -> Result:
     arms = [_arm(conducted, arm) for arm in study.arms]
     _compare(conducted, arms)
     multipliers = {arm.name: _multipliers(conducted, arm) for arm in study.arms}
+    blocks = [
+        {**describe(segment), "multipliers": {name: values[i] for name, values in multipliers.items()}}
+        for i, segment in enumerate(built.optimizer.blocks.segments)
+    ]
+    said = definitions(study, blocks)
     for arm in arms:
-        arm["mean_multiplier"] = _mean_multiplier(conducted, multipliers[arm["name"]])
+        mean = _mean_multiplier(conducted, multipliers[arm["name"]])
+        lr = None if arm["setting"] is None else arm["setting"]["optimizer.lr"] * mean
+        arm |= {"definition": said[arm["name"]], "mean_multiplier": mean, "mean_lr": lr}
+    horizons = [_horizon(conducted, share) for share in study.horizons]
     done, places = len(conducted.results), _places(conducted)
     shared = as_given(make_config(study.config(Trial(study.baseline, "tune", (), 0), budget.steps)))
     for name in ("optimizer", "seed"):
@@ -61,12 +69,10 @@ def results(conducted: Conducted) -> Result:
         "environment": places[-1] if places else environment(built.config),
         "config": shared,
         "arms": arms,
-        "horizons": [_horizon(conducted, share) for share in study.horizons],
-        "blocks": [
-            {**describe(segment), "multipliers": {name: values[i] for name, values in multipliers.items()}}
-            for i, segment in enumerate(built.optimizer.blocks.segments)
-        ],
-        "caveats": [*caveats(conducted, arms), *_of_places(places), *_of_horizons(conducted)],
+        "ablations": _ablations(conducted),
+        "horizons": horizons,
+        "blocks": blocks,
+        "caveats": [*caveats(conducted, arms), *of_places(places), *of_horizons(conducted, arms, horizons)],
         "not_tested": not_tested(conducted),
     }
 
@@ -173,30 +179,58 @@ def _horizon(conducted: Conducted, share: float) -> Result:
 def _compare(conducted: Conducted, arms: list[Result]) -> None:
     """Difference, verdict, sentence and speed-up of every arm against the baseline."""
     study = conducted.study
-    found = {arm.name: _difference(conducted, arm.name) for arm in study.arms if arm.name != study.baseline}
-    adjusted = dict(zip(found, holm([one.p if one else None for one in found.values()]), strict=True))
+    found = {arm.name: _difference(conducted, arm.name, study.baseline) for arm in study.arms}
+    del found[study.baseline]
+    adjusted = _adjusted(found)
     for arm in arms:
         name = arm["name"]
-        arm |= {"difference": None, "verdict": "baseline", "sentence": f"{name} is the baseline.", "speedup": None}
         if name == study.baseline:
+            arm |= {"difference": None, "verdict": "baseline", "sentence": "", "speedup": None}
             continue
         difference = found[name]
-        if difference is None:
-            arm |= {"verdict": "undecided", "sentence": ""}
-            continue
-        gain = _speedup(conducted, name) if difference.n else None
-        said = verdict(difference, study.margin, adjusted[name])
-        arm["difference"] = {
-            key: getattr(difference, key) for key in ("mean", "low", "high", "sd", "n", "p", "diverged")
-        } | {"adjusted_p": adjusted[name]}
-        arm["verdict"] = "diverged" if difference.n == 0 and difference.arm_diverged else str(said)
-        arm["sentence"] = sentence(name, study.baseline, difference, study.margin, gain, adjusted[name]) + "."
+        gain = _speedup(conducted, name) if difference and difference.n else None
+        arm |= _judged(study, study.baseline, difference, adjusted[name], gain)
         arm["speedup"] = None if gain is None else _plain(gain)
 
 
-def _difference(conducted: Conducted, arm: str) -> Difference | None:
+def _ablations(conducted: Conducted) -> list[Result]:
+    """Every arm with a block_lr against its ablations.
+
+    Their p are adjusted among themselves: whether it matters which block has which multiplier is another question than
+    whether the arm is better than the baseline, and is asked by other pairs.
+    """
+    pairs = {(arm.name, other.name): instead(other) for arm, other in ablations(conducted.study)}
+    found = {pair: _difference(conducted, *pair) for pair in pairs}
+    adjusted = _adjusted(found)
+    return [
+        {"arm": pair[0], "ablation": pair[1], **_judged(conducted.study, words, found[pair], adjusted[pair])}
+        for pair, words in pairs.items()
+    ]
+
+
+def _adjusted(found: Mapping[Any, Difference | None]) -> dict[Any, float | None]:
+    """p of each, adjusted for their number."""
+    return dict(zip(found, holm([one.p if one else None for one in found.values()]), strict=True))
+
+
+def _judged(
+    study: Study, baseline: str, difference: Difference | None, adjusted_p: float | None, gain: Speedup | None = None
+) -> Result:
+    """A difference as plain values, with its verdict and sentence; `baseline` is what the sentence calls the other."""
+    if difference is None:
+        return {"difference": None, "verdict": "undecided", "sentence": ""}
+    keys = ("mean", "low", "high", "sd", "n", "p", "diverged")
+    said = verdict(difference, study.margin, adjusted_p)
+    return {
+        "difference": {**{key: getattr(difference, key) for key in keys}, "adjusted_p": adjusted_p},
+        "verdict": "diverged" if difference.n == 0 and difference.arm_diverged else str(said),
+        "sentence": sentence(baseline, difference, study.margin, gain, adjusted_p) + ".",
+    }
+
+
+def _difference(conducted: Conducted, arm: str, baseline: str) -> Difference | None:
     """Over the seeds at which both are done; None where there is none yet."""
-    mine, other = _losses(conducted, arm), _losses(conducted, conducted.study.baseline)
+    mine, other = _losses(conducted, arm), _losses(conducted, baseline)
     seeds = [seed for seed in mine if seed in other]
     return paired_difference([mine[s] for s in seeds], [other[s] for s in seeds], LEVEL) if seeds else None
 
@@ -231,57 +265,6 @@ def _mean_multiplier(conducted: Conducted, multipliers: list[float]) -> float:
     return sum(m * size for m, size in zip(multipliers, sizes, strict=True)) / sum(sizes)
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
-
-
-def caveats(conducted: Conducted, arms: list[Mapping[str, Any]] | list[Result]) -> list[str]:
-    """What a reader has to know before believing any of it."""
-    budget, study = conducted.budget, conducted.study
-    notes = []
-    if budget.tokens_per_parameter < TOKENS_PER_PARAMETER:
-        notes.append(
-            f"Short runs: {budget.tokens_per_parameter:.2g} tokens per parameter outside the embeddings, where "
-            f"{TOKENS_PER_PARAMETER} are usual. What is better in a short run may be worse in a long one, and the "
-            "other way round: the published curves of blockwise learning rates cross those of AdamW late."
-        )
-    for arm in arms:
-        if arm["edge"]:
-            other = "smaller" if arm["edge"] == "smallest" else "larger"
-            notes.append(
-                f"{arm['name']} was best at the {arm['edge']} learning rate that was tried: a {other} one might be "
-                "better still, so this arm is not tuned."
-            )
-        ends = [run["final_loss"] for run in arm["final"] if run["final_loss"] is not None]
-        if len(ends) > 1 and max(ends) - min(ends) > FAR_APART:
-            notes.append(
-                f"{arm['name']} ended {max(ends) - min(ends):.2f} nats apart with different seeds. A learning rate "
-                "that was best with the one seed of the tuning may be at the edge of what is stable: rates closer "
-                "together (lrs), or a longer budget, would tell."
-            )
-        if arm["tuning"] and arm["setting"] is None:
-            notes.append(f"{arm['name']} diverged at every learning rate that was tried.")
-        if arm["mean_multiplier"] > 1.05 and arm["name"] != study.baseline:
-            notes.append(
-                f"{arm['name']} multiplies the learning rate of an average parameter by {arm['mean_multiplier']:.1f}; "
-                "its own learning rate is tuned, so that this is no advantage by itself."
-            )
-    return notes
-
-
-def _of_horizons(conducted: Conducted) -> list[str]:
-    """Where the curve that speed-ups are read off has holes."""
-    found = []
-    for horizon in (_horizon(conducted, share) for share in conducted.study.horizons):
-        pairs = zip(horizon["seeds"], horizon["final_losses"], strict=True)
-        if lost := [str(seed) for seed, loss in pairs if loss is None]:
-            rest = "are those of the other seeds" if len(lost) < conducted.study.seeds else "cannot be given"
-            found.append(
-                f"On {horizon['share']:g} times the tokens {conducted.study.baseline} diverged with seed"
-                f"{'s' * (len(lost) > 1)} {', '.join(lost)}: speed-ups {rest}."
-            )
-    return found
-
-
 def _places(conducted: Conducted) -> list[Result]:
     """Where each run was made, the latest last."""
     found = []
@@ -290,38 +273,3 @@ def _places(conducted: Conducted) -> list[Result]:
         if place is not None:
             found.append({**place, **({"runs_at_a_time": record["jobs"]} if "jobs" in record else {})})
     return sorted(found, key=lambda place: str(place.get("date")))
-
-
-def _of_places(places: list[Result]) -> list[str]:
-    """What differs from run to run in where they were made."""
-    keys = dict.fromkeys(key for place in places for key in place if key != "date")
-    differ = [key.replace("_", " ") for key in keys if len({str(place.get(key)) for place in places}) > 1]
-    if not differ:
-        return []
-    return [f"Not all runs were made alike: they differ in {', '.join(differ)}. Times can be compared with care only."]
-
-
-def not_tested(conducted: Conducted) -> list[str]:
-    """What a reader might take for granted, and nobody looked at."""
-    built, arms = conducted.first, conducted.study.arms
-    notes = [
-        f"Other models than {built.config.model.name}, other text, other batch sizes and contexts, longer schedules.",
-        "Quality beyond the validation loss: nothing was fine-tuned or evaluated on tasks.",
-    ]
-    fixed = {
-        "optimizer.weight_decay": "weight decay",
-        "schedule.warmup": "warm-up",
-        "optimizer.betas": "momentum and second-moment decay (betas)",
-    }
-    for key, words in fixed.items():
-        tuned = [arm.name for arm in arms if key in arm.space.search]
-        if 0 < len(tuned) < len(arms):
-            notes.append(f"Tuned for {', '.join(tuned)} alone: {words}.")
-    left = [words for key, words in fixed.items() if not any(key in arm.space.search for arm in arms)]
-    notes.append(
-        f"Not tuned: {', '.join([*left, 'gradient clipping'])} and the shape of the schedule. The arms as code say "
-        "what each arm has; where nobody said so, an arm has the defaults of its optimizer."
-    )
-    if conducted.study.horizons:
-        notes.append("The baseline's setting was tuned at the full budget, not again for its other numbers of tokens.")
-    return notes

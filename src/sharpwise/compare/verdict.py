@@ -1,6 +1,5 @@
 """What a comparison came to, and in words: whichever way, with its uncertainty."""
 
-import math
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -50,20 +49,21 @@ def verdict(difference: Difference, margin: float, adjusted_p: float | None = No
 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
+MANY = 100
+"""More seeds than this nobody will train: their number is not worth saying."""
+
 
 def sentence(
-    arm: str,
     baseline: str,
     difference: Difference,
     margin: float,
     speedup: "Speedup | None" = None,
     adjusted_p: float | None = None,
 ) -> str:
-    """What came out of one arm against the baseline, in words, whichever way, with its uncertainty.
+    """What came out of one arm against the baseline, whichever way, with its uncertainty: to stand beside its name.
 
     Args:
-        arm: name of the arm.
-        baseline: name of the baseline.
+        baseline: name of the baseline, or what the arm is compared with in words.
         difference: of the two.
         margin: nats per token, above 0; the smallest difference that matters.
         speedup: of the arm, if there is one.
@@ -71,17 +71,17 @@ def sentence(
 
     >>> from sharpwise.compare.statistics import paired_difference
     >>> found = paired_difference([4.67, 4.66, 4.65], [4.87, 4.85, 4.86])
-    >>> sentence("Muon", "AdamW", found, margin=0.01)
-    'Muon ended 0.200 nats below AdamW (95% interval 0.175 to 0.225, 3 seeds)'
-    >>> found = paired_difference([4.858, 4.846, 4.878], [4.87, 4.85, 4.86])
-    >>> sentence("Lion", "AdamW", found, margin=0.01)
-    'Lion and AdamW: no difference that 3 seeds could see: +0.001 nats (95% interval -0.038 to 0.039); a difference of
-    0.01 would need about 21 seeds'
+    >>> sentence("AdamW", found, margin=0.01)
+    'ended 0.200 nats below AdamW (95% interval 0.175 to 0.225, 3 seeds)'
+    >>> found = paired_difference([4.848, 4.856, 4.838], [4.87, 4.85, 4.86])
+    >>> sentence("AdamW", found, margin=0.01)
+    'ended 0.013 nats below AdamW, which 3 seeds cannot tell from chance (95% interval of the difference -0.053 to
+    0.027); to confirm a gap of 0.013 would take about 15 seeds'
     """
     found = verdict(difference, margin, adjusted_p)
-    parts = [_outcome(arm, baseline, difference, margin, found, adjusted_p)]
+    parts = [_outcome(baseline, difference, margin, found, adjusted_p)]
     if difference.n and difference.diverged:
-        parts.append(f"{_lost(arm, baseline, difference)}, and the numbers are of the seeds at which both ended")
+        parts.append(f"{_lost(baseline, difference)}, and the numbers are of the seeds at which both ended")
         if found is Verdict.UNDECIDED:
             parts[-1] += ": no verdict"
     if speedup is not None:
@@ -89,13 +89,11 @@ def sentence(
     return "; ".join(parts)
 
 
-def _outcome(
-    arm: str, baseline: str, difference: Difference, margin: float, found: Verdict, adjusted_p: float | None
-) -> str:
-    mean, low, high, spec = difference.mean, difference.low, difference.high, f".{_digits(difference)}f"
+def _outcome(baseline: str, difference: Difference, margin: float, found: Verdict, adjusted_p: float | None) -> str:
+    mean, low, high = difference.mean, difference.low, difference.high
     if mean is None:
-        return f"{_lost(arm, baseline, difference)}: there is no difference to give"
-    side = f"{arm} ended {abs(mean):{spec}} nats {'below' if mean < 0 else 'above'} {baseline}"
+        return f"{_lost(baseline, difference)}: there is no difference to give"
+    side = f"ended {abs(mean):.3f} nats {'below' if mean < 0 else 'above'} {baseline}"
     if difference.sd is None:
         return f"{side} at one seed: no interval, so no verdict"
     seeds = f"{difference.n} seeds"
@@ -107,34 +105,34 @@ def _outcome(
         low, high = t_interval(mean, difference.sd, difference.n, level)
         small = "; a real difference, too small to matter" if significant else ""
         return (
-            f"{arm} ended within {margin:g} nats of {baseline}: {mean:+{spec}} "
-            f"({100 * level:.4g}% interval {low:{spec}} to {high:{spec}}, {seeds}){small}"
+            f"ended within {margin:g} nats of {baseline}: {mean:+.3f} "
+            f"({100 * level:.4g}% interval {low:.3f} to {high:.3f}, {seeds}){small}"
         )
     interval = f"{100 * difference.level:.4g}% interval"
     if significant:
         near, far = sorted((abs(low), abs(high)))
-        text = f"{side} ({interval} {near:{spec}} to {far:{spec}}, {seeds})"
+        text = f"{side} ({interval} {near:.3f} to {far:.3f}, {seeds})"
         if adjusted_p is not None and adjusted_p >= 1 - difference.level:
-            text += f", which does not stand among several arms (adjusted p {adjusted_p:.2g})"
+            text += f", which does not stand among several comparisons (adjusted p {adjusted_p:.2g})"
         return text
-    text = (
-        f"{arm} and {baseline}: no difference that {seeds} could see: {mean:+{spec}} nats "
-        f"({interval} {low:{spec}} to {high:{spec}})"
-    )
-    needed = seeds_needed(difference.sd, margin, level=difference.level)
-    if needed > difference.n:
-        text += f"; a difference of {margin:g} would need about {needed:,} seeds"
-    return text
+    text = f"{side}, which {seeds} cannot tell from chance ({interval} of the difference {low:.3f} to {high:.3f})"
+    return text + _needed(difference, abs(mean), margin)
 
 
-def _lost(arm: str, baseline: str, difference: Difference) -> str:
-    lost = ((arm, difference.arm_diverged), (baseline, difference.baseline_diverged))
-    who = " and ".join(f"{name} diverged at {count}" for name, count in lost if count)
-    return f"{who} of {difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
+def _needed(difference: Difference, seen: float, margin: float) -> str:
+    """How many seeds would confirm the gap that was seen, or the smallest that matters where less was seen."""
+    needed = seeds_needed(difference.sd or 0.0, max(seen, margin), level=difference.level)
+    if needed <= difference.n:
+        return ""
+    count = f"about {needed}" if needed <= MANY else f"more than {MANY}"
+    gap = f"{seen:.3f}" if seen > margin else f"{margin:g}"
+    return f"; to confirm a gap of {gap} would take {count} seeds"
 
 
-def _digits(difference: Difference) -> int:
-    """Decimals that show the width of the interval with two digits; 3 at least, 6 at most."""
-    if difference.low is None or difference.high is None or difference.high <= difference.low:
-        return 3
-    return min(6, max(3, 1 - math.floor(math.log10((difference.high - difference.low) / 2))))
+def _lost(baseline: str, difference: Difference) -> str:
+    mine, others, seeds = difference.arm_diverged, difference.baseline_diverged, difference.seeds
+    if mine and others:
+        who = f"it diverged at {mine} and {baseline} at {others}"
+    else:
+        who = f"{'it' if mine else baseline} diverged at {mine or others}"
+    return f"{who} of {seeds} seed{'s' if seeds > 1 else ''}"

@@ -41,7 +41,7 @@ def block_table(blocks: Iterable[Mapping[str, Any]], factors: Mapping[str, str])
         factors: columns with such factors: their names, and the titles of the columns.
     """
     head = "".join(
-        f'<th scope="col"{css}>{escape(text)}</th>'
+        f'<th scope="col"{css}>{skeleton.breakable(text)}</th>'
         for text, css in (
             ("parameter", ""),
             ("role", ""),
@@ -71,8 +71,8 @@ def block_table(blocks: Iterable[Mapping[str, Any]], factors: Mapping[str, str])
 
 
 def code(name: str) -> str:
-    """A name that may break after its dots."""
-    return f"<code>{escape(name).replace('.', '.<wbr>')}</code>"
+    """A name that may break after its dots, and not within a range of layers such as {0..3}."""
+    return f"<code>{re.sub(r'(?<![.])[.](?![.])', '.<wbr>', escape(name))}</code>"
 
 
 def _range(values: Sequence[float | None]) -> str:
@@ -105,12 +105,17 @@ Layers = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class TypeLine:
-    """Block types, or roles where those of one type differ, that share a quantity along a run."""
+    """Block types, or roles where those of one type differ, that share a quantity along a run.
+
+    `dash` is Plotly's name of the line, and `mark` what stands before the label, where no colour tells lines apart.
+    """
 
     label: str
     colour: str
     layers: Layers
     layer_names: tuple[str, ...] = ()
+    dash: str = "solid"
+    mark: str = ""
 
     @property
     def peaks(self) -> list[float]:
@@ -133,7 +138,7 @@ def type_lines(
         values: by role, one curve or one per layer.
         layer_names: by role, what the curves of layers are called where there are several.
     """
-    names = _names_of_roles(types, values)
+    names = names_of_roles(types, values)
     type_of = {name: types[role] for role, name in names.items()}
     by_values: dict[tuple[Layers, tuple[str, ...]], list[str]] = {}
     for role, name in names.items():
@@ -152,7 +157,7 @@ def _colour(kind: str) -> str:
     return figures.TYPE_COLOURS.get(kind, figures.TYPE_COLOURS["Other"])
 
 
-def _names_of_roles(types: Mapping[str, str], values: Mapping[str, Layers]) -> dict[str, str]:
+def names_of_roles(types: Mapping[str, str], values: Mapping[str, Layers]) -> dict[str, str]:
     """The block type of each role, or the role itself where roles of one type have different values."""
     names = {}
     roles = sorted((role for role in types if role in values), key=lambda role: types[role])
@@ -197,13 +202,13 @@ def type_figure(
     for line in lines:
         label = figures.text(line.label)
         if len(line.layers) == 1:
-            _add_curve(figure, x, line.layers[0], line.colour, label, f"{label}<br>{hover}", 2, floor)
+            _add_curve(figure, x, line.layers[0], line.colour, label, f"{label}<br>{hover}", 2, floor, line.dash)
         else:
             _add_band(figure, x, line, label, hover, floor)
         # At the end all lines come together: the labels stand beside the peaks, in their order.
         ends = [max(line.peaks), min(line.peaks)]
         middle = math.sqrt(ends[0] * ends[1]) if log else sum(ends) / 2
-        name = label.replace(", ", ",<br>") + ("<br>by layer" if len(line.layers) > 1 else "")
+        name = line.mark + label.replace(", ", ",<br>") + ("<br>by layer" if len(line.layers) > 1 else "")
         labels.append((name, math.log10(max(middle, floor)) if log else middle, line.colour))
     figure.update_xaxes(tickformat="~s", nticks=4)
     figures.label_ends(figure, labels, low, high, height=280)
@@ -219,13 +224,14 @@ def _add_curve(
     hover: str,
     width: float,
     floor: float,
+    dash: str = "solid",
 ) -> None:
     figure.add_scatter(
         x=list(x),
         y=[max(value, floor) for value in y],
         mode="lines",
         name=name,
-        line={"color": colour, "width": width},
+        line={"color": colour, "width": width, "dash": dash},
         hovertemplate=f"{hover}: %{{y:.3g}}<extra></extra>",
     )
 

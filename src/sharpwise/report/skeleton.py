@@ -1,5 +1,6 @@
 """The frame of a page: one HTML file with everything in it, readable without a network."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -21,10 +22,18 @@ def document(title: str, body: str) -> str:
     )
 
 
-def card(title: str, hint: str, content: str, *, wide: bool = False) -> str:
-    """A titled box of the grid; `content` is HTML."""
+def card(title: str, hint: str, content: str, *, wide: bool = False, folded: bool = False) -> str:
+    """A titled box of the grid; `content` is HTML, a click away where it is `folded`."""
     hint = f'<p class="hint">{escape(hint)}</p>' if hint else ""
-    return f'<section class="card{" wide" * wide}">\n<h2>{escape(title)}</h2>\n{hint}\n{content}\n</section>'
+    inner = f"<h2>{escape(title)}</h2>\n{hint}\n{content}"
+    if folded:
+        inner = f"<details><summary>{escape(title)}</summary>\n{hint}\n{content}\n</details>"
+    return f'<section class="card{" wide" * wide}">\n{inner}\n</section>'
+
+
+def breakable(name: str) -> str:
+    """A name of an arm as HTML, which may break after its signs."""
+    return escape(re.sub(r"(?<=[+(_/,.-])", "\0", name)).replace("\0", "<wbr>")
 
 
 def notes(items: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ _BY_ROW = {Role.TOK_EMB, Role.HEAD, Role.V, Role.O, Role.O_GATE, Role.GATE, Role
 
 @dataclass(frozen=True)
 class AdamMini(Rule):
-    """Adam with one second moment per block.
+    """AdamW with one second moment per block.
 
     Args:
         betas, eps: as in AdamW.

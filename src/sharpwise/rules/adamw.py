@@ -22,7 +22,9 @@ from sharpwise.rules.base import Kind, Rule, Scalars, State, add_square, divide,
 
 @dataclass(frozen=True)
 class AdamW(Rule):
-    """Adam's direction; the engine applies lr, decoupled decay and multipliers.
+    """Adam with decoupled weight decay, as torch's AdamW.
+
+    The rule is Adam's direction; the engine applies lr, decay and multipliers.
 
     Args:
         betas: decay rates of the first and the second moment, in [0, 1).

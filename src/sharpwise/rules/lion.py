@@ -20,7 +20,7 @@ from sharpwise.rules.base import Kind, Rule, Scalars, State, lerp
 
 @dataclass(frozen=True)
 class Lion(Rule):
-    """The sign of an interpolated gradient.
+    """Steps of one size, along the sign of the momentum mixed with the gradient.
 
     Args:
         betas: b1 of the update, b2 of the momentum, in [0, 1).

@@ -24,7 +24,7 @@ from sharpwise.rules.base import Kind, Rule, Scalars, State, add
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """The gradient, or its running sum.
+    """Steps along the gradient, or with momentum along its running sum.
 
     Args:
         momentum: mu, 0 for none and then no state; a schedule may change it, not from or to 0.

@@ -108,7 +108,9 @@ def arm(i: int, seeds: list[int], *, lost: int = 0, count: int = 5, weight_decay
         "code": f"sharpwise.create_optimizer(model, {name!r}, lr={lr:g}, weight_decay=0.1)",
         "setting": best["setting"],
         "edge": "largest" if name == "lion" else "",
+        "definition": f"What {name} is.",
         "mean_multiplier": 5.2 if "(" in name or "blockwise" in name else 1.0,
+        "mean_lr": best["setting"]["optimizer.lr"] * (5.2 if "(" in name or "blockwise" in name else 1.0),
         "state_bytes": int(4 * STATE[i] * PARAMETERS),
         "step_ms": 1.9 + 0.2 * i,
         "tokens_per_second": 41_000.0 - 500 * i,
@@ -154,9 +156,24 @@ def compared(one: dict[str, Any], base: dict[str, Any], margin: float) -> dict[s
     return {
         "difference": {"mean": mean, "low": low, "high": high, "sd": 0.01, "n": len(deltas), "p": 0.01, "diverged": 0},
         "verdict": verdict,
-        "sentence": f"{one['name']} {said}.",
+        "sentence": f"{said}.",
         "speedup": speedup,
     }
+
+
+def ablations(arms: list[dict[str, Any]], margin: float) -> list[dict[str, Any]]:
+    """What the comparison of an arm with its ablations says, where both are there."""
+    by_name = {one["name"]: one for one in arms}
+    pairs = [(by_name.get(NAMES[1]), by_name.get(NAMES[i])) for i in (3, 4)]
+    return [
+        {
+            "arm": one["name"],
+            "ablation": other["name"],
+            **{key: value for key, value in compared(one, other, margin).items() if key != "speedup"},
+        }
+        for one, other in pairs
+        if one and other
+    ]
 
 
 def block(name: str, role: str, shape: list[int], arms: list[str], **more: Any) -> dict[str, Any]:
@@ -221,6 +238,7 @@ def result(
             "schedule": {"kind": "cosine", "warmup": 40, "floor": 0.1},
         },
         "arms": [{**one, **compared(one, found[0], margin)} for one in found],
+        "ablations": ablations(found, margin),
         "horizons": [
             {
                 "share": share, "tokens": int(share * TOKENS), "seeds": numbers, "stopped_at": [None] * seeds,
@@ -260,7 +278,10 @@ def unfinished() -> dict[str, Any]:
     arms = whole["arms"]
     arms[1] |= {**nothing, "verdict": "undecided", "tuning": arms[1]["tuning"][:3]}
     arms[2] |= {**nothing, "verdict": "undecided", "tuning": [], "setting": None, "state_bytes": None, "step_ms": None}
-    arms[2] |= {"tokens_per_second": None}
+    arms[2] |= {"tokens_per_second": None, "mean_lr": None}
     arms[3] |= {"final": arms[3]["final"][:1], "interval": None, "speedup": None, "verdict": "undecided"}
     arms[3]["difference"] |= {"low": None, "high": None, "sd": None, "n": 1, "p": None}
-    return {**whole, "complete": False, "progress": {"done": 17, "expected": 46}, "horizons": []}
+    pair = {**whole["ablations"][0], "difference": None, "verdict": "undecided", "sentence": ""}
+    return {
+        **whole, "complete": False, "progress": {"done": 17, "expected": 46}, "horizons": [], "ablations": [pair],
+    }  # fmt: skip

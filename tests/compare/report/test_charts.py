@@ -146,7 +146,7 @@ def test_gaps_end_at_the_difference() -> None:
 
 
 def test_memory_is_in_mebibytes() -> None:
-    result = canned.result(3, lost={2: 3})
+    result = canned.result(8, lost={2: 3})
     traces = _traces(curve_charts.memory(result))
     assert traces["adamw"].x == (result["arms"][0]["state_bytes"] / 2**20,)
     assert "adam-mini" not in traces  # no mean to show
@@ -154,10 +154,26 @@ def test_memory_is_in_mebibytes() -> None:
 
 def test_learning_rates_are_drawn_where_blocks_differ() -> None:
     drawn = curve_charts.learning_rates(canned.result(8))
-    assert list(drawn) == ["adamw+blockwise", "adamw+reversed(blockwise)", "adam-mini+blockwise"]
-    assert [trace.name for trace in drawn["adamw+blockwise"].data] == ["Emb", "QK", "FFN", "VO", "Norm"]
+    same = ("adamw+blockwise", "adam-mini+blockwise")
+    assert list(drawn) == [same, ("adamw+reversed(blockwise)",)]
+    assert [trace.name for trace in drawn[same].data] == ["Emb", "QK", "FFN", "VO", "Norm"]
     ranges = {figure.layout.yaxis.range for figure in drawn.values()}
     assert len(ranges) == 1
+
+
+def test_block_types_have_no_colours_of_arms() -> None:
+    for figure in curve_charts.learning_rates(canned.result(8)).values():
+        assert {trace.line.color for trace in figure.data}.isdisjoint(COLOURS)
+        assert len({trace.line.dash for trace in figure.data}) == len(figure.data)
+        assert len({note.text.lower() for note in figure.layout.annotations}) == len(figure.data)
+
+
+def test_another_learning_rate_is_another_figure() -> None:
+    result = canned.result((0, 1, 7))
+    assert len(curve_charts.learning_rates(result)) == 1
+    for run in result["arms"][2]["final"]:
+        run["learning_rates"] = {role: [2 * lr for lr in lrs] for role, lrs in run["learning_rates"].items()}
+    assert len(curve_charts.learning_rates(result)) == 2
 
 
 def test_factors_far_apart_are_drawn_to_a_logarithmic_scale() -> None:
@@ -200,7 +216,12 @@ def test_many_decades_and_losses_off_the_scale() -> None:
     assert high - low > 4
     assert 3 <= len(figure.layout.xaxis.tickvals) <= 6
     assert "largest tried" in _texts(figure)  # lion
-    assert "uppermost symbols" in _texts(figure)
+    assert "uppermost symbols" not in _texts(figure)
+    cap = max(max(trace.y) for trace in figure.data if "diverged" not in trace.name)
+    beyond = [run["final_loss"] for arm in result["arms"] for run in arm["tuning"] if (run["final_loss"] or 0) > cap]
+    assert beyond
+    assert all(f"↑ {loss:.2f}" in _texts(figure) for loss in beyond)
+    assert _texts(figure).count("↑") == len(beyond)
     bottom, top = figure.layout.yaxis.range
     assert all(bottom <= y <= top for trace in figure.data for y in trace.y)
 

@@ -16,11 +16,11 @@ from plotly.offline import get_plotlyjs
 from report.parse import Parser, parse
 
 from compare.report import canned
-from sharpwise.compare.report import page
+from sharpwise.compare.report import page, tables
 from sharpwise.compare.report.runs import csv_text, runs_of
-from sharpwise.compare.report.words import caveats, headline, method, speedup_words
+from sharpwise.compare.report.words import caveats, headline, method, speedup_words, together
 
-CHARTS = {f"chart-{name}" for name in ("difference", "final", "speedup", "memory", "loss", "gap", "sensitivity")}
+CHARTS = {f"chart-{name}" for name in ("difference", "final", "speedup", "loss", "gap", "sensitivity")}
 
 
 def _parse(result: Mapping[str, Any]) -> Parser:
@@ -33,12 +33,12 @@ def test_a_complete_study() -> None:
     result = canned.result()
     parser = _parse(result)
     for arm in result["arms"]:
-        for text in (arm["name"], arm["code"], arm["sentence"]):
+        for text in (arm["name"], arm["definition"], arm["code"], arm["sentence"][1:]):
             assert text in parser.text
         assert f"{arm['mean']:.4f}" in parser.text
     for text in (
         headline(result),
-        "Each was tuned with the same effort: 5 trial runs to find its best learning rate.",
+        "Each was tuned with the same number of trials: 5 runs to find its best learning rate.",
         "then trains again 3 times, with seeds that tuning did not use",
         "in nats per token: lower is better",
         "2.9 tokens per parameter. Below 20 tokens per parameter a run says little about longer ones",
@@ -59,13 +59,75 @@ def test_every_run_is_there_with_its_settings_and_folder() -> None:
     result = canned.result(2, weight_decay=True)
     parser = _parse(result)
     summaries = re.findall(r"<summary>(.*?)</summary>", page.render(result))
-    assert len(summaries) == len(runs_of(result)) + 1  # and the whole configuration
+    folded = {"The arms as code", "Block map", "Every run", "The whole configuration"}
+    assert len(summaries) == len(runs_of(result)) + len(folded)
+    assert folded <= set(summaries)
     assert "tuning, lr 0.003, weight decay 0.3: <b>4.0800</b>" in summaries
     assert "tuning, lr 0.003, weight decay 0 (chosen): <b>4.0400</b>" in summaries
     assert "2 x tokens, seed 3: <b>3.9100</b>" in summaries
     links = [value for _, name, value in parser.attributes if name == "href"]
     assert "./runs/adamw%2Bblockwise-seed-2/config.toml" in links
     assert {page.JSON_NAME, page.CSV_NAME} <= set(links)
+
+
+def test_an_extra_trial_says_how_many_every_arm_has() -> None:
+    text = _parse(canned.result(2)).text
+    assert "extra trial, so that every arm has 5" in text
+    assert "{" not in text.partition("extra trial")[2][:40]
+
+
+def test_arms_are_compared_with_their_ablations_where_there_are_any() -> None:
+    assert "Do the ratios matter?" not in _parse(canned.result(3)).text
+    assert "Do the ratios matter?" not in _parse(canned.result((0, 3, 4))).text
+    result = canned.result(5)
+    assert [pair["ablation"] for pair in result["ablations"]] == ["adamw+reversed(blockwise)", "adamw+mean(blockwise)"]
+    section = _parse(result).text.partition("Do the ratios matter?")[2].partition("Difference to adamw")[0]
+    for pair in result["ablations"]:
+        assert pair["sentence"][1:] in section
+        assert pair["ablation"] in section
+    assert "No pair of final runs yet." in _parse(canned.unfinished()).text.partition("Do the ratios matter?")[2]
+
+
+def test_a_verdict_does_not_repeat_the_name_beside_it() -> None:
+    html = tables.verdicts(canned.result(4))
+    assert html.count("</span> adam-<wbr>mini<br>") == 1
+    assert "<td>Ended " in html
+    assert html.count("blockwise") == 2  # each of two candidates once
+
+
+def test_the_mean_learning_rate_has_a_column() -> None:
+    html = tables.costs(canned.result(2))
+    assert "lr x mean factor" in html
+    assert '<td class="number">0.0052</td>' in html  # 0.001 x 5.2
+
+
+def test_seeds_are_said_to_move_arms_together_only_where_they_do() -> None:
+    result = canned.result(3)
+    for arm in result["arms"][1:]:
+        arm["difference"] |= {"low": -1e-3, "high": 1e-3}
+    assert together(result) == "Seeds move all arms together, so that differences are surer than these."
+    assert together(result) in _parse(result).text
+    result["arms"][2]["difference"] |= {"low": -1.0, "high": 1.0}
+    assert together(result).startswith("Seeds move only adamw+blockwise together with adamw")
+    result["arms"][1]["interval"] = [4.0, 4.0001]  # surer by itself than the difference
+    assert together(result).startswith("Seeds do not move the arms and adamw together here")
+    assert together(canned.result(3, 1)) == ""
+
+
+def test_memory_has_a_figure_where_the_table_does_not_tell_all() -> None:
+    assert "chart-memory" not in _parse(canned.result(4)).ids  # two sizes
+    assert "chart-memory" in _parse(canned.result(6)).ids
+    result = canned.result((0, 1, 3))
+    for i, arm in enumerate(result["arms"]):
+        arm["state_bytes"] += i  # a byte is no other size
+    assert "chart-memory" not in _parse(result).ids
+
+
+def test_the_block_map_shows_equal_multipliers_once() -> None:
+    html = tables.blocks(canned.result((0, 1, 3, 7)))
+    assert html.count("lr factor") == 2
+    assert "lr factor,<wbr> adamw+<wbr>blockwise,<wbr> adam-<wbr>mini+<wbr>blockwise" in html
+    assert "transformer.<wbr>h.<wbr>{0..1}.<wbr>attn" in html  # breaks at dots, and not within words
 
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:

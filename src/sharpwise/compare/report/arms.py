@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from sharpwise.report.figures import text
+from sharpwise.report.skeleton import breakable
 
 Result = Mapping[str, Any]
 Arm = Mapping[str, Any]
@@ -65,11 +65,7 @@ def figure_label(name: str, look: Look, width: int = 13, lines: int = 3) -> str:
 
 def html_name(name: str, look: Look) -> str:
     """Symbol and name of an arm as HTML; the name may break after its signs."""
-    broken = re.sub(r"(?<=[+(_/,.-])", "\0", name)
-    return (
-        f'<span class="glyph" style="color:{look.colour}" aria-hidden="true">{look.glyph}</span> '
-        f"{escape(broken).replace(chr(0), '<wbr>')}"
-    )
+    return f'<span class="glyph" style="color:{look.colour}" aria-hidden="true">{look.glyph}</span> {breakable(name)}'
 
 
 # --- what is known of an arm -----------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The figures with a curve or a point per arm: along the run, over learning rates, memory. None where there is none."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -21,6 +23,7 @@ from sharpwise.compare.report.arms import varied as varied_run
 from sharpwise.report import figures
 from sharpwise.report.blocks import TypeLine, type_figure, type_lines
 from sharpwise.report.curves import averaged, rounded
+from sharpwise.report.words import mebibytes
 
 POINTS = 80  # of a loss curve, and of one of learning rates
 SYMBOLS_PER_LINE = 7
@@ -114,9 +117,9 @@ def _thick(figure: go.Figure, x: Sequence[float], y: Sequence[float], look: Look
 
 
 def memory(result: Result) -> go.Figure | None:
-    """Mean final validation loss with its interval against the bytes of optimizer state."""
+    """Mean final validation loss with its interval against bytes of state, where there are more than two sizes."""
     arms = [arm for arm in result["arms"] if arm["state_bytes"] is not None and arm["mean"] is not None]
-    if not arms:
+    if len({mebibytes(arm["state_bytes"]) for arm in arms}) <= 2:
         return None
     height = 340 + 18 * max(0, len(arms) - 4)
     figure = figures.figure("optimizer state, MiB", "final validation loss, nats", height)
@@ -154,9 +157,16 @@ def memory(result: Result) -> go.Figure | None:
 # --- learning rates along the run ------------------------------------------------------------------------------------
 
 
-def learning_rates(result: Result) -> dict[str, go.Figure]:
-    """Learning rate of each block type against tokens, of arms whose blocks differ, all on one scale."""
-    found: dict[str, tuple[list[float], list[TypeLine]]] = {}
+# The colours are those of arms: here the lines are told apart by their dashes.
+DASHES = (("solid", "─ "), ("dash", "╌ "), ("dot", "· "), ("dashdot", "╌·"), ("longdash", "— "))
+
+
+def learning_rates(result: Result) -> dict[tuple[str, ...], go.Figure]:
+    """Learning rate of each block type against tokens, of arms whose blocks differ, all on one scale.
+
+    Arms whose learning rates are the same share a figure.
+    """
+    found: list[tuple[list[str], list[float], list[TypeLine]]] = []
     for arm in result["arms"]:
         run = varied_run(arm)
         if run is None:
@@ -166,24 +176,37 @@ def learning_rates(result: Result) -> dict[str, go.Figure]:
         kept = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)}) if last > POINTS else range(len(tokens))
         rates = {role: (tuple(rounded([lr[i] for i in kept])),) for role, lr in run["learning_rates"].items()}
         types = {role: run["types"].get(role, "Other") for role in rates}
-        found[arm["name"]] = (rounded([tokens[i] for i in kept], 9), type_lines(types, rates))
-    peaks = [peak for _, lines in found.values() for line in lines for peak in line.peaks if peak > 0]
+        x, lines = rounded([tokens[i] for i in kept], 9), _dashed(type_lines(types, rates))
+        same = next((names for names, *drawn in found if drawn == [x, lines]), None)
+        if same is None:
+            found.append(([arm["name"]], x, lines))
+        else:
+            same.append(arm["name"])
+    peaks = [peak for _, _, lines in found for line in lines for peak in line.peaks if peak > 0]
     # Factors far apart would press the small ones onto the axis.
     log = bool(peaks) and max(peaks) > 20 * min(peaks)
     drawn = {}
-    for name, (x, lines) in found.items():
-        drawn[name] = type_figure(x, lines, top=max(peaks, default=0.0), log=log)
+    for names, x, lines in found:
+        figure = drawn[tuple(names)] = type_figure(x, lines, top=max(peaks, default=0.0), log=log)
         if log:
-            low, high = figures.logarithmic(drawn[name], min(peaks) / 30, max(peaks) * 1.5)
-            _relabel(drawn[name], lines, low, high)
+            low, high = figures.logarithmic(figure, min(peaks) / 30, max(peaks) * 1.5)
+            _relabel(figure, lines, low, high)
     return drawn
+
+
+def _dashed(lines: Sequence[TypeLine]) -> list[TypeLine]:
+    styles = itertools.cycle(DASHES)
+    return [
+        replace(line, colour=figures.MUTED, dash=dash, mark=mark)
+        for line, (dash, mark) in zip(lines, styles, strict=False)
+    ]
 
 
 def _relabel(figure: go.Figure, lines: Sequence[TypeLine], low: float, high: float) -> None:
     """Name the lines again, at their heights on the scale that all figures share."""
     figure.layout.annotations = ()
     labels = [
-        (figures.text(line.label).replace(", ", ",<br>"), math.log10(line.peak or 10**low), line.colour)
+        (line.mark + figures.text(line.label).replace(", ", ",<br>"), math.log10(line.peak or 10**low), line.colour)
         for line in lines
     ]
     figures.label_ends(figure, labels, low, high, height=280)

@@ -59,7 +59,9 @@ def render(result: Result) -> str:
         notes(found) if (found := words.caveats(result)) else "",
         "</header>",
         '<div class="grid">',
+        card("The arms", "", tables.definitions(result), wide=True),
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
+        _ablations(result),
         *_charts(result),
         card("Results", RESULTS_HINT, tables.results(result), wide=True),
         card("Settings and costs", _costs_hint(result), tables.costs(result), wide=True),
@@ -70,11 +72,13 @@ def render(result: Result) -> str:
             "Every run",
             "The number is its final validation loss. Open a run for its settings and its folder; all else is under "
             "what all runs share.",
-            tables.runs(result) + _links(),
+            tables.runs(result),
             wide=True,
+            folded=True,
         ),
         *_setup(result),
         "</div>",
+        _links(),
         f'<p class="hint foot">Written from results of {escape(moment(str(result["environment"].get("date", "-"))))}. '
         "This file needs no network.</p>",
     )
@@ -102,7 +106,7 @@ def _charts(result: Result) -> list[str]:
             "final",
             "Final losses",
             f"Filled: the mean over seeds, with its 95% interval; open: single seeds. Dashed: the mean of {baseline}. "
-            "Seeds move all arms together, so that differences are surer than these.",
+            f"{words.together(result)}",
             row_charts.final_losses(result),
         ),
         (
@@ -121,8 +125,8 @@ def _charts(result: Result) -> list[str]:
         (
             "loss",
             "Loss along the way",
-            "Each arm at its best setting. Thick: the mean over seeds, averaged over short stretches; thin: single "
-            "seeds. Only the ends count, as schedules lower the learning rate up to there.",
+            "Training loss, smoothed, of each arm at its best setting. Thick: the mean over seeds; thin: single seeds. "
+            "What counts is the loss on held-out text at the end of the run: see the final losses.",
             curve_charts.loss_curves(result),
         ),
         (
@@ -156,9 +160,10 @@ def _shares(result: Result) -> str:
 
 def _costs_hint(result: Result) -> str:
     some = any(arm["tokens_per_second"] is not None for arm in result["arms"])
+    speeds = " Speeds are those of the fastest run, without its slow steps: other work on the machine only slows them."
     return (
         "What tuning chose, and what it costs. The mean lr factor is what an arm multiplies the learning rate of an "
-        f"average parameter by.{' Speeds are those that the quickest tenth of the steps keep to.' if some else ''}"
+        f"average parameter by; lr x mean factor is what that parameter gets.{speeds * some}"
     )
 
 
@@ -166,11 +171,11 @@ def _rates(result: Result) -> str:
     figures = curve_charts.learning_rates(result)
     if not figures:
         return ""
-    parts = [
-        f"<div><h3>{html_name(name, looks(result)[name])}</h3>"
-        f"{chart(figure, f'rates-{i}', f'Learning rate of each block type in {name}')}</div>"
-        for i, (name, figure) in enumerate(figures.items())
-    ]
+    parts = []
+    for i, (names, figure) in enumerate(figures.items()):
+        title = "<br>".join(html_name(name, looks(result)[name]) for name in names)
+        drawn = chart(figure, f"rates-{i}", f"Learning rate of each block type in {' and '.join(names)}")
+        parts.append(f"<div><h3>{title}</h3>{drawn}</div>")
     hint = (
         "The scheduled learning rate times the factor of the block, all on one scale; arms that treat all blocks alike "
         "are left out. Emb: embeddings; QK and VO: attention; FFN: feed-forward; Norm: normalization."
@@ -182,9 +187,8 @@ def _told(result: Result) -> list[str]:
     untested = "".join(f"<li>{escape(item)}</li>" for item in result["not_tested"])
     codes = {arm["name"]: arm["code"] for arm in result["arms"] if arm["code"]}
     code = facts(codes.items(), code=codes)
-    wide = not untested
-    cards = [card("What was not tested", "", f'<ul class="plain">{untested}</ul>')] if untested else []
-    return [*cards, card("The arms as code", "What to write to get the same.", code, wide=wide)]
+    cards = [card("What was not tested", "", f'<ul class="plain">{untested}</ul>', wide=True)] if untested else []
+    return [*cards, card("The arms as code", "What to write to get the same.", code, wide=True, folded=True)]
 
 
 def _blocks(result: Result) -> str:
@@ -192,7 +196,18 @@ def _blocks(result: Result) -> str:
         return ""
     varied = tables.varied_arms(result)
     hint = f"What each parameter is taken for, and {'the factor on its learning rate' if varied else 'its size'}"
-    return card("Block map", f"{hint}. Equal layers share one row.", tables.blocks(result), wide=True)
+    return card("Block map", f"{hint}. Equal layers share one row.", tables.blocks(result), wide=True, folded=True)
+
+
+def _ablations(result: Result) -> str:
+    if not result["ablations"]:
+        return ""
+    hint = (
+        "An arm against itself with other multipliers, each at its own best learning rate, paired by seed. If it ends "
+        "no lower, what helped is the size of the steps and not which block gets the large ones. p is adjusted for the "
+        "number of these pairs, apart from those with the baseline: that is another question."
+    )
+    return card("Do the ratios matter?", hint, tables.ablations(result), wide=True)
 
 
 def _links() -> str:

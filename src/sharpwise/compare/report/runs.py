@@ -12,7 +12,7 @@ from sharpwise.compare.tuning import TUNING_SEED
 
 STAGES = {
     "tune": "tuning",
-    "even": "tuning, made up to the number of the others",
+    "even": "extra trial, so that every arm has {most}",
     "final": "final",
     "horizon": "baseline on another number of tokens",
 }

@@ -34,15 +34,12 @@ def sensitivity(result: Result) -> go.Figure | None:
         last = _arm(figure, arm, look, cap, high)
         if last is not None:
             labels.append((figure_label(arm["name"], look), last, figures.INK))
-    told = ["✕ diverged"] * any(run["final_loss"] is None for run in runs)
-    if any((run["final_loss"] or 0.0) > cap for run in runs):
-        told.append(f"uppermost symbols: {cap:.2f} or more")
-        figure.add_hline(y=cap, line={"color": figures.MUTED, "width": 1, "dash": "dot"}, layer="below")
-    if told:
+    if any(run["final_loss"] is None for run in runs):
         figure.add_annotation(
-            xref="paper", x=0, xanchor="left", y=high, yanchor="bottom", yshift=5, text=", ".join(told),
+            xref="paper", x=0, xanchor="left", y=high, yanchor="bottom", yshift=5, text="✕ diverged",
             showarrow=False, font={"size": 12, "color": figures.MUTED},
         )  # fmt: skip
+    _beyond(figure, result, cap)
     figure.update_yaxes(range=[low, high], nticks=7)
     _rates_axis(figure, [run["lr"] for run in runs])
     figures.label_ends(figure, labels, low, high, height)
@@ -107,6 +104,21 @@ def _arm(figure: go.Figure, arm: Arm, look: Look, cap: float, top: float) -> flo
             cliponaxis=False, hovertext=[_hover(name, run, False) for run in lost], hoverinfo="text",
         )  # fmt: skip
     return last
+
+
+def _beyond(figure: go.Figure, result: Result, cap: float) -> None:
+    """The losses of runs that are worse than the scale shows, with arrows, below their symbols at its top."""
+    found: dict[float, list[tuple[float, str]]] = {}
+    for arm in result["arms"]:
+        for run in arm["tuning"]:
+            if run["final_loss"] is not None and run["final_loss"] > cap:
+                found.setdefault(run["lr"], []).append((run["final_loss"], looks(result)[arm["name"]].colour))
+    for lr, losses in found.items():
+        lines = (f'<span style="color:{colour}">↑ {loss:.2f}</span>' for loss, colour in sorted(losses))
+        figure.add_annotation(
+            x=math.log10(lr), y=cap, yanchor="top", yshift=-8, text="<br>".join(lines), showarrow=False,
+            font={"size": 11}, bgcolor="rgba(255,255,255,0.85)", borderpad=0,
+        )  # fmt: skip
 
 
 def _groups(runs: Sequence[Tuned]) -> list[list[Tuned]]:

@@ -10,7 +10,6 @@ from sharpwise.compare.report.arms import (
     Result,
     candidates,
     chosen_lr,
-    diverged,
     further,
     html_name,
     looks,
@@ -25,19 +24,49 @@ from sharpwise.report.skeleton import facts, table
 from sharpwise.report.words import mebibytes, moment, number
 
 
+def definitions(result: Result) -> str:
+    """What each arm is, in a line."""
+    look = looks(result)
+    lines = [
+        f"<dt>{html_name(arm['name'], look[arm['name']])}</dt><dd>{escape(arm['definition'])}</dd>"
+        for arm in result["arms"]
+    ]
+    return f"<dl>{''.join(lines)}</dl>"
+
+
 def verdicts(result: Result) -> str:
     """The verdict on each candidate in a sentence."""
     look = looks(result)
     lines = [
-        f'<tr><th scope="row" class="verdict">{html_name(arm["name"], look[arm["name"]])}<br>{_badge(arm)}</th>'
-        f"<td>{escape(arm['sentence'] or 'No pair of final runs yet.')}</td></tr>"
+        f'<tr><th scope="row" class="verdict">{html_name(arm["name"], look[arm["name"]])}<br>{_badge(_kind(arm))}</th>'
+        f"<td>{_sentence(arm)}</td></tr>"
         for arm in candidates(result)
     ]
     return table('<th scope="col">candidate</th><th scope="col">what came out</th>', lines, "Verdicts")
 
 
-def _badge(arm: Arm) -> str:
-    kind = "diverged" if diverged(arm) else arm["verdict"] if arm["difference"] else "not yet"
+def ablations(result: Result) -> str:
+    """The verdict on each arm against each of its ablations."""
+    look = looks(result)
+    lines = [
+        f'<tr><th scope="row" class="verdict">{html_name(pair["arm"], look[pair["arm"]])}<br>{_badge(_kind(pair))}</th>'
+        f"<td>{html_name(pair['ablation'], look[pair['ablation']])}</td><td>{_sentence(pair)}</td></tr>"
+        for pair in result["ablations"]
+    ]
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("arm", "ablation", "what came out"))
+    return table(head, lines, "Ablations")
+
+
+def _sentence(judged: Mapping[str, Any]) -> str:
+    text = judged["sentence"] or "No pair of final runs yet."
+    return escape(text[0].upper() + text[1:])
+
+
+def _kind(judged: Mapping[str, Any]) -> str:
+    return str(judged["verdict"]) if judged["difference"] else "not yet"
+
+
+def _badge(kind: str) -> str:
     return f'<span class="badge {escape(kind)}">{escape(VERDICTS.get(kind, kind))}</span>'
 
 
@@ -65,6 +94,7 @@ def costs(result: Result) -> str:
         ("tuning runs", [(str(len(arm["tuning"])), "") for arm in arms]),
         ("diverged from lr", [(number(arm["divergence_edge"], "g"), "") for arm in arms]),
         ("mean lr factor", [(number(arm["mean_multiplier"], ".3g"), "") for arm in arms]),
+        ("lr x mean factor", [(number(arm["mean_lr"], ".3g"), "") for arm in arms]),
         ("tokens/s", [(number(arm["tokens_per_second"], ",.0f"), "") for arm in arms]),
         ("optimizer step", [(number(arm["step_ms"], ".2f", " ms"), "") for arm in arms]),
         ("optimizer state", [(mebibytes(arm["state_bytes"]), "") for arm in arms]),
@@ -124,15 +154,16 @@ def _ended(arm: Arm) -> str:
 def runs(result: Result) -> str:
     """Every run by arm, each with its settings a click away."""
     found, look = runs_of(result), looks(result)
+    most = max(len(arm["tuning"]) for arm in result["arms"])
     parts = []
     for arm in result["arms"]:
         own = [run for run in found if run.arm == arm["name"]]
-        lines = "".join(_run(run) for run in own) or '<p class="hint">None is done yet.</p>'
+        lines = "".join(_run(run, most) for run in own) or '<p class="hint">None is done yet.</p>'
         parts.append(f'<div class="runs"><h3>{html_name(arm["name"], look[arm["name"]])}</h3>{lines}</div>')
     return f'<div class="three">{"".join(parts)}</div>'
 
 
-def _run(run: Run) -> str:
+def _run(run: Run, most: int) -> str:
     end = "diverged" if run.final_loss is None else f"{run.final_loss:.4f}"
     stage = {"tune": "tuning", "even": "tuning", "final": "final", "horizon": f"{run.share:g} x tokens"}[run.stage]
     what = setting_words(run.setting) or "no setting"
@@ -141,7 +172,7 @@ def _run(run: Run) -> str:
     mark = " (chosen)" if run.chosen and run.stage in ("tune", "even") else ""
     summary = f"<summary>{escape(f'{stage}, {what}{mark}')}: <b>{end}</b></summary>"
     items = [
-        ("stage", STAGES[run.stage]),
+        ("stage", STAGES[run.stage].format(most=most)),
         *((setting_name(key), value_words(value)) for key, value in run.setting.items()),
         ("seed", str(run.seed)),
         ("tokens", f"{run.tokens:,}"),
@@ -165,9 +196,11 @@ def _links(folder: str) -> str:
 
 
 def blocks(result: Result) -> str:
-    """The block map, with the factors of the arms whose blocks differ."""
-    arms = varied_arms(result)
-    titles = {name: f"lr factor, {name}" if len(arms) > 1 else "lr factor" for name in arms}
+    """The block map, with the factors of the arms whose blocks differ; of arms with the same ones, once."""
+    alike: dict[tuple[float, ...], list[str]] = {}
+    for name in varied_arms(result):
+        alike.setdefault(tuple(block["multipliers"].get(name, 1.0) for block in result["blocks"]), []).append(name)
+    titles = {names[0]: f"lr factor, {', '.join(names)}" if len(alike) > 1 else "lr factor" for names in alike.values()}
     return block_table(result["blocks"], titles)
 
 

@@ -117,9 +117,9 @@ def _tuning(result: Result) -> str:
     keys = {key for arm in result["arms"] for run in arm["tuning"] for key in run["setting"]}
     what = "learning rate" if len(keys) < 2 else "learning rate and further settings"
     if len(counts) == 1 and result["complete"]:
-        return f"Each was tuned with the same effort: {counts[0]} trial runs to find its best {what}."
+        return f"Each was tuned with the same number of trials: {counts[0]} runs to find its best {what}."
     had = f"{counts[0]} each" if len(counts) == 1 else f"between {counts[0]} and {counts[-1]}"
-    return f"Each is tuned with the same effort, trial runs to find its best {what}; so far they had {had}."
+    return f"Each gets the same number of trials, runs to find its best {what}; so far they had {had}."
 
 
 def caveats(result: Result) -> list[str]:
@@ -157,6 +157,32 @@ def caveats(result: Result) -> list[str]:
 def _said(result: Result, arm: Arm, word: str) -> bool:
     """Whether a caveat of the study is about this of the arm already."""
     return any(note.startswith(f"{arm['name']} ") and word in note for note in result["caveats"])
+
+
+def together(result: Result) -> str:
+    """Whether pairing by seed makes differences surer than the losses of the arms by themselves."""
+    base = baseline_of(result)
+    widths = {arm["name"]: _width(arm["interval"]) for arm in result["arms"]}
+    surer = {}
+    for arm in candidates(result):
+        found = arm["difference"] or {"low": None, "high": None}
+        width, alone = _width((found["low"], found["high"])), (widths[arm["name"]], widths[base["name"]])
+        if width is not None and None not in alone:
+            surer[arm["name"]] = all(width < (own or 0.0) for own in alone)
+    if not surer:
+        return ""
+    if all(surer.values()):
+        return "Seeds move all arms together, so that differences are surer than these."
+    if not any(surer.values()):
+        return f"Seeds do not move the arms and {base['name']} together here: differences are no surer than these."
+    names = ", ".join(name for name, so in surer.items() if so)
+    return f"Seeds move only {names} together with {base['name']}: no other difference is surer than these."
+
+
+def _width(ends: Sequence[float | None] | None) -> float | None:
+    if ends is None or ends[0] is None or ends[1] is None:
+        return None
+    return ends[1] - ends[0]
 
 
 def status(result: Result) -> str:

@@ -1,0 +1,111 @@
+"""What the arms of a comparison are, in a line each, and which of them are ablations of which."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sharpwise import rules
+from sharpwise.block_lr import Ablation, BlockLR, MeanMatched, Only, Reversed, Shuffled, make_block_lr
+from sharpwise.compare.study import Arm, Study
+from sharpwise.report.blocks import names_of_roles
+
+RULES: dict[str, type[rules.Rule]] = {rule.name: rule for rule in (rules.AdamMini, rules.AdamW, rules.Lion, rules.SGD)}
+# What an ablation does instead, as it stands in "ended 0.1 nats below ...".
+INSTEAD: dict[type[Ablation], str] = {
+    MeanMatched: "the same learning rate for every block",
+    Reversed: "the multipliers in reversed order",
+    Shuffled: "the multipliers in another order",
+    Only: "the multipliers for some of the blocks alone",
+}
+
+
+def block_lr_of(arm: Arm) -> BlockLR | None:
+    """The per-block learning rate of an arm."""
+    return make_block_lr(arm.optimizer.get("block_lr"))
+
+
+def ablations(study: Study) -> Iterator[tuple[Arm, Arm]]:
+    """Every arm with each of its ablations: alike in all but that the multipliers are changed."""
+    for arm in study.arms:
+        for other in study.arms:
+            changed = block_lr_of(other)
+            alike = (
+                arm.optimizer["name"] == other.optimizer["name"]
+                and arm.settings == other.settings
+                and arm.space.search == other.space.search
+            )
+            if alike and isinstance(changed, Ablation) and changed.of == block_lr_of(arm):
+                yield arm, other
+
+
+def instead(ablation: Arm) -> str:
+    """What an ablation has instead of the multipliers, in words."""
+    changed = block_lr_of(ablation)
+    assert isinstance(changed, Ablation)
+    return INSTEAD.get(type(changed), ablation.name)
+
+
+# --- definitions -----------------------------------------------------------------------------------------------------
+
+
+def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """One line for each arm that says what it is.
+
+    Args:
+        study: with the arms.
+        blocks: with `type`, `role` and under `multipliers` those of every arm by name.
+    """
+    found, told = {}, set()
+    for arm in study.arms:
+        optimizer, block_lr = str(arm.optimizer["name"]), block_lr_of(arm)
+        known = optimizer in told and block_lr is not None
+        text = optimizer if known else first_line(RULES[optimizer])
+        if block_lr is not None:
+            text += f"{' with' if known else ', with'} {_block_lr(block_lr)}: "
+            text += factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
+            text += "; a control" * isinstance(block_lr, Ablation)
+        told.add(optimizer)
+        found[arm.name] = f"{'The baseline: ' * (arm.name == study.baseline)}{text}."
+    return found
+
+
+def first_line(kind: type) -> str:
+    """What the docstring of a class says in its first line, without the full stop."""
+    return (kind.__doc__ or kind.__name__).strip().partition("\n")[0].rstrip(".")
+
+
+def _block_lr(block_lr: BlockLR) -> str:
+    line = first_line(type(block_lr))
+    if isinstance(block_lr, Ablation):
+        line = line.replace("`of`", str(block_lr.of))
+    return line[0].lower() + line[1:]
+
+
+def factors(blocks: Sequence[tuple[str, str, float]]) -> str:
+    """Multipliers by type of block, from the largest down.
+
+    Args:
+        blocks: type, role and multiplier of each.
+
+    >>> factors([("Emb", "tok_emb", 10.0), ("Norm", "norm", 1.0), ("Emb", "pos_emb", 1.0), ("FFN", "up", 6.0)])
+    'Emb x10, FFN x6, others x1'
+    >>> factors([("FFN", "up", 0.5), ("FFN", "up", 1.0), ("Norm", "norm", 1.0)])
+    'Norm x1, FFN x0.5 to x1'
+    """
+    values: dict[str, list[float]] = {}
+    for _, role, factor in blocks:
+        values.setdefault(role, []).append(factor)
+    ranges = {role: ((min(of), max(of)),) for role, of in values.items()}
+    names = names_of_roles({role: kind for kind, role, _ in blocks}, ranges)
+    by_range: dict[tuple[float, float], dict[str, None]] = {}
+    for role, name in names.items():
+        by_range.setdefault(ranges[role][0], {})[name] = None
+    if len(by_range) == 1:
+        return f"{_times(*next(iter(by_range)))} everywhere"
+    if len(by_range.get((1.0, 1.0), ())) > 1:
+        by_range[1.0, 1.0] = {"others": None}
+    return ", ".join(f"{', '.join(by_range[ends])} {_times(*ends)}" for ends in sorted(by_range, reverse=True))
+
+
+def _times(low: float, high: float) -> str:
+    texts = [f"x{low:.3g}", f"x{high:.3g}"]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
