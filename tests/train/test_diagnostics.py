@@ -8,7 +8,8 @@ import torch
 
 import sharpwise
 from sharpwise.block_lr import BlockwiseLR, LayerDecay
-from sharpwise.train.diagnostics import UpdateSizes, multipliers_by_role
+from sharpwise.probes.callbacks import Probes
+from sharpwise.train.diagnostics import multipliers_by_role
 from sharpwise.train.models import load_model
 
 WIDTH = 64
@@ -24,6 +25,15 @@ def step(model: torch.nn.Module, optimizer: Any) -> None:
     model(tokens, labels=tokens).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def sizes(model: torch.nn.Module, optimizer: Any, do: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """By role: root mean square and relative size of what `do` changes."""
+    probes = Probes(model, optimizer, optimizer.blocks, updates_every=1, noise_every=0, sharpness_every=0)
+    probes.before_step(1)
+    do()
+    notes = probes.after_step(1)
+    return notes["update_rms"], notes.get("update_relative", {})
 
 
 def parts_of(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -47,9 +57,7 @@ def test_sizes_of_a_fused_model_against_numpy() -> None:
     optimizer = sharpwise.AdamW(model, lr=1e-2, block_lr="blockwise")
     step(model, optimizer)  # so that the sizes differ
     before = {name: p.detach().numpy().astype(np.float64) for name, p in model.named_parameters()}
-    sizes = UpdateSizes(model, optimizer.blocks)
-    step(model, optimizer)
-    rms, relative = sizes.measure()
+    rms, relative = sizes(model, optimizer, lambda: step(model, optimizer))
     moved: dict[str, list[np.ndarray]] = {}
     was: dict[str, list[np.ndarray]] = {}
     for name, p in model.named_parameters():
@@ -69,9 +77,7 @@ def test_sizes_of_a_fused_model_against_numpy() -> None:
 def test_lion_moves_every_element_by_lr_times_its_multiplier() -> None:
     model = gpt2()
     optimizer = sharpwise.Lion(model, lr=1e-3, block_lr="blockwise")
-    sizes = UpdateSizes(model, optimizer.blocks)
-    step(model, optimizer)
-    rms, _ = sizes.measure()
+    rms, _ = sizes(model, optimizer, lambda: step(model, optimizer))
     multipliers = multipliers_by_role(optimizer)
     for role in rms:
         if role not in ("tok_emb", "pos_emb", "k"):  # rows without a gradient; a bias of keys has none
@@ -83,20 +89,16 @@ def test_nothing_that_moves_or_was_nothing() -> None:
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
     optimizer = sharpwise.AdamW(model)
-    sizes = UpdateSizes(model, optimizer.blocks)
-    rms, relative = sizes.measure()
+    rms, relative = sizes(model, optimizer, lambda: None)
     assert set(rms.values()) == {0.0}
     assert relative == {}  # of nothing
-    assert UpdateSizes(torch.nn.Identity(), optimizer.blocks).measure() == ({}, {})
 
 
 def test_in_bf16_and_with_frozen_parameters() -> None:
     model = gpt2().to(torch.bfloat16)
     model.get_parameter("transformer.wte.weight").requires_grad_(False)
     optimizer = sharpwise.AdamW(model, lr=1e-1)
-    sizes = UpdateSizes(model, optimizer.blocks)
-    step(model, optimizer)
-    rms, _ = sizes.measure()
+    rms, _ = sizes(model, optimizer, lambda: step(model, optimizer))
     assert rms.get("tok_emb", 0.0) == 0.0
     assert all(0.05 < rms[role] < 0.15 for role in ("q", "v", "o", "up", "down"))
 

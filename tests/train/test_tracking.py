@@ -44,11 +44,13 @@ def test_points() -> None:
         found = points(step(shown), 24)
         assert found == {"loss/train": 2.5, "lr": 1e-3, "tokens_per_second": 128.0, "grad_norm": 0.7}
     assert points(step(3, validation_loss=2.0), 24)["loss/validation"] == 2.0
-    measured = step(3, update_rms={"q": 0.1}, update_relative={"q": 0.2}, multipliers={"q": 8.0, "norm": [1.0, 2.0]})
+    measured = step(
+        3, notes={"update_rms": {"q": 0.1}, "sharpness": {"VO": 0.2}}, multipliers={"q": 8.0, "norm": [1.0, 2.0]}
+    )
     found = points(measured, 24)
     assert {name: value for name, value in found.items() if "/" in name and not name.startswith("loss")} == {
         "update_rms/q": 0.1,
-        "update_relative/q": 0.2,
+        "sharpness/VO": 0.2,
         "multiplier/q": 8.0,
         "multiplier/norm/0": 1.0,
         "multiplier/norm/1": 2.0,
@@ -82,9 +84,10 @@ def test_event_files_have_every_step_once(data, tmp_path) -> None:
     events.Reload()
     tags = events.Tags()["scalars"]
     roles = {"tok_emb", "q", "k", "v", "o", "up", "down", "norm", "head"}
-    assert set(tags) == {
-        *("loss/train", "loss/validation", "lr", "grad_norm", "tokens_per_second"),
+    assert set(tags) >= {
+        *("loss/train", "loss/validation", "lr", "grad_norm", "tokens_per_second", "gradient_noise/model"),
         *(f"{what}/{role}" for what in ("update_rms", "update_relative", "multiplier") for role in roles),
+        *(f"sharpness/{block}" for block in ("Emb", "QK", "VO", "FFN", "Norm")),
     }
     assert [event.step for event in events.Scalars("loss/validation")] == [5, 10, 15, 20, 24]
     assert [event.step for event in events.Scalars("multiplier/q")] == [6, 12, 18, 24]

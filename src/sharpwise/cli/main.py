@@ -41,6 +41,7 @@ def create_app() -> "typer.Typer":
     for name in ("prepare", "train", "runs", "page", "compare", "demo"):
         if importlib.util.find_spec(f"sharpwise.cli.{name}") is not None:
             app.command()(getattr(importlib.import_module(f"sharpwise.cli.{name}"), name))
+    app.add_typer(importlib.import_module("sharpwise.cli.measure").measure)
     return app
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from sharpwise.probes.callbacks import Probes
 from sharpwise.train.build import Built, as_code, build
 from sharpwise.train.checkpoint import Checkpoint, Checkpoints
 from sharpwise.train.config import Config
@@ -172,6 +173,12 @@ class _Run:
             check=self._what_is_wrong,
             world=self.world,
         )
+        every = self.plan.diagnostics_every
+        self.probes = Probes(
+            built.model, built.optimizer, built.optimizer.blocks, sequences=self.plan.sequences,
+            tokens=self.plan.tokens_per_step, updates_every=every, noise_every=every, sharpness_every=every,
+            last=self.plan.schedule.total, micro_batches=self.world.size == 1,
+        )  # fmt: skip
         self.start = self.at = 0
         self.validation_loss: float | None = None
         self.best_loss: float | None = None
@@ -205,6 +212,8 @@ class _Run:
             ) from error
         self.start = self.at = found.step
         self.validation_loss, self.best_loss = found.about["last_validation_loss"], found.about["best_loss"]
+        if "probes" in found.about:
+            self.probes.load_state_dict(found.about["probes"])
         return found.about["metrics_bytes"], found.about["timing_bytes"]
 
     def _save(self, step: Step) -> None:
@@ -215,6 +224,7 @@ class _Run:
             "best_loss": self.best_loss,
             "metrics_bytes": self.metrics.sync(),
             "timing_bytes": self.timing.sync(),
+            "probes": self.probes.state_dict(),
         }
         self.checkpoints.save(step.step, self._state(), about)
 
@@ -262,7 +272,14 @@ class _Run:
         built, plan = self.built, self.plan
         data = built.data
         steps = train_steps(
-            built.model, built.optimizer, data.train, data.validation, plan, start=self.start, forward=built.forward
+            built.model,
+            built.optimizer,
+            data.train,
+            data.validation,
+            plan,
+            start=self.start,
+            forward=built.forward,
+            probes=self.probes,
         )
         with closing(steps):
             for step in steps:
@@ -303,9 +320,7 @@ class _Run:
                 logger.warning("step %d: the validation loss is not finite", step.step)
             elif self.best_loss is None or self.validation_loss < self.best_loss:
                 self.best_loss = self.validation_loss
-        for name in ("multipliers", "update_rms", "update_relative"):
-            if values := getattr(step, name):
-                line[name] = values
+        line |= ({"multipliers": step.multipliers} if step.multipliers else {}) | step.notes
         self.metrics.write(line)
         self.timing.write(
             {

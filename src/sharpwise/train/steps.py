@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
+from sharpwise.probes.callbacks import Notes, Probes
 from sharpwise.train.data import Tokens, even_starts, window_starts
-from sharpwise.train.diagnostics import UpdateSizes, multipliers_by_role
+from sharpwise.train.diagnostics import multipliers_by_role
 from sharpwise.train.models import logits_of
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.world import ALONE, World, passes_of, share_of
@@ -84,8 +85,7 @@ class Step:
     optimizer_seconds: float | None
     validation_loss: float | None = None
     multipliers: dict[str, float | list[float]] = field(default_factory=dict)
-    update_rms: dict[str, float] = field(default_factory=dict)
-    update_relative: dict[str, float] = field(default_factory=dict)
+    notes: Notes = field(default_factory=dict)
 
 
 def train_steps(
@@ -97,6 +97,7 @@ def train_steps(
     *,
     start: int = 0,
     forward: Callable[[Tensor], Any] | None = None,
+    probes: Probes | None = None,
 ) -> Generator[Step, None, None]:
     """Train, and give every step when it is done. The same arguments give the same numbers, bit for bit.
 
@@ -126,9 +127,10 @@ def train_steps(
             _seed(step_seed(plan.seed, step, plan.world.share), plan.device)
             with record_function("data"):
                 windows = batches.of(step)
-            loss = _accumulate(model, forward, windows, plan, autocast)
-            measured = plan.diagnostics_every > 0 and plan.due(plan.diagnostics_every, step)
-            sizes = UpdateSizes(model, optimizer.blocks) if measured else None
+            after_pass = None if probes is None else partial(probes.after_micro_batch, step)
+            loss = _accumulate(model, forward, windows, plan, autocast, after_pass)
+            if probes is not None:
+                probes.before_step(step)
             before = time.perf_counter()
             with record_function("optimizer"):
                 optimizer.step()
@@ -141,9 +143,10 @@ def train_steps(
                 math.isfinite(value) and (norm is None or math.isfinite(norm)),
                 time.perf_counter() - began, optimizer_seconds,
             )  # fmt: skip
-            if sizes is not None:
+            if plan.diagnostics_every > 0 and plan.due(plan.diagnostics_every, step):
                 done.multipliers = multipliers_by_role(optimizer)
-                done.update_rms, done.update_relative = sizes.measure()
+            if probes is not None:
+                done.notes = probes.after_step(step)
             if done.finite and plan.due(plan.validation_every, step):
                 done.validation_loss = _evaluate(model, forward, held_out, plan, autocast)
             yield done
@@ -196,6 +199,7 @@ def _accumulate(
     windows: Windows,
     plan: Plan,
     autocast: Callable[[], AbstractContextManager[Any]],
+    after_pass: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Gradients of the mean loss over the windows of all processes, `micro` at a time; that loss, on the device."""
     world = plan.world
@@ -207,6 +211,8 @@ def _accumulate(
         with record_function("backward"):
             # Gradients may be finite where the loss is not, as that of a token with the logit -inf: not so from here.
             loss.backward(torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        if after_pass is not None:
+            after_pass(count)
         total += loss.detach()
     world.sum_gradients(model)
     return world.sum(total)

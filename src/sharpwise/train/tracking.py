@@ -102,17 +102,15 @@ class WandB:
 def points(step: Step, last: int) -> dict[str, float]:
     """What a step has to show, empty for most."""
     shown = step.step % EVERY == 0 or step.step in (1, last)
-    if not shown and step.validation_loss is None and not step.update_rms:
+    if not shown and step.validation_loss is None and not step.notes:
         return {}
     values = {"loss/train": step.loss, "lr": step.lr, "tokens_per_second": step.tokens / step.step / step.seconds}
     if step.grad_norm is not None:
         values["grad_norm"] = step.grad_norm
     if step.validation_loss is not None:
         values["loss/validation"] = step.validation_loss
-    for role, rms in step.update_rms.items():
-        values[f"update_rms/{role}"] = rms
-    for role, relative in step.update_relative.items():
-        values[f"update_relative/{role}"] = relative
+    for name, found in step.notes.items():
+        values |= {f"{name}/{of}": value for of, value in found.items()}
     for role, multiplier in step.multipliers.items():
         layers = multiplier if isinstance(multiplier, list) else [multiplier]
         for i, value in enumerate(layers):

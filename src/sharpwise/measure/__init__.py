@@ -1,0 +1,1 @@
+"""`sharpwise measure`: probes on what training left, as files and a page."""

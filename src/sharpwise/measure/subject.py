@@ -1,0 +1,152 @@
+"""What is measured: the checkpoints of a run, one after the other, or a model from a folder; and on which text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpwise.train.build import Built, build
+from sharpwise.train.checkpoint import read_checkpoint, saved_steps
+from sharpwise.train.config_file import make_config, read_given
+from sharpwise.train.data import Tokens, open_tokens, window_starts
+from sharpwise.train.models import load_pretrained, max_context, vocabulary_of
+
+LONGEST = 1024  # tokens of context, where nobody says
+CONFIG = "config.toml"
+
+
+@dataclass
+class Subject:
+    """A model that can be brought to each of the steps that it was saved at.
+
+    Attributes:
+        path: where it came from.
+        model: as it is now; `at` changes it.
+        steps: that it can be brought to, in order: of a run 0 and those of its checkpoints; (None,) for a plain model.
+        tokens: the text that it is measured on, by default the validation part of the run's data; None without data.
+        context: tokens of a window.
+        built: of a run: everything that it was built from.
+    """
+
+    path: Path
+    model: nn.Module
+    steps: tuple[int | None, ...]
+    tokens: Tokens | None
+    context: int
+    built: Built | None = None
+
+    def at(self, step: int | None) -> nn.Module:
+        """The model as it was after a step.
+
+        Raises:
+            ValueError: there is no readable checkpoint of that step, or it is of another model.
+        """
+        if step is None:
+            return self.model
+        assert self.built is not None
+        if step == 0:
+            fresh = build(self.built.config)
+            state = {"model": fresh.model.state_dict(), "optimizer": fresh.optimizer.state_dict()}
+        else:
+            into = {"model": self.model.state_dict(), "optimizer": self.built.optimizer.state_dict()}
+            state = read_checkpoint(self.path / "checkpoints", step).state_like(into)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.built.optimizer.load_state_dict(state["optimizer"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint of step {step} is of another model: {error}") from error
+        return self.model
+
+    def batches(self, count: int, sequences: int, *, seed: int = 0) -> Iterator[Tensor]:
+        """Windows at random places of the text, int64 [sequences, context + 1] each; the same for the same seed.
+
+        Raises:
+            ValueError: there is no text.
+        """
+        if self.tokens is None:
+            raise ValueError(
+                f"{self.path} is no run, so that it has no text: say --data FOLDER, from `sharpwise prepare`"
+            )
+        device = next(self.model.parameters()).device
+        for step in range(1, count + 1):
+            starts = window_starts(len(self.tokens), seed=seed, step=step, sequences=sequences, context=self.context)
+            yield torch.from_numpy(self.tokens.windows(starts, self.context + 1)).to(device)
+
+
+def open_subject(path: Path, *, data: Path | None = None, context: int | None = None) -> Subject:
+    """What there is to measure in a folder: a run, or a model as `save_pretrained` writes it.
+
+    Args:
+        path: of the run or model.
+        data: text, from `sharpwise prepare`; by default the run's own.
+        context: tokens of a window; by default the run's, or what the model takes, at most 1024.
+
+    Raises:
+        ValueError: it is neither, or the text does not fit the model.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a run's folder, or a model's with its config.json and weights")
+    return _of_run(path, data, context) if (path / CONFIG).is_file() else _of_model(path, data, context)
+
+
+def _of_run(path: Path, data: Path | None, context: int | None) -> Subject:
+    try:
+        config = make_config(read_given(path / CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG} cannot be used: {error}") from None
+    built = build(config)
+    tokens = built.data.validation
+    if data is not None:
+        tokens = _open(data, built.model)
+    steps = (0, *saved_steps(path / "checkpoints"))
+    return Subject(path, built.model, steps, tokens, context or built.plan.context, built)
+
+
+def _of_model(path: Path, data: Path | None, context: int | None) -> Subject:
+    model = load_pretrained(path)
+    longest = max_context(model)
+    if context is not None and longest is not None and context > longest:
+        raise ValueError(f"a context of {context} tokens is longer than the {longest} that the model takes")
+    tokens = None if data is None else _open(data, model)
+    return Subject(path, model, (None,), tokens, context or min(longest or LONGEST, LONGEST))
+
+
+def _open(data: Path, model: nn.Module) -> Tokens:
+    found: Any = open_tokens(data)
+    size = vocabulary_of(model)
+    if size is not None and found.vocabulary > size:
+        raise ValueError(
+            f"{data} has token ids up to {found.vocabulary - 1}, the model knows {size}: prepare the text with the "
+            "model's own tokenizer (`sharpwise prepare ... --tokenizer FOLDER`)"
+        )
+    tokens: Tokens = found.validation
+    return tokens
+
+
+def chosen_steps(subject: Subject, wanted: str) -> Sequence[int | None]:
+    """The steps that `--at` names: "all", "last", or numbers with commas.
+
+    Raises:
+        ValueError: a step that was not saved.
+    """
+    if subject.steps == (None,):
+        if wanted not in ("all", "last"):
+            raise ValueError(f"{subject.path} is a model without steps; --at is for the folder of a run")
+        return subject.steps
+    if wanted in ("all", "last"):
+        return subject.steps if wanted == "all" else subject.steps[-1:]
+    try:
+        steps = [int(part) for part in wanted.replace(" ", "").split(",")]
+    except ValueError:
+        raise ValueError(f"--at: expected all, last or steps such as 0,100,200, got {wanted!r}") from None
+    missing = [step for step in steps if step not in subject.steps]
+    if missing:
+        there = ", ".join(map(str, subject.steps))
+        raise ValueError(
+            f"{subject.path} has no checkpoint of step {missing[0]}; there are {there}. "
+            "`--set checkpoint.milestones=[...]` keeps those that you name"
+        )
+    return steps

@@ -1,0 +1,123 @@
+"""Sharpness for free: what an optimizer's second moment says of it.
+
+    S(b) ~ N mean_b(v / (1 - b2^t)),    v <- b2 v + (1-b2) g^2
+
+That is the formula of `sharpwise.probes.fisher` with three differences, for which a gradient is not paid:
+
+- *true labels*: g is the gradient of the text's own loss, so that |mean gradient|^2 N is in it, little while gradients
+  are mostly noise;
+- *the past*: v averages over the last 1/(1-b2) steps or so, and the weights moved meanwhile;
+- *clipping*: v is of clipped gradients, scaled by min(1, c/|g|) each, all segments of a step alike: ratios between
+  segments are those of the clipped steps, values are too small.
+
+N counts the tokens of a step of the optimizer, those of all its passes and processes. What
+a block_lr needs is ratios between types, on which N has no influence.
+
+References: Wang et al., arXiv 2502.19002; Kingma and Ba, arXiv 1412.6980; Zhang et al., arXiv 2406.16793 (v per block).
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpwise.engine.mesh import Bucket, Shard, local
+from sharpwise.engine.optimizer import BlockOptimizer
+from sharpwise.engine.plan import Entry
+from sharpwise.probes.draws import check_count
+from sharpwise.probes.estimate import Cost, Measurement
+from sharpwise.probes.gather import Groups
+
+_WHO = "sharpness_from_optimizer"
+_KEY = "exp_avg_sq"
+
+
+def sharpness_from_optimizer(optimizer: BlockOptimizer, *, tokens: int | None = None) -> Measurement:
+    """Sharpness per segment, type and role from the second moment that an optimizer keeps anyway: no pass is made.
+
+    The three differences from `sharpness` are in the text of this module: true labels, an average over past steps,
+    and clipped gradients. Where parameters are sharded every process has to call this at the same time: local sums are
+    put together, in one collective.
+
+    Args:
+        optimizer: `sharpwise.AdamW` or `sharpwise.AdamMini`, after a step. Others keep no average of squared gradients.
+        tokens: of one optimizer step, N. Without it the values are those per token over N, which leaves ratios alone.
+
+    Returns:
+        Quantity "sharpness" as `sharpness` has it. Errors are not known; `samples` is how many steps the average is
+        worth: (sum w)^2 / sum w^2 of its weights.
+
+    Raises:
+        TypeError: the optimizer keeps no second moment.
+        ValueError: it has not taken a step yet.
+    """
+    started = time.perf_counter()
+    check_count(_WHO, tokens=tokens)
+    entries = _entries(optimizer)
+    steps = _steps(entries, optimizer)
+    entries = [entry for entry in entries if steps[entry.name] > 0]
+    if not entries:
+        raise ValueError(
+            f"{_WHO}: the optimizer has not taken a step yet, so that its second moment is 0; measure later"
+        )
+    bucket = Bucket(optimizer._bind().team)
+    shares = [(entry, bucket.add(*_sums(entry, optimizer.state[entry.param]))) for entry in entries]
+    bucket.reduce()
+    segments = [segment for entry in entries for segment in entry.segments]
+    found = Groups(segments)
+    sums = np.concatenate([(share.values / (1 - _b2(e) ** steps[e.name])).cpu().numpy() for e, share in shares])
+    values = (tokens or 1) * found.means(sums)
+    samples = round(min(_worth(_b2(entry), steps[entry.name]) for entry in entries))
+    unit = "per token" if tokens else "per token, over the tokens of a step"
+    settings = {"labels": "true", "rule": optimizer.rule.name, "tokens": tokens}
+    settings["clipped"] = optimizer.options.max_grad_norm is not None
+    estimates = found.estimates("sharpness", values, None, samples=max(samples, 1), unit=unit)
+    return Measurement(_WHO, estimates, settings=settings, cost=Cost(time.perf_counter() - started, 0.0))
+
+
+def _entries(optimizer: BlockOptimizer) -> list[Entry]:
+    keeps = "AdamW keeps one per element, AdamMini one per block"
+    if not isinstance(optimizer, BlockOptimizer):
+        raise TypeError(
+            f"{_WHO}: got {type(optimizer).__name__}, expected sharpwise.AdamW or sharpwise.AdamMini; {keeps}"
+        )
+    if _KEY not in optimizer.rule.state:
+        raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment ({_KEY}); {keeps}")
+    return optimizer._bind().entries
+
+
+def _sums(entry: Entry, state: dict[str, Tensor]) -> tuple[Tensor, Shard]:
+    """Sums of v over the elements of each segment, fp64 [segments], of what this process holds."""
+    if entry.rule.state[_KEY] == "block":
+        return _of_blocks(entry, state[_KEY].double()), Shard.of(state[_KEY])
+    rows = entry.view(state[_KEY]).sum(entry.dim, dtype=torch.float64).reshape(-1)
+    if entry.segment_of_row is None:
+        return rows.sum().view(1), entry.shard
+    sums = rows.new_zeros(len(entry.segments))
+    return sums.index_add_(0, entry.segment_of_row, rows), entry.shard
+
+
+def _of_blocks(entry: Entry, v: Tensor) -> Tensor:
+    """The same from one number per block; every process has those of all blocks."""
+    assert entry.counts is not None
+    sizes = [s.blocks(c) for s, c in zip(entry.segments, entry.cuts, strict=True)]
+    return torch.stack([part.sum() for part in (v * entry.counts).split(sizes)])
+
+
+def _steps(entries: list[Entry], optimizer: BlockOptimizer) -> dict[str, float]:
+    """Steps taken, by parameter; read together, as each reading of an accelerator waits for it."""
+    steps = torch.stack([local(optimizer.state[entry.param]["step"]).double() for entry in entries])
+    return dict(zip([entry.name for entry in entries], steps.tolist(), strict=True))
+
+
+def _b2(entry: Entry) -> float:
+    return float(entry.group["betas"][1])
+
+
+def _worth(b2: float, steps: float) -> float:
+    """Independent steps that an average with these weights is worth."""
+    return (1 - b2**steps) * (1 + b2) / ((1 + b2**steps) * (1 - b2))
+
+
+__all__ = ["sharpness_from_optimizer"]

@@ -1,0 +1,152 @@
+"""The model that a probe looks at: left as it was, whatever is done to it meanwhile."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sharpwise.blocks import BlockMap, Segment, canonical_name
+from sharpwise.blocks.overrides import Override
+from sharpwise.engine.mesh import is_dtensor
+from sharpwise.probes.batches import Batch, as_batches
+from sharpwise.train.models import logits_of, vocabulary_of
+
+
+class Subject:
+    """A model and its trainable parameters, tied ones once, with the segments that they consist of.
+
+    Attributes:
+        trained: the parameters by name; `parts` are the segments of each, in the same order, `segments` those of all.
+
+    Args:
+        model: any causal language model that returns logits. Wrappers of `torch.compile` and DDP are taken off.
+        blocks: of the model, or overrides for it as `BlockMap.of` takes them.
+        who: begins the messages.
+
+    Raises:
+        TypeError: this is no model.
+        ValueError: nothing in it is trainable, it is sharded or on the meta device, or `blocks` is of another model.
+    """
+
+    def __init__(self, model: nn.Module, blocks: BlockMap | Mapping[str, Override] | None, who: str) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{who}: got {type(model).__name__}, expected a torch.nn.Module")
+        self.who, self.model = who, unwrapped(model)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError(
+                f"{who}: no parameter requires a gradient; call requires_grad_() on what is to be measured"
+            )
+        for name, parameter in self.trained.items():
+            self._check(name, parameter)
+        found = blocks if isinstance(blocks, BlockMap) else BlockMap.of(self.model, overrides=blocks)
+        self.parts = [self._segments(found, name, p) for name, p in self.trained.items()]
+        self.segments = tuple(segment for parts in self.parts for segment in parts)
+        self.device = next(iter(self.trained.values())).device
+
+    def _check(self, name: str, parameter: Tensor) -> None:
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"{self.who}: {name} is sharded (a DTensor); measure a copy that one process holds, or with "
+                "sharpness_from_optimizer"
+            )
+        if parameter.is_meta:
+            raise ValueError(f"{self.who}: {name} is on the meta device and has no values")
+
+    def _segments(self, blocks: BlockMap, name: str, parameter: Tensor) -> tuple[Segment, ...]:
+        name = canonical_name(name)
+        found = blocks[name] if name in blocks else ()  # noqa: SIM401 - a map has no `get`
+        if not found or found[0].shape != tuple(parameter.shape):
+            there = f"has the shape {found[0].shape} there" if found else "is not in it"
+            raise ValueError(f"{self.who}: blocks is the map of another model: {name} {tuple(parameter.shape)} {there}")
+        return found
+
+    def batches(self, batches: Any) -> Iterator[Batch]:
+        """The batches, checked and on the device of the model."""
+        return as_batches(batches, device=self.device, vocabulary=vocabulary_of(self.model), who=self.who)
+
+    def logits(self, model: nn.Module, part: Batch, *, twice: bool = False) -> Tensor:
+        """Logits [targets, vocabulary] of a part of a batch, at the targets that count and at the others.
+
+        Args:
+            model: as `run` hands it over.
+            twice: so that they can be differentiated twice: attention's fused kernels cannot.
+
+        Raises:
+            ValueError: the model fails on the batch or returns no such logits, or they are for fewer tokens than the
+                batch has.
+        """
+        try:
+            with sdpa_kernel(SDPBackend.MATH) if twice else ExitStack():
+                output = model(*part.args, **part.kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.who}: the model fails on {part.name}, inputs {list(part.inputs.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        try:
+            logits = logits_of(output, part.inputs).flatten(0, 1)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.who}: no loss per token can be computed from {part.name}: {error}") from error
+        highest = int(part.targets.max())
+        if highest >= logits.shape[-1]:
+            raise ValueError(
+                f"{self.who}: {part.name} has the target {highest}, and the model gives logits for "
+                f"{logits.shape[-1]} tokens; was the text made with another tokenizer?"
+            )
+        return logits
+
+    def run(self, work: Callable[[nn.Module], Any], tensors: Mapping[str, Tensor]) -> Any:
+        """`work(model)` with these tensors, by name, in place of parameters and buffers, backward passes included."""
+        with _at_rest(self.model), torch.enable_grad():
+            return functional_call(_Host(self.model), {f"model.{n}": t for n, t in tensors.items()}, (work,))
+
+
+class _Host(nn.Module):
+    """Its forward is any function of the model: what `functional_call` puts in place stays there while that runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        return work(self.model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of `torch.compile` and data parallelism."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Without dropout, cache for generation and compiled parts; afterwards everything is as it was."""
+    training = [module for module in model.modules() if module.training]
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        if cache:
+            config.use_cache = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            if cache:
+                config.use_cache = cache
