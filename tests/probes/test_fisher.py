@@ -148,7 +148,7 @@ def test_batches_weigh_by_their_tokens():
     assert found.value(by="model", **SHARPNESS) == pytest.approx((each[0] + 3 * each[1]) / 4)
     assert "5 to 15 tokens" in found.warnings[0]
     draws = Draws()
-    for x in (1.0, 4.0, 2.5):
+    for x in (1.0, 4.0, 2.5):  # not skewed
         draws.add(np.array([x]), 3.0)
     assert [float(x[0]) for x in draws.interval()] == pytest.approx(t_interval([1.0, 4.0, 2.5]))
 

@@ -47,7 +47,7 @@ def test_products_of_the_model_give_what_the_matrix_gives(name, dense):
 @pytest.mark.parametrize(("repetitions", "lowest"), [(15, 0.6), pytest.param(200, 0.9, marks=pytest.mark.slow)])
 def test_intervals_cover_as_often_as_they_say(name, repetitions, lowest, dense):
     truth = blocks_of(TRUE[name])
-    probe = partial(getattr(probes, name), samples=60 if name == "norm_11" else 30)
+    probe = partial(getattr(probes, name), samples=60)
     inside = []
     for seed in range(repetitions):
         found = probe(dense, seed=seed)

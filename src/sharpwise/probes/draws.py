@@ -20,9 +20,12 @@ class Draws:
     With equal weights that is the usual 95% interval of Student's t, half its width; else the ratio estimator's
     (Cochran, Sampling Techniques, chapter 6).
 
-    Squares are skewed: a few draws rarely hold the large ones that make up the mean, and where they are missing the
-    interval is narrow too (of one degree of freedom, it covers 86% with ten draws). For positive quantities it is
-    therefore taken of the logarithm, and the error is its wider side, mean (exp(error / mean) - 1): 92% to 96%.
+    Squares and products of them are skewed: a few draws rarely hold the large ones that make up the mean, and where
+    they are missing the interval is narrow too (squares of one normal variable: it covers 86% with ten draws, 91% with
+    30). The error is therefore the wider side of an interval that knows it. For positive quantities that is one of the
+    logarithm, mean (exp(error / mean) - 1), with 93% and 95% there; for others Johnson's (Journal of the American
+    Statistical Association 73, 1978), error + |m3| (1 + 2 t^2) / (6 s^2 n) with the third central moment m3: 90% and
+    94%. Where 30 draws are normal it is 3% wider than it has to be.
 
     Args:
         of: "mean" of any draws; "positive": of positive ones; "root" of the mean of positive ones.
@@ -48,8 +51,12 @@ class Draws:
         power = 0.5 if self.of == "root" else 1.0
         if n < 2:
             return mean**power, None
-        error = t_quantile(n - 1) * np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum(0)) / w.sum()
-        return (mean, error) if self.of == "mean" else (mean**power, wider(mean, error, power))
+        t = t_quantile(n - 1)
+        error = t * np.sqrt(n / (n - 1) * (w**2 * (x - mean) ** 2).sum(0)) / w.sum()
+        if self.of != "mean":
+            return mean**power, wider(mean, error, power)
+        square, cube = ((x - mean) ** 2).sum(0) / (n - 1), np.abs(((x - mean) ** 3).mean(0))
+        return mean, error + cube / np.where(square == 0, 1.0, square) * (1 + 2 * t * t) / (6 * n)
 
     def relative_error(self, columns: Sequence[int]) -> float:
         """The largest of error / |mean| among some of the quantities, inf where there is no interval yet."""
