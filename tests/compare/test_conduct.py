@@ -64,7 +64,7 @@ def test_a_study_has_what_it_should_have(whole: Path, data: Path) -> None:
     blockwise = found["arms"][1]
     assert blockwise["mean_multiplier"] > 1
     assert blockwise["difference"]["n"] == 2
-    assert blockwise["sentence"].startswith("adamw+blockwise")
+    assert blockwise["sentence"].startswith("ended ") and " adamw" in blockwise["sentence"]
 
 
 def test_two_processes_find_the_same(whole: Path, data: Path, tmp_path: Path) -> None:

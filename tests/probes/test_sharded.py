@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from distributed.launch import launch
 
-from probes.sharded_worker import STEPS
+from probes.shared_worker import STEPS
 
 
 @pytest.mark.slow  # two processes start
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    found = launch("probes.sharded_worker", 2, tmp_path)
+    found = launch("probes.shared_worker", 2, tmp_path)
     whole, sharded = found["whole"], found["sharded"]
     for step in range(1, STEPS + 1):
         mine, theirs = sharded[f"step {step}"], whole[f"step {step}"]

@@ -100,7 +100,8 @@ def worst(mine: Path, other: Path) -> float:
     assert [line["step"] for line in both[0]] == list(range(1, STEPS + 1))
     differences = [abs(a["loss"] - b["loss"]) for a, b in zip(*both, strict=True)]
     for a, b in zip(*both, strict=True):
-        assert a.keys() == b.keys()
+        # From the gradients of micro-batches, which one process sees and several do not.
+        assert a.keys() - {"noise_scale"} == b.keys() - {"noise_scale"}
         if "validation_loss" in a:
             differences.append(abs(a["validation_loss"] - b["validation_loss"]))
         for role, value in a.get("update_rms", {}).items():
