@@ -1,6 +1,6 @@
 """The probes, each on a subject at one of its steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from sharpwise.probes.noise_scale import NoiseScale, gradients_of
 from sharpwise.probes.spectrum import spectrum
 from sharpwise.probes.update_size import UpdateSize
 from sharpwise.train.data import Tokens
-from sharpwise.train.steps import train_steps
+from sharpwise.train.steps import token_loss, train_steps
 
 OF_HESSIAN = ("trace", "eigenvalues", "density", "frobenius", "norm_11", "diagonal")
 
@@ -107,8 +107,6 @@ def updates(subject: Subject, step: int | None, text: Text) -> list[Measurement]
 
 
 def _gradients(subject: Subject, windows: torch.Tensor) -> dict[str, torch.Tensor]:
-    from sharpwise.train.steps import token_loss
-
     assert subject.built is not None
     model, inputs = subject.model, windows[:, :-1]
     model.zero_grad()
@@ -124,6 +122,3 @@ def _one_step(subject: Subject, step: int, train: Tokens) -> None:
     steps = train_steps(built.model, built.optimizer, train, built.data.validation, built.plan, start=step)
     next(steps)
     steps.close()
-
-
-Probe = Callable[[Subject, int | None], list[Measurement]]
