@@ -1,10 +1,22 @@
 """sharpwise gives every block of a transformer its own step size and just the optimizer memory it needs."""
 
 from sharpwise._version import __version__
-from sharpwise.block_lr import BlockwiseLR, LayerDecay, MeanMatched, Only, Reversed, Shuffled, make_block_lr
+from sharpwise.block_lr import (
+    BlockwiseLR,
+    GradientSNR,
+    HeavyTailLR,
+    LayerDecay,
+    MeanMatched,
+    Only,
+    PerRole,
+    Reversed,
+    SharpnessLR,
+    Shuffled,
+    make_block_lr,
+)
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.optim import SGD, AdamMini, AdamW, Lion, create_optimizer, list_optimizers, parse_arm
+from sharpwise.optim import SGD, AdamMini, AdamW, Lion, SGDSaI, create_optimizer, list_optimizers, parse_arm
 
 __all__ = [
     "SGD",
@@ -13,11 +25,16 @@ __all__ = [
     "BlockMap",
     "BlockOptimizer",
     "BlockwiseLR",
+    "GradientSNR",
+    "HeavyTailLR",
     "LayerDecay",
     "Lion",
     "MeanMatched",
     "Only",
+    "PerRole",
     "Reversed",
+    "SGDSaI",
+    "SharpnessLR",
     "Shuffled",
     "__version__",
     "create_optimizer",

@@ -5,18 +5,18 @@ All constructors take the same first argument and the same options (`Common`).
 
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from torch import Tensor, nn
 
 from sharpwise import rules
-from sharpwise.block_lr import Ablation, BlockLR, make_block_lr
+from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeasuredLR, Product, SharpnessLR, make_block_lr
 from sharpwise.block_lr.spelling import ABLATIONS as ABLATIONS
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap, Cut
 from sharpwise.engine import BlockOptimizer
-from sharpwise.engine.stepper import Options
+from sharpwise.engine.options import Options
 from sharpwise.hints import nearest
 from sharpwise.storage import BF16, FP32, Dense
 
@@ -41,6 +41,8 @@ class Common(TypedDict, total=False):
         max_grad_norm: clip the global gradient norm to this inside the step; gradients themselves are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before anything changes, "skip" the step.
         compile: None (compile where it pays), True (all matrices), False (eager: the reference).
+        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
+        probe_batches: a list of batches, for a block_lr that measures the model by a probe.
     """
 
     model: nn.Module | None
@@ -54,6 +56,8 @@ class Common(TypedDict, total=False):
     max_grad_norm: float | None
     on_nonfinite: Literal["ignore", "raise", "skip"]
     compile: bool | None
+    total_steps: int | None
+    probe_batches: Iterable[Any] | None
 
 
 def AdamW(
@@ -150,25 +154,60 @@ def SGD(
     return _build("SGD", first, rule, lr, weight_decay, decoupled=decoupled_weight_decay, **options)
 
 
+def SGDSaI(
+    first: Any,
+    lr: float | Tensor = 1e-2,
+    momentum: float = 0.9,
+    weight_decay: float | Tensor = 1e-2,
+    *,
+    normalize: Literal["none", "max"] = "none",
+    **options: Unpack[Common],
+) -> BlockOptimizer:
+    """SGD-SaI: SGD with momentum, each block at the rate that its first gradient says: `block_lr.gradient_snr`.
+
+    State: one number per element, half of AdamW's.
+
+    Args:
+        first, **options: as in `AdamW`; a `block_lr` comes on top, as a factor.
+        lr: in units of the parameter per unit of gradient, over about sqrt(elements of the block).
+        momentum: m <- momentum m + (1 - momentum) g, from m = g.
+        weight_decay: decoupled; an element shrinks by lr * weight_decay per step, whatever its block.
+        normalize: "none" (as released), or "max": the largest multiplier is 1 (the paper's Algorithm 1).
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+    scale: BlockLR = GradientSNR(normalize=normalize)
+    given = _block_lr_of("SGDSaI", options.pop("block_lr", None))
+    if given is not None and any(isinstance(source, GradientSNR) for source in given.sources):
+        raise ValueError(f"SGDSaI: it scales by the first gradient already, got block_lr={given}; leave that out")
+    options["block_lr"] = scale if given is None else scale * given
+    rule = rules.SGD(momentum, momentum, False)
+    return _build("SGDSaI", first, rule, lr, weight_decay, **options)
+
+
 OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
     "adam-mini": AdamMini,
     "adamw": AdamW,
     "lion": Lion,
     "sgd": SGD,
+    "sgd-sai": SGDSaI,
 }
 """Every optimizer by its one spelling."""
 
 STORAGES: dict[str, Dense] = {"fp32": FP32, "bf16": BF16}
 """Every storage of element state by name."""
 
+_ALL_LRS = ("blockwise", "gradient_snr", "layer_decay", "llr", "per_role")
 COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "adam-mini": (("blockwise", "layer_decay"), ("fp32", "bf16")),
-    "adamw": (("blockwise", "layer_decay"), ("fp32", "bf16")),
-    "lion": (("blockwise", "layer_decay"), ("fp32", "bf16")),
-    "sgd": (("blockwise", "layer_decay"), ("fp32", "bf16")),
+    "adam-mini": ((*_ALL_LRS, "sharpness"), ("fp32", "bf16")),
+    "adamw": ((*_ALL_LRS, "sharpness"), ("fp32", "bf16")),
+    "lion": (_ALL_LRS, ("fp32", "bf16")),
+    "sgd": (_ALL_LRS, ("fp32", "bf16")),
+    "sgd-sai": (tuple(lr for lr in _ALL_LRS if lr != "gradient_snr"), ("fp32", "bf16")),
 }
-"""What combines: optimizer -> (block_lrs, storages); the ablations of a block_lr combine as it does. The battery runs
-over exactly this table, and over all of `ABLATIONS`."""
+"""What combines: optimizer -> (block_lrs, storages); ablations and products of block_lrs combine as they do, and one
+that measures by a probe goes with any rule. The battery runs over exactly this table, and all of `ABLATIONS`."""
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
@@ -255,26 +294,38 @@ def _build(
     max_grad_norm: float | None = None,
     on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
     compile: bool | None = None,
+    total_steps: int | None = None,
+    probe_batches: Iterable[Any] | None = None,
     **unknown: Any,
 ) -> BlockOptimizer:
     if unknown:
         raise TypeError(f"{who}: {_unknown_options(unknown)}")
-    try:
-        per_block = make_block_lr(block_lr)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{who}: {error}") from None
+    per_block = _block_lr_of(who, block_lr)
     where = _one_of(who, "storage", storage, STORAGES)
     _check_combination(who, rule.name, per_block, storage)
     if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
         raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, got {max_grad_norm!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):
         raise ValueError(f"{who}: on_nonfinite must be 'ignore', 'raise' or 'skip', got {on_nonfinite!r}")
+    if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
+        raise ValueError(f"{who}: total_steps must be a whole number >= 1, got {total_steps!r}")
+    options = Options(
+        decoupled,
+        per_block,
+        stochastic_rounding,
+        seed,
+        max_grad_norm,
+        on_nonfinite,
+        compile,
+        total_steps,
+        None if probe_batches is None else list(probe_batches),
+    )
     return BlockOptimizer(
         first,
         rule,
         lr=lr,
         weight_decay=weight_decay,
-        options=Options(decoupled, per_block, stochastic_rounding, seed, max_grad_norm, on_nonfinite, compile),
+        options=options,
         storage=where,
         blocks=blocks,
         model=model,
@@ -282,6 +333,13 @@ def _build(
         no_decay=no_decay,
         who=who,
     )
+
+
+def _block_lr_of(who: str, spec: Any) -> BlockLR | None:
+    try:
+        return make_block_lr(spec)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}: {error}") from None
 
 
 def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
@@ -299,12 +357,22 @@ def _unknown_options(names: Collection[str]) -> str:
 
 def _check_combination(who: str, rule: str, block_lr: BlockLR | None, storage: str) -> None:
     lrs, storages = COMBINES.get(rule, ((), ()))
-    own = block_lr
-    while isinstance(own, Ablation):
-        own = own.of
-    known = own is None or own.name in lrs or own.name not in BLOCK_LRS
+    known = all(part.name in lrs or part.name not in BLOCK_LRS or _probes(part) for part in _parts(block_lr))
     if not known or storage not in storages:
+        free = any(isinstance(part, SharpnessLR) for part in _parts(block_lr))
+        hint = "; the rule keeps no second moment, and sharpness(source=probe) needs none" if free and not known else ""
         raise ValueError(
             f"{who}: {rule} with block_lr={block_lr!r} and storage={storage!r} is not supported; "
-            f"{rule} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
+            f"{rule} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}{hint}"
         )
+
+
+def _probes(block_lr: BlockLR) -> bool:
+    return isinstance(block_lr, MeasuredLR) and block_lr.measures == "probe"
+
+
+def _parts(block_lr: BlockLR | None) -> list[BlockLR]:
+    """What a block_lr is made of."""
+    if isinstance(block_lr, Product):
+        return [part for factor in block_lr.factors for part in _parts(factor)]
+    return _parts(block_lr.of) if isinstance(block_lr, Ablation) else [] if block_lr is None else [block_lr]

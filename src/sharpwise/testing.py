@@ -22,6 +22,13 @@ from sharpwise.optim import BLOCK_LRS, COMBINES, STORAGES, create_optimizer
 from sharpwise.storage import Dense
 from sharpwise.storage.dense import round_to
 
+EXAMPLES = {
+    "llr": "llr(every=4, stop=4, soft=2, least=4)",
+    "per_role": "per_role(ratios={FFN: 3, q: 2})",
+    "sharpness": "sharpness(start=1, every=3, by=module, power=2)",
+}
+"""Spellings with which a block_lr does in a few steps of a tiny model what it does in a training; others go by name."""
+
 Make = Callable[..., BlockOptimizer]
 """(first, **options) -> optimizer, where `first` is what constructors take."""
 
@@ -176,6 +183,8 @@ def check_groups(make: Make) -> None:
     optimizer.add_param_group({"params": parameters[6:]})
     run(model, optimizer, range(2, 4))
     assert optimizer.state[parameters[-1]]["step"] == 2
+    if optimizer.options.varies:
+        return  # what is measured depends on what is there
     whole = make([{"params": list(twin.parameters())}], model=twin)
     run(twin, whole, range(4))
     assert torch.equal(parameters[0], next(iter(twin.parameters()))), "groups change the update of a parameter"
@@ -319,6 +328,34 @@ def check_block_lr(block_lr: BlockLR) -> None:
         "at the peak, multipliers are as they were given"
     )
     check_rule("adamw", block_lr=block_lr)
+    if block_lr.sources:
+        check_measured(block_lr)
+
+
+def check_measured(block_lr: BlockLR, steps: int = 8) -> None:
+    """Multipliers that follow a measurement are finite, positive and the same after a resume at any step."""
+    model = tiny_model()
+    optimizer = create_optimizer(model, "adamw", lr=1e-3, block_lr=block_lr)
+    saved, seen = [], []
+    for step in range(steps):
+        saved.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+        run(model, optimizer, [step])
+        seen.append(_multipliers(optimizer))
+    assert all(0 < m < float("inf") for now in seen for m in now), seen
+    assert any(now != seen[0] for now in seen) or set(seen[0]) != {1.0}, "nothing was measured"
+    for begin, (weights, state) in enumerate(saved):
+        again = tiny_model(seed=1)
+        again.load_state_dict(weights)
+        other = create_optimizer(again, "adamw", lr=1e-3, block_lr=block_lr)
+        other.load_state_dict(state)
+        for step in range(begin, steps):
+            run(again, other, [step])
+            assert _multipliers(other) == seen[step], f"resumed at {begin}, other from step {step} on"
+        assert same(again, model), f"resumed at {begin}: other weights"
+
+
+def _multipliers(optimizer: BlockOptimizer) -> list[Any]:
+    return [row["multiplier"] for row in optimizer.lr_multipliers()]
 
 
 def check_storage(storage: Dense) -> None:
@@ -340,9 +377,11 @@ __all__ = [
     "BLOCK_LRS",
     "CHECKS",
     "COMBINES",
+    "EXAMPLES",
     "STORAGES",
     "TinyGPT",
     "check_block_lr",
+    "check_measured",
     "check_no_recompilation",
     "check_optimizer",
     "check_rule",

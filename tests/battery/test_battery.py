@@ -45,7 +45,7 @@ QUICK = [
 
 def make_of(name, block_lr, storage, rounding):
     extra = {"momentum": 0.9, "weight_decay": 0.1} if name == "sgd" else {"weight_decay": 0.1}
-    extra |= {"block_lr": block_lr, "storage": storage, "stochastic_rounding": rounding}
+    extra |= {"block_lr": testing.EXAMPLES.get(block_lr, block_lr), "storage": storage, "stochastic_rounding": rounding}
     return lambda first, **more: create_optimizer(first, name, lr=1e-3, **{**extra, **more})
 
 
@@ -66,9 +66,17 @@ def test_compiled_is_eager_and_compiles_once(name):
     testing.check_no_recompilation(make_of(name, "blockwise", "fp32", False))
 
 
-@pytest.mark.parametrize("block_lr", [*BLOCK_LRS, *(f"{a}(layer_decay)" for a in ABLATIONS)])
+@pytest.mark.parametrize(
+    "block_lr",
+    [
+        *BLOCK_LRS,
+        *(f"{a}(layer_decay)" for a in ABLATIONS),
+        *(f"{a}({testing.EXAMPLES['sharpness']})" for a in ABLATIONS),
+        f"{testing.EXAMPLES['llr']}*{testing.EXAMPLES['sharpness']}*layer_decay",
+    ],
+)
 def test_block_lr(block_lr):
-    testing.check_block_lr(make_block_lr(block_lr))
+    testing.check_block_lr(make_block_lr(testing.EXAMPLES.get(block_lr, block_lr)))
 
 
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=lambda s: s.name)

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from sharpwise.block_lr import GradientSNR, make_block_lr
 from sharpwise.optim import BLOCK_LRS, COMBINES
+from sharpwise.testing import EXAMPLES
 from sharpwise.train import build as build_module
 from sharpwise.train.build import Built, as_code, build, build_optimizer
 from sharpwise.train.config import OptimizerConfig
@@ -30,12 +32,15 @@ def test_every_combination_by_configuration(name) -> None:
     """Any optimizer, block_lr and storage; that they train is tested by killing them."""
     block_lrs, storages = COMBINES[name]
     for block_lr in ("", *block_lrs, *({"name": found} for found in block_lrs)):
+        spelled = EXAMPLES.get(block_lr, block_lr) if isinstance(block_lr, str) else block_lr
         for storage in storages:
-            optimizer = make_config({"optimizer": {"name": name, "block_lr": block_lr, "storage": storage}}).optimizer
-            found = build_optimizer(optimizer, Tiny(300))
+            optimizer = make_config({"optimizer": {"name": name, "block_lr": spelled, "storage": storage}}).optimizer
+            found = build_optimizer(optimizer, Tiny(300), steps=100)
             options = found.options
-            wanted = block_lr["name"] if isinstance(block_lr, dict) else block_lr
-            assert (options.block_lr.name if options.block_lr else "") == wanted
+            wanted = make_block_lr(spelled) if spelled else None
+            if name == "sgd-sai":
+                wanted = GradientSNR() if wanted is None else GradientSNR() * wanted
+            assert options.block_lr == wanted
             assert found.storage.name == storage
             assert (options.max_grad_norm, options.on_nonfinite) == (1.0, "skip")
             assert found.param_groups[0]["lr"] == optimizer.lr
@@ -165,7 +170,6 @@ def test_a_profile(data) -> None:
     assert [name for name, _ in found.phases] == ["data", "forward", "backward", "optimizer", "the rest"]
     times = dict(found.phases)
     assert all(ms >= 0 for ms in times.values())
-    assert times["forward"] > times["data"]
     assert found.tokens_per_second == pytest.approx(64 / found.step_ms * 1e3)
     own = [ms for _, ms, _ in found.operators]
     assert own == sorted(own, reverse=True)

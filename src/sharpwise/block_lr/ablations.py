@@ -24,8 +24,9 @@ matter.
 
 Units: none, factors on lr. Only MeanMatched keeps the mean step; Reversed and Shuffled change it, as values meet other
 numbers of elements. How a multiplier follows the learning rate, and whether it scales decay, is as in `of`. A floor is
-affine in the multiplier, so that means match at every learning rate. Frozen is what was so when the block map was made:
-the base weights of a LoRA model take no steps, and would drown the adapters in the mean. Should they be thawed later,
+affine in the multiplier, so that means match at every learning rate. Where multipliers follow a measurement, those that
+it leads to are changed, and reached as smoothly as without the ablation. Frozen is what was so when the block map was
+made: the base weights of a LoRA model take no steps, and would drown the adapters in the mean. Should they be thawed,
 `MeanMatched` treats them like all others, `Reversed` and `Shuffled` as far as their multipliers are among the v_i.
 """
 
@@ -36,7 +37,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from sharpwise.block_lr.base import BlockLR
+from sharpwise.block_lr.base import NOTHING, BlockLR, Measured
+from sharpwise.block_lr.measured import MeasuredLR
 from sharpwise.blocks import BlockType, Role, Segment
 
 TYPES: tuple[str, ...] = (*map(str, BlockType), *map(str, Role))
@@ -66,6 +68,13 @@ class Ablation(BlockLR):
     def follows_lr(self) -> bool:
         return self.of.follows_lr
 
+    @property
+    def sources(self) -> tuple[MeasuredLR, ...]:
+        return self.of.sources
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        self.of.check(segments)
+
 
 @dataclass(frozen=True)
 class MeanMatched(Ablation):
@@ -79,8 +88,8 @@ class MeanMatched(Ablation):
 
     name: ClassVar[str] = "mean_matched"
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
-        own = self.of.multipliers(segments)
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        own = self.of.multipliers(segments, measured)
         sizes = [0 if s.frozen else s.numel for s in segments]
         total = sum(sizes)
         if not total:
@@ -102,8 +111,8 @@ class Reversed(Ablation):
 
     name: ClassVar[str] = "reversed"
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
-        own = self.of.multipliers(segments)
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        own = self.of.multipliers(segments, measured)
         values = _values(own, segments)
         return _renamed(own, values, values[::-1])
 
@@ -128,8 +137,8 @@ class Shuffled(Ablation):
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"{self.name}: seed must be a whole number >= 0, got {self.seed!r}")
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
-        own = self.of.multipliers(segments)
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        own = self.of.multipliers(segments, measured)
         values = _values(own, segments)
         return _renamed(own, values, [values[i] for i in _permutation(self.seed, len(values))])
 
@@ -165,8 +174,8 @@ class Only(Ablation):
             raise ValueError(f"{self.name}: types takes block types and roles, {got}; allowed: {', '.join(TYPES)}")
         object.__setattr__(self, "types", tuple(kind for kind in TYPES if kind in given))
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
-        own = self.of.multipliers(segments)
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        own = self.of.multipliers(segments, measured)
         return [m if {s.block_type, s.role} & {*self.types} else 1.0 for m, s in zip(own, segments, strict=True)]
 
 

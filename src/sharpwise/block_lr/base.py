@@ -1,12 +1,22 @@
 """How far, per block: a multiplier of the learning rate for every segment."""
 
+from __future__ import annotations
+
 import keyword
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sharpwise.blocks import Segment
+
+if TYPE_CHECKING:
+    from sharpwise.block_lr.measured import MeasuredLR
+
+Measured = Mapping["MeasuredLR", Sequence[float]]
+"""What was measured for each block_lr that asks: one number per segment of the model, NaN where none is known."""
+NOTHING: Measured = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,26 @@ class BlockLR:
             if isinstance(value, BlockLR):
                 said.append(str(value))
             elif field.init and value != field.default:
-                said.append(f"{field.name}={_spelled(value)}")
+                said.append(f"{field.name}={spelled(value)}")
         return f"{self.name}({', '.join(said)})" if said else self.name
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
+    def __mul__(self, other: object) -> BlockLR:
+        """Both: the product of their multipliers."""
+        from sharpwise.block_lr.product import Product
+
+        return Product((self, other)) if isinstance(other, BlockLR) else NotImplemented
+
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         """One multiplier >= 0 per segment of the whole model."""
         raise NotImplementedError
+
+    @property
+    def sources(self) -> tuple[MeasuredLR, ...]:
+        """What has to be measured for the multipliers, each once; () where they stand from the start."""
+        return ()
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Raise ValueError where it speaks of something that the model has not."""
 
     def effective(self, multiplier: float, lr: float, peak: float) -> float:
         """The multiplier at a learning rate, `peak` being the largest one seen so far."""
@@ -55,10 +79,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _spelled(value: Any) -> str:
-    """A value in the shortest form that reads back as the same: 5, 1e-5, Emb, (Emb, QK)."""
+def spelled(value: Any) -> str:
+    """A value in the shortest form that reads back as the same: 5, 1e-5, Emb, (Emb, QK), {Emb: 5}."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{spelled(key)}: {spelled(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple):
-        parts = [_spelled(part) for part in value]
+        parts = [spelled(part) for part in value]
         return parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
     if isinstance(value, str):
         return value if value.isidentifier() and not keyword.iskeyword(value) else repr(str(value))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from sharpwise.block_lr.base import BlockLR, is_number
+from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number
 from sharpwise.blocks import BlockType, Role, Segment
 
 _BY_TYPE = {
@@ -30,6 +30,9 @@ _BY_TYPE = {
     BlockType.HEAD: "head",
     BlockType.OTHER: "other",
 }
+
+KINDS = (*_BY_TYPE.values(), "pos_emb")
+"""The arguments that are multipliers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +70,8 @@ class BlockwiseLR(BlockLR):
             if not is_number(value) or not 0.0 <= value < float("inf"):
                 raise ValueError(f"{self.name}: {field.name} must be a finite number >= 0, got {value!r}")
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
-        return [float(getattr(self, self._argument(segment))) for segment in segments]
-
-    @staticmethod
-    def _argument(segment: Segment) -> str:
-        return "pos_emb" if segment.role == Role.POS_EMB else _BY_TYPE[segment.block_type]
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        return [float(getattr(self, kind_of(segment))) for segment in segments]
 
     def effective(self, multiplier: float, lr: float, peak: float) -> float:
         if self.floor is None or lr >= peak > 0:
@@ -85,3 +84,8 @@ class BlockwiseLR(BlockLR):
     @property
     def follows_lr(self) -> bool:
         return self.floor is not None
+
+
+def kind_of(segment: Segment) -> str:
+    """Which of the arguments of BlockwiseLR a segment goes by: its block type, or "pos_emb"."""
+    return "pos_emb" if segment.role == Role.POS_EMB else _BY_TYPE[segment.block_type]

@@ -4,14 +4,14 @@ lr_B = rate^(L + 1 - depth) lr,   depth 0: embeddings;  l + 1: layer l of L;  L 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from sharpwise.block_lr.base import BlockLR, is_number
+from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number
 from sharpwise.blocks import BlockType, Segment
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LayerDecay(BlockLR):
     """Multipliers that shrink from layer to layer towards the input.
 
@@ -20,6 +20,7 @@ class LayerDecay(BlockLR):
         decay: see `BlockLR`.
     """
 
+    decay: Literal["scaled", "base"] = field(default="scaled", kw_only=True)
     rate: float = 0.75
 
     name: ClassVar[str] = "layer_decay"
@@ -29,7 +30,7 @@ class LayerDecay(BlockLR):
         if not is_number(self.rate) or not 0.0 < self.rate <= 1.0:
             raise ValueError(f"{self.name}: rate must be in (0, 1], got {self.rate!r}")
 
-    def multipliers(self, segments: Sequence[Segment]) -> list[float]:
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         layers = 1 + max((s.layer for s in segments if s.layer is not None), default=-1)
         return [self.rate ** (layers + 1 - _depth(segment, layers)) for segment in segments]
 

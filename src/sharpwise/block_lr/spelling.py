@@ -1,8 +1,9 @@
 """One spelling of a per-block learning rate, the same in Python, in configurations and on the command line.
 
     block_lr = name | name(arguments)            blockwise, layer_decay(rate=0.9), reversed(blockwise)
+             | block_lr * block_lr               sharpness*layer_decay(rate=0.9)
     arguments: of an ablation first the block_lr that it is of, all others as argument=value, separated by commas
-    value = number | name | "text" | None | (value, value, ...)
+    value = number | name | "text" | None | (value, value, ...) | {value: value, ...}
 
 A name as a value is text: `decay=base`, `types=(Emb, QK)`. It is Python's syntax, read by its parser; nothing is
 evaluated. `str()` of a BlockLR is its canonical spelling, with only what differs from the defaults.
@@ -17,12 +18,21 @@ from typing import Any, overload
 from sharpwise.block_lr.ablations import Ablation, MeanMatched, Only, Reversed, Shuffled
 from sharpwise.block_lr.base import BlockLR, is_number
 from sharpwise.block_lr.blockwise import BlockwiseLR
+from sharpwise.block_lr.gradient_snr import GradientSNR
+from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.layer_decay import LayerDecay
+from sharpwise.block_lr.per_role import PerRole
+from sharpwise.block_lr.product import Product
+from sharpwise.block_lr.sharpness import SharpnessLR
 from sharpwise.hints import nearest
 
 BLOCK_LRS: dict[str, type[BlockLR]] = {
     "blockwise": BlockwiseLR,
+    "gradient_snr": GradientSNR,
     "layer_decay": LayerDecay,
+    "llr": HeavyTailLR,
+    "per_role": PerRole,
+    "sharpness": SharpnessLR,
 }
 """Every per-block learning rate by name."""
 
@@ -45,8 +55,8 @@ def make_block_lr(spec: Any) -> BlockLR | None:
     """The per-block learning rate that is meant.
 
     Args:
-        spec: a spelling (see `sharpwise.block_lr.spelling`), a table with `name` and arguments (`of` in one of these
-            forms too), an instance, or None, which is returned as it is.
+        spec: a spelling (see `sharpwise.block_lr.spelling`), a table with `name` and arguments (`of`, and `factors` of
+            "product", in these forms too), an instance, or None, which is returned as it is.
 
     Raises:
         ValueError: for what cannot be read, an unknown name or argument, a value out of its range.
@@ -73,6 +83,8 @@ def make_block_lr(spec: Any) -> BlockLR | None:
 def _made(table: Mapping[str, Any]) -> BlockLR:
     if "name" not in table:
         raise ValueError(f"a block_lr as a table needs a name, one of {_all_names()}; got {dict(table)!r}")
+    if table["name"] == Product.name:
+        return _product(table)
     kind = _kind(table["name"])
     given: dict[str, Any] = {key: _plain(value) for key, value in table.items() if key != "name"}
     allowed = _arguments(kind)
@@ -88,6 +100,14 @@ def _made(table: Mapping[str, Any]) -> BlockLR:
         return kind(**given)
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+def _product(table: Mapping[str, Any]) -> BlockLR:
+    factors = table.get("factors")
+    if set(table) != {"name", "factors"} or not isinstance(factors, (list, tuple)):
+        raise ValueError(f"{Product.name} takes factors, a list of block_lrs, and nothing else; got {dict(table)!r}")
+    made = [make_block_lr(factor) for factor in factors]
+    return Product(tuple(factor for factor in made if factor is not None))
 
 
 def _plain(value: Any) -> Any:
@@ -124,6 +144,8 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _table(node: ast.expr, text: str) -> dict[str, Any]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return {"name": Product.name, "factors": [_table(node.left, text), _table(node.right, text)]}
     called = isinstance(node, ast.Call)
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name):
@@ -158,6 +180,8 @@ def _value(node: ast.expr, text: str) -> Any:
         return node.value
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(part, text) for part in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_value(k, text): _value(v, text) for k, v in zip(node.keys, node.values, strict=True) if k}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         number: Any = node.operand.value
         if not is_number(number):

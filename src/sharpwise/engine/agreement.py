@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.mesh import is_dtensor, local
+from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
-from sharpwise.engine.stepper import Options
 
 
 def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> None:

@@ -243,11 +243,43 @@ class Exchange:
 
         Two collectives for all of them, if any is cut.
         """
-        me = torch.distributed.get_rank() if self.team.ranks else -1
         cut = [i for i, shard in enumerate(self.shards) if shard.cut]
         results = [part if self.shards[i].cut else work[i](part) for i, part in enumerate(parts)]
         if not cut:
             return results
+        wholes, incoming, outgoing = self._bring(parts, cut)
+        done = {i: work[i](whole) for i, whole in wholes.items()}
+        back = [[done[i][self.shards[i].region_at(rank)] for i in own] for rank, own in self._by_rank(incoming)]
+        returned = self._trade(back, [[tuple(t.shape) for t in tensors] for tensors in outgoing])
+        for rank, tensors in zip(self.team.ranks, returned, strict=True):
+            for i, tensor in zip([i for i in cut if self.owners[i] == rank], tensors, strict=True):
+                results[i] = tensor
+        return results
+
+    def ask(self, parts: Sequence[Tensor], work: Sequence[Any], sizes: Sequence[int]) -> list[Tensor]:
+        """`work[i]` of every whole matrix: fp64 [sizes[i]], the same in every process.
+
+        Two collectives for all of them, if any is cut.
+        """
+        cut = [i for i, shard in enumerate(self.shards) if shard.cut]
+        wholes = self._bring(parts, cut)[0] if cut else {}
+        bucket, shares = Bucket(self.team), []
+        for i, (part, shard) in enumerate(zip(parts, self.shards, strict=True)):
+            if not shard.cut:
+                values = work[i](part)
+            elif i in wholes:
+                values = work[i](wholes[i])
+            else:
+                values = part.new_zeros(sizes[i], dtype=torch.float64)
+            shares.append(bucket.add(values, shard))
+        bucket.reduce()
+        return [share.values for share in shares]
+
+    def _bring(
+        self, parts: Sequence[Tensor], cut: Sequence[int]
+    ) -> tuple[dict[int, Tensor], list[list[int]], list[list[Tensor]]]:
+        """The whole matrices that this process owns; which parts came from every process, and what went there."""
+        me = torch.distributed.get_rank()
         self._nothing = parts[cut[0]].new_empty(0)
         mine = [i for i in cut if self.owners[i] == me]
         # To every owner the parts of what it owns, in the order of the list; from every holder its parts of mine.
@@ -258,13 +290,7 @@ class Exchange:
         for (rank, own), tensors in zip(self._by_rank(incoming), received, strict=True):
             for i, tensor in zip(own, tensors, strict=True):
                 wholes[i][self.shards[i].region_at(rank)] = tensor
-        done = {i: work[i](whole) for i, whole in wholes.items()}
-        back = [[done[i][self.shards[i].region_at(rank)] for i in own] for rank, own in self._by_rank(incoming)]
-        returned = self._trade(back, [[tuple(t.shape) for t in tensors] for tensors in outgoing])
-        for rank, tensors in zip(self.team.ranks, returned, strict=True):
-            for i, tensor in zip([i for i in cut if self.owners[i] == rank], tensors, strict=True):
-                results[i] = tensor
-        return results
+        return wholes, incoming, outgoing
 
     def _by_rank(self, lists: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
         return list(zip(self.team.ranks, lists, strict=True))

@@ -17,9 +17,12 @@ from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
 from sharpwise.engine.binding import bind, check_followed, check_gradient, check_group, check_shapes, names_of
 from sharpwise.engine.kernels import Compiler
+from sharpwise.engine.measuring import check_sources, sharpness_by_name
 from sharpwise.engine.mesh import local
+from sharpwise.engine.multipliers import Multipliers
+from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry, Layouts, build_entry, multiplier_map
-from sharpwise.engine.stepper import Options, Stepper
+from sharpwise.engine.stepper import Stepper
 from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
@@ -62,6 +65,9 @@ class BlockOptimizer(Optimizer):
             defaults["skipped_steps"] = 0
         if options.block_lr is not None and options.block_lr.follows_lr:
             defaults["peak_lr"] = 0.0
+        if options.varies:
+            defaults |= {"lr_step": 0, "lr_switch": (0, 0)}
+            check_sources(options, rule, self._model() is not None, who)
         super().__init__(groups, defaults)
 
     def _reset(self) -> None:
@@ -130,6 +136,11 @@ class BlockOptimizer(Optimizer):
         block_lr = self.options.block_lr
         if block_lr is not None and unknown:
             raise ValueError(_unknown_message(self.who, f"block_lr {block_lr.name!r} distinguishes", unknown))
+        if block_lr is not None:
+            try:
+                block_lr.check(self._known.segments)
+            except ValueError as error:
+                raise ValueError(f"{self.who}: {error}") from None
         for segment in blocks.segments:
             rule, cut = self.rule.assign(segment)
             if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
@@ -138,6 +149,14 @@ class BlockOptimizer(Optimizer):
                     raise ValueError(message)
                 raise TypeError(f"{message}. Names alone carry no head counts: pass the model, or blocks=BlockMap")
             segment.blocks(cut)  # raises TypeError where heads are asked for and not known
+
+    def _probe(self, taken: int) -> dict[str, list[float]]:
+        """The sharpness of the segments of every parameter, by a probe of the model as it is."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError(f"{self.who}: the model that the block_lr measures is gone; build the optimizer anew")
+        with torch.enable_grad():
+            return sharpness_by_name(model, self.options.probe_batches, self._known, seed=taken)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -169,12 +188,14 @@ class BlockOptimizer(Optimizer):
                     f"whole parameters only"
                 )
             own = self.state.get(entry.param)
+            entry.varies = self.options.varies
             if own is None or "step" not in own:
-                self.state[entry.param] = states.allocate(entry, self.storage, block_lr is not None)
+                self.state[entry.param] = states.allocate(entry, self.storage, block_lr)
             elif block_lr is not None and "lr_multiplier" in own:
                 entry.multipliers = tuple(own["lr_multiplier"].tolist())
         self._note_skipped()
-        self._stepper = Stepper(entries, self.state, self.options, self._compiler)
+        multipliers = Multipliers(entries, self._known.segments, self.state, self.options, self._probe)
+        self._stepper = Stepper(entries, self.state, self.options, self._compiler, multipliers)
         self._held = [_marks(e.param, self.state[e.param]) for e in entries]
         return self._stepper
 
@@ -336,7 +357,7 @@ class BlockOptimizer(Optimizer):
         rows = [
             (s.name, str(s.role), str(s.block_type), s.layer, s.describe_rows(), m, float(e.group["lr"]) * m)
             for e in stepper.entries
-            for s, m in zip(e.segments, stepper.multipliers_now(e), strict=True)
+            for s, m in zip(e.segments, stepper.multipliers.now(e), strict=True)
         ]
         return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
 
@@ -349,7 +370,7 @@ class BlockOptimizer(Optimizer):
             element = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "element")
             block = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "block")
             wd = float(entry.group["weight_decay"])
-            parts = zip(entry.segments, entry.cuts, entry.decays, stepper.multipliers_now(entry), strict=True)
+            parts = zip(entry.segments, entry.cuts, entry.decays, stepper.multipliers.now(entry), strict=True)
             for s, cut, decays, m in parts:
                 blocks = s.blocks(cut)
                 size = s.numel * element + (blocks * block if cut != "element" else 0)

@@ -29,6 +29,7 @@ class Entry:
         gathers: per segment, the first block and the local rows of each block [blocks, rows], -1 where not local.
         counts: elements of every block of the whole parameter, fp64 [n_blocks].
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
+        varies: whether multipliers change while training, each on its own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Entry:
     gathers: list[tuple[int, Tensor | None]] = field(default_factory=list)
     counts: Tensor | None = None
     multipliers: tuple[float, ...] = (1.0,)
+    varies: bool = False
     decays: tuple[bool, ...] = (True,)
 
     @property
@@ -69,8 +71,9 @@ class Entry:
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows have the same multiplier, and decay alike."""
-        return self.segment_of_row is None or len(set(zip(self.multipliers, self.decays, strict=True))) == 1
+        """Whether all rows always have the same multiplier, and decay alike."""
+        alike = not self.varies and len(set(zip(self.multipliers, self.decays, strict=True))) == 1
+        return self.segment_of_row is None or alike
 
     def spread(self, blocks: Tensor) -> Tensor:
         """One number per block -> one per local row, shaped to broadcast."""

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
 from sharpwise.engine.mesh import is_dtensor, like, local
 from sharpwise.engine.plan import Entry
 from sharpwise.storage import Dense
 
+OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_measured"}
+"""State of a block_lr: a state dict may have it or not."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 """Keys of torch's groups that are no hyperparameters here."""
 
 
-def allocate(entry: Entry, storage: Dense, multipliers: bool) -> dict[str, Tensor]:
-    """Fresh state of one parameter: `step`, the rule's tensors, and `lr_multiplier` [n_segments] if there is one."""
+def allocate(entry: Entry, storage: Dense, block_lr: BlockLR | None) -> dict[str, Tensor]:
+    """Fresh state of one parameter: `step`, the rule's tensors, and what a block_lr needs (`engine.multipliers`)."""
     param = entry.param
     inner = local(param)
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
@@ -34,8 +37,12 @@ def allocate(entry: Entry, storage: Dense, multipliers: bool) -> dict[str, Tenso
                 inner, dtype=storage.dtype_for(entry.dtype), memory_format=torch.contiguous_format, requires_grad=False
             )
             state[name] = like(param, plain)
-    if multipliers:
+    if block_lr is not None:
         state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float64, device=device)
+        if block_lr.sources:
+            state["lr_before"] = state["lr_multiplier"].clone()
+            shape = len(entry.segments), len(block_lr.sources)
+            state["lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
     return state
 
 
@@ -80,13 +87,13 @@ def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], 
     """
     if not saved or not own:
         return  # never stepped, or frozen here
-    needed = set(own) - {"lr_multiplier"}
+    needed = set(own) - OF_BLOCK_LR
     if needed - set(saved):
         raise ValueError(
             f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
             f"it was saved by another rule"
         )
-    extra = set(saved) - set(own) - {"lr_multiplier"}
+    extra = set(saved) - set(own) - OF_BLOCK_LR
     if extra:
         raise ValueError(
             f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
@@ -123,7 +130,7 @@ def prepared(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[tuple[
             elif is_dtensor(value):
                 value = value.full_tensor()  # type: ignore[attr-defined]
             pairs.append((local(tensor), local(value)))
-        elif key != "lr_multiplier":
+        elif key not in OF_BLOCK_LR:
             pairs.append((local(tensor), torch.zeros_like(local(tensor))))
     return pairs
 

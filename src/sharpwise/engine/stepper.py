@@ -2,41 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpwise.block_lr import BlockLR
 from sharpwise.engine import kernels
 from sharpwise.engine.fused import Fused, exactly
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
 from sharpwise.engine.mesh import Bucket, Team, local
+from sharpwise.engine.multipliers import Multipliers
 from sharpwise.engine.one_pass import one_pass
+from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.rounds import Rounds
 from sharpwise.engine.scalars import Clock, Numbers
 from sharpwise.engine.sums import Sums
-
-
-@dataclass(frozen=True)
-class Options:
-    """What holds for the whole optimizer, whatever the rule."""
-
-    decoupled: bool = True
-    block_lr: BlockLR | None = None
-    stochastic_rounding: bool = False
-    seed: int = 0
-    max_grad_norm: float | None = None
-    on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore"
-    compile: bool | None = None
-
-    @property
-    def guarded(self) -> bool:
-        """Whether the gradients are read once before the step."""
-        return self.max_grad_norm is not None or self.on_nonfinite != "ignore"
 
 
 class Stepper:
@@ -46,8 +28,16 @@ class Stepper:
         skipped: steps left out since this was built; `squares`: sum of g*g in the last step, None if it was not read.
     """
 
-    def __init__(self, entries: Sequence[Entry], state: Any, options: Options, compiler: kernels.Compiler) -> None:
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        state: Any,
+        options: Options,
+        compiler: kernels.Compiler,
+        multipliers: Multipliers,
+    ) -> None:
         self.entries = list(entries)
+        self.multipliers = multipliers
         self.state, self.options = state, options
         self.clock = Clock(entries, state)
         total = sum(e.param.numel() for e in entries)
@@ -103,9 +93,10 @@ class Stepper:
             if ok is False:
                 return
         together = {id(pool) for pool in self.pools if self.clock.together([e for i in pool.items for e in i.parts])}
+        if self.multipliers.advance(active, ok, lambda: self.team):
+            self._sorts.clear()
         self.clock.advance(active, ok)
         self._now.clear()
-        self._track_peak(active)
         left = list(range(len(items)))
         if not self.options.guarded:
             sums = self._in_one_pass(items, grads)
@@ -117,7 +108,7 @@ class Stepper:
         rates = self._block_phase(items, sums, together, ok, clip)
         for i in left:
             self._move(items[i], grads[i], rates[i], rounds, ok, clip)
-        self.fused.move(ids, self.clock, self.multipliers_now, ok, clip)
+        self.fused.move(ids, self.clock, self.multipliers.now, ok, clip)
 
     def _live_items(self, ids: set[int]) -> Iterator[Item]:
         for item in self.items:
@@ -155,19 +146,6 @@ class Stepper:
             f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; nothing was changed. "
             f"on_nonfinite='skip' leaves such steps out, 'ignore' takes them as torch does"
         )
-
-    def _track_peak(self, active: Sequence[Entry]) -> None:
-        if self.options.block_lr is not None and self.options.block_lr.follows_lr:
-            for group in {id(e.group): e.group for e in active}.values():
-                group["peak_lr"] = max(float(group["peak_lr"]), float(group["lr"]))
-
-    def multipliers_now(self, entry: Entry) -> tuple[float, ...]:
-        """Multipliers of an entry's segments at the current learning rate."""
-        block_lr = self.options.block_lr
-        if block_lr is None or not block_lr.follows_lr:
-            return entry.multipliers
-        lr, peak = float(entry.group["lr"]), float(entry.group["peak_lr"])
-        return tuple(block_lr.effective(m, lr, max(peak, lr)) for m in entry.multipliers)
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 
@@ -276,11 +254,13 @@ class Stepper:
 
     def _work_out(self, item: Item, ok: Any, clip: Any) -> Numbers:
         lr, wd, of_rule = self.clock.rates(item.parts[0])
-        multipliers = tuple(m for e in item.parts for m in self.multipliers_now(e))
+        multipliers = tuple(m for e in item.parts for m in self.multipliers.now(e))
         on = (d for e in item.parts for d in e.decays)
         # Decay follows the multiplier or not, and may be off for some segments.
         decays = tuple((m if self._scales_decay else 1.0) * d for m, d in zip(multipliers, on, strict=True))
-        uniform, level = len(set(multipliers)) == 1, len(set(decays)) == 1
+        # Those that vary stay per row where they are equal for once: the other way would be another graph.
+        uniform = len(set(multipliers)) == 1 and (len(multipliers) == 1 or not self.options.varies)
+        level = len(set(decays)) == 1 and (uniform or not self.options.varies or not self._scales_decay)
         rate = lr / of_rule.get("bias_correction", 1.0)
         s = {name: value for name, value in of_rule.items() if name != "bias_correction"}
         has_blocks = item.layout.rule.has_blocks  # their rate is multiplied row by row

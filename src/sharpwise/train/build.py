@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import nearest
@@ -28,7 +29,7 @@ from sharpwise.train.models import (
     vocabulary_of,
 )
 from sharpwise.train.schedule import Schedule
-from sharpwise.train.steps import Plan
+from sharpwise.train.steps import Plan, step_starts
 from sharpwise.train.tracking import check_trackers, has_tensorboard
 from sharpwise.train.world import ALONE, Launch, World
 
@@ -68,7 +69,8 @@ def build(config: Config, world: World = ALONE) -> Built:
         blocks = BlockMap.of(model)  # of whole parameters
         world.distribute(model, plan.device)
     try:
-        optimizer = build_optimizer(config.optimizer, model, blocks)
+        batches = probe_batches(config, data, plan)
+        optimizer = build_optimizer(config.optimizer, model, blocks, plan.schedule.total, batches)
     except TypeError as error:  # from its constructor, for values of another kind
         raise ValueError(f"the optimizer cannot be built: {error}") from error
     forward = torch.compile(model) if config.model.compile else model
@@ -160,7 +162,11 @@ def cpu_multiplies_bf16() -> bool:
 def _with_sizes(config: Config, model: nn.Module, data: Prepared) -> Config:
     """Context, steps and cadences, once the model is known."""
     most = max_context(model)
-    context = config.data.context or min(most or LONGEST, LONGEST)
+    context = config.data.context or data.context or min(most or LONGEST, LONGEST)
+    if data.context not in (None, context):
+        raise ValueError(
+            f"data.context={context}, and {data.folder} holds examples that need {data.context}; leave it out"
+        )
     if most is not None and context > most:
         raise ValueError(
             f"data.context={context} is longer than the model's {most} positions; take at most {most}, or another "
@@ -319,11 +325,27 @@ def _try_out(model: nn.Module, config: Config, plan: Plan, data: Prepared, place
         )
 
 
-def build_optimizer(own: OptimizerConfig, model: nn.Module, blocks: BlockMap | None = None) -> BlockOptimizer:
-    """The optimizer that a configuration names; `blocks` of the model, where they are known already.
+def probe_batches(config: Config, data: Prepared, plan: Plan) -> list[Tensor] | None:
+    """What a block_lr that probes the model does so on: as many training windows as a step has, always the same."""
+    block_lr = make_block_lr(config.optimizer.block_lr or None)
+    if block_lr is None or all(source.measures != "probe" for source in block_lr.sources):
+        return None
+    starts = step_starts(data.train, plan, 0)  # the steps of a run are counted from 1
+    return list(torch.from_numpy(data.train.windows(starts, plan.context + 1)).split(plan.micro))
 
-    It leaves steps with non-finite gradients out whatever `on_nonfinite` says: so the weights are good when the run
-    decides what to do.
+
+def build_optimizer(
+    own: OptimizerConfig,
+    model: nn.Module,
+    blocks: BlockMap | None = None,
+    steps: int | None = None,
+    batches: list[Tensor] | None = None,
+) -> BlockOptimizer:
+    """The optimizer that a configuration names.
+
+    `blocks` of the model, where they are known already; the `steps` of the run and `batches` to probe the model on, for
+    block_lrs that need them. It leaves steps with non-finite gradients out whatever `on_nonfinite` says: so the weights
+    are good when the run decides what to do.
 
     Raises:
         ValueError, TypeError: from its constructor.
@@ -338,15 +360,20 @@ def build_optimizer(own: OptimizerConfig, model: nn.Module, blocks: BlockMap | N
         block_lr=own.block_lr or None,
         max_grad_norm=own.max_grad_norm or None,
         on_nonfinite="skip",
+        total_steps=steps,
+        probe_batches=batches,
         **options,
     )
 
 
-def as_code(own: OptimizerConfig) -> str:
-    """The optimizer as a user would write it."""
+def as_code(own: OptimizerConfig, steps: int | None = None) -> str:
+    """The optimizer as a user would write it, for a training of so many steps."""
     arguments: dict[str, Any] = {"lr": own.lr, **own.options}
     if own.block_lr:
         arguments["block_lr"] = own.block_lr
+        sources = make_block_lr(own.block_lr).sources
+        if steps is not None and sources:
+            arguments["total_steps"] = steps
     if own.max_grad_norm:
         arguments["max_grad_norm"] = own.max_grad_norm
     said = ", ".join(f"{key}={tuple(v) if isinstance(v, list) else v!r}" for key, v in arguments.items())

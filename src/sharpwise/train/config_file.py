@@ -85,7 +85,7 @@ def _gather_options(table: Any) -> Any:
     table = _apart({"name": OptimizerConfig.name, **table})
     name = table["name"]
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
-    allowed = (set(parameters) | set(Common.__annotations__)) - {"first", "options", "model", "blocks", *own}
+    allowed = (set(parameters) | set(Common.__annotations__)) - {"first", "options", *_OF_A_RUN, *own}
     for key in table.keys() - own:
         if key not in allowed:
             raise ValueError(
@@ -131,6 +131,8 @@ def _make(kind: Any, given: Any, where: str) -> Any:
     return kind(**values)
 
 
+_OF_A_RUN = {"model", "blocks", "total_steps", "probe_batches"}
+"""What a run gives to the optimizer by itself."""
 _SAID = {
     "str": "text", "dict": "a table", "list": "a list", "bool": "true or false", "int": "a whole number",
     "float": "a number",

@@ -386,5 +386,5 @@ class _Run:
             "steps": plan.schedule.total,
             "state_bytes": built.optimizer.state_bytes(),
             "data": built.data.about,
-            "optimizer": as_code(self.config.optimizer),
+            "optimizer": as_code(self.config.optimizer, self.config.schedule.steps),
         }

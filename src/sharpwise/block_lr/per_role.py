@@ -1,0 +1,71 @@
+"""PerRole: any ratios, by what the blocks are or how they are called."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number, spelled
+from sharpwise.blocks import Segment
+
+
+@dataclass(frozen=True)
+class PerRole(BlockLR):
+    """Multipliers by role ("q"), block type ("FFN") or glob on names of parameters ("*.mlp.*").
+
+    Args:
+        ratios: multipliers > 0, as a mapping or pairs; of several that match a block, the last one holds.
+        default: where none matches, > 0.
+        decay: see `BlockLR`.
+
+    >>> print(PerRole({"FFN": 6, "*.0.mlp.*": 3}))
+    per_role(ratios={FFN: 6, '*.0.mlp.*': 3})
+    """
+
+    decay: Literal["scaled", "base"] = field(default="scaled", kw_only=True)
+    ratios: Mapping[str, float] | Iterable[tuple[str, float]] = ()
+    default: float = field(default=1.0, kw_only=True)
+
+    name: ClassVar[str] = "per_role"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pairs = self.ratios.items() if isinstance(self.ratios, Mapping) else self.ratios
+        try:
+            found = tuple((name, value) for name, value in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{self.name}: ratios must be a mapping such as {{'FFN': 6, '*.mlp.*': 3}}, got {self.ratios!r}"
+            ) from None
+        for name, value in (*found, ("default", self.default)):
+            if not isinstance(name, str) or not is_number(value) or not 0.0 < value < float("inf"):
+                raise ValueError(f"{self.name}: the ratio of {name!r} must be a finite number > 0, got {value!r}")
+        object.__setattr__(self, "ratios", tuple(dict(found).items()))
+
+    def __str__(self) -> str:
+        said = [f"ratios={spelled(dict(self.ratios))}"]
+        others = [f for f in fields(self) if f.name != "ratios" and getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(said + [f'{f.name}={spelled(getattr(self, f.name))}' for f in others])})"
+
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        return [self._ratio(segment) for segment in segments]
+
+    def _ratio(self, segment: Segment) -> float:
+        found = self.default
+        for name, value in dict(self.ratios).items():
+            found = value if _matches(segment, name) else found
+        return float(found)
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        for name, _ in dict(self.ratios).items():
+            if segments and not any(_matches(segment, name) for segment in segments):
+                types = ", ".join(dict.fromkeys(str(s.block_type) for s in segments))
+                roles = ", ".join(dict.fromkeys(str(s.role) for s in segments))
+                raise ValueError(
+                    f"{self.name}: {name!r} is no block of this model; it has the types {types}, the roles {roles}, "
+                    f"and parameters such as {segments[0].name} (globs match whole names: '*.mlp.*')"
+                )
+
+
+def _matches(segment: Segment, name: str) -> bool:
+    return name in (segment.role, segment.block_type) or fnmatchcase(segment.name, name)

@@ -1,0 +1,194 @@
+"""What block_lrs ask for, of every segment: from second moments, gradients, weights, or by a probe of the model.
+
+Everything is brought together over the processes that hold parts, so that all of them find the same numbers. Those are
+rounded to 24 bits: the order in which processes sum does not show in them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpwise.block_lr import MeasuredLR
+from sharpwise.block_lr.gradient_snr import signal_to_noise
+from sharpwise.block_lr.heavy_tail import HeavyTailLR
+from sharpwise.block_lr.measured import PhasedLR
+from sharpwise.blocks import BlockMap
+from sharpwise.engine.kernels import CHUNK
+from sharpwise.engine.mesh import Bucket, Exchange, Shard, Team, local
+from sharpwise.engine.options import Options
+from sharpwise.engine.plan import Entry
+from sharpwise.rules.base import Rule
+
+SECOND_MOMENT = "exp_avg_sq"
+Found = list[list[float]]
+"""Per entry, per segment; NaN where there is nothing."""
+
+
+def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> None:
+    """Raise ValueError unless what the block_lr measures can be measured, and it is known when."""
+    for source in () if options.block_lr is None else options.block_lr.sources:
+        if source.measures == "second_moment" and SECOND_MOMENT not in rule.state:
+            raise ValueError(
+                f"{who}: block_lr {source.name!r} goes by the second moment, which {rule.name!r} does not keep; AdamW "
+                f"and AdamMini do, and source='probe' needs none"
+            )
+        if source.measures == "probe" and (options.probe_batches is None or not has_model):
+            lacks = "the model" if options.probe_batches is not None else "batches to measure on"
+            raise ValueError(
+                f"{who}: block_lr {source.name!r} with source='probe' lacks {lacks}; give the model, or model=, and "
+                f"probe_batches=, a list of batches as sharpwise.probes.sharpness takes them"
+            )
+        if isinstance(source, PhasedLR):
+            try:
+                source.phase(options.total_steps)
+            except ValueError as error:
+                raise ValueError(f"{who}: {error}") from None
+
+
+def measure(
+    source: MeasuredLR, entries: Sequence[Entry], state: Any, team: Team, probe: Callable[[], Sequence[Sequence[float]]]
+) -> Found:
+    """What `source` asks for, of these entries. Collective: every process has to call it at the same time."""
+    if source.measures == "gradient":
+        found = gradient_snr(entries, team)
+    elif source.measures == "second_moment":
+        found = [[total / max(s.numel, 1) for total, s in zip(own, entry.segments, strict=True)]
+                 for entry, own in zip(entries, second_moments(entries, state, team), strict=True)]  # fmt: skip
+    elif isinstance(source, HeavyTailLR):
+        found = spectra(source, entries, team)
+    else:
+        found = [list(own) for own in probe()]
+    return [[_rounded(value) for value in own] for own in found]
+
+
+def _rounded(value: float) -> float:
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 2**24) / 2**24, exponent) if math.isfinite(value) else math.nan
+
+
+# --- second moments --------------------------------------------------------------------------------------------------
+
+
+def second_moments(entries: Sequence[Entry], state: Any, team: Team) -> Found:
+    """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step."""
+    bucket = Bucket(team)
+    shares = [bucket.add(*_moments(entry, state[entry.param])) for entry in entries]
+    bucket.reduce()
+    steps = steps_taken(entries, state)
+    return [
+        (share.values / (1 - float(entry.group["betas"][1]) ** t)).tolist() if t else [0.0] * len(entry.segments)
+        for entry, share, t in zip(entries, shares, steps, strict=True)
+    ]
+
+
+def steps_taken(entries: Sequence[Entry], state: Any) -> list[float]:
+    """Steps per entry; read together, as each reading of an accelerator waits for it."""
+    return torch.stack([local(state[entry.param]["step"]).double() for entry in entries]).tolist() if entries else []
+
+
+def _moments(entry: Entry, own: dict[str, Tensor]) -> tuple[Tensor, Shard]:
+    """Sums of v over the elements of each segment, fp64 [segments], of what this process holds."""
+    v = own[SECOND_MOMENT]
+    if entry.rule.state[SECOND_MOMENT] == "block":  # every process has those of all blocks
+        assert entry.counts is not None
+        sizes = [s.blocks(c) for s, c in zip(entry.segments, entry.cuts, strict=True)]
+        return torch.stack([part.sum() for part in (v.double() * entry.counts).split(sizes)]), Shard.of(v)
+    return _by_segment(entry, entry.view(v).sum(entry.dim, dtype=torch.float64)), entry.shard
+
+
+def _by_segment(entry: Entry, rows: Tensor) -> Tensor:
+    """One number per local row -> sums per segment."""
+    rows = rows.reshape(-1)
+    if entry.segment_of_row is None:
+        return rows.sum().view(1)
+    return rows.new_zeros(len(entry.segments)).index_add_(0, entry.segment_of_row, rows)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradient_snr(entries: Sequence[Entry], team: Team) -> Found:
+    """||g|| / std(g) of each segment; NaN where there is no gradient, or it is zero or not finite.
+
+    Two collectives, in units of the largest element: squares of large or tiny ones have no double.
+    """
+    active = [entry for entry in entries if entry.param.grad is not None]
+    largest, sums = Bucket(team, "max"), Bucket(team)
+    scales = [largest.add(_largest(entry), entry.shard) for entry in active]
+    largest.reduce()
+    shares = [sums.add(_sums(entry, scale.values), entry.shard) for entry, scale in zip(active, scales, strict=True)]
+    sums.reduce()
+    found = {}
+    for entry, share in zip(active, shares, strict=True):
+        totals, squares = share.values.tolist()
+        parts = zip(entry.segments, totals, squares, strict=True)
+        found[id(entry)] = [signal_to_noise(s.numel, total, square) for s, total, square in parts]
+    return [found.get(id(entry), [math.nan] * len(entry.segments)) for entry in entries]
+
+
+def _gradient(entry: Entry) -> Tensor:
+    grad: Tensor = entry.param.grad  # type: ignore[assignment]
+    return local(grad).contiguous().view(entry.shape)
+
+
+def _largest(entry: Entry) -> Tensor:
+    """The largest |g|, fp64 [1]; NaN becomes infinite, which a maximum keeps."""
+    g = _gradient(entry)
+    found = g.abs().max() if g.numel() else g.new_zeros(())
+    return found.double().nan_to_num(nan=math.inf).view(1)
+
+
+def _sums(entry: Entry, scale: Tensor) -> Tensor:
+    """Sums of g and of g*g by segment, in units of `scale`: fp64 [2, segments], of what this process holds."""
+    g = _gradient(entry)
+    unit = torch.where(scale > 0, scale, 1.0).to(g.device)
+    parts = g.split(max(1, CHUNK * max(g.shape[0], 1) // max(g.numel(), 1)))
+    rows = [torch.stack([x.sum(entry.dim), (x * x).sum(entry.dim)]) for x in (part.double() / unit for part in parts)]
+    total = torch.stack(rows).sum(0) if entry.dim == 0 else torch.cat(rows, 1)
+    return torch.stack([_by_segment(entry, own) for own in total])
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def spectra(source: HeavyTailLR, entries: Sequence[Entry], team: Team) -> Found:
+    """Of each matrix what its spectrum says, worked out by one owner and told to all; NaN of all else."""
+    read = [entry for entry in entries if any(source.reads(segment) for segment in entry.segments)]
+    exchange = Exchange(team, [entry.shard for entry in read])
+    answers = exchange.ask(
+        [local(entry.param) for entry in read],
+        [lambda whole, entry=entry: _alphas(source, entry, whole) for entry in read],
+        [len(entry.segments) for entry in read],
+    )
+    found = {id(entry): answer.tolist() for entry, answer in zip(read, answers, strict=True)}
+    return [found.get(id(entry), [math.nan] * len(entry.segments)) for entry in entries]
+
+
+def _alphas(source: HeavyTailLR, entry: Entry, whole: Tensor) -> Tensor:
+    from sharpwise.probes.parts import matrices  # probes stand on the engine
+
+    own = [
+        source.of_matrices(matrix for _, matrix in matrices(s, whole)) if source.reads(s) else math.nan
+        for s in entry.segments
+    ]
+    return torch.tensor(own, dtype=torch.float64, device=whole.device)
+
+
+# --- a probe ---------------------------------------------------------------------------------------------------------
+
+
+def sharpness_by_name(model: nn.Module, batches: Any, blocks: BlockMap, *, seed: int = 0) -> dict[str, list[float]]:
+    """Sharpness by `sharpwise.probes.sharpness`, by name of the parameter, per segment; of what is trained."""
+    from sharpwise.probes.fisher import sharpness
+    from sharpwise.probes.parts import labels
+
+    trained = BlockMap(tuple(segment for segment in blocks.segments if not segment.frozen))
+    found = sharpness(model, batches, blocks=trained, seed=seed).select(quantity="sharpness", by="segment")
+    values = {estimate.of: estimate.value for estimate in found}
+    result: dict[str, list[float]] = {}
+    for segment, label in labels(trained).items():
+        result.setdefault(segment.name, []).append(values[label])
+    return result
