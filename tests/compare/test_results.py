@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,16 @@ def test_every_optimizer_and_block_lr_can_say_what_it_is() -> None:
     for kind in (*RULES.values(), *BLOCK_LRS.values(), *ABLATIONS.values()):
         assert 10 < len(first_line(kind)) < 90
         assert not {":", ";", "\n"} & set(first_line(kind))
+
+
+def test_multipliers_that_are_measured_on_the_way_are_not_taken_from_the_start(data: Path, tmp_path: Path) -> None:
+    found = fill(study(data, arms=["adamw", "sgd-sai", "adamw+sharpness", "adamw+blockwise"]), tmp_path / "a")
+    arms = {arm["name"]: arm for arm in result_of(found, tmp_path / "a")["arms"]}
+    for name in ("sgd-sai", next(name for name in arms if "sharpness" in name)):
+        assert (arms[name]["mean_multiplier"], arms[name]["mean_lr"]) == (None, None)
+        assert not re.search(r"x\d", arms[name]["definition"])
+    assert "with multipliers by the signal-to-noise ratio of the first gradient" in arms["sgd-sai"]["definition"]
+    assert arms["adamw+blockwise"]["mean_multiplier"] > 1 and "Emb x10" in arms["adamw+blockwise"]["definition"]
 
 
 def test_larger_steps_are_one_caveat_for_all_arms(data: Path, tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 import sharpwise
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.engine.stepper import Options
+from sharpwise.engine.mesh import Shard
+from sharpwise.engine.options import Options
+from sharpwise.testing import EXAMPLES
 
 from .cases import Case
-from .placements import MODELS, PLACEMENTS, WIDE, gradient_as, held, part_of, worst
+from .placements import MODELS, ODD, PLACEMENTS, PLANNED, WIDE, gradient_as, held, part_of, worst
 from .rules import RULES
 
 STEPS = 10
@@ -40,8 +42,9 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None) -> Block
         options = Options(**guard, **eager)
         return BlockOptimizer(model, RULES[case.rule], lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     storage, _, rounding = case.storage.partition(", ")
+    block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)
     return sharpwise.create_optimizer(
-        model, case.rule, lr=1e-2, weight_decay=0.1, block_lr=case.block_lr or None, storage=storage,
+        model, case.rule, lr=1e-2, weight_decay=0.1, block_lr=block_lr, storage=storage,
         stochastic_rounding=bool(rounding), blocks=blocks, **guard, **eager,
     )  # fmt: skip
 
@@ -87,10 +90,17 @@ def rows_are_cut(name: str, p: Tensor, blocks: BlockMap) -> bool:
     return bool(cut - rows)
 
 
+def head_is_cut(name: str, p: Tensor, blocks: BlockMap) -> bool:
+    """Whether a head begins here and ends in another process."""
+    heads = blocks[name][0].heads
+    return isinstance(p, DTensor) and heads is not None and Shard.of(p).region[0].stop % (len(p) // heads) != 0
+
+
 def run(case: Case) -> dict[str, Any]:
-    alone = MODELS[case.model]()
-    blocks = BlockMap.of(MODELS[case.model](), include_frozen=True)
-    placed = (PLACEMENTS | WIDE)[case.placement][1](MODELS[case.model]())
+    make = (MODELS | ODD)[case.model]
+    alone = make()
+    blocks = BlockMap.of(make(), include_frozen=True)
+    placed = (PLACEMENTS | WIDE | PLANNED)[case.placement][1](make())
     # Names alone serve as well after sharding; every other case is told what was found before.
     optimizers = optimizer_of(placed, case, blocks if case.guard else None), optimizer_of(alone, case, None)
     calls = []
@@ -106,13 +116,14 @@ def run(case: Case) -> dict[str, Any]:
     return {
         "differences": differences(placed, alone, (optimizers[0].state, optimizers[1].state)),
         "rows cut": [name for name in names if rows_are_cut(name, parameters[name], blocks)],
+        "heads cut": [name for name in names if head_is_cut(name, parameters[name], blocks)],
         "cut": any(isinstance(p, DTensor) for p in placed.parameters()),
         # Partial sums are completed first, one by one: that is traffic of gradients.
         "collectives": calls[2 * LOOKED_AT] - _partial_sums(placed),
         "bad step": calls[2 * BAD] - _partial_sums(placed),
         "alone": max(calls[1::2]),
         "skipped": [optimizer.skipped_steps for optimizer in optimizers],
-        "moved": max(_apart(p, q) for p, q in zip(alone.parameters(), MODELS[case.model]().parameters(), strict=True)),
+        "moved": max(_apart(p, q) for p, q in zip(alone.parameters(), make().parameters(), strict=True)),
         "same map": optimizers[0].blocks == optimizers[1].blocks,
         "empty": worst(float(any(held(p).numel() == 0 for p in placed.parameters()))),
     }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sharpwise.optim import COMBINES
 
-from .placements import MODELS, PLACEMENTS, WIDE
+from .placements import MODELS, ODD, PLACEMENTS, PLANNED, WIDE
 from .rules import RULES
 
 
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     @property
     def world(self) -> int:
         """How many processes it takes."""
-        return (PLACEMENTS | WIDE)[self.placement][0]
+        return (PLACEMENTS | WIDE | PLANNED)[self.placement][0]
 
 
 def _supported() -> list[tuple[str, str, str]]:
@@ -75,3 +75,8 @@ STAGES = [
     Case(rule, "", "fp32", True, "default", "llama (grouped)", placement)
     for rule, placement in itertools.product(["adam-mini", *RULES], WIDE)
 ]
+ODD_HEADS = [
+    Case("adam-mini", "blockwise", "fp32", *way, model, placement)
+    for model, placement, way in itertools.product(ODD, PLANNED, WAYS)
+]
+"""Tensor parallelism over more processes than divide the heads: a head's sum comes from two or three of them."""

@@ -3,6 +3,7 @@
 Sizes divide by nothing: heads straddle shards, some processes hold a row more than others, some none.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
 def _hf(config: Any) -> nn.Module:
@@ -42,7 +44,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _odd_heads() -> nn.Module:
+    """Three query heads of four rows and one of keys and values: processes have a head and a half, or half a head."""
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 12, "head_dim": 4}
+    return _hf(llama_config(vocab_size=13, **sizes))
+
+
+ODD: dict[str, Callable[[], nn.Module]] = {"llama (3 heads, 1 of keys)": _odd_heads}
+"""Whose heads divide by nothing."""
+
+
+@functools.cache
 def _mesh(*sizes: int, names: tuple[str, ...]) -> DeviceMesh:
+    """One for all cases: each has process groups with threads of their own, which stay."""
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
@@ -71,6 +85,19 @@ def _tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def _by_plan(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+    """As Megatron and torch's own tensor parallelism do: q, k and v by rows, o by columns, whatever the heads."""
+    cut = {f"model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    cut |= {f"model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    cut |= dict.fromkeys(("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"), RowwiseParallel())
+    return parallelize_module(model, mesh or _mesh(2, names=("tensor",)), cut)
+
+
+def _both_by_plan(model: nn.Module) -> nn.Module:
+    mesh = _mesh(2, 2, names=("data", "tensor"))
+    return _fsdp(_by_plan(model, mesh["tensor"]), mesh["data"])
+
+
 def _both(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     mesh = mesh or _mesh(2, 2, names=("data", "tensor"))
     return _fsdp(_tensor_parallel(model, mesh["tensor"]), mesh["data"])
@@ -93,6 +120,12 @@ PLACEMENTS: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
 """Name -> number of processes, and how a model is laid out over them."""
 WIDE: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {"stages 2 x fsdp 2 x tp 2": (8, _stage)}
 """Of more processes than a quick test can start."""
+PLANNED: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
+    "tp 2 by plan": (2, _by_plan),
+    "tp 3 by plan": (3, lambda model: _by_plan(model, _mesh(3, names=("tensor",)))),
+    "fsdp 2 x tp 2 by plan": (4, _both_by_plan),
+}
+"""For models with LLaMA's names."""
 
 
 def part_of(whole: Tensor, placed: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .cases import EVERY, PAIRWISE, ROUNDS, STAGES, Case
+from .cases import EVERY, ODD_HEADS, PAIRWISE, ROUNDS, STAGES, Case
 from .launch import launch
 
 EXPECTED = {"low rank": 2, "orthogonal": 2, "largest": 1}
@@ -32,10 +32,10 @@ def _found(cases: list[Case], tmp_path_factory: pytest.TempPathFactory, timeout:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
     """What 2, 3 and 4 processes found, all cases in one start each."""
-    return _found(PAIRWISE + ROUNDS, tmp_path_factory, 600)
+    return _found(PAIRWISE + ROUNDS + ODD_HEADS, tmp_path_factory, 600)
 
 
-@pytest.mark.parametrize("case", PAIRWISE + ROUNDS, ids=lambda case: ", ".join(map(str, case)))
+@pytest.mark.parametrize("case", PAIRWISE + ROUNDS + ODD_HEADS, ids=lambda case: ", ".join(map(str, case)))
 def test_the_mesh_changes_nothing(found: dict[Case, dict[str, Any]], case: Case) -> None:
     judge(case, found[case])
 
@@ -44,6 +44,13 @@ def test_the_battery_meets_empty_shards_and_cut_rows(found: dict[Case, dict[str,
     assert any(result["empty"] for result in found.values())
     assert any(result["rows cut"] for result in found.values())
     assert any(result["cut"] and not result["rows cut"] for result in found.values())
+
+
+@pytest.mark.parametrize("case", ODD_HEADS, ids=lambda case: ", ".join(map(str, case)))
+def test_tensor_parallelism_cuts_heads(found: dict[Case, dict[str, Any]], case: Case) -> None:
+    cut = "kv" if case.world == 3 else "qkv"
+    wanted = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in cut]
+    assert found[case]["heads cut"] == wanted
 
 
 @pytest.mark.slow

@@ -282,19 +282,31 @@ def _print_profile(console: Console, found: "Profile") -> None:
     console.print(operators)
 
 
+TWICE = 10.0
+"""Seconds in which a second SIGTERM is the first one, passed on."""
+
+
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask for an end after the step; a second one ends at once."""
-    stop = threading.Event()
+    """Ctrl-C and SIGTERM ask for an end after the step; a second one ends at once.
+
+    Not so a SIGTERM within seconds: a scheduler sends it to all processes, and their launcher passes it on.
+    """
+    stop, asked = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: object) -> None:
-        stop.set()
-        for other, handler in before.items():
-            signal.signal(other, handler)
+        nonlocal asked
+        if not stop.is_set():
+            stop.set()
+            asked = time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - asked > TWICE:
+            for other, handler in before.items():
+                signal.signal(other, handler)
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, ask)

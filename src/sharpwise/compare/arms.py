@@ -4,11 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sharpwise import rules
-from sharpwise.block_lr import Ablation, BlockLR, MeanMatched, Only, Reversed, Shuffled, make_block_lr
+from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeanMatched, Only, Reversed, Shuffled, make_block_lr
 from sharpwise.compare.study import Arm, Study
 from sharpwise.report.blocks import names_of_roles
 
-RULES: dict[str, type[rules.Rule]] = {rule.name: rule for rule in (rules.AdamMini, rules.AdamW, rules.Lion, rules.SGD)}
+RULES: dict[str, type[rules.Rule]] = {
+    **{rule.name: rule for rule in (rules.AdamMini, rules.AdamW, rules.Lion, rules.SGD)},
+    "sgd-sai": rules.SGD,
+}
+# Per-block learning rates that belong to an optimizer.
+OWN: dict[str, type[BlockLR]] = {"sgd-sai": GradientSNR}
 # What an ablation does instead, as it stands in "ended 0.1 nats below ...".
 INSTEAD: dict[type[Ablation], str] = {
     MeanMatched: "the same learning rate for every block",
@@ -59,9 +64,12 @@ def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, 
         optimizer, block_lr = str(arm.optimizer["name"]), block_lr_of(arm)
         known = optimizer in told and block_lr is not None
         text = optimizer if known else first_line(RULES[optimizer])
+        if optimizer in OWN and not known:
+            text += f", with {_lower(first_line(OWN[optimizer]))}"
         if block_lr is not None:
-            text += f"{' with' if known else ', with'} {_block_lr(block_lr)}: "
-            text += factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
+            text += f"{' with' if known else ', with'} {_block_lr(block_lr)}"
+            if not block_lr.sources:  # else they are measured on the way
+                text += ": " + factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
             text += "; a control" * isinstance(block_lr, Ablation)
         told.add(optimizer)
         found[arm.name] = f"{'The baseline: ' * (arm.name == study.baseline)}{text}."
@@ -77,6 +85,10 @@ def _block_lr(block_lr: BlockLR) -> str:
     line = first_line(type(block_lr))
     if isinstance(block_lr, Ablation):
         line = line.replace("`of`", str(block_lr.of))
+    return _lower(line)
+
+
+def _lower(line: str) -> str:
     return line[0].lower() + line[1:]
 
 

@@ -25,7 +25,7 @@ def caveats(conducted: Conducted, arms: Sequence[Arm]) -> list[str]:
         )
     for arm in arms:
         notes += _of_arm(arm)
-    if any(arm["mean_multiplier"] > LARGER for arm in arms):
+    if any((arm["mean_multiplier"] or 0) > LARGER for arm in arms):
         notes.append(
             "Multipliers above 1 make larger steps at the same lr. The lr of every arm is tuned by itself, so that "
             "this is no advantage: compare 'lr x mean factor' under Settings and costs."
@@ -101,7 +101,7 @@ def not_tested(conducted: Conducted) -> list[str]:
     """What a reader might take for granted, and nobody looked at."""
     built, arms = conducted.first, conducted.study.arms
     notes = [
-        f"Other models than {built.config.model.name}, other text, other batch sizes and contexts, longer schedules.",
+        f"Other models than {built.config.model.name}, other data, other batch sizes and contexts, longer schedules.",
         "Quality beyond the validation loss: nothing was fine-tuned or evaluated on tasks.",
     ]
     fixed = {

@@ -1,5 +1,6 @@
-"""Studies that come with sharpwise: a folder below `recipes/` each, with the study file and its committed results."""
+"""Studies that come with sharpwise: a folder below `recipes/` each, with study files and their committed results."""
 
+import tomllib
 from pathlib import Path
 
 from sharpwise.hints import nearest
@@ -13,13 +14,19 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> list[str]:
-    """Their names."""
-    folder = recipes_folder()
-    return sorted(path.parent.name for path in folder.glob(f"*/{FILE}")) if folder.is_dir() else []
+    """Their names: those of the folders with a `study.toml`, and `folder/file` of studies in others."""
+    found = []
+    for folder in recipes_folder().glob("*/"):
+        if (folder / FILE).is_file():
+            found.append(folder.name)
+        else:  # files without arms are runs
+            studies = (path for path in folder.glob("*.toml") if "arms" in tomllib.loads(path.read_text("utf-8")))
+            found += [f"{folder.name}/{path.stem}" for path in studies]
+    return sorted(found)
 
 
 def find_recipe(name: str) -> Path:
-    """The study file of a recipe, as `blockwise_lr`, or another one in its folder, as `blockwise_lr/gpu`.
+    """The study file of a recipe, as `blockwise_lr`, or one of several in its folder, as `sgd_sai/vit`.
 
     Raises:
         ValueError: there is none of that name.
@@ -31,4 +38,4 @@ def find_recipe(name: str) -> Path:
     known = list_recipes()
     if not known:
         raise ValueError("recipes come with a clone of the repository, and there are none here; give a study file")
-    raise ValueError(f"no recipe is called {name!r}{nearest(base, known)}; there are {', '.join(known)}")
+    raise ValueError(f"no recipe is called {name!r}{nearest(name, known)}; there are {', '.join(known)}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sharpwise.compare.arms import ablations, definitions, instead
+from sharpwise.compare.arms import OWN, ablations, block_lr_of, definitions, instead
 from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
 from sharpwise.compare.conduct import Conducted, expected, place_of
 from sharpwise.compare.record import read_environment
@@ -37,7 +37,9 @@ def results(conducted: Conducted) -> Result:
     said = definitions(study, blocks)
     for arm in arms:
         mean = _mean_multiplier(conducted, multipliers[arm["name"]])
-        lr = None if arm["setting"] is None else arm["setting"]["optimizer.lr"] * mean
+        if _is_measured(study.arm(arm["name"])):
+            mean = None
+        lr = None if arm["setting"] is None or mean is None else arm["setting"]["optimizer.lr"] * mean
         arm |= {"definition": said[arm["name"]], "mean_multiplier": mean, "mean_lr": lr}
     horizons = [_horizon(conducted, share) for share in study.horizons]
     done, places = len(conducted.results), _places(conducted)
@@ -150,7 +152,8 @@ def _run(conducted: Conducted, trial: Trial) -> Result:
 
 
 def _code(conducted: Conducted, trial: Trial) -> str:
-    return as_code(make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer)
+    own = make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer
+    return as_code(own, conducted.budget.steps)
 
 
 ByLosses = dict[int, float | None]
@@ -257,10 +260,17 @@ def _multipliers(conducted: Conducted, arm: Arm) -> list[float]:
     """Multiplier of the learning rate of every segment."""
     trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
     own = make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer
-    return [float(row["multiplier"]) for row in build_optimizer(own, conducted.first.model).lr_multipliers()]
+    found = build_optimizer(own, conducted.first.model, None, conducted.budget.steps, [])
+    return [float(row["multiplier"]) for row in found.lr_multipliers()]
 
 
-def _mean_multiplier(conducted: Conducted, multipliers: list[float]) -> float:
+def _is_measured(arm: Arm) -> bool:
+    """Whether multipliers follow from measurements on the way, so that those at the start say nothing."""
+    block_lr = block_lr_of(arm)
+    return arm.optimizer["name"] in OWN or (block_lr is not None and bool(block_lr.sources))
+
+
+def _mean_multiplier(conducted: Conducted, multipliers: list[float]) -> float | None:
     sizes = [segment.numel for segment in conducted.first.optimizer.blocks.segments]
     return sum(m * size for m, size in zip(multipliers, sizes, strict=True)) / sum(sizes)
 

@@ -40,8 +40,9 @@ class DataConfig:
     """What it is trained on.
 
     Args:
-        path: a folder that `sharpwise prepare` wrote.
-        context: tokens that the model sees at once; None takes what the model allows, at most 1024.
+        path: a folder that `sharpwise prepare` or `sharpwise.train.data.write_examples` wrote.
+        context: tokens that the model sees at once; None takes what the model allows, at most 1024, and of examples
+            their length less 1.
         sha256: of the prepared data, filled in; a run does not go on with other data.
     """
 

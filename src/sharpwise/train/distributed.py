@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sharpwise.engine.mesh import is_dtensor, local, place_gradient
 from sharpwise.train.config import MeshConfig
-from sharpwise.train.parallel import mesh_sizes, shard_model
+from sharpwise.train.parallel import check_same_logits, mesh_sizes, sample_logits, shard_model
 from sharpwise.train.world import World, is_marked, mark
 
 logger = logging.getLogger("sharpwise.train")
@@ -139,9 +139,23 @@ class Several(World):
             torch.cuda.set_device(device)
         used = {name: size for name, size in self.sizes.items() if size > 1}
         mesh = init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
+        whole = _tried(lambda: sample_logits(model, torch.device("cpu")))[0] if "tp" in used else None
         self.together(lambda: shard_model(model, mesh))
         model.to(device)
+        if whole is not None:
+            self._check_cut(model, whole, device)
         self._replicas = mesh.get_group("replicate") if "replicate" in used else None
+
+    def _check_cut(self, model: nn.Module, whole: Tensor, device: torch.device) -> None:
+        """Raise ValueError on all where the model fails, or computes something else, now that its layers are cut."""
+        cut, error = _tried(lambda: sample_logits(model, device))
+        if error is not None and _is_of_connection(error):
+            raise error
+        self.rest(model)
+        exact = device.type == "cpu" and all(p.dtype == torch.float32 for p in model.parameters())
+        self.together(
+            lambda: check_same_logits(model, whole, error if cut is None else cut, self.sizes["tp"], exact=exact)
+        )
 
     def gathered(self, model: nn.Module) -> dict[str, Tensor] | None:
         """See World. One tensor at a time; tied ones stay one."""

@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from sharpwise.blocks import BlockMap
+from sharpwise.blocks.names import canonical_name
 from sharpwise.train.config import MeshConfig
-from sharpwise.train.models import head_counts
+from sharpwise.train.models import head_counts, logits_of
 
 STYLES: dict[str, ParallelStyle] = {
     "colwise": ColwiseParallel(),
@@ -47,7 +50,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: its dimensions are some of replicate, shard, tp.
 
     Raises:
-        ValueError: a model without a plan for tensor parallelism, or that so many processes do not divide.
+        ValueError: a model without a plan for tensor parallelism, or whose heads or features so many processes do not
+            divide.
     """
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
@@ -63,6 +67,49 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
             if isinstance(module, FSDPModule):  # losses are weighted by share: their gradients are summed
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def sample_logits(model: nn.Module, device: torch.device) -> Tensor:
+    """What a model says to a few tokens, on the CPU: before and after it is cut that has to be the same."""
+    tokens = torch.arange(8, device=device)[None]
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return logits_of(model(tokens), tokens).float().cpu()
+    finally:
+        model.train(was)
+
+
+def check_same_logits(
+    model: nn.Module, whole: Tensor, cut: Tensor | Exception | None, size: int, *, exact: bool
+) -> None:
+    """Refuse a model that tensor parallelism changes.
+
+    Args:
+        model: as it is cut.
+        whole, cut: `sample_logits` before and after, or how that failed.
+        size: of the mesh.
+        exact: both in fp32 on a CPU; else rounding may be coarse.
+
+    Raises:
+        ValueError: it cannot run, or computes something else.
+    """
+    assert cut is not None
+    who = type(model).__name__.removeprefix("FSDP")
+    if isinstance(cut, Exception):
+        what = f"{who} cannot run when it is cut by its plan ({type(cut).__name__}: {' '.join(str(cut).split())[:300]})"
+    elif whole.shape != cut.shape:
+        what = f"{who} gives logits of shape {tuple(cut.shape)} in place of {tuple(whole.shape)} when it is cut"
+    else:
+        apart = float((whole - cut).abs().max() / whole.abs().max().clamp_min(1e-30))
+        if apart <= (1e-4 if exact else 0.03):
+            return
+        what = f"{who} computes something else when it is cut by its plan: logits differ by {apart:.1g} of the largest"
+    raise ValueError(
+        f"mesh.tp={size}: {what}. Its attention has to find the number of heads from the width that is left, fused "
+        "projections cannot be cut, and 'rowwise' has to follow 'colwise'; mend its tp_plan, or take mesh.fsdp"
+    )
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -91,14 +138,24 @@ def _tensor_plan(model: nn.Module, size: int) -> Iterator[tuple[str, ParallelSty
         )
     for name, heads in head_counts(model).items():
         if heads % size:
-            raise ValueError(f"mesh.tp={size} does not divide the {heads} of {name}; take a divisor of it")
+            raise ValueError(
+                f"mesh.tp={size} does not divide the {heads} of {name}; take a divisor of it, or mesh.fsdp"
+            )
     tied = _tied(model)
+    heads_of = {s.name: s.heads for s in BlockMap.of(model, include_frozen=True).segments if s.heads}
     matched = False
     for name, module in model.named_modules():
         pattern = next((pattern for pattern in plan if fnmatchcase(name, pattern)), None)
         if pattern is not None and not tied & {id(p) for p in module.parameters()}:
             matched = True
-            yield name, _style(name, module, plan[pattern], size)
+            style, heads = plan[pattern], heads_of.get(canonical_name(f"{name}.weight"), size)
+            if style == "colwise" and heads % size:
+                raise ValueError(
+                    f"mesh.tp={size} does not divide the {heads} heads of {name}; take a divisor of it, mesh.fsdp, or "
+                    "in tp_plan 'colwise_gather_output' for q, k and v and 'rowwise_split_input' for o: then the "
+                    "matrices are cut, and every process has all heads"
+                )
+            yield name, _style(name, module, style, size)
     if not matched:
         raise ValueError(f"mesh.tp={size}: the plan of {type(model).__name__} names no module: {', '.join(plan)}")
 

@@ -70,6 +70,25 @@ def test_every_run_is_there_with_its_settings_and_folder() -> None:
     assert {page.JSON_NAME, page.CSV_NAME} <= set(links)
 
 
+def test_every_learning_rate_that_was_tried_is_there_with_its_loss() -> None:
+    result = canned.result(2)
+    parser = _parse(result)
+    assert "Final loss at every learning rate" in parser.text
+    arm = result["arms"][1]  # one of its runs diverged
+    table = tables.rates(result).split("rowgroup")[2]
+    rows = re.findall(r'<td class="(number(?: best)?)">(.*?)</td><td.*?>(.*?)</td><td.*?>(.*?)</td></tr>', table)
+    best = min(run["final_loss"] for run in arm["tuning"] if run["final_loss"] is not None)
+    expected = []
+    for run in sorted(arm["tuning"], key=lambda run: run["lr"]):
+        loss = run["final_loss"]
+        texts = ("diverged", "") if loss is None else (f"{loss:.4f}", "best" if loss == best else f"{loss - best:+.4f}")
+        css = "number best" if run["setting"] == arm["setting"] else "number"
+        expected.append((css, f"lr {run['lr']:g}", *texts))
+    assert rows == expected
+    assert ("number", "lr 0.01", "diverged", "") in rows
+    assert [css for css, *_ in rows].count("number best") == 1
+
+
 def test_an_extra_trial_says_how_many_every_arm_has() -> None:
     text = _parse(canned.result(2)).text
     assert "extra trial, so that every arm has 5" in text

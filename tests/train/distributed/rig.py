@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,24 @@ STEPS = 20
 LENGTH = 3  # tokens of the text that is written at the end, each a forward pass
 TESTS = Path(__file__).parents[2]
 HEAD = 8
+MLP = {**dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "colwise"), "mlp.down_proj": "rowwise"}
+PLANS = {
+    "heads apart": {"self_attn.[qkv]_proj": "colwise", "self_attn.o_proj": "rowwise", **MLP},
+    "all heads": {"self_attn.[qkv]_proj": "colwise_gather_output", "self_attn.o_proj": "rowwise_split_input", **MLP},
+    "queries alone": {"self_attn.q_proj": "colwise", **MLP},
+}
+"""Of tensor parallelism, per layer. The last cannot be."""
 
 
 class Block(nn.Module):
-    """LLaMA's names; the heads are counted from what there is, as tensor parallelism leaves only some."""
+    """LLaMA's names; the heads are counted from what there is, as tensor parallelism leaves only some.
 
-    def __init__(self, width: int, dropout: float) -> None:
+    `heads` fixes how many there are, which is wrong then.
+    """
+
+    def __init__(self, width: int, dropout: float, heads: int | None) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.heads = dropout, heads
         self.input_layernorm = nn.RMSNorm(width)
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width, bias=False) for name in "qkvo"})
         self.post_attention_layernorm = nn.RMSNorm(width)
@@ -35,7 +45,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, own = self.input_layernorm(x), self.self_attn
-        q, k, v = (own[f"{name}_proj"](h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for name in "qkv")
+        shape = (self.heads, -1) if self.heads else (-1, HEAD)
+        q, k, v = (own[f"{name}_proj"](h).unflatten(-1, shape).transpose(1, 2) for name in "qkv")
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + F.dropout(own["o_proj"](y), self.dropout, self.training)
         h, own = self.post_attention_layernorm(x), self.mlp
@@ -45,19 +56,17 @@ class Block(nn.Module):
 class Small(nn.Module):
     """A transformer of 50,000 parameters, with a plan for tensor parallelism."""
 
-    def __init__(self, vocab_size: int, width: int, heads_tied: bool, dropout: float) -> None:
+    def __init__(
+        self, vocab_size: int, width: int, heads_tied: bool, dropout: float, heads: int | None, plan: str
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList([Block(width, dropout) for _ in range(2)])
+        self.layers = nn.ModuleList([Block(width, dropout, heads) for _ in range(2)])
         self.norm = nn.RMSNorm(width)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         if heads_tied:
             self.lm_head.weight = self.embed_tokens.weight
-        rows = dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rowwise")
-        names = ("self_attn.[qkv]_proj", "mlp.gate_proj", "mlp.up_proj")
-        self.tp_plan = {
-            f"layers.*.{name}": style for name, style in {**dict.fromkeys(names, "colwise"), **rows}.items()
-        }
+        self.tp_plan = {f"layers.*.{name}": style for name, style in PLANS[plan].items()}
         self.calls = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -70,11 +79,14 @@ class Small(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def build(vocab_size: int, width: int = 32, tied: bool = False, dropout: float = 0.0, other: bool = False) -> nn.Module:
+def build(
+    vocab_size: int, width: int = 32, tied: bool = False, dropout: float = 0.0, other: bool = False,
+    heads: int | None = None, plan: str = "heads apart",
+) -> nn.Module:  # fmt: skip
     """What `model.name` of the tests names; `other` is another model on rank 1."""
     if other and rank() == 1:
         torch.manual_seed(1)
-    return Small(vocab_size, width, tied, dropout)
+    return Small(vocab_size, width, tied, dropout, heads, plan)
 
 
 def rank() -> int:
@@ -82,7 +94,10 @@ def rank() -> int:
 
 
 def trouble(x: Tensor, call: int) -> Tensor:
-    """What TROUBLE says of a rank and a forward pass, in the first attempt: "kill 1 7", "nan 1 7", "hang 1 7"."""
+    """What TROUBLE says of a rank and a forward pass, in the first attempt: "kill 1 7", "nan 1 7", "hang 1 7".
+
+    "term 1 7" waits there until SIGTERM has come: the command then puts back the handler that was there before.
+    """
     what, who, when = (os.environ.get("TROUBLE") or "none 0 0").split()
     if (rank(), call) != (int(who), int(when)) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return x
@@ -90,6 +105,8 @@ def trouble(x: Tensor, call: int) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hang":
         time.sleep(60)
+    while what == "term" and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        time.sleep(0.01)
     return x * float("nan") if what == "nan" else x
 
 
@@ -119,8 +136,17 @@ def job(name: str, given: Mapping[str, Any], **how: Any) -> dict[str, Any]:
     return {"name": name, "given": given, **how}
 
 
-def launch(processes: int, *command: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """torchrun, on this machine alone; what all processes wrote to stderr is in `stderr`."""
+def launch(
+    processes: int,
+    *command: str,
+    timeout: float = 240,
+    meanwhile: Callable[[subprocess.Popen[str]], object] = lambda torchrun: None,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """torchrun, on this machine alone; what all processes wrote to stderr is in `stderr`.
+
+    `meanwhile` is called with torchrun when it has started.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,6 +158,7 @@ def launch(processes: int, *command: str, timeout: float = 240, **env: str) -> s
         whole, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
+        meanwhile(process)
         out, err = process.communicate(timeout=timeout)
     except BaseException:
         process.terminate()  # torchrun ends its workers

@@ -1,7 +1,11 @@
 """Processes that die, hang or are killed while they write: the job ends, says which, and goes on from what is whole."""
 
 import json
+import os
+import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,49 @@ def test_a_rank_is_killed_and_torchrun_starts_all_again(given, reference: Path, 
     assert "no answer from rank 1" in done.stderr
     starts = [start["step"] for start in json.loads((place / "environment.json").read_text())]
     assert starts == [1, 5]
+    assert (place / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+
+
+def torchrun_alone(torchrun: int) -> list[int]:
+    """To which Kubernetes sends the signal; it sends it on to its workers, and kills them 30 seconds later."""
+    return [torchrun]
+
+
+def every_process(torchrun: int) -> list[int]:
+    """To all of which Slurm sends it, so that workers have it twice."""
+    return [*map(int, Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()), torchrun]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("to", [torchrun_alone, pytest.param(every_process, marks=pytest.mark.slow)])
+def test_sigterm_ends_all_and_the_same_command_goes_on(
+    given, reference: Path, tmp_path: Path, to: Callable[[int], list[int]]
+) -> None:
+    """In step 7, after the checkpoint of step 4. Told once, all save before they end; told twice, they may."""
+    place, sent = tmp_path / "run", []
+
+    def tell(torchrun: subprocess.Popen[str]) -> None:
+        metrics, until = place / "metrics.jsonl", time.monotonic() + 120
+        while torchrun.poll() is None and time.monotonic() < until:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= 6:
+                break
+            time.sleep(0.02)
+        sent.append(time.monotonic())
+        for process in to(torchrun.pid):
+            os.kill(process, signal.SIGTERM)
+
+    done = launch(2, *command(given, place), TROUBLE="term 1 13", meanwhile=tell)
+    assert done.returncode != 0
+    assert time.monotonic() - sent[0] < 60, done.stderr[-6000:]
+    assert len(lines(place)) >= 6, done.stderr[-6000:]
+    kept = names(place)
+    assert kept == ["step-00000004", "step-00000007"] or (to is every_process and kept[-1] == "step-00000004"), kept
+    if kept[-1] == "step-00000007":
+        status = json.loads((place / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("interrupted", 7)
+        assert "Saved after step 7 of 20" in done.stdout
+    done = launch(2, *command(given, place))
+    assert done.returncode == 0, done.stderr[-6000:]
     assert (place / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
 
 

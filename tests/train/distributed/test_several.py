@@ -19,6 +19,7 @@ Said = dict[str, list[dict[str, Any]]]
 MINI = {"name": "adam-mini", "block_lr": "", "v_by": "row"}
 UNEVEN = {"sequences": 5, "micro": 1}  # with two processes, one of them takes a pass for nothing
 FSDP, TP = {"fsdp": 2}, {"tp": 2}
+ONE_KEY_HEAD = {"name": "llama-tiny", "settings": {"num_key_value_heads": 1}}
 
 # What is trained, beside the defaults, and on which mesh of two processes.
 ALIKE: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -31,6 +32,11 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "uneven, fsdp": ({"batch": UNEVEN}, FSDP),
     "adam-mini, fsdp": ({"optimizer": MINI}, FSDP),
     "adam-mini, tp": ({"optimizer": MINI}, TP),
+    # Three heads, so that one lies in both processes.
+    "adam-mini of cut heads, tp": (
+        {"optimizer": MINI, "model": {"settings": {"width": 24, "plan": "all heads"}}},
+        TP,
+    ),
 }
 
 
@@ -78,6 +84,10 @@ def two(data: Path, folder: Path, alone: dict[str, Path]) -> Said:
         job("too many", settings(data, batch={"sequences": 1, "micro": 1})),
         job("no plan", settings(data, model={"name": "train.kill_rig:build"}, mesh=TP)),
         job("indivisible", settings(data, mesh={"tp": 4})),
+        job("three heads", settings(data, model={"settings": {"width": 24}}, mesh=TP)),
+        job("cannot run", settings(data, model={"settings": {"plan": "queries alone"}}, mesh=TP)),
+        job("other heads", settings(data, model={"settings": {"heads": 4}}, mesh=TP)),
+        job("one key head", settings(data, model=ONE_KEY_HEAD, mesh=TP)),
         job("full disk", given, spoil="full"),
     ]
     return work(2, folder, jobs)
@@ -247,6 +257,10 @@ def test_a_full_disk_on_one_rank_ends_all(two: Said, folder: Path) -> None:
         ("too many", "batch.sequences=1 are too few for 2 processes with a share each; start fewer"),
         ("no plan", "mesh.tp=2: Tiny has no plan for tensor parallelism. Take mesh.fsdp instead, a model that has one"),
         ("indivisible", "mesh.fsdp=1 and mesh.tp=4 take a multiple of 4 processes, and there are 2: start so many"),
+        ("three heads", "mesh.tp=2 does not divide the 3 heads of layers.0.self_attn.q_proj; take a divisor of it, me"),
+        ("cannot run", "mesh.tp=2: Small cannot run when it is cut by its plan (RuntimeError: The size of tensor a"),
+        ("other heads", "mesh.tp=2: Small computes something else when it is cut by its plan: logits differ by 0.0"),
+        ("one key head", "mesh.tp=2 does not divide the 1 of num_key_value_heads; take a divisor of it, or mesh.fsdp"),
     ],
 )
 def test_what_is_refused_is_refused_by_all(two: Said, folder: Path, name: str, message: str) -> None:

@@ -65,6 +65,7 @@ def render(result: Result) -> str:
         *_charts(result),
         card("Results", RESULTS_HINT, tables.results(result), wide=True),
         card("Settings and costs", _costs_hint(result), tables.costs(result), wide=True),
+        _tried(result),
         _rates(result),
         *_told(result),
         _blocks(result),
@@ -126,7 +127,7 @@ def _charts(result: Result) -> list[str]:
             "loss",
             "Loss along the way",
             "Training loss, smoothed, of each arm at its best setting. Thick: the mean over seeds; thin: single seeds. "
-            "What counts is the loss on held-out text at the end of the run: see the final losses.",
+            "What counts is the loss on held-out data at the end of the run: see the final losses.",
             curve_charts.loss_curves(result),
         ),
         (
@@ -165,6 +166,12 @@ def _costs_hint(result: Result) -> str:
         "What tuning chose, and what it costs. The mean lr factor is what an arm multiplies the learning rate of an "
         f"average parameter by; lr x mean factor is what that parameter gets.{speeds * some}"
     )
+
+
+def _tried(result: Result) -> str:
+    drawn = tables.rates(result)
+    hint = "What the figure shows: a run for every line, all with the same seed. In bold: the one that was chosen."
+    return card("Final loss at every learning rate", hint, drawn, wide=True) if drawn else ""
 
 
 def _rates(result: Result) -> str:

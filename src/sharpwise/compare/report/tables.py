@@ -102,6 +102,26 @@ def costs(result: Result) -> str:
     return _arms_table(result, columns, "Settings and costs", [False] * len(arms))
 
 
+def rates(result: Result) -> str:
+    """The final loss at every learning rate that was tried, and how far above the best of the arm it is."""
+    look, lines = looks(result), []
+    for arm in result["arms"]:
+        tuned = sorted(arm["tuning"], key=lambda run: float(run["lr"]))
+        best = min((run["final_loss"] for run in tuned if run["final_loss"] is not None), default=None)
+        for i, run in enumerate(tuned):
+            loss, chosen = run["final_loss"], run["setting"] == arm["setting"]
+            above = "" if loss is None else "best" if loss == best else f"{loss - best:+.4f}"
+            name = html_name(arm["name"], look[arm["name"]])
+            head = f'<th scope="rowgroup" rowspan="{len(tuned)}" class="name">{name}</th>' if i == 0 else ""
+            texts = (setting_words(run["setting"]), "diverged" if loss is None else f"{loss:.4f}", above)
+            css = ' class="number best"' if chosen else ' class="number"'
+            cells = "".join(f"<td{css}>{escape(text)}</td>" for text in texts)
+            lines.append(f"<tr>{head}{cells}</tr>")
+    titles = ("setting", "final loss", "above the arm's best")
+    heads = "".join(f'<th scope="col" class="number">{escape(title)}</th>' for title in titles)
+    return table(f'<th scope="col">arm</th>{heads}', lines, "Learning rates") if lines else ""
+
+
 Column = tuple[str, list[tuple[str, str]]]
 """A title, and for each arm a text and a second line."""
 

@@ -92,18 +92,18 @@ def method(result: Result) -> list[str]:
     """What was compared and how: two paragraphs of a few plain sentences."""
     model, data, budget, seeds = (result[key] for key in ("model", "data", "budget", "seeds"))
     source = data.get("source")
-    text = f" on the same text ({source})" if source else ""
+    text = f" on the same data ({source})" if source else ""
     what = (
-        f"{len(result['arms'])} ways to train the same language model ({model['name']}, {short(model['parameters'])} "
+        f"{len(result['arms'])} ways to train the same model ({model['name']}, {short(model['parameters'])} "
         f"parameters){text}: {result['baseline']} is the baseline, the others are candidates. What counts is the loss "
-        f"at the end of a run of {budget['tokens']:,} tokens, on text that was not trained on, in nats per token: "
+        f"at the end of a run of {budget['tokens']:,} tokens, on data that was not trained on, in nats per token: "
         "lower is better, and 0.01 lower is a perplexity about 1% lower. A difference below "
         f"{result['margin']:g} is taken to make no difference."
     )
     how = (
         f"{_tuning(result)} The best setting of each then trains again {_times(len(seeds))}, with "
         f"{'a seed' if len(seeds) == 1 else 'seeds'} that tuning did not use; runs with the same seed start from the "
-        "same weights and read the same text in the same order, so that they are compared in pairs."
+        "same weights and read the same data in the same order, so that they are compared in pairs."
     )
     return [what, how]
 

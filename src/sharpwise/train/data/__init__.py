@@ -1,9 +1,11 @@
 """Text to tokens, and tokens to batches.
 
-`prepare_tokens` writes a folder of tokens, `open_tokens` opens it, `window_starts` says which windows a step sees.
+`prepare_tokens` writes a folder of tokens, `write_examples` one of what is no text; `open_tokens` opens either, and
+`window_starts` says which windows a step sees.
 """
 
 from sharpwise.train.data.documents import END_OF_TEXT, Document
+from sharpwise.train.data.examples import write_examples
 from sharpwise.train.data.preparation import PrepareProgress, prepare_tokens
 from sharpwise.train.data.sampler import even_starts, window_starts
 from sharpwise.train.data.sources import find_source
@@ -25,4 +27,5 @@ __all__ = [
     "same_tokens",
     "split_documents",
     "window_starts",
+    "write_examples",
 ]

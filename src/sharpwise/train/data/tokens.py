@@ -29,9 +29,10 @@ class Tokens:
         self._shards = list(shards)
         self._names = list(names) or [f"shard {i}" for i in range(len(shards))]
         self._bounds = np.cumsum([0, *map(len, shards)], dtype=np.int64)
+        self._total = int(self._bounds[-1])
 
     def __len__(self) -> int:
-        return int(self._bounds[-1])
+        return self._total
 
     @property
     def shards(self) -> list[NDArray[Any]]:
@@ -45,9 +46,10 @@ class Tokens:
             IndexError: a window that does not lie within the tokens.
         """
         starts = np.asarray(starts, dtype=np.int64)
-        if len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
+        if len(starts) and (starts.min() < 0 or starts.max() + length > self._total):
             raise IndexError(
-                f"windows of {length} tokens from {starts.min()} to {starts.max()} do not lie within {len(self)} tokens"
+                f"windows of {length} tokens from {starts.min()} to {starts.max()} do not lie within {self._total} "
+                "tokens"
             )
         result = np.empty((len(starts), length), dtype=np.int64)
         shard_of = np.searchsorted(self._bounds, starts, side="right") - 1
@@ -69,15 +71,45 @@ class Tokens:
         >>> Tokens([np.arange(5), np.arange(7)], ["a.bin", "b.bin"]).where(6)
         ('b.bin', 1)
         """
-        if not 0 <= start < len(self):
-            raise IndexError(f"there are {len(self)} tokens, got {start}")
+        if not 0 <= start < self._total:
+            raise IndexError(f"there are {self._total} tokens, got {start}")
         i = int(np.searchsorted(self._bounds, start, side="right")) - 1
         return self._names[i], int(start - self._bounds[i])
 
 
+class Examples(Tokens):
+    """Shards that hold examples of one length, as `write_examples` has them: a window is one of these.
+
+    The places that windows are drawn from (`window_starts`, `even_starts`) are here `length` - 1 for every example, and
+    as many more as let windows begin at the last one: each example is drawn as often as any other.
+
+    >>> pairs = Examples([np.arange(6)], length=2)  # 0 1, 2 3, 4 5
+    >>> len(pairs), pairs.windows(np.array([2, 0]), 2).tolist()
+    (4, [[4, 5], [0, 1]])
+    """
+
+    def __init__(self, shards: Sequence[NDArray[Any]], names: Sequence[str] = (), *, length: int) -> None:
+        super().__init__(shards, names)
+        self._length = length
+
+    def __len__(self) -> int:
+        return (self._total // self._length + 1) * (self._length - 1)
+
+    def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Copies of `length` tokens from the beginning of the examples at these places."""
+        return super().windows(self._begin(np.asarray(starts, dtype=np.int64)), length)
+
+    def where(self, start: int) -> tuple[str, int]:
+        """The shard's name that holds the example at this place, and the example's beginning in it."""
+        return super().where(int(self._begin(np.asarray(start))))
+
+    def _begin(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return starts // (self._length - 1) * self._length
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A folder that `prepare_tokens` finished.
+    """A folder that `prepare_tokens` or `write_examples` finished.
 
     Attributes:
         folder: where it lies.
@@ -86,6 +118,7 @@ class Prepared:
         vocabulary: number of token ids, the largest one plus 1.
         end_of_text: the id that follows every document.
         sha256: of the tokens, their type and the tokenizer; identifies the data wherever it lies.
+        context: the only one that fits, of examples (`write_examples`); None for text.
         about: plain values for reports: source, documents, bytes, sha256, vocabulary, tokens, bytes per token.
     """
 
@@ -97,6 +130,7 @@ class Prepared:
     end_of_text: int
     sha256: str
     about: dict[str, object]
+    context: int | None = None
 
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer that made the tokens (`tokenizers.Tokenizer`)."""
@@ -106,18 +140,19 @@ class Prepared:
 
 
 def open_tokens(folder: Path | str) -> Prepared:
-    """Open what `prepare_tokens` wrote; nothing is read but the manifest, the shards are mapped.
+    """Open what `prepare_tokens` or `write_examples` wrote; nothing is read but the manifest, the shards are mapped.
 
     Raises:
         ValueError: not a folder of prepared tokens, not finished, a shard is missing or has another size.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    parts = {}
+    parts, example = {}, manifest.get("example")
     for part in ("train", "validation"):
         files = [file for file in manifest["shards"] if file["part"] == part]
         arrays = [_map(folder / file["file"], file["tokens"], manifest) for file in files]
-        parts[part] = Tokens(arrays, [file["file"] for file in files])
+        names = [file["file"] for file in files]
+        parts[part] = Tokens(arrays, names) if example is None else Examples(arrays, names, length=example)
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"{folder} has lost its {TOKENIZER}; remove the folder, then {again(folder, manifest)}")
     sha256 = identity(manifest)
@@ -129,9 +164,9 @@ def open_tokens(folder: Path | str) -> Prepared:
         "bytes": counts["bytes"],
         "sha256": sha256,
         "vocabulary": manifest["vocabulary"],
-        "train_tokens": len(parts["train"]),
-        "validation_tokens": len(parts["validation"]),
-        "bytes_per_token": counts["bytes"] / (len(parts["train"]) + len(parts["validation"])),
+        "train_tokens": counts["train_tokens"],
+        "validation_tokens": counts["validation_tokens"],
+        "bytes_per_token": counts["bytes"] / (counts["train_tokens"] + counts["validation_tokens"]),
     }
     return Prepared(
         folder=folder,
@@ -142,6 +177,7 @@ def open_tokens(folder: Path | str) -> Prepared:
         end_of_text=manifest["end_of_text"]["id"],
         sha256=sha256,
         about=about,
+        context=None if example is None else example - 1,
     )
 
 
@@ -175,6 +211,8 @@ def identity(manifest: dict[str, Any]) -> str:
         "tokenizer": manifest["tokenizer_sha256"],
         "shards": [[file["part"], file["tokens"], file["sha256"]] for file in manifest["shards"]],
     }
+    if "example" in manifest:
+        content["example"] = manifest["example"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
