@@ -1,4 +1,4 @@
-"""Times sharpness against a forward-backward on the same tokens, and products with the Hessian against a gradient.
+"""Times what probes cost: against a forward-backward on the same tokens, and against the training that they watch.
 
     python benchmarks/probes.py                  four layers of GPT-2, on the CPU; benchmarks/results/probes.json
     python benchmarks/probes.py --device cuda --layers 12 --width 768 --context 1024
@@ -6,10 +6,15 @@
 
 All arms of a vocabulary take turns, in an order that rotates; ratios are taken within a round, so that slower moments
 of the machine fall on both sides. The gradient is what a training step computes: forward, cross-entropy in fp32,
-backward, with attention's fused kernel. Peers are timed where they are installed (`curvlinops-for-pytorch`,
-`pyhessian`); they get the math kernel of attention, without which they fail. PyHessian keeps the graph of a single
-batch between products, and makes it anew for each of several; both are timed. Memory is the peak beyond what the model
-takes, each arm in a process of its own.
+backward, with attention's fused kernel. Products, and the peers that have them (`curvlinops-for-pytorch`, `pyhessian`,
+where they are installed), are timed at the first vocabulary; peers get the math kernel of attention, without which they
+fail. A product is timed alone, and as one of several, for which the graph of the gradient is kept: PyHessian does so
+for a single batch and makes it anew for each of several, curvlinops always makes it anew. Memory is the peak beyond
+what the model takes, each arm in a process of its own.
+
+What a run notes in training is timed within training steps with AdamW, and told as part of them at its cadence.
+
+At the end stands every figure that has a bound, with the bound.
 """
 
 import argparse
@@ -19,7 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +38,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sharpwise import probes
+from sharpwise import AdamW, probes
 from sharpwise.blocks import BlockMap
+from sharpwise.probes.callbacks import Probes
 
 HERE = Path(__file__).parent
+EVERY = 50  # steps from one note of a run to the next
 BASE = "gradient"
 MULTINOMIAL = "gradient, labels by torch.multinomial"
+PEERS = ("PyHessian", "curvlinops")
 
 
 def model_and_tokens(vocabulary: int, args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -57,14 +66,10 @@ def model_and_tokens(vocabulary: int, args: argparse.Namespace) -> tuple[nn.Modu
     return model, torch.randint(vocabulary, (args.sequences, args.context + 1), device=args.device)
 
 
-def build_arms(model: nn.Module, batch: Tensor, *, alone: bool = False) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; `alone` without peers."""
+def build_arms(model: nn.Module, batch: Tensor, stack: ExitStack) -> dict[str, Callable[[], Any]]:
+    """Sharpness, and what it is compared with, by name; then products. Kept graphs are kept as long as the stack."""
     x, y = batch[:, :-1], batch[:, 1:].flatten()
     blocks = BlockMap.of(model)
-    parameters = list(model.parameters())
-    hessian = probes.Curvature(model, batch, blocks=blocks)
-    newton = probes.Curvature(model, batch, "gauss-newton", blocks=blocks)
-    v = torch.randn(hessian.dim, device=batch.device)
 
     def gradient(sampled: bool = False) -> None:
         logits = model(x).logits.flatten(0, 1)
@@ -75,12 +80,22 @@ def build_arms(model: nn.Module, batch: Tensor, *, alone: bool = False) -> dict[
     arms: dict[str, Callable[[], Any]] = {
         BASE: gradient,
         "sharpness": lambda: probes.sharpness(model, batch, blocks=blocks),
-        "sharpness, true labels": lambda: probes.sharpness(model, batch, blocks=blocks, labels="true"),
         MULTINOMIAL: lambda: gradient(sampled=True),
-        "Hessian product": lambda: hessian.matvec(v),
-        "Gauss-Newton product": lambda: newton.matvec(v),
     }
-    return arms if alone else arms | _pyhessian(model, x, y, parameters) | _curvlinops(model, x, y, parameters)
+    for name, kind in (("Hessian product", "hessian"), ("Gauss-Newton product", "gauss-newton")):
+        alone, kept = (probes.Curvature(model, batch, kind, blocks=blocks) for _ in range(2))  # type: ignore[arg-type]
+        v = torch.randn(alone.dim, device=batch.device)
+        arms[name] = lambda alone=alone, v=v: alone.matvec(v)
+        stack.enter_context(kept.kept())
+        arms[f"{name}, kept graph"] = lambda kept=kept, v=v: kept.matvec(v)
+    return arms
+
+
+def build_peers(model: nn.Module, batch: Tensor) -> dict[str, Callable[[], Any]]:
+    """Products of other packages, by name."""
+    x, y = batch[:, :-1], batch[:, 1:].flatten()
+    parameters = list(model.parameters())
+    return _pyhessian(model, x, y, parameters) | _curvlinops(model, x, y, parameters)
 
 
 class Logits(nn.Module):
@@ -98,6 +113,7 @@ class Logits(nn.Module):
 
 def _pyhessian(model: nn.Module, x: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> dict[str, Callable[[], Any]]:
     if importlib.util.find_spec("pyhessian") is None:
+        print("PyHessian is not installed, and left out", file=sys.stderr)
         return {}
     import warnings
 
@@ -111,13 +127,14 @@ def _pyhessian(model: nn.Module, x: Tensor, y: Tensor, parameters: list[nn.Param
         kept = hessian(Logits(model), F.cross_entropy, data=(x, y), cuda=cuda)
         anew = hessian(Logits(model), F.cross_entropy, dataloader=[(x, y)], cuda=cuda)
     return {
-        "PyHessian product, several batches": lambda: anew.dataloader_hv_product(vectors),
-        "PyHessian product, kept graph": lambda: hessian_vector_product(kept.gradsH, kept.params, vectors),
+        "PyHessian Hessian product, several batches": lambda: anew.dataloader_hv_product(vectors),
+        "PyHessian Hessian product, kept graph": lambda: hessian_vector_product(kept.gradsH, kept.params, vectors),
     }
 
 
 def _curvlinops(model: nn.Module, x: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> dict[str, Callable[[], Any]]:
     if importlib.util.find_spec("curvlinops") is None:
+        print("curvlinops is not installed, and left out", file=sys.stderr)
         return {}
     import curvlinops
 
@@ -172,23 +189,59 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
             "median_ms": 1e3 * statistics.median(seconds),
             "ratio": statistics.median(ratios),
             "ratio_95": bootstrap(ratios),
+            "seconds": seconds,
         }
     return rows
+
+
+def time_notes(model: nn.Module, batch: Tensor, rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """What one note of each kind costs, in training steps (median over rounds), and its part of training at EVERY."""
+    x, y = batch[:, :-1], batch[:, 1:].flatten()
+    blocks = BlockMap.of(model)
+    optimizer = AdamW(model.train(), lr=1e-4, blocks=blocks)
+    off = {"updates_every": 0, "noise_every": 0, "sharpness_every": 0}
+    watched = {
+        kind: Probes(model, optimizer, blocks, sequences=len(batch), tokens=y.numel(), **{**off, f"{kind}_every": 1})
+        for kind in ("sharpness", "updates", "noise")
+    }
+    shares: dict[str, list[float]] = {kind: [] for kind in watched}
+    for number in range(-2, rounds):
+        for kind, own in watched.items():
+            began = now(device)
+            F.cross_entropy(model(x).logits.flatten(0, 1).float(), y).backward()
+            before = now(device)
+            own.before_step(number + 3)
+            stepping = now(device)
+            optimizer.step()
+            after = now(device)
+            own.after_step(number + 3)
+            ended = now(device)
+            model.zero_grad(set_to_none=True)
+            if number >= 0:
+                shares[kind].append((stepping - before + ended - after) / (before - began + after - stepping))
+    model.eval()
+    return {
+        kind: {"steps": (steps := statistics.median(own)), "share_of_training": steps / (EVERY + steps)}
+        for kind, own in shares.items()
+    }
 
 
 def memory(vocabulary: int, arm: str, args: argparse.Namespace) -> int:
     """Bytes beyond the model at the peak of one arm, in this process."""
     model, batch = model_and_tokens(vocabulary, args)
-    run = build_arms(model, batch, alone=True)[arm]
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with ExitStack() as stack:
+        run = build_arms(model, batch, stack)[arm]
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest resident size
+        before = status_kib("VmRSS")
         run()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest resident size
-    before = status_kib("VmRSS")
-    run()
-    return max(status_kib("VmHWM") - before, 0) * 1024
+        run()
+        return max(status_kib("VmHWM") - before, 0) * 1024
 
 
 def memory_in_own_process(vocabulary: int, arm: str, args: argparse.Namespace) -> int:
@@ -201,14 +254,14 @@ def memory_in_own_process(vocabulary: int, arm: str, args: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[1024, 8192, 50304])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 50304])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--name", default="probes", help="saves benchmarks/results/NAME.json")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; saves nothing")
@@ -219,28 +272,79 @@ def main() -> None:
         return
     if args.quick:
         args.vocabularies, args.layers, args.width, args.context, args.rounds = [256, 2048], 2, 64, 32, 3
-    result: dict[str, Any] = {"environment": environment(), "settings": vars(args), "vocabularies": {}}
+    result: dict[str, Any] = {"environment": environment(), "settings": vars(args), "vocabularies": {}, "notes": {}}
     result["environment"]["versions"] |= {name: version(name) for name in ("curvlinops-for-pytorch", "pyhessian")}
-    for vocabulary in args.vocabularies:
-        rows = summary(time_arms(build_arms(*model_and_tokens(vocabulary, args)), args.rounds, args.device))
-        for arm in (BASE, "sharpness", "Hessian product", "Gauss-Newton product"):
-            rows[arm]["memory_bytes"] = memory_in_own_process(vocabulary, arm, args)
-        result["vocabularies"][vocabulary] = rows
+    for number, vocabulary in enumerate(args.vocabularies):
+        result["vocabularies"][vocabulary] = rows = measure(vocabulary, args, products=number == 0)
         show(vocabulary, rows)
+        result["notes"][vocabulary] = notes = time_notes(*model_and_tokens(vocabulary, args), args.rounds, args.device)
+        for kind, note in notes.items():
+            print(f"{f'{kind} noted, in training steps':44}{note['steps']:18.2f}")
+    result["figures"] = bounded(result)
+    print(f"\n{'':72}{'is':>8}{'95%':>18}{'at most':>9}")
+    for name, (value, (low, high), bound) in result["figures"].items():
+        over = "  over" if low > bound else ""
+        print(f"{name:72}{value:8.3f}{f'{low:.3f} to {high:.3f}':>18}{bound:9.3f}{over}")
     if args.quick:
-        print("\nNothing saved: this was not a full run.")
+        print("\nNothing saved: this was not a full run. The bounds are for the shapes of one.")
         return
     path = HERE / "results" / f"{args.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nSaved {path.relative_to(HERE.parent)}")
 
 
+def measure(vocabulary: int, args: argparse.Namespace, *, products: bool) -> dict[str, Any]:
+    """All arms of a vocabulary."""
+    model, batch = model_and_tokens(vocabulary, args)
+    with ExitStack() as stack:
+        arms = build_arms(model, batch, stack)
+        arms = arms | build_peers(model, batch) if products else {name: arms[name] for name in list(arms)[:3]}
+        rows = summary(time_arms(arms, args.rounds, args.device))
+    for arm in rows:
+        if arm != MULTINOMIAL and not arm.startswith(PEERS):
+            rows[arm]["memory_bytes"] = memory_in_own_process(vocabulary, arm, args)
+    return rows
+
+
+Figure = tuple[float, list[float], float]
+
+
+def bounded(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Figures that have a bound: value, 95% interval over rounds where there is one, bound."""
+    found: dict[str, Figure] = {}
+    for vocabulary, rows in result["vocabularies"].items():
+        bound = 1.2 if vocabulary <= 8192 else 1.4
+        found[f"sharpness / gradient, vocabulary {vocabulary}"] = _ratio(rows, "sharpness", BASE, bound)
+        share = rows["sharpness"]["memory_bytes"] / max(rows[BASE]["memory_bytes"], 1)
+        found[f"its memory / that of the gradient, vocabulary {vocabulary}"] = (share, [share, share], bound)
+        for kind in ("Hessian", "Gauss-Newton"):
+            own, kept = f"{kind} product", f"{kind} product, kept graph"
+            for arm in (own, kept):
+                if arm in rows:
+                    found[f"{arm} / gradient"] = _ratio(rows, arm, BASE, 3.5)
+            peers = [name for name in rows if name.startswith(PEERS) and kind in name]
+            if peers:
+                best = min(peers, key=lambda name: rows[name]["median_ms"])
+                found[f"{kept} / {best}"] = _ratio(rows, kept, best, 1.0)
+    for vocabulary, notes in result["notes"].items():
+        for kind, most in (("sharpness", 0.5), ("updates", 1.0), ("noise", 1.0)):
+            percent = 100 * notes[kind]["share_of_training"]
+            name = f"{kind} noted every {EVERY} steps, % of training, vocabulary {vocabulary}"
+            found[name] = (percent, [percent, percent], most)
+    return found
+
+
+def _ratio(rows: Mapping[str, Any], arm: str, base: str, bound: float) -> Figure:
+    ratios = within_rounds(rows[arm]["seconds"], rows[base]["seconds"])
+    return statistics.median(ratios), bootstrap(ratios), bound
+
+
 def show(vocabulary: int, rows: dict[str, Any]) -> None:
-    print(f"\nVocabulary {vocabulary:,}\n{'':40}{'ms':>10}{'ratio':>8}{'95%':>16}{'memory MiB':>12}")
+    print(f"\nVocabulary {vocabulary:,}\n{'':44}{'ms':>10}{'ratio':>8}{'95%':>16}{'memory MiB':>12}")
     for name, row in rows.items():
         low, high = row["ratio_95"]
         own = f"{row['memory_bytes'] / 2**20:12.1f}" if "memory_bytes" in row else ""
-        print(f"{name:40}{row['median_ms']:10.1f}{row['ratio']:8.2f}{low:8.2f} to {high:.2f}{own}", flush=True)
+        print(f"{name:44}{row['median_ms']:10.1f}{row['ratio']:8.2f}{low:8.2f} to {high:.2f}{own}", flush=True)
 
 
 if __name__ == "__main__":

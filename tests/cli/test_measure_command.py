@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from sharpwise.cli.main import create_app
 from sharpwise.measure.order import as_block_lr, relations, suggested_ratios
 from sharpwise.measure.results import read
-from sharpwise.probes import Estimate, Measurement
+from sharpwise.probes import Density, Estimate, Measurement
 from sharpwise.train.run import run
 
 
@@ -65,13 +65,29 @@ def test_step_0_is_the_initialization_and_the_last_is_what_was_saved(place: Path
 
 def test_every_probe_on_a_run(place: Path, tmp_path: Path) -> None:
     small = ("--sequences", 4, "--out", tmp_path)
-    assert call("updates", place / "run", "--at", "0,4", "--batches", 2, *small).exit_code == 0
+    assert call("updates", place / "run", "--batches", 2, *small).exit_code == 0
     some = call("hessian", place / "run", "--select", "VO", "--what", "trace", "--rtol", 0.5, *small)
     assert some.exit_code == 0, some.output
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"update-size", "RRC", "noise-scale", "trace"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"update-size", "RRC", "noise-scale", "trace-VO"}
     sizes = read(tmp_path / "update-size.json")
-    assert [one.step for one in sizes] == [0, 4]
+    assert [one.step for one in sizes] == [0, 2, 4]  # no step follows the last, 8
     assert all(one.value(quantity="relative update", by="type", of="FFN") > 0 for one in sizes)
+
+
+def test_densities_are_written_and_drawn(place: Path, tmp_path: Path) -> None:
+    few = ("--what", "density", "--select", "Norm", "--samples", 3, "--sequences", 2, "--out", tmp_path)
+    assert call("hessian", place / "run", "--at", "0,8", *few).exit_code == 0
+    done = call("hessian", place / "run", "--kind", "gauss-newton", *few)
+    assert done.exit_code == 0, done.output
+    hessian, newton = (read(tmp_path / f"density-{name}.json") for name in ("Norm", "gauss-newton-Norm"))
+    assert [one.step for one in hessian] == [0, 8] and [one.step for one in newton] == [8]
+    nodes = Density.of(newton[0]).nodes
+    assert nodes.shape == (3, 50) and nodes.min() > -1e-3 * nodes.max()  # it has no negative eigenvalues
+    assert Density.of(hessian[1]).curve()[1].max() > 0
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count('id="chart-0-density"') == page.count('id="chart-1-density"') == 1
+    assert "Density of eigenvalues (Norm) over training" in page
+    assert "Density of eigenvalues (gauss-newton, Norm)" in page
 
 
 def test_measuring_leaves_the_run_as_it_was(place: Path, tmp_path: Path) -> None:
@@ -88,7 +104,8 @@ def test_measuring_leaves_the_run_as_it_was(place: Path, tmp_path: Path) -> None
         (("sharpness", "run/final"), "say --data FOLDER"),
         (("sharpness", "run/final", "--at", "2"), "--at is for the folder of a run"),
         (("updates", "run/final"), "measured on the folder of a run"),
-        (("updates", "run", "--at", "8"), "is the last of the run"),
+        (("updates", "run", "--at", "4,8"), "is the last of the run"),
+        (("updates", "run", "--at", "4", "--sequences", "1"), "take 2 windows or more"),
         (("hessian", "run", "--select", "Vo"), "matches nothing"),
         (("hessian", "run", "--what", "eigenvalue"), "is not offered"),
         (("spectrum", "nowhere"), "no such folder"),

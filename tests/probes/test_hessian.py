@@ -39,7 +39,7 @@ def test_products_of_the_model_give_what_the_matrix_gives(name, dense):
     c = probes.Curvature(e.model, e.batch, blocks=e.blocks)
     one, other = (getattr(probes, name)(m, samples=20, seed=5) for m in (c, dense))
     assert [f.value for f in one] == pytest.approx([f.value for f in other], rel=1e-8, abs=1e-9)
-    assert one.settings["products"] == 20 and one.cost.gradients == 60 and one.settings["tokens"] == 15
+    assert one.settings["products"] == 20 and one.cost.gradients == 3 + 19 * 2 and one.settings["tokens"] == 15
     assert {f.by for f in one} == {"model", "type", "role", "layer", "segment"}
 
 

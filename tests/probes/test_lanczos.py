@@ -142,6 +142,29 @@ def test_shares_with_as_many_steps_as_rows():
     assert found.value(quantity="share of negative eigenvalues") == pytest.approx(found.share(-9, -1e-9)[0])
 
 
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_the_share_of_negative_eigenvalues_knows_how_coarse_it_is(steps):
+    """Most eigenvalues of a Hessian are next to zero, where few steps do not tell them apart."""
+    e = exact()
+    true = float(
+        (torch.linalg.eigvalsh(e.hessian) < -1e-6 * torch.linalg.eigvalsh(e.hessian).abs().max()).double().mean()
+    )
+    share = probes.density(Dense(e.hessian), samples=20, steps=steps).select(quantity="share of negative eigenvalues")[
+        0
+    ]
+    assert abs(share.value - true) <= share.error
+
+
+def test_a_density_comes_back_from_json():
+    found = probes.density(with_spectrum(SPECTRA["even"]), samples=3, steps=7)
+    back = probes.Density.of(probes.Measurement.from_json(found.at(5).to_json()))
+    assert back.step == 5 and [e.value for e in back] == [e.value for e in found]
+    assert np.array_equal(back.nodes, found.nodes) and np.array_equal(back.weights, found.weights)
+    assert all(np.array_equal(a, b) for a, b in zip(back.curve(), found.curve(), strict=True))
+    with pytest.raises(KeyError):
+        probes.Density.of(probes.trace(with_spectrum([1.0, 2.0])))
+
+
 def test_the_curve_is_the_smoothed_density():
     values = SPECTRA["even"]
     found = probes.density(with_spectrum(values), samples=30, steps=80)

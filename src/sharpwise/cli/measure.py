@@ -98,6 +98,9 @@ def hessian(
     ] = None,
     kind: Annotated[str, typer.Option(help="hessian or gauss-newton.")] = "hessian",
     select: Select = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Random vectors, at most. Default: 20 to 100, by what is measured.")
+    ] = None,
     rtol: Rtol = None,
     seed: Seed = 0,
     out: Out = None,
@@ -110,7 +113,7 @@ def hessian(
         text = probing.Text(batches, sequences, micro, seed)
         asked = tuple(what or ("trace", "eigenvalues"))
         probe = partial(
-            probing.hessian, text=text, what=asked, kind=kind, select=tuple(select or ()), rtol=rtol  # type: ignore[arg-type]
+            probing.hessian, text=text, what=asked, kind=kind, select=tuple(select or ()), samples=samples, rtol=rtol  # type: ignore[arg-type]
         )  # fmt: skip
         _measure(where, at, data, context, out, probe, open_page)
 
@@ -141,7 +144,7 @@ def updates(
         from sharpwise.measure import probing
 
         probe = partial(probing.updates, text=probing.Text(batches, sequences, None, seed))
-        _measure(where, at, data, None, out, probe, open_page)
+        _measure(where, at, data, None, out, probe, open_page, followed=True)
 
 
 def _measure(
@@ -152,13 +155,15 @@ def _measure(
     out: Path | None,
     probe: "Callable[[Subject, int | None], list[Measurement]]",
     open_page: bool,
+    *,
+    followed: bool = False,
 ) -> "list[Measurement]":
     """Measure at every step asked for, write after each, and print what the last one says."""
     from sharpwise.measure.results import add, place_of, write_page
     from sharpwise.measure.subject import chosen_steps, open_subject
 
     subject = open_subject(where, data=data, context=context)
-    steps = chosen_steps(subject, at)
+    steps = chosen_steps(subject, at, followed=followed)
     folder = out or place_of(where)
     console = Console(stderr=True)
     columns: list[Any] = [BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()]

@@ -1,13 +1,12 @@
 """The probes, each on a subject at one of its steps."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from sharpwise import probes
-from sharpwise.measure.subject import Subject
+from sharpwise.measure.subject import Subject, check_followed
 from sharpwise.probes import Measurement
 from sharpwise.probes.noise_scale import NoiseScale, gradients_of
 from sharpwise.probes.spectrum import spectrum
@@ -57,9 +56,12 @@ def hessian(
     what: tuple[str, ...] = ("trace", "eigenvalues"),
     kind: Literal["hessian", "gauss-newton"] = "hessian",
     select: tuple[str, ...] = (),
+    samples: int | None = None,
     rtol: float | None = None,
 ) -> list[Measurement]:
     """Of the Hessian or Gauss-Newton matrix of the mean loss over the text at a step: what is asked for.
+
+    `samples` are random vectors, of which eigenvalues need none; None leaves their number to each probe.
 
     Raises:
         ValueError: for something that is not offered.
@@ -69,11 +71,23 @@ def hessian(
         raise ValueError(f"--what: {unknown[0]!r} is not offered; there is {', '.join(OF_HESSIAN)}")
     model = subject.at(step)
     matrix = probes.Curvature(model, list(text.of(subject)), kind=kind, select=list(select) or None, micro=text.micro)
-    found = []
-    for name in what:
-        options: Mapping[str, Any] = {} if rtol is None else {"rtol": rtol}
-        found.append(getattr(probes, name)(matrix, seed=text.seed, **options).at(step))
+    options: dict[str, Any] = {} if rtol is None else {"rtol": rtol}
+    drawn = {} if samples is None else {"samples": samples}
+    with matrix.kept():
+        found = [
+            getattr(probes, name)(matrix, seed=text.seed, **options, **(drawn if name != "eigenvalues" else {}))
+            for name in what
+        ]
+    found = [one.at(step) for one in found]
+    for one in found:
+        one.probe += _of(kind, select)
     return found
+
+
+def _of(kind: str, select: tuple[str, ...]) -> str:
+    """So that what is of another matrix has another name, and does not take the other's place in the results."""
+    about = ([] if kind == "hessian" else [kind]) + list(select)
+    return f" ({', '.join(about)})" if about else ""
 
 
 def spectra(subject: Subject, step: int | None, *, select: tuple[str, ...] = ()) -> list[Measurement]:
@@ -87,17 +101,18 @@ def updates(subject: Subject, step: int | None, text: Text) -> list[Measurement]
     The step that a run takes after its last has no learning rate in its schedule: ask for an earlier one.
 
     Raises:
-        ValueError: the subject is no run, or the step its last.
+        ValueError: the subject is no run, the step its last, or a batch has a single window.
     """
+    check_followed(subject, step)
     built = subject.built
-    if built is None or step is None:
-        raise ValueError(f"{subject.path} is a model without an optimizer; updates are measured on the folder of a run")
-    if step >= built.plan.schedule.total:
-        raise ValueError(f"step {step} is the last of the run, no update follows; name earlier ones with --at")
+    assert built is not None and step is not None
+    if text.sequences < 2:
+        raise ValueError("--sequences: noise is told from the gradients of parts of a batch; take 2 windows or more")
     model = subject.at(step)
     noise = NoiseScale(model, built.optimizer.blocks)
     for batch in text.of(subject):
-        noise.add([_gradients(subject, part) for part in batch.split(max(1, len(batch) // 4))], samples=len(batch) // 4)
+        parts = batch.split(max(1, len(batch) // 4))
+        noise.add([_gradients(subject, part) for part in parts], samples=[len(part) for part in parts])
     sizes = UpdateSize(model, built.optimizer.blocks)
     sizes.before()
     _one_step(subject, step, built.data.train)

@@ -1,6 +1,7 @@
 """Measurements on disk: a JSON file per probe, and the page of all of them."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def add(folder: Path, measurements: Iterable[Measurement]) -> None:
     for one in measurements:
         by_probe.setdefault(one.probe, []).append(one)
     for probe, new in by_probe.items():
-        path = folder / f"{probe.replace(' ', '-')}.json"
-        steps = {one.step for one in new}
-        kept = [one for one in read(path) if one.step not in steps] if path.exists() else []
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', probe).strip('-')}.json"
+        anew = {(one.probe, one.step) for one in new}
+        kept = [one for one in read(path) if (one.probe, one.step) not in anew] if path.exists() else []
         whole = sorted([*kept, *new], key=lambda one: -1 if one.step is None else one.step)
         write_whole(path, json.dumps([json.loads(one.to_json()) for one in whole], indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """What is measured: the checkpoints of a run, one after the other, or a model from a folder; and on which text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sharpwise.train.build import Built, build
 from sharpwise.train.checkpoint import read_checkpoint, saved_steps
+from sharpwise.train.config import MeshConfig
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.data import Tokens, open_tokens, window_starts
 from sharpwise.train.models import load_pretrained, max_context, vocabulary_of
@@ -47,16 +48,14 @@ class Subject:
         if step is None:
             return self.model
         assert self.built is not None
-        if step == 0:
-            fresh = build(self.built.config)
-            state = {"model": fresh.model.state_dict(), "optimizer": fresh.optimizer.state_dict()}
-        else:
-            into = {"model": self.model.state_dict(), "optimizer": self.built.optimizer.state_dict()}
-            state = read_checkpoint(self.path / "checkpoints", step).state_like(into)
+        saved = None if step == 0 else read_checkpoint(self.path / "checkpoints", step)
+        state = _state(build(self.built.config) if saved is None else self.built)
         try:
+            if saved is not None:
+                state = saved.state_like(state)  # parts that several processes wrote are put together here
             self.model.load_state_dict(state["model"])
             self.built.optimizer.load_state_dict(state["optimizer"])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"the checkpoint of step {step} is of another model: {error}") from error
         return self.model
 
@@ -92,12 +91,16 @@ def open_subject(path: Path, *, data: Path | None = None, context: int | None = 
     return _of_run(path, data, context) if (path / CONFIG).is_file() else _of_model(path, data, context)
 
 
+def _state(built: Built) -> dict[str, Any]:
+    return {"model": built.model.state_dict(), "optimizer": built.optimizer.state_dict()}
+
+
 def _of_run(path: Path, data: Path | None, context: int | None) -> Subject:
     try:
         config = make_config(read_given(path / CONFIG))
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} cannot be used: {error}") from None
-    built = build(config)
+    built = build(replace(config, mesh=MeshConfig()))  # several processes may have trained; here is one
     tokens = built.data.validation
     if data is not None:
         tokens = _open(data, built.model)
@@ -126,27 +129,42 @@ def _open(data: Path, model: nn.Module) -> Tokens:
     return tokens
 
 
-def chosen_steps(subject: Subject, wanted: str) -> Sequence[int | None]:
+def check_followed(subject: Subject, step: int | None) -> None:
+    """Raise ValueError where no training step follows: after a run's last, and of a model without an optimizer."""
+    if subject.built is None or step is None:
+        raise ValueError(f"{subject.path} is a model without an optimizer; updates are measured on the folder of a run")
+    if step >= subject.built.plan.schedule.total:
+        raise ValueError(f"step {step} is the last of the run, no update follows; name earlier ones with --at")
+
+
+def chosen_steps(subject: Subject, wanted: str, *, followed: bool = False) -> Sequence[int | None]:
     """The steps that `--at` names: "all", "last", or numbers with commas.
 
+    Args:
+        followed: of those that the run takes another step after.
+
     Raises:
-        ValueError: a step that was not saved.
+        ValueError: a step that was not saved, or that no other follows.
     """
+    there = subject.steps
+    if followed and subject.built is not None:
+        there = tuple(s for s in there if s is not None and s < subject.built.plan.schedule.total)
     if subject.steps == (None,):
         if wanted not in ("all", "last"):
             raise ValueError(f"{subject.path} is a model without steps; --at is for the folder of a run")
         return subject.steps
     if wanted in ("all", "last"):
-        return subject.steps if wanted == "all" else subject.steps[-1:]
+        return there if wanted == "all" else there[-1:]
     try:
         steps = [int(part) for part in wanted.replace(" ", "").split(",")]
     except ValueError:
         raise ValueError(f"--at: expected all, last or steps such as 0,100,200, got {wanted!r}") from None
     missing = [step for step in steps if step not in subject.steps]
     if missing:
-        there = ", ".join(map(str, subject.steps))
         raise ValueError(
-            f"{subject.path} has no checkpoint of step {missing[0]}; there are {there}. "
+            f"{subject.path} has no checkpoint of step {missing[0]}; there are {', '.join(map(str, subject.steps))}. "
             "`--set checkpoint.milestones=[...]` keeps those that you name"
         )
+    for step in steps if followed else ():
+        check_followed(subject, step)
     return steps

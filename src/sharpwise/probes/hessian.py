@@ -280,7 +280,7 @@ class _Run:
         self.who, self.matrix, self.samples, self.rtol, self.seed = who, matrix, samples, rtol, seed
         self.generator = torch.Generator(matrix.device).manual_seed(seed)
         self.groups, self.draws = Groups(matrix.selection.segments), Draws(of)
-        self.started, self.before = time.perf_counter(), matrix.products
+        self.started, self.before, self.paid = time.perf_counter(), matrix.products, matrix.gradients
         self.warnings: list[str] = list(matrix.warnings)
 
     def products(
@@ -289,11 +289,12 @@ class _Run:
         enough: Callable[[], bool] | None = None,
     ) -> Any:
         """Pairs v, A v; ends when the draws are enough."""
-        for _ in range(self.samples):
-            v = draw(self.matrix, self.generator)
-            yield v, self.matrix.matvec(v)
-            if enough() if enough else self.draws.enough(self.rtol, [0]):
-                return
+        with self.matrix.kept():
+            for _ in range(self.samples):
+                v = draw(self.matrix, self.generator)
+                yield v, self.matrix.matvec(v)
+                if enough() if enough else self.draws.enough(self.rtol, [0]):
+                    return
         if enough is None and self.rtol is not None:
             reached = self.draws.relative_error([0])
             self.warn(not_reached(self.who, self.rtol, reached, len(self.draws), "take more samples"))
@@ -307,7 +308,7 @@ class _Run:
     ) -> Measurement:
         """The result, with what it took."""
         products = self.matrix.products - self.before
-        cost = Cost(time.perf_counter() - self.started, products * self.matrix.cost)
+        cost = Cost(time.perf_counter() - self.started, self.matrix.gradients - self.paid)
         own = {**self.matrix.settings(), "products": products, "seed": self.seed, "rtol": self.rtol, **(settings or {})}
         return kind(self.who, estimates, settings=own, cost=cost, warnings=self.warnings)
 

@@ -20,6 +20,7 @@ Lin, Saad and Yang, arXiv 1308.5467, and Ghorbani, Krishnan and Xiao, arXiv 1901
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -123,7 +124,7 @@ def eigenvalues(
         ValueError: for bad arguments.
         FloatingPointError: for a product that is not finite.
     """
-    who, started, before = "eigenvalues", time.perf_counter(), matrix.products
+    who, started, before, paid = "eigenvalues", time.perf_counter(), matrix.products, matrix.gradients
     check_count(who, k=k, steps=steps)
     check_rtol(rtol, who)
     if which not in ("largest", "smallest", "both", "magnitude"):
@@ -136,13 +137,14 @@ def eigenvalues(
     process = Lanczos(matrix, _gaussian(matrix, generator), steps, restart=generator)
     wanted: list[tuple[str, int]] = []
     values, vectors = np.zeros(0), np.zeros((0, 0))
-    while process.step():
-        values, vectors = process.ritz()
-        wanted = _wanted(values, k, which)
-        bounds = process.beta[-1] * np.abs(vectors[-1, [i for _, i in wanted]])
-        if process.steps >= min(k + 1, matrix.dim) and bounds.max() <= rtol * np.abs(values).max():
-            break
-    found = [_eigenvalue(matrix, process, values[i], vectors[:, i], of) for of, i in wanted]
+    with matrix.kept():
+        while process.step():
+            values, vectors = process.ritz()
+            wanted = _wanted(values, k, which)
+            bounds = process.beta[-1] * np.abs(vectors[-1, [i for _, i in wanted]])
+            if process.steps >= min(k + 1, matrix.dim) and bounds.max() <= rtol * np.abs(values).max():
+                break
+        found = [_eigenvalue(matrix, process, values[i], vectors[:, i], of) for of, i in wanted]
     scale = max(np.abs(values).max(), np.finfo(float).tiny)
     reached = max(e.error or 0.0 for e in found) / scale
     warnings = list(matrix.warnings)
@@ -155,7 +157,7 @@ def eigenvalues(
         warnings.append(f"{who}: the selection has {matrix.dim} elements, and no more eigenvalues; got k={k}")
     settings = {"which": which, "k": k, "steps": process.steps, "rtol": rtol, "seed": seed}
     products = matrix.products - before
-    cost = Cost(time.perf_counter() - started, products * matrix.cost)
+    cost = Cost(time.perf_counter() - started, matrix.gradients - paid)
     own = {**matrix.settings(), **settings, "products": products}
     return Measurement(who, found, settings=own, cost=cost, warnings=warnings)
 
@@ -195,11 +197,24 @@ class Density(Measurement):
     """The density of eigenvalues: moments as estimates, and the density itself.
 
     Attributes:
-        nodes, weights: [vectors, steps]; each row is one quadrature, its weights sum up to 1 (unused ones are 0).
+        nodes, weights: [vectors, steps]; each row is one quadrature, its weights sum up to 1 (unused ones are 0). They
+            are in `arrays` too, row by row, so that JSON keeps them.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
+
+    @staticmethod
+    def of(measurement: Measurement) -> "Density":
+        """A density that was saved and read again.
+
+        Raises:
+            KeyError: that is of something else.
+        """
+        found = Density(measurement.probe, measurement, settings=measurement.settings, step=measurement.step)
+        shape = (-1, int(measurement.settings["steps"]))
+        found.nodes, found.weights = (np.reshape(measurement.arrays[name], shape) for name in ("nodes", "weights"))
+        return found
 
     def curve(
         self, points: int | Sequence[float] = 400, sigma: float | None = None
@@ -217,7 +232,10 @@ class Density(Measurement):
         return x, each.mean(0), _half_width(each)
 
     def share(self, low: float, high: float) -> tuple[float, float | None]:
-        """Part of the eigenvalues within [low, high], and half the width of its 95% interval; coarse at single ones."""
+        """Part of the eigenvalues within [low, high], and half the width of its 95% interval over the start vectors.
+
+        Coarse: a node stands for all eigenvalues around it, so that ends in a gap between nodes are best.
+        """
         inside = (self.nodes >= low) & (self.nodes <= high)
         return t_interval(list((self.weights * inside).sum(1)))
 
@@ -240,34 +258,40 @@ def density(
             at least.
 
     Returns:
-        Quantities "mean eigenvalue", "root mean square eigenvalue" and "share of negative eigenvalues", with intervals
-        over the start vectors; and `curve`, `share`, `nodes`, `weights`.
+        Quantities "mean eigenvalue", "root mean square eigenvalue" and, of a Hessian, "share of negative eigenvalues",
+        with intervals over the start vectors, that of the share widened by what so few steps cannot tell apart next to
+        zero; and `curve`, `share`, `nodes`, `weights`.
 
     Raises:
         ValueError: for bad arguments.
         FloatingPointError: for a product that is not finite.
     """
-    who, started, before = "density", time.perf_counter(), matrix.products
+    who, started, before, paid = "density", time.perf_counter(), matrix.products, matrix.gradients
     check_count(who, samples=samples, steps=steps)
     check_rtol(rtol, who)
     generator = torch.Generator(matrix.device).manual_seed(seed)
     width = min(steps, matrix.dim)
     nodes, weights = np.zeros((0, width)), np.zeros((0, width))
     reached = np.inf
-    for n in range(1, samples + 1):
-        theta, tau = _quadrature(matrix, generator, steps)
-        pad = width - len(theta)
-        nodes = np.vstack([nodes, np.pad(theta, (0, pad), constant_values=theta[-1])])
-        weights = np.vstack([weights, np.pad(tau, (0, pad))])
-        if rtol is not None and n >= FEWEST:
-            reached = _curve_error(nodes, weights)
-            if reached <= rtol:
-                break
+    with matrix.kept():
+        for n in range(1, samples + 1):
+            theta, tau = _quadrature(matrix, generator, steps)
+            pad = width - len(theta)
+            nodes = np.vstack([nodes, np.pad(theta, (0, pad), constant_values=theta[-1])])
+            weights = np.vstack([weights, np.pad(tau, (0, pad))])
+            if rtol is not None and n >= FEWEST:
+                reached = _curve_error(nodes, weights)
+                if reached <= rtol:
+                    break
     warnings = [*matrix.warnings, *not_reached(who, rtol, reached, len(nodes), "take more samples")]
     products = matrix.products - before
-    cost = Cost(time.perf_counter() - started, products * matrix.cost)
+    cost = Cost(time.perf_counter() - started, matrix.gradients - paid)
     settings = {**matrix.settings(), "steps": width, "products": products, "seed": seed, "rtol": rtol}
-    found = Density(who, _moments(nodes, weights, matrix.dim), settings=settings, cost=cost, warnings=warnings)
+    arrays = {"nodes": nodes.ravel().tolist(), "weights": weights.ravel().tolist()}
+    estimates = _moments(nodes, weights, matrix.dim)
+    if matrix.what == "gauss-newton":  # which has no negative eigenvalues
+        estimates = estimates[:2]
+    found = Density(who, estimates, settings=settings, cost=cost, warnings=warnings, arrays=arrays)
     found.nodes, found.weights = nodes, weights
     return found
 
@@ -298,13 +322,22 @@ def _moments(nodes: np.ndarray, weights: np.ndarray, dim: int) -> list[Estimate]
         return Estimate(quantity, "model", "model", float(value[0]), half, samples=len(each), elements=dim)
 
     mean, square = (weights * nodes).sum(1), (weights * nodes**2).sum(1)
-    # What rounding has left of a zero is not negative.
-    negative = nodes < -1e-6 * np.abs(nodes).max()
-    return [
-        estimate("mean eigenvalue", mean),
-        estimate("root mean square eigenvalue", square, "root"),
-        estimate("share of negative eigenvalues", (weights * negative).sum(1)),
-    ]
+    zero = -1e-6 * np.abs(nodes).max()  # what rounding has left of a zero is not negative
+    share = estimate("share of negative eigenvalues", (weights * (nodes < zero)).sum(1))
+    if share.error is not None:
+        share = replace(share, error=share.error + _coarseness(nodes, weights, zero))
+    return [estimate("mean eigenvalue", mean), estimate("root mean square eigenvalue", square, "root"), share]
+
+
+def _coarseness(nodes: np.ndarray, weights: np.ndarray, at: float) -> float:
+    """How far the weight of the nodes below a point may be off, in the mean over vectors.
+
+    A node stands for eigenvalues around it, also some beyond the point: by Chebyshev, Markov and Stieltjes no more than
+    its own weight, and only of the nodes next to the point.
+    """
+    below = [w[n < at][-1] if (n < at).any() else 0.0 for n, w in zip(nodes, weights, strict=True)]
+    above = [w[n >= at][0] if (n >= at).any() else 0.0 for n, w in zip(nodes, weights, strict=True)]
+    return float(max(np.mean(below), np.mean(above)))
 
 
 def _smooth(x: np.ndarray, nodes: np.ndarray, weights: np.ndarray, sigma: float) -> np.ndarray:

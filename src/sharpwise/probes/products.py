@@ -19,7 +19,9 @@ References: Pearlmutter, Fast exact multiplication by the Hessian, 1994; Schraud
 products, 2002; the double backward for J v after J. Townsend's note of 2017.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -41,8 +43,8 @@ class Operator:
 
     Attributes:
         selection: the segments that its rows belong to.
-        cost: of one product, in gradients over all the batches.
-        products: made so far.
+        cost: of the latest product, in gradients over all the batches.
+        products: made so far; `gradients` is what they cost.
         warnings: what a measurement has to say about it.
     """
 
@@ -52,7 +54,7 @@ class Operator:
 
     def __init__(self, selection: Selection, dtype: torch.dtype, device: torch.device) -> None:
         self.selection, self.dtype, self.device = selection, dtype, device
-        self.products = 0
+        self.products, self.gradients = 0, 0.0
         self.warnings: list[str] = []
 
     @property
@@ -74,6 +76,7 @@ class Operator:
         v = v.to(self.device, self.dtype)
         result = self.multiply(v)
         self.products += 1
+        self.gradients += self.cost
         if not bool(result.isfinite().all()):
             if not bool(v.isfinite().all()):
                 raise ValueError(f"{_WHO}.matvec: the vector is not finite")
@@ -86,6 +89,11 @@ class Operator:
         """The product itself, [dim] -> [dim]."""
         raise NotImplementedError
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Where several products follow each other: meanwhile a matrix may keep what they have in common."""
+        yield
+
     def settings(self) -> dict[str, Any]:
         """What it is of, for the settings of a measurement."""
         return {"matrix": self.what, "dim": self.dim, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -96,6 +104,9 @@ class Curvature(Operator):
 
     A restriction is a principal submatrix: rows and columns of the selected elements. The weights are read at every
     product; dropout is off meanwhile, and the model and its gradients stay as they were.
+
+    Where all the batches are one pass, `kept()` keeps the graph of the gradient between products, so that a further
+    product costs two gradients in place of three. All probes of a `Curvature` do so.
 
     Args:
         model: causal language model. Compiled parts run uncompiled, attention in torch's "math" kernel, since neither
@@ -140,9 +151,11 @@ class Curvature(Operator):
         dtype = _dtype_for([self.subject.trained[name] for name in self.names], dtype)
         super().__init__(selection, dtype, self.subject.device)
         self.kind, self.what, self.micro = kind, kind, micro
-        self.cost = 3.0 if kind == "hessian" else 7 / 3
         self.batches = list(self.subject.batches(batches))
         self.tokens = sum(batch.tokens for batch in self.batches)
+        self.passes = sum(1 for batch in self.batches for _ in batch.split(micro))
+        self._graph: _Graph | None = None
+        self._keepers = 0
         self._note_conversion()
 
     def settings(self) -> dict[str, Any]:
@@ -150,33 +163,50 @@ class Curvature(Operator):
         about = {"segments": len(self.selection.segments), "batches": len(self.batches), "tokens": self.tokens}
         return super().settings() | about
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Meanwhile the graph of the gradient stays in memory, about three times that of a gradient.
+
+        Weights that change meanwhile are noticed, and the graph is made anew; but not what is done to
+        `parameter.data` in place, which torch does not count.
+        """
+        self._keepers += 1
+        try:
+            yield
+        finally:
+            self._keepers -= 1
+            if not self._keepers:
+                self._graph = None
+
     def multiply(self, v: Tensor) -> Tensor:
-        product = _hessian_product if self.kind == "hessian" else _gauss_newton_product
-        tensors, leaves = self._tensors()
+        keep = self._keepers > 0 and self.passes == 1
+        state = self._state()
+        graph = self._graph if self._graph is not None and self._graph.state == state else None
+        # Forward is a third of a gradient, backward two thirds, and each is differentiated at twice its own cost.
+        self.cost = (3.0 if self.kind == "hessian" else 7 / 3) - (graph is not None)
+        if graph is None:
+            self._graph = None  # before another takes memory
+            graph = _Graph(state, *self._tensors())
         along = self.selection.scatter(v)
         vectors = [along[name] for name in self.names]
-        sums = [torch.zeros_like(leaf) for leaf in leaves]
+        sums = [torch.zeros_like(leaf) for leaf in graph.leaves]
 
         def work(inside: nn.Module) -> None:
             for batch in self.batches:
                 for part in batch.split(self.micro):
-                    _accumulate(sums, self._once(product, inside, part, leaves, vectors))
+                    _accumulate(sums, self._once(graph, inside, part, vectors, keep))
 
         with torch.autocast(self.device.type, enabled=False):
-            self.subject.run(work, tensors)
+            self.subject.run(work, graph.tensors)
+        self._graph = graph if keep else None
         return self.selection.gather(dict(zip(self.names, sums, strict=True)))
 
     def _once(
-        self, product: "_Product", inside: nn.Module, part: Batch, leaves: list[Tensor], vectors: list[Tensor]
+        self, graph: "_Graph", inside: nn.Module, part: Batch, vectors: list[Tensor], keep: bool
     ) -> Sequence[Tensor | None]:
-        logits, targets = self.subject.logits(inside, part, twice=True).to(self.dtype), part.targets.flatten()
-        counts = targets != IGNORED
-        if not bool(counts.all()):
-            logits, targets = logits[counts], targets[counts]
-        if not logits.requires_grad:
-            return [None] * len(leaves)
         try:
-            return product(logits, targets, self.tokens, leaves, vectors)
+            product = graph.product or self._product(inside, part, graph.leaves)
+            found = product(vectors, keep)
         except RuntimeError as error:
             if "not implemented" in str(error) or "double backward" in str(error) or "once_diff" in str(error):
                 raise ValueError(
@@ -184,6 +214,26 @@ class Curvature(Operator):
                     "it with plain torch operations, as attn_implementation='sdpa' or 'eager' of Hugging Face models"
                 ) from error
             raise
+        graph.product = product if keep else None
+        return found
+
+    def _product(self, inside: nn.Module, part: Batch, leaves: list[Tensor]) -> "_Product":
+        """Forward and backward pass over a part of a batch, and how a product follows from their graph."""
+        logits, targets = self.subject.logits(inside, part, twice=True).to(self.dtype), part.targets.flatten()
+        counts = targets != IGNORED
+        if not bool(counts.all()):
+            logits, targets = logits[counts], targets[counts]
+        if not logits.requires_grad:
+            return lambda vectors, keep: [None] * len(leaves)
+        make = _hessian_product if self.kind == "hessian" else _gauss_newton_product
+        # Walking through the graph takes a while in a small model, and it is the same at every product.
+        return make(logits, targets, self.tokens, leaves, check=not self.products)
+
+    def _state(self) -> list[tuple[int, int, int]]:
+        """Another one as soon as weights have changed."""
+        model = self.subject.model
+        tensors = (*model.parameters(), *model.buffers())
+        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     def _tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """What stands in for parameters and buffers, by name: leaves for those selected, the others constant."""
@@ -210,36 +260,58 @@ class Curvature(Operator):
             )
 
 
-_Product = Callable[[Tensor, Tensor, int, list[Tensor], list[Tensor]], Sequence[Tensor | None]]
+_Product = Callable[[list[Tensor], bool], Sequence[Tensor | None]]
+"""From a vector by leaf, and whether another product will follow: the product by leaf, None where it has no part."""
 
 
-def _hessian_product(
-    logits: Tensor, targets: Tensor, tokens: int, leaves: list[Tensor], vectors: list[Tensor]
-) -> Sequence[Tensor | None]:
-    """Per leaf, None where it has no part, from logits [targets, vocabulary]; `tokens` is N."""
+@dataclass
+class _Graph:
+    """What products with the same weights have in common: `leaves` are those of the `tensors` that are selected."""
+
+    state: list[tuple[int, int, int]]
+    tensors: dict[str, Tensor]
+    leaves: list[Tensor]
+    product: _Product | None = None
+
+
+def _hessian_product(logits: Tensor, targets: Tensor, tokens: int, leaves: list[Tensor], *, check: bool) -> _Product:
+    """From logits [targets, vocabulary]; `tokens` is N. `check` that the backward pass can be differentiated."""
     ones = logits.new_ones(len(targets), 1)
     direction = logits.softmax(-1).scatter_add(1, targets[:, None], -ones) / tokens
     gradients = torch.autograd.grad(logits, leaves, direction, create_graph=True, allow_unused=True)
-    some, along = _where_used(gradients, vectors)
-    return torch.autograd.grad(some, leaves, along, allow_unused=True) if some else [None] * len(leaves)
+    if check:
+        _check_differentiable(gradients)
+
+    def product(vectors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        some, along = _where_used(gradients, vectors)
+        if not some:
+            return [None] * len(leaves)
+        return torch.autograd.grad(some, leaves, along, retain_graph=keep, allow_unused=True)
+
+    return product
 
 
 def _gauss_newton_product(
-    logits: Tensor, targets: Tensor, tokens: int, leaves: list[Tensor], vectors: list[Tensor]
-) -> Sequence[Tensor | None]:
+    logits: Tensor, targets: Tensor, tokens: int, leaves: list[Tensor], *, check: bool
+) -> _Product:
     w = torch.zeros_like(logits, requires_grad=True)
     gradients = torch.autograd.grad(logits, leaves, w, create_graph=True, allow_unused=True)
-    some, along = _where_used(gradients, vectors)
-    if not some:
-        return [None] * len(leaves)
-    (jv,) = torch.autograd.grad(some, w, along, retain_graph=True)
+    if check:
+        _check_differentiable(gradients)
     p = logits.detach().softmax(-1)
-    ajv = p * (jv - (p * jv).sum(-1, keepdim=True)) / tokens
-    return torch.autograd.grad(logits, leaves, ajv, allow_unused=True)
+
+    def product(vectors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        some, along = _where_used(gradients, vectors)
+        if not some:
+            return [None] * len(leaves)
+        (jv,) = torch.autograd.grad(some, w, along, retain_graph=True)
+        ajv = p * (jv - (p * jv).sum(-1, keepdim=True)) / tokens
+        return torch.autograd.grad(logits, leaves, ajv, retain_graph=keep, allow_unused=True)
+
+    return product
 
 
 def _where_used(gradients: Sequence[Tensor | None], vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    _check_differentiable(gradients)
     used = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
     return [g for g, _ in used], [v for _, v in used]
 

@@ -19,10 +19,8 @@ References: Wang et al., arXiv 2502.19002; Kingma and Ba, arXiv 1412.6980; Zhang
 import time
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sharpwise.engine.mesh import Bucket, Shard, local
+from sharpwise.engine.measuring import SECOND_MOMENT, second_moments, steps_taken
 from sharpwise.engine.optimizer import BlockOptimizer
 from sharpwise.engine.plan import Entry
 from sharpwise.probes.draws import check_count
@@ -30,7 +28,6 @@ from sharpwise.probes.estimate import Cost, Measurement
 from sharpwise.probes.gather import Groups
 
 _WHO = "sharpness_from_optimizer"
-_KEY = "exp_avg_sq"
 
 
 def sharpness_from_optimizer(optimizer: BlockOptimizer, *, tokens: int | None = None) -> Measurement:
@@ -55,18 +52,16 @@ def sharpness_from_optimizer(optimizer: BlockOptimizer, *, tokens: int | None = 
     started = time.perf_counter()
     check_count(_WHO, tokens=tokens)
     entries = _entries(optimizer)
-    steps = _steps(entries, optimizer)
+    steps = {e.name: t for e, t in zip(entries, steps_taken(entries, optimizer.state), strict=True)}
     entries = [entry for entry in entries if steps[entry.name] > 0]
     if not entries:
         raise ValueError(
             f"{_WHO}: the optimizer has not taken a step yet, so that its second moment is 0; measure later"
         )
-    bucket = Bucket(optimizer._bind().team)
-    shares = [(entry, bucket.add(*_sums(entry, optimizer.state[entry.param]))) for entry in entries]
-    bucket.reduce()
+    totals = second_moments(entries, optimizer.state, optimizer._bind().team)
     segments = [segment for entry in entries for segment in entry.segments]
     found = Groups(segments)
-    sums = np.concatenate([(share.values / (1 - _b2(e) ** steps[e.name])).cpu().numpy() for e, share in shares])
+    sums = np.array([total for own in totals for total in own])
     values = (tokens or 1) * found.means(sums)
     samples = round(min(_worth(_b2(entry), steps[entry.name]) for entry in entries))
     unit = "per token" if tokens else "per token, over the tokens of a step"
@@ -82,33 +77,9 @@ def _entries(optimizer: BlockOptimizer) -> list[Entry]:
         raise TypeError(
             f"{_WHO}: got {type(optimizer).__name__}, expected sharpwise.AdamW or sharpwise.AdamMini; {keeps}"
         )
-    if _KEY not in optimizer.rule.state:
-        raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment ({_KEY}); {keeps}")
+    if SECOND_MOMENT not in optimizer.rule.state:
+        raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment ({SECOND_MOMENT}); {keeps}")
     return optimizer._bind().entries
-
-
-def _sums(entry: Entry, state: dict[str, Tensor]) -> tuple[Tensor, Shard]:
-    """Sums of v over the elements of each segment, fp64 [segments], of what this process holds."""
-    if entry.rule.state[_KEY] == "block":
-        return _of_blocks(entry, state[_KEY].double()), Shard.of(state[_KEY])
-    rows = entry.view(state[_KEY]).sum(entry.dim, dtype=torch.float64).reshape(-1)
-    if entry.segment_of_row is None:
-        return rows.sum().view(1), entry.shard
-    sums = rows.new_zeros(len(entry.segments))
-    return sums.index_add_(0, entry.segment_of_row, rows), entry.shard
-
-
-def _of_blocks(entry: Entry, v: Tensor) -> Tensor:
-    """The same from one number per block; every process has those of all blocks."""
-    assert entry.counts is not None
-    sizes = [s.blocks(c) for s, c in zip(entry.segments, entry.cuts, strict=True)]
-    return torch.stack([part.sum() for part in (v * entry.counts).split(sizes)])
-
-
-def _steps(entries: list[Entry], optimizer: BlockOptimizer) -> dict[str, float]:
-    """Steps taken, by parameter; read together, as each reading of an accelerator waits for it."""
-    steps = torch.stack([local(optimizer.state[entry.param]["step"]).double() for entry in entries])
-    return dict(zip([entry.name for entry in entries], steps.tolist(), strict=True))
 
 
 def _b2(entry: Entry) -> float:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 
@@ -12,9 +12,11 @@ from sharpwise.files import write_whole
 from sharpwise.probes.estimate import Estimate, Measurement
 from sharpwise.report import measure
 from sharpwise.report.blocks import code
+from sharpwise.report.measure_density import density_curve, has_density
 from sharpwise.report.skeleton import card, chart, document, facts, notes, table
 from sharpwise.report.words import duration
 
+T = TypeVar("T")
 WARNINGS = 5  # so many are told at the top, the rest where the probe's facts are
 DENSITIES = 6
 HINTS = {
@@ -107,6 +109,7 @@ def _cards(same: Sequence[Measurement], prefix: str) -> list[str]:
     last = same[-1]
     wanted = SHOWN.get(last.probe) or tuple(dict.fromkeys(e.quantity for e in last))
     cards: list[str] = []
+    of = "".join(last.probe.partition(" (")[1:])  # " (VO)", of a part of the model
 
     def add(title: str, quantity: str, kind: str, figure: go.Figure) -> None:
         name = f"{prefix}-{kind}-{quantity.replace(' ', '-')}"
@@ -115,7 +118,7 @@ def _cards(same: Sequence[Measurement], prefix: str) -> list[str]:
     for quantity in wanted:
         if quantity == "alpha of a random matrix":
             continue  # it is beside alpha
-        name = _upper(quantity)
+        name = _upper(quantity) + of
         if _count(last, quantity, "type") >= 2:
             add(f"{name} by type", quantity, "type", measure.by_type(last, quantity))
             steps = {one.step for one in same if _count(one, quantity, "type")}
@@ -130,6 +133,12 @@ def _cards(same: Sequence[Measurement], prefix: str) -> list[str]:
         title = "Eigenvalues" + (f", {len(names)} of {len(last.arrays)} matrices" * (len(names) < len(last.arrays)))
         figure = measure.density({name: last.arrays[name] for name in names})
         cards.append(card(title, "Of W'W.", chart(figure, f"{prefix}-density", title), wide=True))
+    drawn = [one for one in same if has_density(one)]
+    if drawn:
+        title = f"Density of eigenvalues{of}" + " over training" * (len(drawn) > 1)
+        figure = density_curve(_some(drawn[::-1], DENSITIES)[::-1])
+        hint = f"Of the {drawn[-1].settings['matrix']} matrix, smoothed over a hundredth of their range."
+        cards.append(card(title, hint, chart(figure, f"{prefix}-density", title), wide=True))
     return cards
 
 
@@ -137,10 +146,10 @@ def _hint(quantity: str) -> str:
     return HINTS.get(quantity, "")
 
 
-def _some(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of them, evenly spaced."""
-    n = min(len(names), most)
-    return [names[i * len(names) // n] for i in range(n)]
+def _some(every: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, the first and others evenly spaced."""
+    n = min(len(every), most)
+    return [every[i * len(every) // n] for i in range(n)]
 
 
 def _count(measurement: Measurement, quantity: str, by: str) -> int:

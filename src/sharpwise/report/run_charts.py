@@ -63,7 +63,20 @@ def learning_rates(run: RunData) -> go.Figure | None:
     index = thinned(run.lr, 400)
     if not len(index):
         return None
-    x, lr = run.step[index], run.lr[index]
+    return _by_type(run, run.step[index], run.lr[index])
+
+
+def multipliers(run: RunData) -> go.Figure | None:
+    """Factor of each block type on the learning rate, where it follows a measurement and changes."""
+    x = run.step[thinned(run.lr, 400)]
+    found = multipliers_at(run, x)
+    fixed = all(np.nanmax(rows, 1, initial=-np.inf).tolist() == np.nanmin(rows, 1, initial=np.inf).tolist()
+                for rows in found.values())  # fmt: skip
+    return None if fixed else _by_type(run, x, np.ones(len(x)))
+
+
+def _by_type(run: RunData, x: Array, lr: Array) -> go.Figure:
+    """`lr` times the multiplier of each block type at the steps `x`, with a band where layers differ."""
     multipliers = multipliers_at(run, x) or {"other": np.ones((1, len(x)))}
     types, names = types_of(multipliers), layer_names(run)
     rates: dict[str, blocks.Layers] = {}

@@ -85,6 +85,12 @@ def _charts(run: RunData) -> list[str]:
             run_charts.learning_rates(run),
         ),
         (
+            "multipliers",
+            "Factor of each block type on the learning rate",
+            "As it follows from what is measured on the way. A band where layers differ.",
+            run_charts.multipliers(run),
+        ),
+        (
             "gradient",
             "Gradient norm",
             "Of all parameters together, before clipping.",
