@@ -16,6 +16,7 @@ from sharpwise.block_lr.spelling import ABLATIONS as ABLATIONS
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap, Cut
 from sharpwise.engine import BlockOptimizer
+from sharpwise.engine.measuring import without_second_moment
 from sharpwise.engine.options import Options
 from sharpwise.hints import nearest
 from sharpwise.storage import BF16, FP32, Dense
@@ -42,7 +43,7 @@ class Common(TypedDict, total=False):
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before anything changes, "skip" the step.
         compile: None (compile where it pays), True (all matrices), False (eager: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: a list of batches, for a block_lr that measures the model by a probe.
+        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
     """
 
     model: nn.Module | None
@@ -318,7 +319,7 @@ def _build(
         on_nonfinite,
         compile,
         total_steps,
-        None if probe_batches is None else list(probe_batches),
+        _batches_of(who, probe_batches),
     )
     return BlockOptimizer(
         first,
@@ -342,6 +343,20 @@ def _block_lr_of(who: str, spec: Any) -> BlockLR | None:
         raise type(error)(f"{who}: {error}") from None
 
 
+def _batches_of(who: str, given: Any) -> Any:
+    """What `sharpwise.probes.sharpness` takes, to be read more than once."""
+    if given is None or isinstance(given, (Tensor, Mapping)):
+        return given
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{who}: probe_batches must be a list of batches, or one, got {given!r}")
+    batches = given if isinstance(given, (list, tuple)) else list(given)
+    if not batches:
+        raise ValueError(
+            f"{who}: probe_batches is empty; give a list of batches, as sharpwise.probes.sharpness takes them"
+        )
+    return batches
+
+
 def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
     if name not in table:
         raise ValueError(f"{who}: no {what} is called {name!r}; there are {', '.join(sorted(table))}")
@@ -359,11 +374,12 @@ def _check_combination(who: str, rule: str, block_lr: BlockLR | None, storage: s
     lrs, storages = COMBINES.get(rule, ((), ()))
     known = all(part.name in lrs or part.name not in BLOCK_LRS or _probes(part) for part in _parts(block_lr))
     if not known or storage not in storages:
-        free = any(isinstance(part, SharpnessLR) for part in _parts(block_lr))
-        hint = "; the rule keeps no second moment, and sharpness(source=probe) needs none" if free and not known else ""
+        for part in _parts(block_lr):
+            if isinstance(part, SharpnessLR) and not known:
+                raise ValueError(f"{who}: {without_second_moment(part, rule)}")
         raise ValueError(
             f"{who}: {rule} with block_lr={block_lr!r} and storage={storage!r} is not supported; "
-            f"{rule} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}{hint}"
+            f"{rule} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
         )
 
 

@@ -59,11 +59,11 @@ def pairwise(cases: list[Case]) -> list[Case]:
 PAIRWISE = pairwise(ALL)
 EVERY = [
     Case(*combination, *way, model, placement)
-    for (combination, model, placement), way in zip(
-        itertools.product(_supported(), MODELS, PLACEMENTS), itertools.cycle(WAYS), strict=False
+    for (combination, placement), (model, way) in zip(
+        itertools.product(_supported(), PLACEMENTS), itertools.cycle(itertools.product(MODELS, WAYS)), strict=False
     )
 ]
-"""Every combination on every model and placement, the four ways by turns."""
+"""Every combination on every placement, models and the four ways by turns."""
 ROUNDS = [
     Case(rule, "", "fp32", guard, "default", model, placement)
     for rule, (guard, placement) in itertools.product(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from reference import cuts
+from reference.measured_lr import Follows
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -72,7 +73,8 @@ class Twin:
         named: the parameters of the model under test.
         pieces: {name: [cuts.Piece]}; only needed for multipliers and Adam-mini.
         groups: [(names, hyperparameters with lr)]; every parameter in exactly one.
-        block_lr: function () -> reference of the block_lr, one per group (each has its own peak).
+        block_lr: function () -> reference of the block_lr, one per group (each has its own peak); one that follows
+            measurements (`measured_lr.Follows`) looks at `p`, `grads` and `second_moment`, and is the same for all.
         blocks: {name: list of index arrays} for Adam-mini.
     """
 
@@ -93,18 +95,42 @@ class Twin:
         self.seen[name, key] = max(self.seen.get((name, key), 0.0), float(np.linalg.norm(value)))
         return self.seen[name, key]
 
+    @property
+    def measured(self):
+        """What follows measurements: one for all groups, or none."""
+        return list({id(policy): policy for _, _, policy in self.groups if isinstance(policy, Follows)}.values())
+
+    def second_moment(self, name):
+        """v / (1 - b2^t), one number per element as in the flattened parameter; None before the first step."""
+        state = self.state[name]
+        if state["step"] == 0:
+            return None
+        b2 = next(hyper["betas"][1] for names, hyper, _ in self.groups if name in names)
+        v = np.empty(self.p[name].size)
+        if self.blocks is None:
+            v[:] = state["exp_avg_sq"].ravel()
+        else:
+            for index, of_block in zip(self.blocks[name], state["exp_avg_sq"].ravel(), strict=True):
+                v[index] = of_block
+        return v / (1 - b2 ** state["step"])
+
     def rates(self, name, policy, lr):
         """Learning rates of update and decay: numbers, or arrays of the parameter's shape."""
         if policy is None:
             return lr, lr
         update, decay = np.full(self.p[name].size, np.nan), np.full(self.p[name].size, np.nan)
-        for piece in self.pieces[name]:
-            update[piece.index], decay[piece.index] = policy.rates(piece.role, piece.layer, lr)
+        for number, piece in enumerate(self.pieces[name]):
+            measured = isinstance(policy, Follows)
+            own = policy.rates_at(name, number, lr) if measured else policy.rates(piece.role, piece.layer, lr)
+            update[piece.index], decay[piece.index] = own
         assert not np.isnan(update).any()
         return update.reshape(self.p[name].shape), decay.reshape(self.p[name].shape)
 
     def step(self, grads, lrs):
         """One step of every parameter that has a gradient; lrs: one per group."""
+        self.grads = {name: None if g is None else as_array(g) for name, g in grads.items()}
+        for policy in self.measured:
+            policy.measure(self)
         for (names, hyper, policy), lr in zip(self.groups, lrs, strict=True):
             if policy is not None:
                 policy.observe(lr)
@@ -149,7 +175,9 @@ def run(optimizer, named, twin, lrs, *, steps=12, grads=None, tolerance=None):
 
 
 def compare(optimizer, named, twin, when, tolerance):
-    """Parameters, moments and step counts of both are equal to the tolerance."""
+    """Parameters, moments, step counts and multipliers of both are equal to the tolerance."""
+    for policy in twin.measured:
+        compare_multipliers(optimizer, named, policy, when, max(tolerance, getattr(policy.source, "tolerance", 1e-6)))
     for name, p in named:
         if p.dtype is torch.bfloat16:
             assert bf16_ulps(p, twin.p[name]) <= 1, f"{name}, {when}"
@@ -170,6 +198,18 @@ def compare(optimizer, named, twin, when, tolerance):
                 continue
             bad = error(state[key], want[key], twin.scale(name, key, want[key]))
             assert bad <= tolerance, f"{name} {key}, {when}: {bad:.2e}"
+
+
+def compare_multipliers(optimizer, named, policy, when, tolerance):
+    """Those of the last step, in the table, and in the state those where they are going."""
+    table = {}
+    for row in optimizer.lr_multipliers():
+        table.setdefault(row["name"], []).append(row["multiplier"])
+    now, after = policy.multipliers()
+    for name, p in named:
+        assert np.allclose(table[name], now[name], rtol=tolerance, atol=0), (name, when, table[name], now[name])
+        going = optimizer.state[p]["lr_multiplier"].tolist()
+        assert np.allclose(going, after[name], rtol=tolerance, atol=0), (name, when, going, after[name])
 
 
 def names_of(named):

@@ -30,7 +30,7 @@ def warm_up_and_decay(peak, t):
     return peak * parts[t]
 
 
-def setup(model_name, rule_name, *, block_lr, reference, dtype=torch.float32, grouped=False, compiled=None):
+def setup(model_name, rule_name, *, block_lr, reference, dtype=torch.float32, grouped=False, compiled=None, **more):
     rule, constructor, hyper = RULES[rule_name]
     model = models.build(model_name, dtype)
     named = list(model.named_parameters())
@@ -47,7 +47,7 @@ def setup(model_name, rule_name, *, block_lr, reference, dtype=torch.float32, gr
         groups = [(matrices, hyper), (vectors, {**hyper, **second})]
     else:
         first, groups = model, [(driver.names_of(named), hyper)]
-    options = {"model": model} if grouped else {}
+    options = {"model": model, **more} if grouped else more
     optimizer = constructor(first, **hyper, **options, block_lr=block_lr, compile=compiled)
     twin = driver.Twin(rule, named, groups, pieces=pieces, block_lr=reference, blocks=blocks)
     return optimizer, named, twin, [group[1]["lr"] for group in groups]

@@ -9,8 +9,22 @@ from hypothesis import strategies as st
 
 import sharpwise
 from reference import models
-from sharpwise import BlockwiseLR, LayerDecay, MeanMatched, Only, Reversed, Shuffled, make_block_lr, parse_arm
-from sharpwise.block_lr import BlockLR
+from sharpwise import (
+    BlockwiseLR,
+    GradientSNR,
+    HeavyTailLR,
+    LayerDecay,
+    MeanMatched,
+    Only,
+    PerRole,
+    Reversed,
+    SharpnessLR,
+    Shuffled,
+    block_lr,
+    make_block_lr,
+    parse_arm,
+)
+from sharpwise.block_lr import BlockLR, Product
 from sharpwise.block_lr.ablations import TYPES
 from sharpwise.optim import ABLATIONS, BLOCK_LRS, OPTIMIZERS
 
@@ -36,6 +50,44 @@ READ = [
     ("only(blockwise, types=(q, FFN))", Only(BlockwiseLR(), ["FFN", "q"]), "only(blockwise, types=(FFN, q))"),
     ("only(blockwise, types=[q, q])", Only(BlockwiseLR(), {"q"}), "only(blockwise, types=q)"),
     ("reversed(mean_matched(blockwise))", Reversed(MeanMatched(BlockwiseLR())), "reversed(mean_matched(blockwise))"),
+    ("sharpness", SharpnessLR(), "sharpness"),
+    ("sharpness(stop=None, every=50)", SharpnessLR(), "sharpness"),
+    ("sharpness(source=probe, power=1.0)", SharpnessLR(source="probe", power=1), "sharpness(power=1, source=probe)"),
+    ("sharpness(by='module', soft=0)", SharpnessLR(by="module", soft=0), "sharpness(soft=0, by=module)"),
+    ("llr", HeavyTailLR(), "llr"),
+    ("llr(stop=None)", HeavyTailLR(stop=None), "llr(stop=None)"),
+    ("llr(shape_corrected=True)", HeavyTailLR(shape_corrected=True), "llr(shape_corrected=True)"),
+    ("llr(high=2, low=.5, soft=None)", HeavyTailLR(low=0.5, high=2, soft=None), "llr(soft=None, low=0.5, high=2)"),
+    ("gradient_snr", GradientSNR(), "gradient_snr"),
+    ("gradient_snr(decay=base)", GradientSNR(), "gradient_snr"),
+    (
+        "gradient_snr(normalize=max, decay=scaled)",
+        GradientSNR(normalize="max", decay="scaled"),
+        "gradient_snr(decay=scaled, normalize=max)",
+    ),
+    ("per_role", PerRole(), "per_role(ratios={})"),
+    ("per_role(ratios={FFN: 6})", PerRole({"FFN": 6}), "per_role(ratios={FFN: 6})"),
+    (
+        "per_role(ratios={'*.0.mlp.*': 2.0, q: 1e-3}, default=0.5)",
+        PerRole([("*.0.mlp.*", 2), ("q", 0.001)], default=0.5),
+        "per_role(ratios={'*.0.mlp.*': 2, q: 0.001}, default=0.5)",
+    ),
+    (
+        "sharpness*layer_decay(rate=0.9)",
+        SharpnessLR() * LayerDecay(rate=0.9),
+        "sharpness*layer_decay(rate=0.9)",
+    ),
+    (
+        "llr * (blockwise * gradient_snr)",
+        Product((HeavyTailLR(), BlockwiseLR(), GradientSNR())),
+        "llr*blockwise*gradient_snr",
+    ),
+    (
+        "reversed(llr*layer_decay)*only(sharpness, types=q)",
+        Reversed(HeavyTailLR() * LayerDecay()) * Only(SharpnessLR(), "q"),
+        "reversed(llr*layer_decay)*only(sharpness, types=q)",
+    ),
+    ("shuffled(of=llr*blockwise)", Shuffled(HeavyTailLR() * BlockwiseLR()), "shuffled(llr*blockwise)"),
 ]
 
 
@@ -45,7 +97,7 @@ def test_read_and_written(text, meant, canonical):
     assert found == meant and hash(found) == hash(meant)
     assert str(found) == canonical
     assert make_block_lr(canonical) == meant
-    assert eval(repr(found), vars(sharpwise)) == meant if "types" not in text else True
+    assert eval(repr(found), vars(block_lr)) == meant if "types" not in text else True
     assert pickle.loads(pickle.dumps(found)) == copy.deepcopy(found) == meant
 
 
@@ -56,6 +108,10 @@ def test_read_and_written(text, meant, canonical):
         ({"name": "reversed", "of": "blockwise"}, Reversed(BlockwiseLR())),
         ({"name": "reversed", "of": {"name": "blockwise", "emb": 5}}, Reversed(BlockwiseLR(emb=5))),
         ({"name": "only", "of": BlockwiseLR(), "types": ["QK", "Emb"]}, Only(BlockwiseLR(), ("Emb", "QK"))),
+        ({"name": "per_role", "ratios": {"FFN": 2, "*.q.*": 3}}, PerRole({"FFN": 2, "*.q.*": 3})),
+        ({"name": "llr", "stop": 0.5, "shape_corrected": True}, HeavyTailLR(stop=0.5, shape_corrected=True)),
+        ({"name": "product", "factors": ["llr", {"name": "layer_decay"}]}, HeavyTailLR() * LayerDecay()),
+        ({"name": "reversed", "of": "llr*layer_decay"}, Reversed(HeavyTailLR() * LayerDecay())),
         (BlockwiseLR(emb=3), BlockwiseLR(emb=3)),
         (None, None),
     ],
@@ -76,6 +132,25 @@ plain = st.one_of(
         decay=st.sampled_from(["scaled", "base"]),
     ),
     st.builds(LayerDecay, rate=st.floats(0, 1, exclude_min=True)),
+    st.builds(GradientSNR, normalize=st.sampled_from(["none", "max"]), decay=st.sampled_from(["scaled", "base"])),
+    st.builds(
+        SharpnessLR,
+        power=st.floats(0, 1e300),
+        source=st.sampled_from(["second_moment", "probe"]),
+        reference=st.sampled_from(["Norm", "FFN"]),
+        start=st.integers(0, 10**12) | st.floats(0, 1, exclude_min=True, exclude_max=True),
+        soft=st.none() | st.integers(0, 10**9),
+        ema=st.floats(0, 1, exclude_max=True),
+    ),
+    st.builds(
+        HeavyTailLR,
+        low=st.floats(1e-300, 1e300),
+        shape_corrected=st.booleans(),
+        by=st.sampled_from(["matrix", "type"]),
+        every=st.integers(1, 10**9),
+        stop=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
+    ),
+    st.builds(PerRole, st.dictionaries(st.text(), st.floats(1e-300, 1e300), min_size=1, max_size=3)),
 )
 nested = st.recursive(
     plain,
@@ -84,6 +159,7 @@ nested = st.recursive(
         st.builds(Reversed, of),
         st.builds(Shuffled, of, st.integers(0, 2**70)),
         st.builds(Only, of, st.sets(st.sampled_from(TYPES), min_size=1)),
+        st.builds(lambda a, b: a if a.follows_lr and b.follows_lr else a * b, of, of),
     ),
     max_leaves=4,
 )
@@ -97,7 +173,10 @@ def test_any_goes_round(block_lr):
     assert parse_arm(f"adam-mini+{text}") == {"name": "adam-mini", "block_lr": text}
 
 
-ANY = "there are blockwise, layer_decay, and of each of them mean_matched, only, reversed, shuffled"
+ANY = (
+    "there are blockwise, gradient_snr, layer_decay, llr, per_role, sharpness, and of each of them mean_matched, only, "
+    "reversed, shuffled"
+)
 REFUSED = [
     ("", f"'' is no block_lr; {ANY}, as in reversed.blockwise."),
     ("blockwize", rf"no block_lr is called 'blockwize' \(did you mean 'blockwise'\?\); {ANY}"),
@@ -147,6 +226,22 @@ REFUSED = [
     ("only(blockwise, types=(Emb, x, 3))", "got 'x', 3; allowed"),
     ("only(blockwise, types=())", "got none; allowed"),
     ("only(blockwise, types=3)", "types must be names of block types or roles, got 3"),
+    ("sharpness*", "is no block_lr"),
+    ("sharpness*2", "is no block_lr"),
+    ("sharpness*llr(5)", r"llr takes its arguments by name; there are decay, .*; got llr\(5\)"),
+    ("sharpness**2", "is no block_lr"),
+    ("sharpness/llr", "is no block_lr"),
+    ("blockwise*sharpnes", r"no block_lr is called 'sharpnes' \(did you mean 'sharpness'\?\)"),
+    ("blockwise(floor=1)*blockwise(floor=2)", "one factor at most has a floor, got"),
+    ("product(sharpness)", "no block_lr is called 'product'"),
+    ("sharpness(power=-1)", "power must be a number in .*got -1"),
+    ("llr(every=0)", "every must be a whole number of steps >= 1, got 0"),
+    ("per_role(ratios={q: -1})", "the ratio of 'q' must be a finite number > 0, got -1"),
+    ("per_role(ratios={**x})", "is no number, name or text"),
+    ("per_role(ratios=q)", "ratios must be a mapping"),
+    ({"name": "product", "factors": ["llr"]}, "two factors or more, got 1"),
+    ({"name": "product", "factors": "llr"}, "product takes factors, a list of block_lrs, and nothing else"),
+    ({"name": "product", "factors": ["llr", "x"]}, "no block_lr is called 'x'"),
     ({"emb": 3}, "a block_lr as a table needs a name, one of blockwise, .*; got {'emb': 3}"),
     ({"name": 3}, "no block_lr is called 3"),
     ({"name": "reversed(blockwise)"}, "no block_lr is called"),
@@ -191,6 +286,8 @@ def test_other_kinds_are_type_errors(wrong, message):
         (" lion + blockwise(emb=5.0) ", {"name": "lion", "block_lr": "blockwise(emb=5)"}),
         ("adam-mini+reversed(blockwise)", {"name": "adam-mini", "block_lr": "reversed(blockwise)"}),
         ("sgd+blockwise(emb=1e+2)", {"name": "sgd", "block_lr": "blockwise(emb=100)"}),
+        ("adamw+llr*layer_decay", {"name": "adamw", "block_lr": "llr*layer_decay"}),
+        ("sgd-sai+llr(stop=9)", {"name": "sgd-sai", "block_lr": "llr(stop=9)"}),
     ],
 )
 def test_arms(text, meant):
@@ -245,7 +342,7 @@ class Mine(BlockLR):
 
     name = "mine"
 
-    def multipliers(self, segments):
+    def multipliers(self, segments, measured=block_lr.base.NOTHING):
         return [2.0 + bool(s.bias) for s in segments]
 
 

@@ -174,6 +174,13 @@ class Only(Ablation):
             raise ValueError(f"{self.name}: types takes block types and roles, {got}; allowed: {', '.join(TYPES)}")
         object.__setattr__(self, "types", tuple(kind for kind in TYPES if kind in given))
 
+    def check(self, segments: Sequence[Segment]) -> None:
+        super().check(segments)
+        there = {str(kind) for segment in segments for kind in (segment.block_type, segment.role)}
+        if segments and not there & {*self.types}:
+            found = ", ".join(kind for kind in TYPES if kind in there)
+            raise ValueError(f"{self.name}: this model has no {' or '.join(self.types)}; it has {found}")
+
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         own = self.of.multipliers(segments, measured)
         return [m if {s.block_type, s.role} & {*self.types} else 1.0 for m, s in zip(own, segments, strict=True)]

@@ -57,6 +57,11 @@ class BlockLR:
         raise NotImplementedError
 
     @property
+    def parts(self) -> tuple[BlockLR, ...]:
+        """What it is the product of, each on a path of its own where it follows a measurement."""
+        return (self,)
+
+    @property
     def sources(self) -> tuple[MeasuredLR, ...]:
         """What has to be measured for the multipliers, each once; () where they stand from the start."""
         return ()

@@ -21,7 +21,7 @@ from typing import ClassVar
 from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number
 from sharpwise.blocks import BlockType, Role, Segment
 
-_BY_TYPE = {
+BY_TYPE = {
     BlockType.EMB: "emb",
     BlockType.QK: "qk",
     BlockType.FFN: "ffn",
@@ -31,7 +31,7 @@ _BY_TYPE = {
     BlockType.OTHER: "other",
 }
 
-KINDS = (*_BY_TYPE.values(), "pos_emb")
+KINDS = (*BY_TYPE.values(), "pos_emb")
 """The arguments that are multipliers."""
 
 
@@ -88,4 +88,4 @@ class BlockwiseLR(BlockLR):
 
 def kind_of(segment: Segment) -> str:
     """Which of the arguments of BlockwiseLR a segment goes by: its block type, or "pos_emb"."""
-    return "pos_emb" if segment.role == Role.POS_EMB else _BY_TYPE[segment.block_type]
+    return "pos_emb" if segment.role == Role.POS_EMB else BY_TYPE[segment.block_type]

@@ -125,7 +125,7 @@ class HeavyTailLR(PhasedLR):
         if math.isnan(alpha):
             return None
         share = (min(max(alpha, least), most) - least) / (most - least) if most > least else 0.0
-        return self.low + (self.high - self.low) * share
+        return self.high if share == 1.0 else self.low + (self.high - self.low) * share  # exact at both ends
 
 
 def _means_by_type(values: Sequence[float], segments: Sequence[Segment]) -> list[float]:

@@ -5,7 +5,9 @@ follows. From the multipliers as they are, it goes there linearly over `soft` st
 
     m(t) = m_before + (m_after - m_before) min((t - begin + 1) / soft, 1)
 
-All of it is saved, so that a resumed run has the same multipliers at every step.
+m_before is where the path before led at the step of the measurement. Each factor of a product has its own path; within
+an ablation of a product it is that of what was measured last, and the longest of what was measured together. All of it
+is saved, so that a resumed run has the same multipliers at every step.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class PhasedLR(MeasuredLR):
     every: int = 100
     soft: int | None = None
 
-    unit: ClassVar[str] = "a whole number of steps >= 0 or a fraction in (0, 1)"
+    unit: ClassVar[str] = "a whole number of steps >= 0 or a fraction of the training in (0, 1)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,4 +121,6 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _is_phase(value: Any) -> bool:
+    if isinstance(value, float) and value == 1.0:
+        return False  # one step, or all of the training?
     return is_number(value) and (_is_fraction(value) or (0 <= value < math.inf and value == int(value)))

@@ -57,6 +57,10 @@ class Product(BlockLR):
         return multiplier
 
     @property
+    def parts(self) -> tuple[BlockLR, ...]:
+        return self.factors
+
+    @property
     def follows_lr(self) -> bool:
         return any(factor.follows_lr for factor in self.factors)
 

@@ -8,7 +8,8 @@ power 0.6 the sharpnesses that the paper measured in a LLaMA give close to its 1
 - `source="second_moment"`: S_b is proportional to the mean of v / (1 - b2^t), which AdamW and Adam-mini keep: free.
 - `source="probe"`: `sharpwise.probes.sharpness` with labels drawn from the model, on batches that are given.
 
-Over the measurements log S_b is averaged with weights `ema`: log S <- ema log S + (1 - ema) log S_now.
+Over the measurements log S of every segment is averaged with weights `ema`: log S <- ema log S + (1 - ema) log S_now;
+S_b of a type is the mean over the elements of what its segments then have.
 
 | symbol | name |
 |---|---|
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from sharpwise.block_lr.base import NOTHING, Measured, is_number
-from sharpwise.block_lr.blockwise import KINDS, BlockwiseLR, kind_of
+from sharpwise.block_lr.blockwise import BY_TYPE, KINDS, BlockwiseLR, kind_of
 from sharpwise.block_lr.measured import PhasedLR, Source
 from sharpwise.blocks import BlockMap, BlockType, Segment
 
@@ -89,8 +90,8 @@ class SharpnessLR(PhasedLR):
             for kind, value, segment in zip(kinds, values, segments, strict=True)
             if not math.isnan(value) and not segment.frozen
         ]
-        reference = _mean([(v, s) for _, v, s in known if s.block_type == self.reference])
         means = {kind: _mean([(v, s) for k, v, s in known if k == kind]) for kind in kinds}
+        reference = means.get(BY_TYPE[BlockType(self.reference)], math.nan)
         own = values if self.by == "module" else [means[kind] for kind in kinds]
         return [self.ratio(reference, value) for value in own]
 
@@ -141,7 +142,7 @@ class SharpnessLR(PhasedLR):
         ratios = own.multipliers(segments, {own: found})
         by_kind = {kind_of(segment): ratio for segment, ratio in zip(segments, ratios, strict=True)}
         rounded: dict[str, Any] = {kind: float(f"{by_kind.get(kind, 1.0):.3g}") for kind in KINDS}
-        return BlockwiseLR(**rounded)
+        return BlockwiseLR(**rounded, decay=own.decay)
 
 
 def _mean(values: Sequence[tuple[float, Segment]]) -> float:
@@ -150,4 +151,4 @@ def _mean(values: Sequence[tuple[float, Segment]]) -> float:
     total = sum(segment.numel for _, segment in values)
     if math.isnan(scale) or not total:
         return math.nan
-    return scale * math.fsum(value / scale * segment.numel for value, segment in values) / total
+    return scale * (math.fsum(value / scale * segment.numel for value, segment in values) / total)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from sharpwise.compare.arms import OWN, ablations, block_lr_of, definitions, instead
 from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
 from sharpwise.compare.conduct import Conducted, expected, place_of
@@ -260,7 +262,9 @@ def _multipliers(conducted: Conducted, arm: Arm) -> list[float]:
     """Multiplier of the learning rate of every segment."""
     trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
     own = make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer
-    found = build_optimizer(own, conducted.first.model, None, conducted.budget.steps, [])
+    found = build_optimizer(
+        own, conducted.first.model, None, conducted.budget.steps, [torch.zeros(1, 2, dtype=torch.int64)]
+    )
     return [float(row["multiplier"]) for row in found.lr_multipliers()]
 
 

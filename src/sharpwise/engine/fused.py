@@ -137,7 +137,7 @@ def exactly(entry: Entry, state: Any) -> bool:
     tensors = [entry.param, *(t for n, t in state.items() if n in entry.rule.state)]
     return (
         type(entry.rule) is AdamW
-        and min(entry.multipliers) > 0
+        and entry.positive
         and (entry.uniform or _in_ranges(entry))
         and local(entry.param).device.type in ("cpu", "cuda")
         and all(local(t).dtype == torch.float32 and local(t).is_contiguous() for t in tensors)

@@ -4,6 +4,7 @@ Everything is brought together over the processes that hold parts, so that all o
 rounded to 24 bits: the order in which processes sum does not show in them.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,10 +32,7 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
     """Raise ValueError unless what the block_lr measures can be measured, and it is known when."""
     for source in () if options.block_lr is None else options.block_lr.sources:
         if source.measures == "second_moment" and SECOND_MOMENT not in rule.state:
-            raise ValueError(
-                f"{who}: block_lr {source.name!r} goes by the second moment, which {rule.name!r} does not keep; AdamW "
-                f"and AdamMini do, and source='probe' needs none"
-            )
+            raise ValueError(f"{who}: {without_second_moment(source, rule.name)}")
         if source.measures == "probe" and (options.probe_batches is None or not has_model):
             lacks = "the model" if options.probe_batches is not None else "batches to measure on"
             raise ValueError(
@@ -46,6 +44,14 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
                 source.phase(options.total_steps)
             except ValueError as error:
                 raise ValueError(f"{who}: {error}") from None
+
+
+def without_second_moment(source: MeasuredLR, rule: str) -> str:
+    """What to say of a rule that keeps none."""
+    return (
+        f"block_lr {source.name!r} goes by the second moment, which {rule!r} does not keep; AdamW and AdamMini do, and "
+        f"source='probe' needs none"
+    )
 
 
 def measure(
@@ -65,8 +71,10 @@ def measure(
 
 
 def _rounded(value: float) -> float:
+    if not math.isfinite(value):
+        return math.nan
     mantissa, exponent = math.frexp(value)
-    return math.ldexp(round(mantissa * 2**24) / 2**24, exponent) if math.isfinite(value) else math.nan
+    return math.ldexp(round(mantissa * 2**24) / 2**24, exponent) if exponent < 1000 else value
 
 
 # --- second moments --------------------------------------------------------------------------------------------------
@@ -135,18 +143,26 @@ def _gradient(entry: Entry) -> Tensor:
 
 
 def _largest(entry: Entry) -> Tensor:
-    """The largest |g|, fp64 [1]; NaN becomes infinite, which a maximum keeps."""
+    """The largest |g| of each segment, fp64 [segments]; NaN becomes infinite, which a maximum keeps."""
     g = _gradient(entry)
-    found = g.abs().max() if g.numel() else g.new_zeros(())
-    return found.double().nan_to_num(nan=math.inf).view(1)
+    found = g.new_zeros(len(entry.segments), dtype=torch.float64)
+    if not g.numel():
+        return found
+    rows = g.abs().amax(entry.dim).double().nan_to_num(nan=math.inf).reshape(-1)
+    if entry.segment_of_row is None:
+        return found + rows.max()
+    return found.scatter_reduce_(0, entry.segment_of_row, rows, "amax")
 
 
-def _sums(entry: Entry, scale: Tensor) -> Tensor:
-    """Sums of g and of g*g by segment, in units of `scale`: fp64 [2, segments], of what this process holds."""
+def _sums(entry: Entry, scales: Tensor) -> Tensor:
+    """Sums of g and of g*g by segment, in units of `scales`: fp64 [2, segments], of what this process holds."""
     g = _gradient(entry)
-    unit = torch.where(scale > 0, scale, 1.0).to(g.device)
-    parts = g.split(max(1, CHUNK * max(g.shape[0], 1) // max(g.numel(), 1)))
-    rows = [torch.stack([x.sum(entry.dim), (x * x).sum(entry.dim)]) for x in (part.double() / unit for part in parts)]
+    unit = torch.where(scales > 0, scales, 1.0).to(g.device)
+    by_row = unit.view(1) if entry.segment_of_row is None else unit[entry.segment_of_row].view(entry.row_shape)
+    size = max(1, CHUNK * max(g.shape[0], 1) // max(g.numel(), 1))
+    units = by_row.split(size) if by_row.shape[0] == g.shape[0] > 1 else itertools.repeat(by_row)
+    scaled = (part.double() / own for part, own in zip(g.split(size), units, strict=False))
+    rows = [torch.stack([x.sum(entry.dim), (x * x).sum(entry.dim)]) for x in scaled]
     total = torch.stack(rows).sum(0) if entry.dim == 0 else torch.cat(rows, 1)
     return torch.stack([_by_segment(entry, own) for own in total])
 

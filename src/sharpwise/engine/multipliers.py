@@ -2,12 +2,12 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sharpwise.block_lr import HeavyTailLR, MeasuredLR
+from sharpwise.block_lr import BlockLR, HeavyTailLR, MeasuredLR
 from sharpwise.blocks import Segment
 from sharpwise.engine.measuring import measure
 from sharpwise.engine.mesh import Team, local
@@ -18,29 +18,51 @@ logger = logging.getLogger(__name__)
 
 Probe = Callable[[int], dict[str, list[float]]]
 """Steps taken -> what a probe of the model found, by name of the parameter, per segment."""
+Factors = list[tuple[float, ...]]
+"""Multipliers of one parameter: per factor of the block_lr, per segment."""
+
+
+def factor_maps(
+    block_lr: BlockLR, known: Sequence[Segment], measured: Mapping[MeasuredLR, Sequence[float]] | None = None
+) -> list[Mapping[str, tuple[float, ...]]]:
+    """The multipliers of every factor, per parameter name."""
+    return [multiplier_map(known, factor.multipliers(known, measured or {})) for factor in block_lr.parts]
+
+
+def product(factors: Sequence[Sequence[float]], segments: int) -> tuple[float, ...]:
+    """One multiplier per segment."""
+    return tuple(math.prod(own) for own in zip(*factors, strict=True)) if factors else (1.0,) * segments
 
 
 class Multipliers:
     """Multipliers of entries whose state is allocated.
 
-    Where they follow measurements, state holds per parameter `lr_multiplier`, where they are going, `lr_before`, where
-    from [segments], and `lr_measured` [segments, sources], 0 where there is nothing. Groups hold `lr_step`, the steps
-    taken, and `lr_switch`, since when they are going there and in how many steps.
+    Where they follow measurements, state holds per parameter where each factor of the block_lr is going and where from,
+    `lr_after` and `lr_before` [segments, factors]; the product of where they go, `lr_multiplier` [segments]; and
+    `lr_measured` [segments, sources], 0 where there is nothing. Groups hold `lr_step`, the steps taken (on a device:
+    asked for, skipped or not), and `lr_switch`, for every factor since when it is going there and in how many steps.
 
     Args:
         known: all segments of the model, also of what is not here.
+        said: what was said once and is not said again.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], known: Sequence[Segment], state: Any, options: Options, probe: Probe
+        self,
+        entries: Sequence[Entry],
+        known: Sequence[Segment],
+        state: Any,
+        options: Options,
+        probe: Probe,
+        said: set[str],
     ) -> None:
-        self.entries, self.known, self.state, self.options, self.probe = list(entries), known, state, options, probe
+        self.entries, self.known, self.state, self.options = list(entries), known, state, options
+        self.probe, self.said = probe, said
         self.block_lr = options.block_lr
         self.sources: tuple[MeasuredLR, ...] = () if self.block_lr is None else self.block_lr.sources
         self.groups = list({id(e.group): e.group for e in entries}.values())
-        self._listed = False
-        self._before: dict[str, tuple[float, ...]] = {}
-        self._after: dict[str, tuple[float, ...]] = {}
+        self._before: dict[str, Factors] = {}
+        self._after: dict[str, Factors] = {}
         self._measured: dict[MeasuredLR, dict[str, list[float]]] = {source: {} for source in self.sources}
         if self.sources:
             self._read()
@@ -74,45 +96,57 @@ class Multipliers:
             return False
         taken = self.taken
         changed = self._go(taken)  # as in a run that is resumed here
-        due = [s for s in self.sources if self._is_due(s, taken, active)]
-        if any(source.waits for source in due) and not bool(ok):
-            due = [source for source in due if not source.waits]
+        waiting = {source: self._waiting(source, active) for source in self.sources if source.waits}
+        if any(waiting.values()) and not bool(ok):
+            waiting = {}
+        due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
         for source in due:
-            self._measure(source, taken, team())
+            self._measure(source, waiting.get(source, self.entries), taken, team())
+        if due:
+            self._set_out(due, taken)
         for group in self.groups:
             group["lr_step"] = taken + 1
         return self._go(taken) or changed
 
-    def _is_due(self, source: MeasuredLR, taken: int, active: Sequence[Entry]) -> bool:
-        if not source.waits:
-            return source.due(taken, self.options.total_steps)
+    def _waiting(self, source: MeasuredLR, active: Sequence[Entry]) -> list[Entry]:
+        """Entries with gradients, some elements of which have no value yet."""
         known = self._measured[source]
-        return any(math.isnan(value) for entry in active for value in known[entry.name])
+        return [
+            entry
+            for entry in active
+            if any(math.isnan(v) and s.numel for v, s in zip(known[entry.name], entry.segments, strict=True))
+        ]
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _measure(self, source: MeasuredLR, taken: int, team: Team) -> None:
-        """Measure, and set out for the multipliers that follow."""
-
+    def _measure(self, source: MeasuredLR, entries: Sequence[Entry], taken: int, team: Team) -> None:
         def probe() -> list[list[float]]:
             found = self.probe(taken)
-            return [found.get(e.name, [math.nan] * len(e.segments)) for e in self.entries]
+            return [found.get(e.name, [math.nan] * len(e.segments)) for e in entries]
 
-        block_lr = self.block_lr
-        assert block_lr is not None
-        found = measure(source, self.entries, self.state, team, probe)
         own = self._measured[source]
-        for entry, values in zip(self.entries, found, strict=True):
+        for entry, values in zip(entries, measure(source, entries, self.state, team, probe), strict=True):
             pairs = zip(own[entry.name], values, strict=True)
             own[entry.name] = [source.updated(before, now) for before, now in pairs]
-        self._list_missing(source)
-        targets = multiplier_map(self.known, block_lr.multipliers(self.known, self._by_segment()))
-        before = {entry.name: entry.multipliers for entry in self.entries}
-        changed = any(targets[e.name] != self._after[e.name] for e in self.entries)
-        if changed:
-            self._before, self._after = before, {e.name: targets[e.name] for e in self.entries}
-            for group in self.groups:
-                group["lr_switch"] = (taken, source.smooth)
+        if isinstance(source, HeavyTailLR):
+            self._list_missing(source)
+
+    def _set_out(self, due: Sequence[MeasuredLR], taken: int) -> None:
+        """From where the factors are now, go to what follows from what was measured."""
+        assert self.block_lr is not None
+        shares = self._shares(taken)
+        found = factor_maps(self.block_lr, self.known, self._by_segment())
+        switch = list(self._switch)
+        for f, (factor, by_name) in enumerate(zip(self.block_lr.parts, found, strict=True)):
+            measured = [source for source in factor.sources if source in due]
+            if not measured or all(by_name[e.name] == self._after[e.name][f] for e in self.entries):
+                continue
+            for entry in self.entries:
+                before, after = self._before[entry.name], self._after[entry.name]
+                before[f], after[f] = _between(before[f], after[f], shares[f]), by_name[entry.name]
+            switch[2 * f : 2 * f + 2] = taken, max(source.smooth for source in measured)
+        for group in self.groups:
+            group["lr_switch"] = tuple(switch)
         self._write()
 
     def _by_segment(self) -> dict[MeasuredLR, list[float]]:
@@ -123,47 +157,65 @@ class Multipliers:
             result[source] = [next(rest[s.name]) if s.name in rest else math.nan for s in self.known]
         return result
 
-    def _list_missing(self, source: MeasuredLR) -> None:
+    def _list_missing(self, source: HeavyTailLR) -> None:
         """Say once which matrices have no spectrum to go by."""
-        if self._listed or source.measures != "matrix":
-            return
-        self._listed = True
         own = self._measured[source]
-        none = [e.name for e in self.entries for s, v in zip(e.segments, own[e.name], strict=True)
-                if math.isnan(v) and isinstance(source, HeavyTailLR) and source.reads(s)]  # fmt: skip
-        if none:
+        none = [
+            entry.name
+            for entry in self.entries
+            for segment, value in zip(entry.segments, own[entry.name], strict=True)
+            if math.isnan(value) and source.reads(segment)
+        ]
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if none and first and str(source) not in self.said:
             names = ", ".join(dict.fromkeys(none))
             logger.warning("block_lr %s: multiplier 1 for what has too few eigenvalues, or no tail: %s", source, names)
+        self.said.add(str(source))
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         for entry in self.entries:
             own = self.state[entry.param]
-            self._before[entry.name] = tuple(own["lr_before"].tolist())
-            self._after[entry.name] = tuple(own["lr_multiplier"].tolist())
+            self._before[entry.name] = [tuple(column) for column in own["lr_before"].T.tolist()]
+            self._after[entry.name] = [tuple(column) for column in own["lr_after"].T.tolist()]
             for i, source in enumerate(self.sources):
                 self._measured[source][entry.name] = [v or math.nan for v in own["lr_measured"][:, i].tolist()]
 
     def _write(self) -> None:
         for entry in self.entries:
-            own = self.state[entry.param]
-            for key, value in (
-                ("lr_before", self._before[entry.name]),
-                ("lr_multiplier", self._after[entry.name]),
-                ("lr_measured", list(zip(*(self._measured[s][entry.name] for s in self.sources), strict=True))),
-            ):
+            own, name = self.state[entry.param], entry.name
+            rows: dict[str, Any] = {
+                "lr_before": zip(*self._before[name], strict=True),
+                "lr_after": zip(*self._after[name], strict=True),
+                "lr_measured": zip(*(self._measured[source][name] for source in self.sources), strict=True),
+                "lr_multiplier": product(self._after[name], len(entry.segments)),
+            }
+            for key, values in rows.items():
                 kept = local(own[key])
-                kept.copy_(torch.tensor(value, dtype=kept.dtype).nan_to_num(nan=0.0).view(kept.shape))
+                kept.copy_(torch.tensor(list(values), dtype=kept.dtype).nan_to_num(nan=0.0))
+
+    @property
+    def _switch(self) -> tuple[int, ...]:
+        assert self.block_lr is not None
+        nothing = (0, 0) * len(self.block_lr.parts)
+        return max((tuple(group["lr_switch"]) for group in self.groups), default=nothing)
+
+    def _shares(self, taken: int) -> list[float]:
+        """How far each factor has come on its way."""
+        ways = zip(self._switch[::2], self._switch[1::2], strict=True)
+        return [1.0 if length <= 1 else min((taken - begin + 1) / length, 1.0) for begin, length in ways]
 
     def _go(self, taken: int) -> bool:
         """Set the multipliers of all entries for the step after so many; whether they differ from what they were."""
-        begin, length = max((tuple(group["lr_switch"]) for group in self.groups), default=(0, 0))
-        share = 1.0 if length <= 1 else min((taken - begin + 1) / length, 1.0)
-        changed = False
+        shares, changed = self._shares(taken), False
         for entry in self.entries:
-            before, after = self._before[entry.name], self._after[entry.name]
-            now = after if share >= 1.0 else tuple(a + (b - a) * share for a, b in zip(before, after, strict=True))
+            ways = zip(self._before[entry.name], self._after[entry.name], shares, strict=True)
+            now = product([_between(*way) for way in ways], len(entry.segments))
             changed = changed or now != entry.multipliers
             entry.multipliers = now
         return changed
+
+
+def _between(before: Sequence[float], after: Sequence[float], share: float) -> tuple[float, ...]:
+    return tuple(after) if share >= 1.0 else tuple(a + (b - a) * share for a, b in zip(before, after, strict=True))

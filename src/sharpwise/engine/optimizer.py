@@ -19,9 +19,9 @@ from sharpwise.engine.binding import bind, check_followed, check_gradient, check
 from sharpwise.engine.kernels import Compiler
 from sharpwise.engine.measuring import check_sources, sharpness_by_name
 from sharpwise.engine.mesh import local
-from sharpwise.engine.multipliers import Multipliers
+from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
-from sharpwise.engine.plan import Entry, Layouts, build_entry, multiplier_map
+from sharpwise.engine.plan import Entry, Layouts, build_entry
 from sharpwise.engine.stepper import Stepper
 from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
@@ -66,7 +66,8 @@ class BlockOptimizer(Optimizer):
         if options.block_lr is not None and options.block_lr.follows_lr:
             defaults["peak_lr"] = 0.0
         if options.varies:
-            defaults |= {"lr_step": 0, "lr_switch": (0, 0)}
+            assert options.block_lr is not None
+            defaults |= {"lr_step": 0, "lr_switch": (0, 0) * len(options.block_lr.parts)}
             check_sources(options, rule, self._model() is not None, who)
         super().__init__(groups, defaults)
 
@@ -74,6 +75,7 @@ class BlockOptimizer(Optimizer):
         self._stepper: Stepper | None = None
         self._compiler = Compiler()
         self._agreed = False
+        self._said: set[str] = set()
 
     # -- groups ----------------------------------------------------------------------------------------------------
 
@@ -177,10 +179,11 @@ class BlockOptimizer(Optimizer):
         layouts: Layouts = {}
         entries = [build_entry(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
         block_lr = self.options.block_lr
-        if block_lr is not None:
-            by_name = multiplier_map(self._known.segments, block_lr.multipliers(self._known.segments))
+        factors = [] if block_lr is None else factor_maps(block_lr, self._known.segments)
+        positive = all(m > 0 for by_name in factors for own in by_name.values() for m in own)
         for entry in entries:
-            entry.multipliers = by_name[entry.name] if block_lr is not None else (1.0,) * len(entry.segments)
+            parts = [by_name[entry.name] for by_name in factors]
+            entry.multipliers = product(parts, len(entry.segments))
             entry.decays = tuple(not {str(s.role), "bias" if s.bias else ""} & self.no_decay for s in entry.segments)
             if len(set(entry.decays)) > 1 and not self.options.decoupled:
                 raise ValueError(
@@ -188,13 +191,15 @@ class BlockOptimizer(Optimizer):
                     f"whole parameters only"
                 )
             own = self.state.get(entry.param)
-            entry.varies = self.options.varies
             if own is None or "step" not in own:
-                self.state[entry.param] = states.allocate(entry, self.storage, block_lr)
+                self.state[entry.param] = states.allocate(entry, self.storage, block_lr, parts)
             elif block_lr is not None and "lr_multiplier" in own:
                 entry.multipliers = tuple(own["lr_multiplier"].tolist())
+            entry.varies = self.options.varies
+            # Where they vary, an ablation may hand the 0 of a factor to any block.
+            entry.positive = positive if entry.varies else min(entry.multipliers) > 0
         self._note_skipped()
-        multipliers = Multipliers(entries, self._known.segments, self.state, self.options, self._probe)
+        multipliers = Multipliers(entries, self._known.segments, self.state, self.options, self._probe, self._said)
         self._stepper = Stepper(entries, self.state, self.options, self._compiler, multipliers)
         self._held = [_marks(e.param, self.state[e.param]) for e in entries]
         return self._stepper

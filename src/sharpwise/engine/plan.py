@@ -29,7 +29,7 @@ class Entry:
         gathers: per segment, the first block and the local rows of each block [blocks, rows], -1 where not local.
         counts: elements of every block of the whole parameter, fp64 [n_blocks].
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
-        varies: whether multipliers change while training, each on its own.
+        varies: whether multipliers change while training, each on its own; positive: whether none is ever 0.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Entry:
     counts: Tensor | None = None
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
+    positive: bool = True
     decays: tuple[bool, ...] = (True,)
 
     @property

@@ -13,14 +13,19 @@ from sharpwise.engine.mesh import is_dtensor, like, local
 from sharpwise.engine.plan import Entry
 from sharpwise.storage import Dense
 
-OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_measured"}
+OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_after", "lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 """Keys of torch's groups that are no hyperparameters here."""
 
 
-def allocate(entry: Entry, storage: Dense, block_lr: BlockLR | None) -> dict[str, Tensor]:
-    """Fresh state of one parameter: `step`, the rule's tensors, and what a block_lr needs (`engine.multipliers`)."""
+def allocate(
+    entry: Entry, storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
+) -> dict[str, Tensor]:
+    """Fresh state of one parameter: `step`, the rule's tensors, and what a block_lr needs (`engine.multipliers`).
+
+    `factors` are its multipliers, by factor and segment.
+    """
     param = entry.param
     inner = local(param)
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
@@ -40,7 +45,8 @@ def allocate(entry: Entry, storage: Dense, block_lr: BlockLR | None) -> dict[str
     if block_lr is not None:
         state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float64, device=device)
         if block_lr.sources:
-            state["lr_before"] = state["lr_multiplier"].clone()
+            state["lr_after"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
+            state["lr_before"] = state["lr_after"].clone()
             shape = len(entry.segments), len(block_lr.sources)
             state["lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
     return state

@@ -1,0 +1,222 @@
+"""Bad input of block_lrs that measure, of PerRole, of products: what was got, what is allowed, what to do."""
+
+import logging
+import math
+
+import pytest
+import torch
+from reference import driver, models
+from reference.refusals import refuse
+from reference.rig import named, steps
+
+import sharpwise
+from sharpwise.block_lr import Product
+from sharpwise.probes import sharpness
+from sharpwise.testing import run, tiny_model
+
+PROBE = "sharpness(source=probe, start=0, every=2)"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: sharpwise.SharpnessLR(power=-1), r"sharpness: power must be a number in \[0, inf\), got -1"),
+        (lambda: sharpwise.SharpnessLR(power=math.nan), r"power must be .*got nan"),
+        (lambda: sharpwise.SharpnessLR(max_ratio=0), r"max_ratio must be a number in \[1, inf\), got 0"),
+        (lambda: sharpwise.SharpnessLR(max_ratio=-3), r"max_ratio must be .*got -3"),
+        (lambda: sharpwise.SharpnessLR(ema=1.0), r"ema must be a number in \[0, 1\), got 1.0"),
+        (lambda: sharpwise.SharpnessLR(source="hessian"), "source must be one of second_moment, probe, got 'hessian'"),
+        (lambda: sharpwise.SharpnessLR(by="layer"), "by must be one of type, module, got 'layer'"),
+        (lambda: sharpwise.SharpnessLR(reference="norm"), "reference must be one of Emb, QK, .*got 'norm'"),
+        (lambda: sharpwise.SharpnessLR(every=0), "every must be a whole number of steps >= 1, got 0"),
+        (lambda: sharpwise.HeavyTailLR(every=-2), "every must be a whole number of steps >= 1, got -2"),
+        (lambda: sharpwise.HeavyTailLR(every=2.5), "every must be .*got 2.5"),
+        (lambda: sharpwise.HeavyTailLR(soft=-1), "soft must be a whole number of steps >= 0, got -1"),
+        (lambda: sharpwise.HeavyTailLR(start=-1), r"start must be .*or a fraction of the training in \(0, 1\), got -1"),
+        (lambda: sharpwise.HeavyTailLR(stop=1.5), "stop must be .*got 1.5"),
+        (lambda: sharpwise.HeavyTailLR(stop=math.nan), "stop must be .*got nan"),
+        (lambda: sharpwise.HeavyTailLR(start=None), "start must be .*got None"),
+        (lambda: sharpwise.HeavyTailLR(low=0), "llr: low must be a finite number > 0, got 0"),
+        (lambda: sharpwise.HeavyTailLR(high=-5), "high must be a finite number > 0, got -5"),
+        (lambda: sharpwise.HeavyTailLR(high=math.inf), "high must be .*got inf"),
+        (lambda: sharpwise.HeavyTailLR(least=1), "least must be a whole number >= 2, got 1"),
+        (lambda: sharpwise.HeavyTailLR(convention="ww"), "convention must be one of hill, published, got 'ww'"),
+        (lambda: sharpwise.HeavyTailLR(normalize="mean"), "normalize must be one of none, geometric, got 'mean'"),
+        (lambda: sharpwise.HeavyTailLR(by="layer"), "by must be one of matrix, type, got 'layer'"),
+        (lambda: sharpwise.GradientSNR(normalize="mean"), "normalize must be 'none' or 'max', got 'mean'"),
+        (lambda: sharpwise.GradientSNR(decay="half"), "decay must be 'scaled' or 'base', got 'half'"),
+        (lambda: sharpwise.PerRole({"q": -1}), "per_role: the ratio of 'q' must be a finite number > 0, got -1"),
+        (lambda: sharpwise.PerRole({"q": 0}), "the ratio of 'q' must be .*got 0"),
+        (lambda: sharpwise.PerRole({"q": "2"}), "the ratio of 'q' must be .*got '2'"),
+        (lambda: sharpwise.PerRole({"q": 2}, default=0), "the ratio of 'default' must be .*got 0"),
+        (lambda: sharpwise.PerRole(3), r"ratios must be a mapping such as .*got 3"),
+        (lambda: Product((sharpwise.LayerDecay(),)), "product: it takes two factors or more, got 1"),
+        (
+            lambda: sharpwise.BlockwiseLR(floor=1e-5) * sharpwise.BlockwiseLR(floor=1e-4),
+            r"one factor at most has a floor, got blockwise\(floor=1e-5\), blockwise\(floor=0.0001\)",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_factor_that_is_none():
+    with pytest.raises(TypeError, match=r"product: expected BlockLRs, such as BlockwiseLR\(\), got 'blockwise'"):
+        Product((sharpwise.LayerDecay(), "blockwise"))
+    with pytest.raises(TypeError):
+        sharpwise.LayerDecay() * 2
+
+
+@pytest.mark.parametrize(
+    ("block_lr", "says"),
+    [
+        ("sharpness(start=0, reference=Head)", r"AdamW: sharpness: .*Head, which no trained.*one of Emb, Norm, QK"),
+        ("reversed(sharpness(start=0, reference=Head)*layer_decay)", "reference must be one of"),
+        ("per_role(ratios={gate: 2})", "AdamW: per_role: 'gate' is no block of this model; it has the types Emb.*glob"),
+        ("per_role(ratios={'*.mlpp.*': 2})", r"'\*.mlpp.\*' is no block .*parameters such as transformer.wte.weight"),
+        ("layer_decay*per_role(ratios={Head: 2})", "'Head' is no block of this model"),
+        ("only(blockwise, types=Head)", "Head"),
+    ],
+)  # fmt: skip
+def test_a_block_type_that_the_model_has_not(block_lr, says):
+    model = models.build("gpt2")
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=block_lr), model)
+
+
+def test_a_reference_that_is_not_trained():
+    model = models.build("gpt2")
+    for name, p in model.named_parameters():
+        p.requires_grad_("ln_" not in name)
+    says = r"relative to the sharpness of Norm, which no trained parameter .*must be one of Emb, QK, VO, FFN"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr="sharpness(start=0)"), model)
+
+
+@pytest.mark.parametrize(
+    ("block_lr", "key"),
+    [
+        ("sharpness", "start=0.02"),
+        ("llr", "stop=0.2"),
+        ("mean_matched(gradient_snr*llr(start=0.1, stop=80))", "start=0.1"),
+    ],
+)
+def test_fractions_without_the_length(block_lr, key):
+    model = models.build("gpt2")
+    says = rf"AdamW: .*{key} is a fraction of the training.*total_steps= to the optimizer, or .* as a whole number of"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=block_lr), model)
+    sharpwise.AdamW(model, block_lr=block_lr, total_steps=100)
+
+
+@pytest.mark.parametrize("total", [0, -5, 2.5, "100", True])
+def test_bad_total_steps(total):
+    model = models.build("gpt2")
+    says = "AdamW: total_steps must be a whole number >= 1, got"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr="llr", total_steps=total), model)
+
+
+def test_a_phase_that_stops_before_it_starts():
+    model = models.build("gpt2")
+    refuse(
+        ValueError,
+        "llr: it would stop at step 20, before it starts, at 30",
+        lambda: sharpwise.AdamW(model, block_lr="llr(start=30)", total_steps=100),
+        model,
+    )
+
+
+@pytest.mark.parametrize("rule", ["lion", "sgd", "sgd-sai"])
+@pytest.mark.parametrize("wrap", ["{}", "reversed({})", "layer_decay*{}"])
+def test_second_moment_under_a_rule_that_keeps_none(rule, wrap):
+    model = models.build("gpt2")
+    says = "which .* does not keep; AdamW and AdamMini do, and source=.probe. needs none"
+    spelling = wrap.format("sharpness(start=0)")
+    refuse(ValueError, says, lambda: sharpwise.create_optimizer(model, rule, block_lr=spelling), model)
+
+
+def test_the_rules_that_keep_one_are_said():
+    model = models.build("gpt2")
+    refuse(ValueError, "(?i)adamw.*adam-?mini", lambda: sharpwise.Lion(model, block_lr="sharpness(start=0)"), model)
+
+
+BATCH = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+def test_a_probe_without_batches(rule):
+    model = models.build("gpt2")
+    says = "source='probe' lacks batches to measure on; give the model, or model=, and probe_batches=, a list"
+    refuse(ValueError, says, lambda: sharpwise.create_optimizer(model, rule, block_lr=PROBE), model)
+
+
+def test_a_probe_without_a_model():
+    model = models.build("gpt2")
+    blocks = sharpwise.BlockMap.of(model)
+    pairs = list(model.named_parameters())
+    says = "source='probe' lacks the model; give the model, or model="
+    refuse(
+        ValueError,
+        says,
+        lambda: sharpwise.Lion(pairs, blocks=blocks, block_lr=PROBE, probe_batches=[BATCH]),
+        model,
+    )
+
+
+def test_a_probe_with_an_empty_list():
+    """Said when the optimizer is built, not at the first measurement, which may be hours later."""
+    model = models.build("gpt2")
+    says = "probe_batches|batches to measure on"
+    refuse(ValueError, says, lambda: sharpwise.Lion(model, block_lr=PROBE, probe_batches=[]), model)
+
+
+@pytest.mark.parametrize("wrong", [3, BATCH, (BATCH[:, :-1], BATCH[:, 1:]), {"input_ids": BATCH, "labels": BATCH}])
+def test_a_probe_with_something_else_than_a_list(wrong):
+    """One batch is taken as one, as `sharpwise.probes.sharpness` does, or refused: never cut in pieces."""
+    model = models.build("gpt2")
+    try:
+        optimizer = sharpwise.Lion(model, lr=0.0, block_lr=PROBE, probe_batches=wrong)
+    except (TypeError, ValueError) as error:
+        assert "Lion" in str(error) and "probe_batches" in str(error), error
+        return
+    steps(optimizer, named(model), driver.gradients(named(model), 1))
+    segments = sharpness(model, wrong, seed=0).select(quantity="sharpness", by="segment")
+    own = [v for state in optimizer.state.values() for v in state["lr_measured"].view(-1).tolist()]
+    assert sorted(own) == pytest.approx(sorted(e.value for e in segments), rel=1e-5, abs=1e-12)
+
+
+def test_a_probe_whose_batch_does_not_fit_changes_nothing():
+    model = models.build("gpt2")
+    optimizer = sharpwise.Lion(model, block_lr=PROBE, probe_batches=[BATCH + 100])
+    before = {name: p.detach().clone() for name, p in named(model)}
+    with pytest.raises(ValueError, match="the input 110 is no token"):
+        steps(optimizer, named(model), driver.gradients(named(model), 1))
+    assert all(torch.equal(p, before[name]) for name, p in named(model))
+    assert optimizer.param_groups[0]["lr_step"] == 0
+
+
+def test_too_few_eigenvalues_are_listed_once(caplog):
+    """All matrices of the tiny model have fewer than 50: multiplier 1, and one line."""
+    model = tiny_model()
+    with caplog.at_level(logging.WARNING, logger="sharpwise"):
+        optimizer = sharpwise.AdamW(model, block_lr="llr(every=2, stop=6)")
+        run(model, optimizer, range(3))
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(model, optimizer, range(3, 6))
+    assert {row["multiplier"] for row in optimizer.lr_multipliers() if row["type"] != "Emb"} == {1.0}
+    lines = [record.getMessage() for record in caplog.records if "eigenvalues" in record.getMessage()]
+    assert len(lines) == 1, lines
+    assert "multiplier 1" in lines[0] and "transformer.h.1.mlp.c_proj.weight" in lines[0]
+    assert "ln_1" not in lines[0] and "bias" not in lines[0] and "wte" not in lines[0]
+
+
+def test_a_zero_that_moves_to_another_block():
+    """An ablation may hand the multiplier 0 of a factor to any block, at any measurement."""
+    model = tiny_model()
+    spelling = "reversed(sharpness(start=0, every=1, soft=0, power=3, decay=base)*blockwise(emb=0))"
+    optimizer = sharpwise.AdamW(model, lr=1e-3, weight_decay=0.1, block_lr=spelling)
+    for _ in range(2):  # queries and keys are as sharp as norms now, so that the largest multiplier is the MLP's
+        for name, p in named(model):
+            p.grad = torch.full_like(p, 1.0 if "ln_" in name or "attn" in name else 1e-6)
+        optimizer.step()
+    assert {row["role"] for row in optimizer.lr_multipliers() if row["multiplier"] == 0} == {"up", "down"}
+    assert all(p.isfinite().all() for p in model.parameters())
