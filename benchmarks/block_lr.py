@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds; saves nothing")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rounds, shape = (3, QUICK) if args.quick else (args.rounds, FULL)
@@ -62,14 +62,17 @@ def main() -> None:
 def step_costs(layout: str, shape: Shape, rounds: int) -> dict[str, Any]:
     """Ratios to AdamW's step (to SGD's for GradientSNR), each with its interval."""
     model = model_with_gradients(layout, shape)
+    moving = SharpnessLR(start=1, every=NEVER, soft=NEVER)
     seldom, always = SharpnessLR(start=0, every=NEVER, soft=0), SharpnessLR(start=0, every=1, soft=0)
     made: dict[str, Callable[[], Any]] = {
         "AdamW": lambda: sharpwise.AdamW(model, lr=LR),
         "AdamW SharpnessLR, no measurement": lambda: sharpwise.AdamW(model, lr=LR, block_lr=seldom),
         "AdamW SharpnessLR, a measurement": lambda: sharpwise.AdamW(model, lr=LR, block_lr=always),
+        "AdamW SharpnessLR, on its way": lambda: sharpwise.AdamW(model, lr=LR, block_lr=moving),
         "AdamMini": lambda: sharpwise.AdamMini(model, lr=LR),
         "AdamMini SharpnessLR, no measurement": lambda: sharpwise.AdamMini(model, lr=LR, block_lr=seldom),
         "AdamMini SharpnessLR, a measurement": lambda: sharpwise.AdamMini(model, lr=LR, block_lr=always),
+        "AdamMini SharpnessLR, on its way": lambda: sharpwise.AdamMini(model, lr=LR, block_lr=moving),
         "SGD": lambda: sharpwise.SGD(model, lr=LR, momentum=0.9, dampening=0.9),
         "SGDSaI": lambda: sharpwise.SGDSaI(model, lr=LR * 1e-3),
     }
@@ -84,11 +87,15 @@ def step_costs(layout: str, shape: Shape, rounds: int) -> dict[str, Any]:
         times |= {f"{name}, first step": [seconds] for name, seconds in first.items()}
     found: dict[str, Any] = {}
     for base in ("AdamW", "AdamMini"):
-        plain, without, measured = (times[n] for n in times if n == base or n.startswith(f"{base} "))
+        plain, without, measured, going = (times[n] for n in times if n == base or n.startswith(f"{base} "))
         found[f"{base} with SharpnessLR"] = ratio(within_rounds(without, plain))
         parts = within_rounds([b - a for a, b in zip(without, measured, strict=True)], plain)
         found[f"{base}, a measurement"] = ratio(parts)
-        found[f"{base}, measured every {SharpnessLR.every} steps"] = ratio([part / SharpnessLR.every for part in parts])
+        on_way = within_rounds([b - a for a, b in zip(without, going, strict=True)], plain)
+        found[f"{base}, a step on the way"] = ratio(on_way)
+        every, soft = SharpnessLR().every, SharpnessLR().smooth
+        costs = [(part + soft * step) / every for part, step in zip(parts, on_way, strict=True)]
+        found[f"{base}, every {every} steps, there in {soft}"] = ratio(costs)
     found["SGD, with GradientSNR measured"] = ratio(within_rounds(times["SGDSaI"], times["SGD"]))
     return found
 

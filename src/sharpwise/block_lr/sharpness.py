@@ -54,7 +54,8 @@ class SharpnessLR(PhasedLR):
     by: Literal["type", "module"] = "type"
     reference: str = "Norm"
     start: float = 0.02
-    every: int = 50
+    every: int = 100
+    soft: int | None = 10
     ema: float = 0.5
 
     name: ClassVar[str] = "sharpness"
@@ -90,7 +91,7 @@ class SharpnessLR(PhasedLR):
             for kind, value, segment in zip(kinds, values, segments, strict=True)
             if not math.isnan(value) and not segment.frozen
         ]
-        means = {kind: _mean([(v, s) for k, v, s in known if k == kind]) for kind in kinds}
+        means = {kind: _mean([(v, s) for k, v, s in known if k == kind]) for kind in dict.fromkeys(kinds)}
         reference = means.get(BY_TYPE[BlockType(self.reference)], math.nan)
         own = values if self.by == "module" else [means[kind] for kind in kinds]
         return [self.ratio(reference, value) for value in own]

@@ -17,7 +17,8 @@ from sharpwise.block_lr.gradient_snr import signal_to_noise
 from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.blocks import BlockMap
-from sharpwise.engine.kernels import CHUNK
+from sharpwise.engine.items import SMALL
+from sharpwise.engine.kernels import CHUNK, RUN
 from sharpwise.engine.mesh import Bucket, Exchange, Shard, Team, local
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
@@ -55,14 +56,19 @@ def without_second_moment(source: MeasuredLR, rule: str) -> str:
 
 
 def measure(
-    source: MeasuredLR, entries: Sequence[Entry], state: Any, team: Team, probe: Callable[[], Sequence[Sequence[float]]]
+    source: MeasuredLR,
+    entries: Sequence[Entry],
+    state: Any,
+    team: Team,
+    probe: Callable[[], Sequence[Sequence[float]]],
+    exact: bool = True,
 ) -> Found:
     """What `source` asks for, of these entries. Collective: every process has to call it at the same time."""
     if source.measures == "gradient":
         found = gradient_snr(entries, team)
     elif source.measures == "second_moment":
         found = [[total / max(s.numel, 1) for total, s in zip(own, entry.segments, strict=True)]
-                 for entry, own in zip(entries, second_moments(entries, state, team), strict=True)]  # fmt: skip
+                 for entry, own in zip(entries, second_moments(entries, state, team, exact), strict=True)]  # fmt: skip
     elif isinstance(source, HeavyTailLR):
         found = spectra(source, entries, team)
     else:
@@ -80,16 +86,22 @@ def _rounded(value: float) -> float:
 # --- second moments --------------------------------------------------------------------------------------------------
 
 
-def second_moments(entries: Sequence[Entry], state: Any, team: Team) -> Found:
-    """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step."""
+def second_moments(entries: Sequence[Entry], state: Any, team: Team, exact: bool = True) -> Found:
+    """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step.
+
+    exact: in fp64 throughout; else runs are added in fp32, at the speed of memory, before the sums left in fp64.
+    """
+    if not entries:
+        return []
     bucket = Bucket(team)
-    shares = [bucket.add(*_moments(entry, state[entry.param])) for entry in entries]
+    shares = [bucket.add(*_moments(entry, state[entry.param], exact)) for entry in entries]
     bucket.reduce()
-    steps = steps_taken(entries, state)
-    return [
-        (share.values / (1 - float(entry.group["betas"][1]) ** t)).tolist() if t else [0.0] * len(entry.segments)
-        for entry, share, t in zip(entries, shares, steps, strict=True)
-    ]
+    sums = iter(torch.cat([share.values for share in shares]).tolist())
+    result = []
+    for entry, t in zip(entries, steps_taken(entries, state), strict=True):
+        correction = 1 - float(entry.group["betas"][1]) ** t if t else math.inf
+        result.append([next(sums) / correction for _ in entry.segments])
+    return result
 
 
 def steps_taken(entries: Sequence[Entry], state: Any) -> list[float]:
@@ -97,14 +109,23 @@ def steps_taken(entries: Sequence[Entry], state: Any) -> list[float]:
     return torch.stack([local(state[entry.param]["step"]).double() for entry in entries]).tolist() if entries else []
 
 
-def _moments(entry: Entry, own: dict[str, Tensor]) -> tuple[Tensor, Shard]:
+def _moments(entry: Entry, own: dict[str, Tensor], exact: bool) -> tuple[Tensor, Shard]:
     """Sums of v over the elements of each segment, fp64 [segments], of what this process holds."""
     v = own[SECOND_MOMENT]
     if entry.rule.state[SECOND_MOMENT] == "block":  # every process has those of all blocks
         assert entry.counts is not None
+        blocks = v.double() * entry.counts
+        if len(entry.segments) == 1:
+            return blocks.sum().view(1), Shard.of(v)
         sizes = [s.blocks(c) for s, c in zip(entry.segments, entry.cuts, strict=True)]
-        return torch.stack([part.sum() for part in (v.double() * entry.counts).split(sizes)]), Shard.of(v)
-    return _by_segment(entry, entry.view(v).sum(entry.dim, dtype=torch.float64)), entry.shard
+        return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
+    rows = entry.view(v)
+    if exact or rows.numel() <= SMALL:
+        return _by_segment(entry, rows.sum(entry.dim, dtype=torch.float64)), entry.shard
+    width = math.gcd(rows.numel(), RUN)
+    if entry.segment_of_row is None and width >= 256:
+        return rows.reshape(-1, width).sum(1, dtype=torch.float32).sum(dtype=torch.float64).view(1), entry.shard
+    return _by_segment(entry, rows.sum(entry.dim, dtype=torch.float32).double()), entry.shard
 
 
 def _by_segment(entry: Entry, rows: Tensor) -> Tensor:

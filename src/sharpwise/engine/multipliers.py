@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharpwise.block_lr import BlockLR, HeavyTailLR, MeasuredLR
 from sharpwise.blocks import Segment
@@ -64,6 +65,7 @@ class Multipliers:
         self._before: dict[str, Factors] = {}
         self._after: dict[str, Factors] = {}
         self._measured: dict[MeasuredLR, dict[str, list[float]]] = {source: {} for source in self.sources}
+        self._shown: list[float] = []
         if self.sources:
             self._read()
             self._go(self.taken)
@@ -125,7 +127,8 @@ class Multipliers:
             return [found.get(e.name, [math.nan] * len(e.segments)) for e in entries]
 
         own = self._measured[source]
-        for entry, values in zip(entries, measure(source, entries, self.state, team, probe), strict=True):
+        exact = self.options.compile is False
+        for entry, values in zip(entries, measure(source, entries, self.state, team, probe, exact), strict=True):
             pairs = zip(own[entry.name], values, strict=True)
             own[entry.name] = [source.updated(before, now) for before, now in pairs]
         if isinstance(source, HeavyTailLR):
@@ -147,6 +150,7 @@ class Multipliers:
             switch[2 * f : 2 * f + 2] = taken, max(source.smooth for source in measured)
         for group in self.groups:
             group["lr_switch"] = tuple(switch)
+        self._shown = []
         self._write()
 
     def _by_segment(self) -> dict[MeasuredLR, list[float]]:
@@ -183,17 +187,23 @@ class Multipliers:
                 self._measured[source][entry.name] = [v or math.nan for v in own["lr_measured"][:, i].tolist()]
 
     def _write(self) -> None:
+        kept: list[Tensor] = []
+        flat: list[float] = []
         for entry in self.entries:
             own, name = self.state[entry.param], entry.name
-            rows: dict[str, Any] = {
-                "lr_before": zip(*self._before[name], strict=True),
-                "lr_after": zip(*self._after[name], strict=True),
-                "lr_measured": zip(*(self._measured[source][name] for source in self.sources), strict=True),
-                "lr_multiplier": product(self._after[name], len(entry.segments)),
-            }
-            for key, values in rows.items():
-                kept = local(own[key])
-                kept.copy_(torch.tensor(list(values), dtype=kept.dtype).nan_to_num(nan=0.0))
+            measured = [self._measured[source][name] for source in self.sources]
+            for key, columns in (
+                ("lr_before", self._before[name]),
+                ("lr_after", self._after[name]),
+                ("lr_measured", measured),
+                ("lr_multiplier", [product(self._after[name], len(entry.segments))]),
+            ):
+                kept.append(local(own[key]))
+                flat += [value for row in zip(*columns, strict=True) for value in row]
+        if kept:
+            values = torch.tensor(flat, dtype=torch.float64).nan_to_num(nan=0.0).to(kept[0].device)
+            pieces = values.split([tensor.numel() for tensor in kept])
+            torch._foreach_copy_(kept, [piece.view(t.shape) for piece, t in zip(pieces, kept, strict=True)])
 
     @property
     def _switch(self) -> tuple[int, ...]:
@@ -209,6 +219,9 @@ class Multipliers:
     def _go(self, taken: int) -> bool:
         """Set the multipliers of all entries for the step after so many; whether they differ from what they were."""
         shares, changed = self._shares(taken), False
+        if shares == self._shown:
+            return False
+        self._shown = shares
         for entry in self.entries:
             ways = zip(self._before[entry.name], self._after[entry.name], shares, strict=True)
             now = product([_between(*way) for way in ways], len(entry.segments))
