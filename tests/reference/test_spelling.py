@@ -51,7 +51,7 @@ READ = [
     ("only(blockwise, types=[q, q])", Only(BlockwiseLR(), {"q"}), "only(blockwise, types=q)"),
     ("reversed(mean_matched(blockwise))", Reversed(MeanMatched(BlockwiseLR())), "reversed(mean_matched(blockwise))"),
     ("sharpness", SharpnessLR(), "sharpness"),
-    ("sharpness(stop=None, every=100)", SharpnessLR(), "sharpness"),
+    ("sharpness(stop=None, every=200)", SharpnessLR(), "sharpness"),
     ("sharpness(source=probe, power=1.0)", SharpnessLR(source="probe", power=1), "sharpness(power=1, source=probe)"),
     ("sharpness(by='module', soft=0)", SharpnessLR(by="module", soft=0), "sharpness(soft=0, by=module)"),
     ("llr", HeavyTailLR(), "llr"),

@@ -54,7 +54,7 @@ class SharpnessLR(PhasedLR):
     by: Literal["type", "module"] = "type"
     reference: str = "Norm"
     start: float = 0.02
-    every: int = 100
+    every: int = 200
     soft: int | None = 10
     ema: float = 0.5
 
