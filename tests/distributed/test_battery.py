@@ -77,13 +77,19 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert result["skipped"] == [int(case.guard)] * 2
     for name, (parameter, state) in result["differences"].items():
         exact = case.path == "eager" and not case.guard and name not in result["rows cut"]
-        assert parameter <= (0.0 if exact else 1e-6), f"{name}: {parameter:.1e}, exact: {exact}"
+        assert parameter <= (0.0 if exact else _of_parameters(case)), f"{name}: {parameter:.1e}, exact: {exact}"
         assert state <= (0.0 if exact else _of_state(case)), f"{name}: state {state:.1e}"
     # On the fast path a norm that is not finite is asked for again, in fp64.
     again = int(case.guard and case.path == "default" and result["cut"])
     assert result["bad step"] - again == _collectives(case, result["cut"], skipped=case.guard)
     assert result["collectives"] == _collectives(case, result["cut"])
     assert result["alone"] == 0
+
+
+def _of_parameters(case: Case) -> float:
+    """1e-6; where the last bit of a sum shows in clipped gradients, it may turn the rounding of state in bf16, which
+    moves the update of an element by 2**-8 of it."""
+    return 2e-4 if case.guard and case.storage != "fp32" else 1e-6
 
 
 def _of_state(case: Case) -> float:

@@ -45,7 +45,7 @@ def varied(policy, least=3):
 def sharp(*, decay="scaled", source=None, **schedule):
     """A spelling's arguments once for both: SharpnessLR, reference of its source, arguments of `Follows`."""
     source = source or {}
-    block_lr = sharpwise.SharpnessLR(decay=decay, **{"start": 0, **schedule}, **source)
+    block_lr = sharpwise.SharpnessLR(decay=decay, **{"start": 0, "soft": schedule["every"], **schedule}, **source)
     reference = {"reference": block_lr.reference.lower()} if "reference" in source else {}
     make = lambda pieces: sharpness_lr.Sharpness(pieces, **{**source, **reference})  # noqa: E731
     soft = schedule.get("soft")

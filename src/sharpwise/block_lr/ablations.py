@@ -69,6 +69,10 @@ class Ablation(BlockLR):
         return self.of.follows_lr
 
     @property
+    def by_role(self) -> bool:
+        return self.of.by_role or isinstance(self, Only)
+
+    @property
     def sources(self) -> tuple[MeasuredLR, ...]:
         return self.of.sources
 

@@ -66,6 +66,11 @@ class BlockLR:
         """What has to be measured for the multipliers, each once; () where they stand from the start."""
         return ()
 
+    @property
+    def by_role(self) -> bool:
+        """Whether it distinguishes what blocks are, so that all of them have to be known."""
+        return True
+
     def check(self, segments: Sequence[Segment]) -> None:
         """Raise ValueError where it speaks of something that the model has not."""
 

@@ -51,6 +51,10 @@ class GradientSNR(MeasuredLR):
             raise ValueError(f"{self.name}: normalize must be 'none' or 'max', got {self.normalize!r}")
 
     @property
+    def by_role(self) -> bool:
+        return False
+
+    @property
     def measures(self) -> Source:
         return "gradient"
 

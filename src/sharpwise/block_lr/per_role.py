@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number, spelled
-from sharpwise.blocks import Segment
+from sharpwise.blocks import BlockType, Role, Segment
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class PerRole(BlockLR):
         for name, value in (*found, ("default", self.default)):
             if not isinstance(name, str) or not is_number(value) or not 0.0 < value < float("inf"):
                 raise ValueError(f"{self.name}: the ratio of {name!r} must be a finite number > 0, got {value!r}")
-        object.__setattr__(self, "ratios", tuple(dict(found).items()))
+        last = dict(reversed(found))
+        object.__setattr__(self, "ratios", tuple(reversed(last.items())))
 
     def __str__(self) -> str:
         said = [f"ratios={spelled(dict(self.ratios))}"]
@@ -55,6 +56,10 @@ class PerRole(BlockLR):
         for name, value in dict(self.ratios).items():
             found = value if _matches(segment, name) else found
         return float(found)
+
+    @property
+    def by_role(self) -> bool:
+        return any(name in (*BlockType, *Role) for name in dict(self.ratios))
 
     def check(self, segments: Sequence[Segment]) -> None:
         for name, _ in dict(self.ratios).items():

@@ -57,6 +57,10 @@ class Product(BlockLR):
         return multiplier
 
     @property
+    def by_role(self) -> bool:
+        return any(factor.by_role for factor in self.factors)
+
+    @property
     def parts(self) -> tuple[BlockLR, ...]:
         return self.factors
 

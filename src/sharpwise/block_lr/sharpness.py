@@ -138,7 +138,9 @@ class SharpnessLR(PhasedLR):
         blocks = BlockMap.of(model) if blocks is None else blocks
         own.check(blocks.segments)
         by_name = sharpness_by_name(model, batches, blocks)
-        found = [own.updated(math.nan, value) for name in blocks.names() for value in by_name[name]]
+        nothing = [math.nan]
+        values = [by_name.get(name, nothing * len(blocks[name])) for name in blocks.names()]
+        found = [own.updated(math.nan, value) for per_segment in values for value in per_segment]
         segments = [segment for name in blocks.names() for segment in blocks[name]]
         ratios = own.multipliers(segments, {own: found})
         by_kind = {kind_of(segment): ratio for segment, ratio in zip(segments, ratios, strict=True)}

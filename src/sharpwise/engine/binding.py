@@ -1,13 +1,13 @@
 """From what a training script has (a model, names, groups) to named parameter groups and a block map."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharpwise.blocks import BlockMap, canonical_name
-from sharpwise.engine.mesh import is_dtensor, place_gradient
+from sharpwise.blocks import BlockMap, Role, canonical_name
+from sharpwise.engine.mesh import is_dtensor, local, place_gradient
 
 Groups = list[dict[str, Any]]
 Blocks = BlockMap | Mapping[str, Any] | None
@@ -195,3 +195,31 @@ def check_gradient(name: str, param: Tensor) -> None:
     if grad.is_complex():
         raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")
     place_gradient(param)
+
+
+def marks(param: Tensor, state: Mapping[str, Tensor]) -> tuple[Any, list[Any]]:
+    """What must be as it was when the stepper was built: kind of the parameter, objects and places of its state."""
+    places = [(key, tensor, local(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
+    return kind_of(param), places
+
+
+def kind_of(param: Tensor) -> tuple[Any, ...]:
+    return param.dtype, param.device, param.is_contiguous(), param.shape
+
+
+def check_no_decay(names: Collection[str], who: str) -> frozenset[str]:
+    names = (names,) if isinstance(names, str) else names
+    allowed = {*(str(role) for role in Role), "bias"}
+    wrong = sorted(set(names) - allowed)
+    if wrong:
+        raise ValueError(f"{who}: no_decay takes roles and 'bias', got {wrong}; allowed: {', '.join(sorted(allowed))}")
+    return frozenset(str(n) for n in names)
+
+
+def unknown_message(who: str, what: str, names: Collection[str]) -> str:
+    first = next(iter(names))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"{who}: {what} roles, and nothing explains {', '.join(list(names)[:5])}{more} (taken for 'other'). "
+        f"Say what they are: blocks={{{first!r}: 'up'}}, or 'other' if neither attention, MLP, norm nor embedding"
+    )

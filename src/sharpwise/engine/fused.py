@@ -98,7 +98,8 @@ class Fused:
         """The lists in batches, with copies of the gradients times `clip`: the kernel would scale them in place."""
         key = tuple(map(id, parts))
         if key not in self._batches:
-            self._batches = {**dict(list(self._batches.items())[-15:]), key: self._batched(lists[0])}
+            latest = list(self._batches.items())[-2 * len(self._slices) :]
+            self._batches = {**dict(latest), key: self._batched(lists[0])}
         for batch in self._batches[key]:
             p, g, m, v = ([t[i] if cut is None else t[i].view(-1)[cut] for i, cut in batch.pieces] for t in lists)
             torch._foreach_copy_(batch.copies, g)

@@ -7,6 +7,7 @@ rounded to 24 bits: the order in which processes sum does not show in them.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.blocks import BlockMap
 from sharpwise.engine.items import SMALL
-from sharpwise.engine.kernels import CHUNK, RUN
+from sharpwise.engine.kernels import CHUNK
 from sharpwise.engine.mesh import Bucket, Exchange, Shard, Team, local
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
@@ -71,8 +72,10 @@ def measure(
                  for entry, own in zip(entries, second_moments(entries, state, team, exact), strict=True)]  # fmt: skip
     elif isinstance(source, HeavyTailLR):
         found = spectra(source, entries, team)
-    else:
+    elif source.measures == "probe":
         found = [list(own) for own in probe()]
+    else:
+        raise TypeError(f"{source.name}: nothing here knows how to measure {source.measures!r}")
     return [[_rounded(value) for value in own] for own in found]
 
 
@@ -89,7 +92,7 @@ def _rounded(value: float) -> float:
 def second_moments(entries: Sequence[Entry], state: Any, team: Team, exact: bool = True) -> Found:
     """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step.
 
-    exact: in fp64 throughout; else runs are added in fp32, at the speed of memory, before the sums left in fp64.
+    exact: in fp64 throughout; else rows are added in fp32, at the speed of memory, before the sums left in fp64.
     """
     if not entries:
         return []
@@ -119,13 +122,9 @@ def _moments(entry: Entry, own: dict[str, Tensor], exact: bool) -> tuple[Tensor,
             return blocks.sum().view(1), Shard.of(v)
         sizes = [s.blocks(c) for s, c in zip(entry.segments, entry.cuts, strict=True)]
         return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
-    rows = entry.view(v)
-    if exact or rows.numel() <= SMALL:
-        return _by_segment(entry, rows.sum(entry.dim, dtype=torch.float64)), entry.shard
-    width = math.gcd(rows.numel(), RUN)
-    if entry.segment_of_row is None and width >= 256:
-        return rows.reshape(-1, width).sum(1, dtype=torch.float32).sum(dtype=torch.float64).view(1), entry.shard
-    return _by_segment(entry, rows.sum(entry.dim, dtype=torch.float32).double()), entry.shard
+    exact = exact or entry.param.numel() <= SMALL  # of the whole parameter, not of the shard
+    rows = entry.view(v).sum(entry.dim, dtype=torch.float64 if exact else torch.float32)
+    return _by_segment(entry, rows.double()), entry.shard
 
 
 def _by_segment(entry: Entry, rows: Tensor) -> Tensor:
@@ -218,11 +217,12 @@ def _alphas(source: HeavyTailLR, entry: Entry, whole: Tensor) -> Tensor:
 
 
 def sharpness_by_name(model: nn.Module, batches: Any, blocks: BlockMap, *, seed: int = 0) -> dict[str, list[float]]:
-    """Sharpness by `sharpwise.probes.sharpness`, by name of the parameter, per segment; of what is trained."""
+    """Sharpness by `sharpwise.probes.sharpness`, by name of the parameter, per segment; of what is trained now."""
     from sharpwise.probes.fisher import sharpness
-    from sharpwise.probes.parts import labels
+    from sharpwise.probes.parts import labels, named_parameters
 
-    trained = BlockMap(tuple(segment for segment in blocks.segments if not segment.frozen))
+    now = {name for name, parameter in named_parameters(model, blocks).items() if parameter.requires_grad}
+    trained = BlockMap(tuple(replace(s, frozen=False) for s in blocks.segments if s.name in now))
     found = sharpness(model, batches, blocks=trained, seed=seed).select(quantity="sharpness", by="segment")
     values = {estimate.of: estimate.value for estimate in found}
     result: dict[str, list[float]] = {}

@@ -228,14 +228,16 @@ class Exchange:
 
     def _deal(self) -> list[int]:
         """The rank of the owner of each. Copies in other processes have owners there, at the same place."""
+        # By place among the holders: other processes of the mesh, with holders of their own, have to find the same.
         load: dict[int, int] = {}
         owners = [-1] * len(self.shards)
         sizes = [torch.Size(shard.shape).numel() for shard in self.shards]
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
             holders = self.shards[i].holders
             if holders:
-                owners[i] = min(holders, key=lambda rank: load.get(rank, 0))
-                load[owners[i]] = load.get(owners[i], 0) + sizes[i]
+                place = min(range(len(holders)), key=lambda place: load.get(place, 0))
+                owners[i] = holders[place]
+                load[place] = load.get(place, 0) + sizes[i]
         return owners
 
     def run(self, parts: Sequence[Tensor], work: Sequence[Any]) -> list[Tensor]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpwise.block_lr import BlockLR, HeavyTailLR, MeasuredLR
+from sharpwise.block_lr import BlockLR, HeavyTailLR, MeasuredLR, SharpnessLR
 from sharpwise.blocks import Segment
 from sharpwise.engine.measuring import measure
-from sharpwise.engine.mesh import Team, local
+from sharpwise.engine.mesh import Team, is_dtensor, local
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry, multiplier_map
 
@@ -44,6 +44,7 @@ class Multipliers:
     asked for, skipped or not), and `lr_switch`, for every factor since when it is going there and in how many steps.
 
     Args:
+        groups: all of the optimizer.
         known: all segments of the model, also of what is not here.
         said: what was said once and is not said again.
     """
@@ -51,6 +52,7 @@ class Multipliers:
     def __init__(
         self,
         entries: Sequence[Entry],
+        groups: Sequence[dict[str, Any]],
         known: Sequence[Segment],
         state: Any,
         options: Options,
@@ -61,11 +63,16 @@ class Multipliers:
         self.probe, self.said = probe, said
         self.block_lr = options.block_lr
         self.sources: tuple[MeasuredLR, ...] = () if self.block_lr is None else self.block_lr.sources
-        self.groups = list({id(e.group): e.group for e in entries}.values())
+        self.groups = groups
         self._before: dict[str, Factors] = {}
         self._after: dict[str, Factors] = {}
         self._measured: dict[MeasuredLR, dict[str, list[float]]] = {source: {} for source in self.sources}
         self._shown: list[float] = []
+        if any(source.measures == "probe" for source in self.sources) and any(is_dtensor(e.param) for e in entries):
+            raise ValueError(
+                f"block_lr {self.block_lr} probes the model, and {entries[0].name} is sharded; source='second_moment' "
+                f"works on any mesh"
+            )
         if self.sources:
             self._read()
             self._go(self.taken)
@@ -83,13 +90,13 @@ class Multipliers:
         lr, peak = float(entry.group["lr"]), float(entry.group["peak_lr"])
         return tuple(block_lr.effective(m, lr, max(peak, lr)) for m in entry.multipliers)
 
-    def advance(self, active: Sequence[Entry], ok: Any, team: Callable[[], Team]) -> bool:
+    def advance(self, active: Sequence[Entry], ok: Any, team: Team) -> bool:
         """Bring them to the step that is being taken, measuring what is due; returns whether any may have changed.
 
         Args:
             active: entries that have gradients.
             ok: whether the step is taken: True, or a tensor on a device, which is read where gradients are measured.
-            team: the processes that hold parts; asked for only where something is measured.
+            team: the processes that hold parts.
         """
         if self.block_lr is not None and self.block_lr.follows_lr:
             for group in {id(e.group): e.group for e in active}.values():
@@ -97,18 +104,17 @@ class Multipliers:
         if not self.sources:
             return False
         taken = self.taken
-        changed = self._go(taken)  # as in a run that is resumed here
         waiting = {source: self._waiting(source, active) for source in self.sources if source.waits}
         if any(waiting.values()) and not bool(ok):
             waiting = {}
         due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
         for source in due:
-            self._measure(source, waiting.get(source, self.entries), taken, team())
+            self._measure(source, waiting.get(source, self.entries), taken, team)
         if due:
             self._set_out(due, taken)
         for group in self.groups:
             group["lr_step"] = taken + 1
-        return self._go(taken) or changed
+        return self._go(taken)
 
     def _waiting(self, source: MeasuredLR, active: Sequence[Entry]) -> list[Entry]:
         """Entries with gradients, some elements of which have no value yet."""
@@ -133,6 +139,8 @@ class Multipliers:
             own[entry.name] = [source.updated(before, now) for before, now in pairs]
         if isinstance(source, HeavyTailLR):
             self._list_missing(source)
+        elif isinstance(source, SharpnessLR):
+            self._check_reference(source)
 
     def _set_out(self, due: Sequence[MeasuredLR], taken: int) -> None:
         """From where the factors are now, go to what follows from what was measured."""
@@ -170,10 +178,23 @@ class Multipliers:
             for segment, value in zip(entry.segments, own[entry.name], strict=True)
             if math.isnan(value) and source.reads(segment)
         ]
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if none and first and str(source) not in self.said:
+        if none:
             names = ", ".join(dict.fromkeys(none))
-            logger.warning("block_lr %s: multiplier 1 for what has too few eigenvalues, or no tail: %s", source, names)
+            self._say(source, f"multiplier 1 for what has too few eigenvalues, or no tail: {names}")
+
+    def _check_reference(self, source: SharpnessLR) -> None:
+        """Say once that there is nothing to compare with."""
+        values = [v for e in self.entries for v in self._measured[source][e.name]]
+        segments = [segment for entry in self.entries for segment in entry.segments]
+        known = {s.block_type for s, value in zip(segments, values, strict=True) if not math.isnan(value)}
+        if known and source.reference not in known:
+            there = ", ".join(sorted(map(str, known)))
+            self._say(source, f"all multipliers are 1: the optimizer moves no {source.reference}; reference={there}?")
+
+    def _say(self, source: MeasuredLR, what: str) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if str(source) not in self.said and (not distributed or torch.distributed.get_rank() == 0):
+            logger.warning("block_lr %s: %s", source, what)
         self.said.add(str(source))
 
     # -- state -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class OnePass:
         row_step = row_decay = None
         if not now.uniform:
             row_step = item.spread_segments(now.multipliers).to(layout.dtype)
-        elif now.multipliers[0] != 1.0:
+        elif layout.varies or now.multipliers[0] != 1.0:  # with a factor it is another graph
             row_step = p.new_full((len(p), 1), now.multipliers[0], dtype=layout.dtype)
         if now.decays_by_row:
             row_decay = (1 - item.spread_segments(now.decays) * now.lr_decay).to(layout.dtype)

@@ -1,8 +1,9 @@
 """BlockOptimizer: any rule, block_lr and storage as one `torch.optim.Optimizer`."""
 
+import logging
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -15,7 +16,19 @@ from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap, Role
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
-from sharpwise.engine.binding import bind, check_followed, check_gradient, check_group, check_shapes, names_of
+from sharpwise.engine.binding import (
+    bind,
+    check_followed,
+    check_gradient,
+    check_group,
+    check_no_decay,
+    check_shapes,
+    kind_of,
+    marks,
+    names_of,
+    unknown_message,
+)
+from sharpwise.engine.describe import explanation, lr_table
 from sharpwise.engine.kernels import Compiler
 from sharpwise.engine.measuring import check_sources, sharpness_by_name
 from sharpwise.engine.mesh import local
@@ -27,6 +40,7 @@ from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
 
+logger = logging.getLogger(__name__)
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known")
 
 
@@ -53,7 +67,7 @@ class BlockOptimizer(Optimizer):
         who: str = "BlockOptimizer",
     ) -> None:
         self.rule, self.options, self.storage, self.who = rule, options, storage, who
-        self.no_decay, self.strict = _check_no_decay(no_decay, who), strict
+        self.no_decay, self.strict = check_no_decay(no_decay, who), strict
         groups, self._known, model = bind(first, model, blocks, who)
         self.blocks = BlockMap(())
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
@@ -65,6 +79,8 @@ class BlockOptimizer(Optimizer):
             defaults["skipped_steps"] = 0
         if options.block_lr is not None and options.block_lr.follows_lr:
             defaults["peak_lr"] = 0.0
+        if options.block_lr is not None:
+            defaults["block_lr"] = str(options.block_lr)
         if options.varies:
             assert options.block_lr is not None
             defaults |= {"lr_step": 0, "lr_switch": (0, 0) * len(options.block_lr.parts)}
@@ -134,10 +150,10 @@ class BlockOptimizer(Optimizer):
     def _check_roles(self, blocks: BlockMap) -> None:
         unknown = blocks.unexplained
         if self.strict and unknown:
-            raise ValueError(_unknown_message(self.who, "strict=True asks for", unknown))
+            raise ValueError(unknown_message(self.who, "strict=True asks for", unknown))
         block_lr = self.options.block_lr
-        if block_lr is not None and unknown:
-            raise ValueError(_unknown_message(self.who, f"block_lr {block_lr.name!r} distinguishes", unknown))
+        if block_lr is not None and block_lr.by_role and unknown:
+            raise ValueError(unknown_message(self.who, f"block_lr {block_lr.name!r} distinguishes", unknown))
         if block_lr is not None:
             try:
                 block_lr.check(self._known.segments)
@@ -146,7 +162,7 @@ class BlockOptimizer(Optimizer):
         for segment in blocks.segments:
             rule, cut = self.rule.assign(segment)
             if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
-                message = _unknown_message(self.who, f"rule {self.rule.name!r} distinguishes", unknown) + self.rule.hint
+                message = unknown_message(self.who, f"rule {self.rule.name!r} distinguishes", unknown) + self.rule.hint
                 if self._model() is not None:
                     raise ValueError(message)
                 raise TypeError(f"{message}. Names alone carry no head counts: pass the model, or blocks=BlockMap")
@@ -193,15 +209,19 @@ class BlockOptimizer(Optimizer):
             own = self.state.get(entry.param)
             if own is None or "step" not in own:
                 self.state[entry.param] = states.allocate(entry, self.storage, block_lr, parts)
-            elif block_lr is not None and "lr_multiplier" in own:
+            elif block_lr is not None and "lr_multiplier" not in own:
+                own |= states.of_block_lr(entry, block_lr, parts, own["step"].device)
+            elif block_lr is not None:
                 entry.multipliers = tuple(own["lr_multiplier"].tolist())
             entry.varies = self.options.varies
             # Where they vary, an ablation may hand the 0 of a factor to any block.
             entry.positive = positive if entry.varies else min(entry.multipliers) > 0
         self._note_skipped()
-        multipliers = Multipliers(entries, self._known.segments, self.state, self.options, self._probe, self._said)
+        multipliers = Multipliers(
+            entries, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
+        )
         self._stepper = Stepper(entries, self.state, self.options, self._compiler, multipliers)
-        self._held = [_marks(e.param, self.state[e.param]) for e in entries]
+        self._held = [marks(e.param, self.state[e.param]) for e in entries]
         return self._stepper
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
@@ -234,7 +254,7 @@ class BlockOptimizer(Optimizer):
             return False
         for (_, param, _), entry, held in zip(current, stepper.entries, self._held, strict=True):
             what, places = held
-            if param is not entry.param or _kind(param) != what:
+            if param is not entry.param or kind_of(param) != what:
                 return False  # the parameter was exchanged or recast: lay everything out anew
             own = self.state[param]
             for key, tensor, inner, place in places:
@@ -269,6 +289,9 @@ class BlockOptimizer(Optimizer):
         groups = [states.group_of_saved(g, g["param_names"], state_dict, ids, self.who) for g in self.param_groups]
         for group, new in zip(self.param_groups, groups, strict=True):
             self._validate({**group, **new})
+        anew = self._is_of_another_block_lr([group.pop("block_lr", None) for group in groups])
+        if anew:
+            saved = {n: {k: v for k, v in own.items() if k not in states.OF_BLOCK_LR} for n, own in saved.items()}
         for name, param in current:
             states.check_entry(name, self.state.get(param, {}), saved[name], self.who)
         pairs = [pair for n, p in current for pair in states.prepared(self.state.get(p, {}), saved[n])]
@@ -277,9 +300,30 @@ class BlockOptimizer(Optimizer):
         with torch.no_grad():
             for target, value in pairs:
                 target.copy_(value)
+        if anew:
+            self._start_block_lr()
         self._stepper = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _is_of_another_block_lr(self, theirs: Sequence[str | None]) -> bool:
+        """Whether the multipliers of a state dict are to be left alone; those of fixed ones may come without a name."""
+        own = self.options.block_lr
+        if own is None or set(theirs) <= ({str(own)} if self.options.varies else {str(own), None}):
+            return False
+        names = ", ".join(sorted({repr(name or "") for name in theirs}))
+        logger.warning("%s: the state is of block_lr %s; %s begins anew", self.who, names, own)
+        return True
+
+    def _start_block_lr(self) -> None:
+        """Multipliers as at the beginning, and its steps counted from those that were taken."""
+        taken = max((int(own["step"]) for own in self.state.values() if "step" in own), default=0)
+        for own in self.state.values():
+            for key in states.OF_BLOCK_LR & set(own):
+                del own[key]
+        for group in self.param_groups:
+            if "lr_step" in group:
+                group |= {"lr_step": taken, "lr_switch": self.defaults["lr_switch"]}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT}}
@@ -358,31 +402,11 @@ class BlockOptimizer(Optimizer):
 
     def lr_multipliers(self) -> Table:
         """Per segment: its multiplier and its learning rate as they are now."""
-        stepper = self._bind()
-        rows = [
-            (s.name, str(s.role), str(s.block_type), s.layer, s.describe_rows(), m, float(e.group["lr"]) * m)
-            for e in stepper.entries
-            for s, m in zip(e.segments, stepper.multipliers.now(e), strict=True)
-        ]
-        return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
+        return lr_table(self._bind())
 
     def explain(self) -> Table:
         """Per segment: which rule and cut it gets, how many blocks, its multiplier, decay, storage and state bytes."""
-        stepper = self._bind()
-        rows = []
-        for entry in stepper.entries:
-            state = self.state[entry.param]
-            element = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "element")
-            block = sum(t.element_size() for n, t in state.items() if entry.rule.state.get(n) == "block")
-            wd = float(entry.group["weight_decay"])
-            parts = zip(entry.segments, entry.cuts, entry.decays, stepper.multipliers.now(entry), strict=True)
-            for s, cut, decays, m in parts:
-                blocks = s.blocks(cut)
-                size = s.numel * element + (blocks * block if cut != "element" else 0)
-                how = (entry.rule.name, cut, blocks, m, wd * decays, self.storage.name, size)
-                rows.append((s.name, str(s.role), s.describe_rows(), *how))
-        columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
-        return Table(columns, rows)
+        return explanation(self._bind(), self.state, self.storage.name)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors that this process holds."""
@@ -393,34 +417,6 @@ class BlockOptimizer(Optimizer):
 
 def _no_model() -> None:
     """In place of a reference to a model, where none was given or it was left behind by a copy."""
-
-
-def _marks(param: Tensor, state: Mapping[str, Tensor]) -> tuple[Any, list[Any]]:
-    """What must be as it was when the stepper was built: kind of the parameter, objects and places of its state."""
-    places = [(key, tensor, local(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
-    return _kind(param), places
-
-
-def _kind(param: Tensor) -> tuple[Any, ...]:
-    return param.dtype, param.device, param.is_contiguous(), param.shape
-
-
-def _check_no_decay(names: Collection[str], who: str) -> frozenset[str]:
-    names = (names,) if isinstance(names, str) else names
-    allowed = {*(str(role) for role in Role), "bias"}
-    wrong = sorted(set(names) - allowed)
-    if wrong:
-        raise ValueError(f"{who}: no_decay takes roles and 'bias', got {wrong}; allowed: {', '.join(sorted(allowed))}")
-    return frozenset(str(n) for n in names)
-
-
-def _unknown_message(who: str, what: str, names: Collection[str]) -> str:
-    first = next(iter(names))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (
-        f"{who}: {what} roles, and nothing explains {', '.join(list(names)[:5])}{more} (taken for 'other'). "
-        f"Say what they are: blocks={{{first!r}: 'up'}}, or 'other' if neither attention, MLP, norm nor embedding"
-    )
 
 
 __all__ = ["BlockLR", "BlockOptimizer"]

@@ -84,7 +84,7 @@ class Entry:
     def spread_segments(self, values: Sequence[float]) -> Tensor:
         """One number per segment -> fp64, one per local row."""
         assert self.segment_of_row is not None
-        table = torch.tensor(values, dtype=torch.float64, device=self.segment_of_row.device)
+        table = torch.tensor(values, dtype=torch.float64).to(self.segment_of_row.device, non_blocking=True)
         return table[self.segment_of_row].view(self.row_shape)
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -42,13 +42,19 @@ def allocate(
                 inner, dtype=storage.dtype_for(entry.dtype), memory_format=torch.contiguous_format, requires_grad=False
             )
             state[name] = like(param, plain)
-    if block_lr is not None:
-        state["lr_multiplier"] = torch.tensor(entry.multipliers, dtype=torch.float64, device=device)
-        if block_lr.sources:
-            state["lr_after"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
-            state["lr_before"] = state["lr_after"].clone()
-            shape = len(entry.segments), len(block_lr.sources)
-            state["lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
+    return state | (of_block_lr(entry, block_lr, factors, device) if block_lr is not None else {})
+
+
+def of_block_lr(
+    entry: Entry, block_lr: BlockLR, factors: Sequence[Sequence[float]], device: torch.device
+) -> dict[str, Tensor]:
+    """What a block_lr needs of one parameter, before anything is measured; see `engine.multipliers`."""
+    state = {"lr_multiplier": torch.tensor(entry.multipliers, dtype=torch.float64, device=device)}
+    if block_lr.sources:
+        state["lr_after"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
+        state["lr_before"] = state["lr_after"].clone()
+        shape = len(entry.segments), len(block_lr.sources)
+        state["lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
     return state
 
 

@@ -93,7 +93,7 @@ class Stepper:
             if ok is False:
                 return
         together = {id(pool) for pool in self.pools if self.clock.together([e for i in pool.items for e in i.parts])}
-        if self.multipliers.advance(active, ok, lambda: self.team):
+        if self.multipliers.advance(active, ok, self.team):
             self._sorts.clear()
         self.clock.advance(active, ok)
         self._now.clear()
