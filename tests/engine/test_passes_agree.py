@@ -12,7 +12,9 @@ from sharpwise.engine import kernels
 pytestmark = pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize("block_lr", [None, "blockwise", "layer_decay(rate=0.7)"])
+@pytest.mark.parametrize(
+    "block_lr", [None, "blockwise", "layer_decay(rate=0.7)", "sharpness(start=1, every=2, by=module)"]
+)
 def test_one_pass_and_two_give_the_same_bits(block_lr: str | None) -> None:
     config = transformers.LlamaConfig(
         hidden_size=256,

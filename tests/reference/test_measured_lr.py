@@ -108,7 +108,7 @@ def test_schedules(schedule):
 
 @pytest.mark.parametrize(("start", "stop", "total"), [(0.1, 0.6, 12), (0.25, None, 10), (0.02, 0.5, 13), (3, 0.9, 9)])
 def test_fractions_of_the_training(start, stop, total):
-    block_lr = sharpwise.SharpnessLR(start=start, stop=stop, every=2)
+    block_lr = sharpwise.SharpnessLR(start=start, stop=stop, every=2, soft=2)
     last = None if stop is None else in_steps(stop, total)
     more = {"start": in_steps(start, total), "stop": last, "every": 2, "soft": 2, "total_steps": total}
     beside("gpt2", "adamw", block_lr, sharpness_lr.Sharpness, **more)

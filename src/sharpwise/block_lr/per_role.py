@@ -40,8 +40,11 @@ class PerRole(BlockLR):
         for name, value in (*found, ("default", self.default)):
             if not isinstance(name, str) or not is_number(value) or not 0.0 < value < float("inf"):
                 raise ValueError(f"{self.name}: the ratio of {name!r} must be a finite number > 0, got {value!r}")
-        last = dict(reversed(found))
-        object.__setattr__(self, "ratios", tuple(reversed(last.items())))
+        last: dict[str, float] = {}
+        for name, value in found:
+            last.pop(name, None)  # of equal names the last one holds, in its place
+            last[name] = value
+        object.__setattr__(self, "ratios", tuple(last.items()))
 
     def __str__(self) -> str:
         said = [f"ratios={spelled(dict(self.ratios))}"]

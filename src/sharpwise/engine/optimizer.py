@@ -1,9 +1,8 @@
 """BlockOptimizer: any rule, block_lr and storage as one `torch.optim.Optimizer`."""
 
-import logging
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -40,7 +39,6 @@ from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
 
-logger = logging.getLogger(__name__)
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known")
 
 
@@ -289,7 +287,7 @@ class BlockOptimizer(Optimizer):
         groups = [states.group_of_saved(g, g["param_names"], state_dict, ids, self.who) for g in self.param_groups]
         for group, new in zip(self.param_groups, groups, strict=True):
             self._validate({**group, **new})
-        anew = self._is_of_another_block_lr([group.pop("block_lr", None) for group in groups])
+        anew = states.is_of_another(self.options.block_lr, [group.pop("block_lr", None) for group in groups], self.who)
         if anew:
             saved = {n: {k: v for k, v in own.items() if k not in states.OF_BLOCK_LR} for n, own in saved.items()}
         for name, param in current:
@@ -301,29 +299,10 @@ class BlockOptimizer(Optimizer):
             for target, value in pairs:
                 target.copy_(value)
         if anew:
-            self._start_block_lr()
+            states.begin_block_lr(self.state, self.param_groups, self.defaults)
         self._stepper = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _is_of_another_block_lr(self, theirs: Sequence[str | None]) -> bool:
-        """Whether the multipliers of a state dict are to be left alone; those of fixed ones may come without a name."""
-        own = self.options.block_lr
-        if own is None or set(theirs) <= ({str(own)} if self.options.varies else {str(own), None}):
-            return False
-        names = ", ".join(sorted({repr(name or "") for name in theirs}))
-        logger.warning("%s: the state is of block_lr %s; %s begins anew", self.who, names, own)
-        return True
-
-    def _start_block_lr(self) -> None:
-        """Multipliers as at the beginning, and its steps counted from those that were taken."""
-        taken = max((int(own["step"]) for own in self.state.values() if "step" in own), default=0)
-        for own in self.state.values():
-            for key in states.OF_BLOCK_LR & set(own):
-                del own[key]
-        for group in self.param_groups:
-            if "lr_step" in group:
-                group |= {"lr_step": taken, "lr_switch": self.defaults["lr_switch"]}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT}}

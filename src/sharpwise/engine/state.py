@@ -1,7 +1,8 @@
 """State of an optimizer: allocated together, saved under torch's names, loaded by name."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sharpwise.engine.mesh import is_dtensor, like, local
 from sharpwise.engine.plan import Entry
 from sharpwise.storage import Dense
 
+logger = logging.getLogger(__name__)
 OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_after", "lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
@@ -56,6 +58,31 @@ def of_block_lr(
         shape = len(entry.segments), len(block_lr.sources)
         state["lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
     return state
+
+
+def is_of_another(block_lr: BlockLR | None, theirs: Collection[str | None], who: str) -> bool:
+    """Whether the multipliers of a state dict, saved under `theirs`, are to be left alone; says so if they are.
+
+    Those of a fixed one may come without its name.
+    """
+    if block_lr is None or set(theirs) <= ({str(block_lr)} if block_lr.sources else {str(block_lr), None}):
+        return False
+    names = ", ".join(sorted({repr(name or "") for name in theirs}))
+    logger.warning("%s: the state is of block_lr %s; %s begins anew", who, names, block_lr)
+    return True
+
+
+def begin_block_lr(state: Any, groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Forget multipliers and what was measured; the steps of a block_lr are counted from those that were taken."""
+    taken = max((int(own["step"]) for own in state.values() if "step" in own), default=0)
+    for own in state.values():
+        for key in OF_BLOCK_LR & set(own):
+            del own[key]
+    for group in groups:
+        for key in ("lr_step", "lr_switch"):
+            group.pop(key, None)
+        if "lr_step" in defaults:
+            group |= {"lr_step": taken, "lr_switch": defaults["lr_switch"]}
 
 
 def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]], who: str) -> dict[str, Any]:
