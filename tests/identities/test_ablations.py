@@ -116,7 +116,7 @@ class Given(BlockLR):
     values: tuple[tuple[str, float], ...] = ()
     name = "given"
 
-    def multipliers(self, segments):
+    def multipliers(self, segments, measured=None):
         return [dict(self.values)[segment.name] for segment in segments]
 
 

@@ -303,7 +303,8 @@ def _interrupts() -> Iterator[threading.Event]:
         if not stop.is_set():
             stop.set()
             asked = time.monotonic()
-        elif number == signal.SIGINT or time.monotonic() - asked > TWICE:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        elif time.monotonic() - asked > TWICE:
             for other, handler in before.items():
                 signal.signal(other, handler)
             signal.raise_signal(number)
