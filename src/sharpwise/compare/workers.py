@@ -86,8 +86,11 @@ class Workers:
         self._attempts[key] = self._attempts.get(key, 0) + 1
         if self._pool is not None:
             # Ctrl-C reaches every process of the terminal; workers inherit that it is blocked, and obey `_stop`.
-            with interrupts_deferred():
-                self._futures[self._pool.submit(_run_in_worker, key, given, folder)] = key
+            try:
+                with interrupts_deferred():
+                    self._futures[self._pool.submit(_run_in_worker, key, given, folder)] = key
+            except BrokenProcessPool:  # since the last `wait`
+                self._again()
 
     def wait(self) -> list[str]:
         """The keys of runs that ended meanwhile: to their end, or because they diverged.
