@@ -79,10 +79,9 @@ class BlockOptimizer(Optimizer):
             defaults["peak_lr"] = 0.0
         if options.block_lr is not None:
             defaults["block_lr"] = str(options.block_lr)
-        if options.varies:
-            assert options.block_lr is not None
-            defaults |= {"lr_step": 0, "lr_switch": (0, 0) * len(options.block_lr.parts)}
-            check_sources(options, rule, self._model() is not None, who)
+            if options.varies:
+                defaults |= {"lr_step": 0, "lr_switch": (0, 0) * len(options.block_lr.parts)}
+                check_sources(options, rule, self._model() is not None, who)
         super().__init__(groups, defaults)
 
     def _reset(self) -> None:

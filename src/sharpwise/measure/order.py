@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sharpwise.block_lr import SharpnessLR
 from sharpwise.blocks import BlockType
 from sharpwise.probes.estimate import Estimate, Measurement
 
@@ -64,8 +65,8 @@ def suggested_ratios(measurement: Measurement, *, power: float = 0.6, cap: float
     flat = [name for name, value in found.items() if name in RATIOS and not value > 0]
     if flat:
         raise ValueError(f"no ratio follows from a sharpness of 0, as that of {', '.join(flat)}")
-    ratios = {RATIOS[BlockType(name)]: (reference / s) ** power for name, s in found.items() if name in RATIOS}
-    return {name: float(f"{min(max(r, 1.0), cap):.2g}") for name, r in ratios.items()}
+    ratio = SharpnessLR(power=power, max_ratio=cap).ratio
+    return {RATIOS[BlockType(name)]: float(f"{ratio(reference, s):.2g}") for name, s in found.items() if name in RATIOS}
 
 
 def as_block_lr(ratios: Mapping[str, float]) -> str:
