@@ -3,7 +3,8 @@
 Given the same gradients, on the eager path parameters and state are equal to the bit where no output row is cut, and
 else within 1e-6 of the largest element. Clipping adds up all elements, so that its last bit shows where they are cut.
 The default path moves by kernels whose vector loops round their last elements differently from the others: there the
-place of a cut shows in the last bit. State in bf16 is equal, or one rounding apart where fp32 before it was.
+place of a cut shows in the last bit. State in bf16 is held to the same bound, although one of its roundings is 2**-8:
+what it is worked out from does not depend on the cut.
 """
 
 import json
@@ -77,27 +78,19 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert result["skipped"] == [int(case.guard)] * 2
     for name, (parameter, state) in result["differences"].items():
         exact = case.path == "eager" and not case.guard and name not in result["rows cut"]
-        assert parameter <= (0.0 if exact else _of_parameters(case)), f"{name}: {parameter:.1e}, exact: {exact}"
+        assert parameter <= (0.0 if exact else 1e-6), f"{name}: {parameter:.1e}, exact: {exact}"
         assert state <= (0.0 if exact else _of_state(case)), f"{name}: state {state:.1e}"
-    # On the fast path a norm that is not finite is asked for again, in fp64.
-    again = int(case.guard and case.path == "default" and result["cut"])
+    # On the fast path a norm that is not finite is asked for again, in fp64; with state in bf16 it was so before.
+    wide = case.storage == "fp32" or case.rule == "sgd"  # which keeps no state here
+    again = int(case.guard and case.path == "default" and wide and result["cut"])
     assert result["bad step"] - again == _collectives(case, result["cut"], skipped=case.guard)
     assert result["collectives"] == _collectives(case, result["cut"])
     assert result["alone"] == 0
 
 
-def _of_parameters(case: Case) -> float:
-    """1e-6; where the last bit of a sum shows in clipped gradients, it may turn the rounding of state in bf16, which
-    moves the update of an element by 2**-8 of it. Updates are ten times as large under gradient_snr."""
-    if case.guard and case.storage != "fp32":
-        return 2e-3 if case.block_lr == "gradient_snr" else 2e-4
-    return 1e-6
-
-
 def _of_state(case: Case) -> float:
-    if case.rule == "low rank":
-        return 1e-5  # a basis of what is nearly of lower rank magnifies the last bits; the product does not
-    return 1e-6 if case.storage == "fp32" else 2**-7
+    # A basis of what is nearly of lower rank magnifies the last bits; the product does not.
+    return 1e-5 if case.rule == "low rank" else 1e-6
 
 
 def _collectives(case: Case, cut: bool, skipped: bool = False) -> int:

@@ -139,6 +139,21 @@ def test_state_of_shards_without_a_process_group(group: None) -> None:
     assert all(float(own["step"]) == 0 for own in fresh.state.values())
 
 
+def test_a_probe_of_a_sharded_model(group: None) -> None:
+    """Before a step as well as at construction: a model may be sharded in between."""
+    probing = {"block_lr": "sharpness(source=probe, start=0)", "probe_batches": [torch.zeros(1, 4, dtype=torch.long)]}
+    message = r"sharpness.* probes the model, and transformer.wte.weight is sharded; source='second_moment' works"
+    model = nanogpt()
+    early = build("adamw", model, **probing)
+    shard(model)
+    set_gradients(model, 0)
+    with pytest.raises(ValueError, match=message):
+        build("adamw", model, **probing).step()
+    early.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(ValueError, match=message):
+        early.step()
+
+
 @pytest.mark.parametrize("way", ["state_dict", "load_state_dict", "init_state"])
 def test_parameters_exchanged_after_state_was_made_but_before_a_step(group: None, way: str) -> None:
     """Accelerate asks for the state dict, loads it back, and then exchanges the parameters for sharded ones."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from reference.refusals import refuse
 from reference.rig import named, steps
 
 import sharpwise
-from sharpwise.block_lr import Product
+from sharpwise.block_lr import BlockLR, Product
 from sharpwise.probes import sharpness
 from sharpwise.testing import run, tiny_model
 
@@ -209,11 +210,22 @@ def test_too_few_eigenvalues_are_listed_once(caplog):
     assert "ln_1" not in lines[0] and "bias" not in lines[0] and "wte" not in lines[0]
 
 
+@dataclass(frozen=True)
+class Still(BlockLR):
+    """Ours refuse a ratio of 0; nobody keeps users' own from it."""
+
+    name = "still"
+
+    def multipliers(self, segments, measured=None):
+        return [float(segment.block_type != "Emb") for segment in segments]
+
+
 def test_a_zero_that_moves_to_another_block():
     """An ablation may hand the multiplier 0 of a factor to any block, at any measurement."""
     model = tiny_model()
-    spelling = "reversed(sharpness(start=0, every=1, soft=0, power=3, decay=base)*blockwise(emb=0))"
-    optimizer = sharpwise.AdamW(model, lr=1e-3, weight_decay=0.1, block_lr=spelling)
+    following = sharpwise.SharpnessLR(start=0, every=1, soft=0, power=3, decay="base")
+    block_lr = sharpwise.Reversed(following * Still())
+    optimizer = sharpwise.AdamW(model, lr=1e-3, weight_decay=0.1, block_lr=block_lr)
     for _ in range(2):  # queries and keys are as sharp as norms now, so that the largest multiplier is the MLP's
         for name, p in named(model):
             p.grad = torch.full_like(p, 1.0 if "ln_" in name or "attn" in name else 1e-6)

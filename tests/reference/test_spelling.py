@@ -121,14 +121,14 @@ def test_tables_instances_and_nothing(table, meant):
     assert make_block_lr(table) == meant
 
 
-numbers = st.one_of(st.floats(0, 1e300), st.integers(0, 10**20))
+numbers = st.one_of(st.floats(0, 1e300, exclude_min=True), st.integers(1, 10**20))
 plain = st.one_of(
     st.builds(
         BlockwiseLR,
         emb=numbers,
         qk=numbers,
         norm=numbers,
-        floor=st.none() | numbers,
+        floor=st.none() | st.just(0.0) | numbers,
         decay=st.sampled_from(["scaled", "base"]),
     ),
     st.builds(LayerDecay, rate=st.floats(0, 1, exclude_min=True)),
@@ -207,11 +207,12 @@ REFUSED = [
     ("reversed", r"an ablation of another block_lr; say of which, as reversed\(blockwise\)"),
     ("shuffled(seed=1)", "say of which"),
     ("reversed(blockwize)", "did you mean 'blockwise'"),
-    ("blockwise(emb=-1)", "emb must be a finite number >= 0, got -1"),
-    ("blockwise(emb=x)", "emb must be a finite number >= 0, got 'x'"),
-    ("blockwise(emb=True)", "emb must be a finite number >= 0, got True"),
-    ("blockwise(emb=None)", "emb must be a finite number >= 0, got None"),
-    ("blockwise(emb=1e999)", "emb must be a finite number >= 0, got inf"),
+    ("blockwise(emb=-1)", "emb must be a finite number > 0, got -1"),
+    ("blockwise(emb=0)", "emb must be a finite number > 0, got 0"),
+    ("blockwise(emb=x)", "emb must be a finite number > 0, got 'x'"),
+    ("blockwise(emb=True)", "emb must be a finite number > 0, got True"),
+    ("blockwise(emb=None)", "emb must be a finite number > 0, got None"),
+    ("blockwise(emb=1e999)", "emb must be a finite number > 0, got inf"),
     ("blockwise(emb=-True)", "-True is no number"),
     ("blockwise(emb=1+2)", r"1\+2 is no number, name or text"),
     ("blockwise(emb=2j)", "2j is no number, name or text"),

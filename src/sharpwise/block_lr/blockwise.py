@@ -40,7 +40,7 @@ class BlockwiseLR(BlockLR):
     """Multipliers by block type.
 
     Args:
-        emb, qk, ffn, vo, norm, head, pos_emb, other: multipliers, >= 0; the defaults are the paper's.
+        emb, qk, ffn, vo, norm, head, pos_emb, other: multipliers, > 0; the defaults are the paper's.
         floor: None (each block anneals to the same fraction of its own peak) or the absolute learning rate at which
             all blocks end.
         decay: see `BlockLR`.
@@ -67,8 +67,10 @@ class BlockwiseLR(BlockLR):
             value = getattr(self, field.name)
             if field.name == "decay" or (field.name == "floor" and value is None):
                 continue
-            if not is_number(value) or not 0.0 <= value < float("inf"):
-                raise ValueError(f"{self.name}: {field.name} must be a finite number >= 0, got {value!r}")
+            zero = field.name == "floor"
+            if not is_number(value) or not (0.0 < value < float("inf") or (zero and value == 0)):
+                sign = ">=" if zero else ">"
+                raise ValueError(f"{self.name}: {field.name} must be a finite number {sign} 0, got {value!r}")
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         return [float(getattr(self, kind_of(segment))) for segment in segments]

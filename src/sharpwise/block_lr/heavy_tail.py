@@ -83,8 +83,7 @@ class HeavyTailLR(PhasedLR):
 
     def reads(self, segment: Segment) -> bool:
         """Whether the spectrum of this segment counts."""
-        vector = segment.bias or len(segment.shape) - segment.stacked < 2
-        return not vector and segment.block_type not in (BlockType.EMB, BlockType.HEAD, BlockType.NORM)
+        return segment.is_matrix and segment.block_type not in (BlockType.EMB, BlockType.HEAD, BlockType.NORM)
 
     def of_matrices(self, matrices: Iterable[Tensor]) -> float:
         """Mean alpha of the matrices of a segment, less those of random ones if asked for; NaN where one has none."""

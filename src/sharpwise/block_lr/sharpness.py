@@ -130,7 +130,7 @@ class SharpnessLR(PhasedLR):
         Raises:
             ValueError: for settings, or batches that the probe refuses.
         """
-        from sharpwise.engine.measuring import sharpness_by_name  # the engine stands on this
+        from sharpwise.probes.fisher import sharpness_by_name  # probes stand on the engine, that on this
 
         own = cls(**settings)
         if own.by != "type":

@@ -81,6 +81,11 @@ class Segment:
         return self.shape[self.dim] if self.shape else 1
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether its output rows are vectors: not so of norms and biases."""
+        return not self.bias and len(self.shape) - self.stacked >= 2
+
+    @property
     def copies(self) -> int:
         """Stacked copies (experts), 1 if not stacked."""
         return self.shape[0] if self.stacked else 1

@@ -265,9 +265,9 @@ class Compiler:
             known[short] = graph
         return graph, args
 
-    def row_squares(self, g: Tensor, dim: int) -> Tensor:
-        """As `row_squares`."""
-        fits = g.shape[dim] % (256 if dim == 1 else 16) == 0
+    def row_squares(self, g: Tensor, dim: int, exact: bool) -> Tensor:
+        """As `row_squares`; unless exact, groups of squares are added in fp32."""
+        fits = not exact and g.shape[dim] % (256 if dim == 1 else 16) == 0
         key = (dim, fits, g.dtype, g.device)
         known = self._graphs.get(key)
         if known is not None:

@@ -7,17 +7,15 @@ rounded to 24 bits: the order in which processes sum does not show in them.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharpwise.block_lr import MeasuredLR
 from sharpwise.block_lr.gradient_snr import signal_to_noise
 from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.measured import PhasedLR
-from sharpwise.blocks import BlockMap
 from sharpwise.engine.items import SMALL
 from sharpwise.engine.kernels import CHUNK
 from sharpwise.engine.mesh import Bucket, Exchange, Shard, Team, local
@@ -211,21 +209,3 @@ def _alphas(source: HeavyTailLR, entry: Entry, whole: Tensor) -> Tensor:
         for s in entry.segments
     ]
     return torch.tensor(own, dtype=torch.float64, device=whole.device)
-
-
-# --- a probe ---------------------------------------------------------------------------------------------------------
-
-
-def sharpness_by_name(model: nn.Module, batches: Any, blocks: BlockMap, *, seed: int = 0) -> dict[str, list[float]]:
-    """Sharpness by `sharpwise.probes.sharpness`, by name of the parameter, per segment; of what is trained now."""
-    from sharpwise.probes.fisher import sharpness
-    from sharpwise.probes.parts import labels, named_parameters
-
-    now = {name for name, parameter in named_parameters(model, blocks).items() if parameter.requires_grad}
-    trained = BlockMap(tuple(replace(s, frozen=False) for s in blocks.segments if s.name in now))
-    found = sharpness(model, batches, blocks=trained, seed=seed).select(quantity="sharpness", by="segment")
-    values = {estimate.of: estimate.value for estimate in found}
-    result: dict[str, list[float]] = {}
-    for segment, label in labels(trained).items():
-        result.setdefault(segment.name, []).append(values[label])
-    return result

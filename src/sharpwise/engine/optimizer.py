@@ -29,7 +29,7 @@ from sharpwise.engine.binding import (
 )
 from sharpwise.engine.describe import explanation, lr_table
 from sharpwise.engine.kernels import Compiler
-from sharpwise.engine.measuring import check_sources, sharpness_by_name
+from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.mesh import local
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
@@ -99,8 +99,7 @@ class BlockOptimizer(Optimizer):
             ValueError: for a parameter that the model does not have, or that is in a group already.
         """
         group = dict(param_group)
-        own = group["params"]
-        own = [own] if isinstance(own, Tensor) else list(own)
+        own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = names_of(self._model())
         group["params"] = [i if isinstance(i, (tuple, list)) else (self._name_of(i, names), i) for i in own]
         present = {n for g in self.param_groups for n in g["param_names"]}
@@ -170,6 +169,8 @@ class BlockOptimizer(Optimizer):
         model = self._model()
         if model is None:
             raise RuntimeError(f"{self.who}: the model that the block_lr measures is gone; build the optimizer anew")
+        from sharpwise.probes.fisher import sharpness_by_name  # probes stand on the engine
+
         with torch.enable_grad():
             return sharpness_by_name(model, self.options.probe_batches, self._known, seed=taken)
 

@@ -72,8 +72,14 @@ class Stepper:
 
     @cached_property
     def sums(self) -> Sums:
-        """What reads the gradients before anything moves."""
-        return Sums(self.team, self.compiler, self.options.guarded, not self.fast)
+        """What reads the gradients before anything moves.
+
+        The last bit of the clipping factor may turn the rounding of anything narrow: there it must not depend on where
+        gradients are cut, so that they are added up in fp64.
+        """
+        kept = [t for e in self.entries for t in (e.param, *self.state[e.param].values()) if isinstance(t, Tensor)]
+        exact = not self.fast or (self.options.guarded and any(t.dtype.itemsize < 4 for t in kept))
+        return Sums(self.team, self.compiler, self.options.guarded, exact)
 
     # -- the step ------------------------------------------------------------------------------------------------
 

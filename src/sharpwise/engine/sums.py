@@ -37,7 +37,7 @@ class Sums:
     Args:
         compiler: sums up matrices, if there is one.
         total: whether the sum over everything is wanted too.
-        exact: in fp64 throughout, eager; else fp32 squares are added in fp32 before the few sums left in fp64.
+        exact: in fp64 throughout; else fp32 squares are added in fp32 before the few sums left in fp64.
     """
 
     def __init__(self, team: Team, compiler: kernels.Compiler | None, total: bool, exact: bool) -> None:
@@ -81,7 +81,7 @@ class Sums:
 
     def _rows(self, g: Tensor, dim: int) -> Tensor:
         if self.compiler is not None and g.dim() == 2 and g.numel() >= kernels.COMPILE_EACH and min(g.shape) > 1:
-            return self.compiler.row_squares(g, dim)
+            return self.compiler.row_squares(g, dim, self.exact)
         if self.exact or g.dtype != torch.float32:
             return kernels.row_squares(g, dim)
         return kernels.quick_row_squares(g, dim)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from sharpwise.blocks import BlockMap, Role, canonical_name
 from sharpwise.probes.estimate import Measurement
 from sharpwise.probes.noise_scale import GradientSNR, NoiseScale
-from sharpwise.probes.parts import is_matrix
 from sharpwise.probes.update_size import UpdateSize, angles
 
 Notes = dict[str, dict[str, float]]
@@ -117,7 +116,7 @@ class Probes:
         sums: dict[Role, list[float]] = {}
         for segment, rows in zip(self._sizes.segments, self._sizes.rows(), strict=True):
             w, d, _ = rows.sum(1).tolist()
-            known = angles(*rows)[rows[[0, 2]].amin(0) > 0] if is_matrix(segment) else rows[0, :0]
+            known = angles(*rows)[rows[[0, 2]].amin(0) > 0] if segment.is_matrix else rows[0, :0]
             own = [d, w, segment.numel, float(known.sum()), len(known)]
             sums[segment.role] = [a + b for a, b in zip(sums.get(segment.role, [0.0] * 5), own, strict=True)]
         self._sizes.let_go()

@@ -25,6 +25,7 @@ result. The geometric mean is over segments, weighted by their elements, not ove
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,8 @@ from sharpwise.probes.batches import IGNORED, Batch, check_micro
 from sharpwise.probes.draws import Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.gather import Groups, square_sums
+from sharpwise.probes.parts import labels as labels_of
+from sharpwise.probes.parts import named_parameters
 from sharpwise.probes.second_moment import sharpness_from_optimizer
 from sharpwise.probes.subject import Subject
 
@@ -126,6 +129,22 @@ def sharpness(
     }
     cost = Cost(time.perf_counter() - started, run.gradients)
     return Measurement(_WHO, run.estimates(), settings=settings, cost=cost, warnings=warnings)
+
+
+def sharpness_by_name(model: nn.Module, batches: Any, blocks: BlockMap, *, seed: int = 0) -> dict[str, list[float]]:
+    """The sharpness of what is trained now: by name of the parameter, one value per segment.
+
+    Raises:
+        ValueError: as `sharpness`.
+    """
+    now = {name for name, parameter in named_parameters(model, blocks).items() if parameter.requires_grad}
+    trained = BlockMap(tuple(replace(s, frozen=False) for s in blocks.segments if s.name in now))
+    found = sharpness(model, batches, blocks=trained, seed=seed).select(quantity="sharpness", by="segment")
+    values = {estimate.of: estimate.value for estimate in found}
+    result: dict[str, list[float]] = {}
+    for segment, label in labels_of(trained).items():
+        result.setdefault(segment.name, []).append(values[label])
+    return result
 
 
 class _Run:

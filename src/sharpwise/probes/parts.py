@@ -83,11 +83,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def is_matrix(segment: Segment) -> bool:
-    """Whether its output rows are vectors: not so of norms and biases."""
-    return len(segment.shape) - segment.stacked >= 2
-
-
 def matrices(segment: Segment, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The matrices [rows, inputs] of a segment, one for each stacked copy, and what to add to its label."""
     rows = tensor

@@ -27,7 +27,7 @@ from sharpwise.blocks import BlockMap, Segment, canonical_name
 from sharpwise.blocks.names import canonical_path
 from sharpwise.engine.mesh import is_dtensor
 from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_quantile
-from sharpwise.probes.parts import CHUNK, about, is_matrix, labels, named_parameters
+from sharpwise.probes.parts import CHUNK, about, labels, named_parameters
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def rrc(
     if not estimates and not warnings:
         raise ValueError("the model applied none of its matrices to this batch as a module of one input and one output")
     seen = {use.name for use, _ in uses if use.parts[0][1]}
-    unseen = [name for name in blocks.names() if is_matrix(blocks[name][0]) and name not in seen and name in before]
+    unseen = [name for name in blocks.names() if blocks[name][0].is_matrix and name not in seen and name in before]
     warnings += [f"{name}: no module was seen to apply it to rows of inputs" for name in unseen]
     cost = Cost(time.perf_counter() - began, gradients=1 / 3)
     return Measurement("RRC", estimates, settings={"tokens": tokens}, cost=cost, warnings=warnings)

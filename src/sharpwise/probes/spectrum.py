@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, Segment
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
-from sharpwise.probes.parts import CHUNK, about, choose, is_matrix, labels, matrices, named_parameters, whole
+from sharpwise.probes.parts import CHUNK, about, choose, labels, matrices, named_parameters, whole
 
 Convention = Literal["hill", "published"]
 LEAST = 50
@@ -70,7 +70,7 @@ def spectrum(
     began = time.perf_counter()
     blocks = BlockMap.of(model) if blocks is None else blocks
     parameters, names = named_parameters(model, blocks), labels(blocks)
-    chosen = [segment for segment in choose(blocks, select) if is_matrix(segment) and segment.numel]
+    chosen = [segment for segment in choose(blocks, select) if segment.is_matrix and segment.numel]
     if not chosen:
         raise ValueError(f"select={select!r} matches no matrix, only vectors; a spectrum is of matrices")
     estimates: list[Estimate] = []

@@ -30,7 +30,6 @@ from sharpwise.probes.parts import (
     choose,
     groups,
     inputs_of,
-    is_matrix,
     labels,
     named_parameters,
     whole,
@@ -112,7 +111,7 @@ class UpdateSize:
                 for quantity, value in found.items()
             ]  # fmt: skip
         for segment, of_rows in zip(self.segments, rows, strict=True):
-            if is_matrix(segment):
+            if segment.is_matrix:
                 estimates += _per_neuron(segment, names[segment], of_rows)
         self.let_go()
         return Measurement("update size", estimates, cost=Cost(time.perf_counter() - began), warnings=warnings)

@@ -149,7 +149,7 @@ def _blocks(run: RunData) -> str:
     rows = [{**describe(s), "multipliers": factor} for s, factor in zip(run.blocks, found, strict=True)]
     varied = any(factor["now"] not in (None, 1.0) for factor in found)
     hint = "What each parameter is taken for, and "
-    hint += "the latest factor on its learning rate" if varied else "its size"
+    hint += "the latest mean factor on the learning rate of its role in its layer" if varied else "its size"
     content = block_table(rows, {"now": "lr factor"} if varied else {})
     return card("Block map", f"{hint}. Equal layers share one row.", content, wide=True)
 
