@@ -12,7 +12,7 @@ import pytest
 from compare.test_conduct import study
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.compare import conduct as conducting
-from sharpwise.compare.arms import INSTEAD, RULES, ablations, first_line
+from sharpwise.compare.arms import INSTEAD, RULES, ablations, first_line, instead
 from sharpwise.compare.conduct import conduct, look, open_study, place_of, summary
 from sharpwise.compare.record import Record
 from sharpwise.compare.report.page import render
@@ -174,6 +174,17 @@ def test_arms_with_other_settings_are_no_ablations(data: Path, tmp_path: Path) -
         assert len(list(ablations(make_study(given)))) == pairs
     del given["arms"]["adamw+blockwise"]
     assert list(ablations(make_study(given))) == []
+
+
+def test_other_settings_of_a_block_lr_are_compared_with_the_first(data: Path) -> None:
+    arms = ["adamw", "adamw+llr(every=10)", "adamw+llr(stop=0)", "adamw+llr(low=2)", "adamw+only(llr(stop=0))",
+            "adam-mini+llr(stop=5)", "adamw+llr*layer_decay", "adamw+llr*layer_decay(rate=0.8)"]  # fmt: skip
+    pairs = [(arm.name, other.name) for arm, other in ablations(make_study(study(data, arms=arms)))]
+    assert pairs == [(arms[1], arms[2]), (arms[1], arms[3]), (arms[2], arms[4])]
+    assert [instead(make_study(study(data, arms=arms)).arm(name)) for name in (arms[2], arms[4])] == [
+        "llr(stop=0)",
+        "the multipliers for Emb alone",
+    ]
 
 
 def test_every_optimizer_and_block_lr_can_say_what_it_is() -> None:

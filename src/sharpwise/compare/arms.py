@@ -4,7 +4,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sharpwise import rules
-from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeanMatched, Only, Reversed, Shuffled, make_block_lr
+from sharpwise.block_lr import (
+    Ablation,
+    BlockLR,
+    GradientSNR,
+    MeanMatched,
+    Only,
+    Product,
+    Reversed,
+    Shuffled,
+    make_block_lr,
+)
 from sharpwise.compare.study import Arm, Study
 from sharpwise.report.blocks import names_of_roles
 
@@ -29,24 +39,45 @@ def block_lr_of(arm: Arm) -> BlockLR | None:
 
 
 def ablations(study: Study) -> Iterator[tuple[Arm, Arm]]:
-    """Every arm with each of its ablations: alike in all but that the multipliers are changed."""
-    for arm in study.arms:
-        for other in study.arms:
+    """Every arm with each of its ablations, alike in all but that the multipliers are changed; and the first of those
+    that differ in the settings of their block_lr alone, with each of the others.
+    """
+    for i, arm in enumerate(study.arms):
+        own = block_lr_of(arm)
+        first = own is not None and not any(_is_variant(own, arm, other) for other in study.arms[:i])
+        for j, other in enumerate(study.arms):
             changed = block_lr_of(other)
-            alike = (
-                arm.optimizer["name"] == other.optimizer["name"]
-                and arm.settings == other.settings
-                and arm.space.search == other.space.search
-            )
-            if alike and isinstance(changed, Ablation) and changed.of == block_lr_of(arm):
+            ablation = isinstance(changed, Ablation) and changed.of == own and _alike(arm, other)
+            if ablation or (first and j > i and _is_variant(own, arm, other)):
                 yield arm, other
 
 
+def _is_variant(own: BlockLR | None, arm: Arm, other: Arm) -> bool:
+    """Whether the other arm has other settings of the same kind of block_lr, of one that is no combination."""
+    changed = block_lr_of(other)
+    single = not isinstance(own, (Ablation, Product))
+    return single and type(changed) is type(own) and changed != own and _alike(arm, other)
+
+
+def _alike(arm: Arm, other: Arm) -> bool:
+    return (
+        arm.optimizer["name"] == other.optimizer["name"]
+        and arm.settings == other.settings
+        and arm.space.search == other.space.search
+    )
+
+
 def instead(ablation: Arm) -> str:
-    """What an ablation has instead of the multipliers, in words."""
+    """What the other arm of a pair has instead of the multipliers, in words."""
     changed = block_lr_of(ablation)
-    assert isinstance(changed, Ablation)
-    return INSTEAD.get(type(changed), ablation.name)
+    if not isinstance(changed, Ablation):
+        return str(changed)
+    return INSTEAD.get(type(changed), ablation.name).replace("some of the blocks", _types(changed))
+
+
+def _types(changed: Ablation) -> str:
+    """The blocks that an ablation spares."""
+    return " and ".join(changed.types) if isinstance(changed, Only) else ""
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------
@@ -84,7 +115,7 @@ def first_line(kind: type) -> str:
 def _block_lr(block_lr: BlockLR) -> str:
     line = first_line(type(block_lr))
     if isinstance(block_lr, Ablation):
-        line = line.replace("`of`", str(block_lr.of))
+        line = line.replace("`of`", str(block_lr.of)).replace("some of the blocks", _types(block_lr))
     return _lower(line)
 
 

@@ -210,9 +210,9 @@ def _ablations(result: Result) -> str:
     if not result["ablations"]:
         return ""
     hint = (
-        "An arm against itself with other multipliers, each at its own best learning rate, paired by seed. If it ends "
-        "no lower, what helped is the size of the steps and not which block gets the large ones. p is adjusted for the "
-        "number of these pairs, apart from those with the baseline: that is another question."
+        "An arm against itself with other multipliers or settings, each at its own best learning rate, paired by seed. "
+        "If it ends no lower than a control, what helped is the size of the steps and not which block gets the large "
+        "ones. p is adjusted for the number of these pairs, apart from those with the baseline: another question."
     )
     return card("Do the ratios matter?", hint, tables.ablations(result), wide=True)
 

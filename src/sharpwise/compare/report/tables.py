@@ -53,7 +53,7 @@ def ablations(result: Result) -> str:
         f"<td>{html_name(pair['ablation'], look[pair['ablation']])}</td><td>{_sentence(pair)}</td></tr>"
         for pair in result["ablations"]
     ]
-    head = "".join(f'<th scope="col">{title}</th>' for title in ("arm", "ablation", "what came out"))
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("arm", "against", "what came out"))
     return table(head, lines, "Ablations")
 
 
