@@ -44,7 +44,7 @@ def ablations(study: Study) -> Iterator[tuple[Arm, Arm]]:
     """
     for i, arm in enumerate(study.arms):
         own = block_lr_of(arm)
-        first = own is not None and not any(_is_variant(own, arm, other) for other in study.arms[:i])
+        first = not any(_is_variant(own, arm, other) for other in study.arms[:i])
         for j, other in enumerate(study.arms):
             changed = block_lr_of(other)
             ablation = isinstance(changed, Ablation) and changed.of == own and _alike(arm, other)
