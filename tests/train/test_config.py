@@ -109,7 +109,7 @@ def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
             "optimizer.block_lr=blockwise(embb=3)",
             r"block_lr: blockwise has no argument 'embb' \(did you mean 'emb'\?\)",
         ),
-        ("optimizer.block_lr=blockwise(emb=-3)", r"optimizer\.block_lr: blockwise: emb must be a finite number >= 0"),
+        ("optimizer.block_lr=blockwise(emb=-3)", r"optimizer\.block_lr: blockwise: emb must be a finite number > 0"),
         ("optimizer.block_lr=only(blockwise, types=emb)", r"optimizer\.block_lr: only: types takes .*, got 'emb'"),
         ('optimizer.block_lr={name = "reversed", of = 3}', r"optimizer\.block_lr: block_lr must be a name, .*, got 3"),
         ("optimizer.name=adamw+blockwize", r"optimizer\.name: no block_lr is called 'blockwize' \(did you mean"),
