@@ -121,7 +121,8 @@ def _moments(entry: Entry, own: dict[str, Tensor], exact: bool) -> tuple[Tensor,
         sizes = [s.blocks(c) for s, c in zip(entry.segments, entry.cuts, strict=True)]
         return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
     exact = exact or entry.param.numel() <= SMALL  # of the whole parameter, not of the shard
-    rows = entry.view(v).sum(entry.dim, dtype=torch.float64 if exact else torch.float32)
+    dim = -1 if entry.segment_of_row is None else entry.dim  # along memory, where that will do
+    rows = entry.view(v).sum(dim, dtype=torch.float64 if exact else torch.float32)
     return _by_segment(entry, rows.double()), entry.shard
 
 
