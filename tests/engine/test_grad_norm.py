@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import sharpwise
 from sharpwise.testing import fill_gradients, run, tiny_model
@@ -32,6 +33,22 @@ def test_is_the_norm_before_clipping(name, options, dtype):
         optimizer.step()
         assert optimizer.grad_norm.dim() == 0
         assert float(optimizer.grad_norm) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("compiles", [None, True], ids=["default", "compiled"])
+@pytest.mark.parametrize("name", ["adamw", "adam-mini"])
+def test_is_exact_where_state_is_narrow(name, compiles):
+    """Its last bit would turn roundings of bf16, and may not depend on how a mesh cuts the gradients."""
+    for storage, close in (("fp32", 1e-6), ("bf16", 1e-14)):
+        model = nn.Module()
+        model.w = nn.Parameter(torch.zeros(512, 256))  # large enough to be compiled
+        rule = {"cut": "tensor"} if name == "adam-mini" else {}
+        options = {"storage": storage, "max_grad_norm": 0.5, "compile": compiles, **rule}
+        optimizer = sharpwise.create_optimizer(model, name, lr=1e-3, **options)
+        fill_gradients(model, 0)
+        optimizer.step()
+        exact = math.sqrt(float((model.w.grad.double() ** 2).sum()))
+        assert float(optimizer.grad_norm) == pytest.approx(exact, rel=close)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
