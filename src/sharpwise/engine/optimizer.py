@@ -250,8 +250,7 @@ class BlockOptimizer(Optimizer):
     def _still_bound(self, stepper: Stepper, current: list[tuple[str, Tensor, Any]]) -> bool:
         if len(current) != len(stepper.entries):
             return False
-        for (_, param, _), entry, held in zip(current, stepper.entries, self._held, strict=True):
-            what, places = held
+        for (_, param, _), entry, (what, places) in zip(current, stepper.entries, self._held, strict=True):
             if param is not entry.param or kind_of(param) != what:
                 return False  # the parameter was exchanged or recast: lay everything out anew
             own = self.state[param]

@@ -78,7 +78,8 @@ class Stepper:
         gradients are cut, so that they are added up in fp64.
         """
         kept = [t for e in self.entries for t in (e.param, *self.state[e.param].values()) if isinstance(t, Tensor)]
-        exact = not self.fast or (self.options.guarded and any(t.dtype.itemsize < 4 for t in kept))
+        clips = self.options.max_grad_norm is not None
+        exact = not self.fast or (clips and any(t.dtype.itemsize < 4 for t in kept))
         return Sums(self.team, self.compiler, self.options.guarded, exact)
 
     # -- the step ------------------------------------------------------------------------------------------------
