@@ -6,7 +6,7 @@ from torch import nn
 
 import sharpwise
 from sharpwise.engine import fused, kernels
-from sharpwise.testing import fill_gradients, same, tiny_model
+from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
 
 
 def model_of(sizes):
@@ -70,3 +70,23 @@ def test_quick_sums_are_the_exact_ones(shape, dim):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     exact = kernels.row_squares(g, dim)
     assert ((kernels.quick_row_squares(g, dim) - exact).abs() <= 1e-6 * exact).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(sharpwise.AdamW, {"max_grad_norm": 1.0}), (sharpwise.AdamMini, {}), (sharpwise.AdamMini, {"max_grad_norm": 1.0})],
+    ids=["update", "one pass", "two passes"],
+)
+def test_autograd_notices_compiled_steps(build, options):
+    """Graphs and torch's kernel write what autograd may have saved; a backward pass through what was is an error."""
+    model = TinyGPT(width=256, heads=16, vocabulary=300)
+    optimizer = build(model, lr=1e-2, compile=True, **options)
+    for step in range(2):
+        fill_gradients(model, step)
+        with torch.enable_grad():
+            losses = [p.square().sum() for p in model.parameters()]
+        optimizer.step()
+        for loss in losses:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    assert optimizer.compiled_graphs > 0

@@ -6,7 +6,8 @@ from torch import nn
 
 import sharpwise
 from sharpwise.engine import kernels
-from sharpwise.engine.one_pass import Run, runs_of
+from sharpwise.engine.one_pass import runs_of
+from sharpwise.engine.plan import Run
 from sharpwise.testing import TinyGPT, fill_gradients, same
 
 
@@ -25,7 +26,7 @@ def run(model, optimizer, steps, skip=()):
 
 def ways(optimizer):
     """How many items go in one pass."""
-    return sum(way is not None for way in optimizer._stepper.one_pass.values())
+    return len(optimizer._stepper.one_pass)
 
 
 OPTIONS = {

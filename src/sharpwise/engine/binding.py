@@ -1,5 +1,6 @@
 """From what a training script has (a model, names, groups) to named parameter groups and a block map."""
 
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -197,14 +198,32 @@ def check_gradient(name: str, param: Tensor) -> None:
     place_gradient(param)
 
 
-def marks(param: Tensor, state: Mapping[str, Tensor]) -> tuple[Any, list[Any]]:
-    """What must be as it was when the stepper was built: kind of the parameter, objects and places of its state."""
-    places = [(key, tensor, local(tensor), local(tensor).data_ptr()) for key, tensor in state.items()]
-    return kind_of(param), places
+class Marks:
+    """What must be as it was when the stepper was built: kinds of the parameters, objects and places of their state.
+
+    Asked at every step, of every tensor: lists are compared, not tensors one by one.
+    """
+
+    def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        self._params, self._kinds = params, _kinds_of(params)
+        self._tensors = [tensor for p in params for tensor in state[p].values()]
+        self._askers = [local(tensor).data_ptr for tensor in self._tensors]
+        self._places = [ask() for ask in self._askers]
+
+    def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+        """False once a parameter was exchanged or recast, or somebody moved the state."""
+        if not _same(params, self._params) or _kinds_of(params) != self._kinds:
+            return False
+        tensors = [tensor for p in params for tensor in state[p].values()]
+        return _same(tensors, self._tensors) and [ask() for ask in self._askers] == self._places
 
 
-def kind_of(param: Tensor) -> tuple[Any, ...]:
-    return param.dtype, param.device, param.is_contiguous(), param.shape
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(p.dtype, p.device, p.is_contiguous(), p.shape) for p in params]
 
 
 def check_no_decay(names: Collection[str], who: str) -> frozenset[str]:

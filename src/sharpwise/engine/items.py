@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sharpwise.engine.kernels import Noise
 from sharpwise.engine.mesh import local
-from sharpwise.engine.plan import Entry, rows_of_blocks
+from sharpwise.engine.plan import Entry, gathers_of
 
 SMALL = 1 << 14
 """Tensors up to this many elements are gathered."""
@@ -42,7 +43,12 @@ class Item:
         """Whether the parts are gathered in a buffer."""
         return bool(self.singles)
 
-    @property
+    @cached_property
+    def copied(self) -> bool:
+        """Whether `parameter` is a copy, which has to be written back."""
+        return self.flat or not local(self.parts[0].param).is_contiguous()
+
+    @cached_property
     def numel(self) -> int:
         """Elements of the local parts."""
         rows, *rest = self.layout.shape
@@ -73,11 +79,13 @@ class Item:
 
     def scatter(self, p: Tensor) -> None:
         """Write copied parameters back."""
+        if not self.copied:
+            return
         own = [local(e.param) for e in self.parts]
         if self.flat:
             pieces = p.view(-1).split([t.numel() for t in own])
             torch._foreach_copy_(own, [piece.view(t.shape) for piece, t in zip(pieces, own, strict=True)])
-        elif not own[0].is_contiguous():
+        else:
             own[0].copy_(p.view(own[0].shape))
 
     def noise(self, seed: int, t: Any) -> Noise:
@@ -129,7 +137,7 @@ def pool_blocks(items: Sequence[Item], state: Any) -> list[Pool]:
         counts = [item.layout.counts for item in members if item.layout.counts is not None]
         buffers = {}
         for name in members[0].blocks:
-            buffers[name] = _into_buffer([state[e.param][name] for item in members for e in item.parts])
+            buffers[name] = into_buffer([state[e.param][name] for item in members for e in item.parts])
             pieces = buffers[name].split([len(c) for c in counts])
             for item, piece in zip(members, pieces, strict=True):
                 item.blocks[name] = piece
@@ -137,7 +145,7 @@ def pool_blocks(items: Sequence[Item], state: Any) -> list[Pool]:
     return pools
 
 
-def _into_buffer(tensors: Sequence[Tensor]) -> Tensor:
+def into_buffer(tensors: Sequence[Tensor]) -> Tensor:
     """One buffer with the values of all; each tensor becomes a view of its part."""
     buffer = torch.cat([t.reshape(-1) for t in tensors])
     if buffer.device.type != "meta":
@@ -182,7 +190,7 @@ def _flat(parts: list[Entry], state: Any) -> Item:
         _merge_blocks(layout, parts, sizes)
     buffers = {}
     for name in first.rule.state:
-        buffers[name] = _into_buffer([local(state[e.param][name]) for e in parts])
+        buffers[name] = into_buffer([local(state[e.param][name]) for e in parts])
     item = Item(layout, parts)
     item.stored = [buffers[n].view(rows, 1) for n, kind in first.rule.state.items() if kind == "element"]
     item.blocks = {n: buffers[n] for n, kind in first.rule.state.items() if kind == "block"}
@@ -210,5 +218,5 @@ def _merge_blocks(layout: Entry, parts: list[Entry], sizes: list[int]) -> None:
     device = local(parts[0].param).device
     counts = torch.tensor(sizes, device=device)
     layout.block_of_row = torch.repeat_interleave(torch.arange(len(parts), device=device), counts)
-    layout.gathers = [(0, rows_of_blocks(layout.block_of_row, 0, len(parts)))]
+    layout.gathers = gathers_of(layout.block_of_row, [(0, len(parts))])
     layout.counts = torch.cat([e.counts for e in parts if e.counts is not None])

@@ -19,6 +19,9 @@ from sharpwise.storage.dense import mix, round_to
 
 logger = logging.getLogger(__name__)
 
+Graph = Callable[[list[Tensor]], Sequence[Tensor]]
+"""A compiled kernel: takes its arguments in a list, which it empties."""
+
 CHUNK = 1 << 22
 """Elements per eager call: temporaries stay below 16 MiB, and tensors up to this size round exactly as torch's do."""
 PIECE = 1 << 17
@@ -176,7 +179,7 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
         self._failed: set[Any] = set()
         self.broken = False
 
@@ -187,7 +190,7 @@ class Compiler:
 
     def update(
         self,
-        known: dict[Any, Callable[..., Any]],
+        known: dict[Any, Graph],
         rule: Rule,
         s: Mapping[str, Any],
         packed: Tensor,
@@ -222,11 +225,11 @@ class Compiler:
                 update(rule, s, p, g, stored, row_step, row_decay, noise)
                 return
             known[short] = graph
-        graph(*args)
+        graph(args)
 
     def blocks_call(
         self,
-        known: dict[Any, Callable[..., Any]],
+        known: dict[Any, Graph],
         rule: Rule,
         s: Mapping[str, Any],
         packed: Tensor,
@@ -237,7 +240,7 @@ class Compiler:
         counts: Tensor,
         row_step: Tensor | None,
         row_decay: Tensor | None,
-    ) -> tuple[Callable[..., Any], list[Tensor]] | None:
+    ) -> tuple[Graph, list[Tensor]] | None:
         """The graph of `update_blocks` and what to call it with; None if it cannot be built."""
         args = [packed, p, g, counts, *stored, *blocks.values()]
         args += [t for t in (row_step, row_decay) if t is not None]
@@ -271,18 +274,18 @@ class Compiler:
         key = (dim, fits, g.dtype, g.device)
         known = self._graphs.get(key)
         if known is not None:
-            squares: Tensor = known(g)[0]
+            squares: Tensor = known([g])[0]
             return squares
 
         def body(g: Tensor) -> tuple[Tensor]:
             return (_grouped_squares(g, dim) if fits else (g.double() ** 2).sum(dim),)
 
         graph = self._built(key, body, [_example(g, (96, 512) if fits else (66, 98))])
-        return row_squares(g, dim) if graph is None else graph(g)[0]
+        return row_squares(g, dim) if graph is None else graph([g])[0]
 
     def _built(
         self, key: Any, body: Callable[..., Any], examples: list[Tensor], needed: bool = True, **patches: Any
-    ) -> Callable[..., Any] | None:
+    ) -> Graph | None:
         if key in self._graphs or key in self._failed or self.broken:
             return self._graphs.get(key)
         try:
@@ -305,18 +308,30 @@ def _example(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
     return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _compile(body: Callable[..., Any], examples: list[Tensor], **patches: Any) -> Callable[..., Any]:
+def _compile(body: Callable[..., Any], examples: list[Tensor], **patches: Any) -> Graph:
     # Not torch.compile: its guards and wrappers cost several times what the call itself does, at every call. What they
     # would check is in the key of the graph.
-    from torch._inductor import standalone_compile
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    inputs: list[Any] = list(examples)
-    # Inductor proves each vector instruction set by building and importing a test library, 15 s on a cold machine.
-    # The processor's own flags are read all the same.
-    options = {"config_patches": {"cpp.vec_isa_ok": True} | patches}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
+        from torch._functorch import config as functorch
+        from torch._inductor import standalone_compile
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        inner: list[Any] = []
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            inner.append(compile_fx_inner(*args, **kwargs))
+            return inner[-1]
+
+        inputs: list[Any] = list(examples)
+        # Inductor proves each vector instruction set by building and importing a test library, 15 s on a cold machine.
+        # The processor's own flags are read all the same.
+        options = {"config_patches": {"cpp.vec_isa_ok": True} | patches, "inner_compile": keep}
         graph = make_fx(body, tracing_mode="symbolic")(*inputs)
-        compiled: Callable[..., Any] = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options)
-    return compiled
+        with functorch.patch(enable_autograd_cache=False):  # a hit there would leave out `keep`
+            compiled = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options)
+    # What torch puts around it, for autograd, would take as long as the call: it is left out where torch lets us see
+    # what is inside. `Stepper.run` tells autograd what was written.
+    direct: Graph | None = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
+    return direct or (lambda args: compiled(*args))

@@ -4,8 +4,8 @@ Where nothing has to be known of all gradients before the first element moves (n
 is summed up and moved while it is in the cache, and the gradient comes from memory once.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +13,17 @@ from torch import Tensor
 from sharpwise.engine import kernels
 from sharpwise.engine.items import Item
 from sharpwise.engine.mesh import local
-from sharpwise.engine.plan import Entry
+from sharpwise.engine.plan import Entry, Run
 from sharpwise.engine.scalars import Numbers
 
-Calls = list[tuple[Callable[..., Any], list[Tensor]]]
-
-
-class Run(NamedTuple):
-    """Blocks of the same number of adjacent rows, one after the other: seen as rows, they need no table.
-
-    Attributes:
-        rows, blocks: which; size: rows of a block.
-    """
-
-    rows: slice
-    blocks: slice
-    size: int
+Calls = list[tuple[kernels.Graph, list[Tensor]]]
 
 
 class Part(NamedTuple):
-    """A run of an item, with its state as the kernel takes it: one row per block."""
+    """A run of an item, with its state as the kernel takes it: one row per block, as `shape` says."""
 
     run: Run
+    shape: tuple[int, int]
     counts: Tensor
     stored: list[Tensor]
     blocks: Mapping[str, Tensor]
@@ -61,9 +50,11 @@ class OnePass:
         if now.decays_by_row:
             row_decay = (1 - item.spread_segments(now.decays) * now.lr_decay).to(layout.dtype)
         calls: Calls = []
-        for run, counts, stored, blocks in self.parts:
-            step, decay = (None if t is None else t[run.rows][:: run.size].contiguous() for t in (row_step, row_decay))
-            own, grad = (t[run.rows].view(len(counts), -1) for t in (p, g))
+        for run, shape, counts, stored, blocks in self.parts:
+            step = None if row_step is None else row_step[run.rows][:: run.size].contiguous()
+            decay = None if row_decay is None else row_decay[run.rows][:: run.size].contiguous()
+            whole = p.shape == shape
+            own, grad = (p, g) if whole else (p[run.rows].view(shape), g[run.rows].view(shape))
             call = compiler.blocks_call(
                 item.graphs, layout.rule, now.scalars, packed, own, grad, stored, blocks, counts, step, decay
             )
@@ -84,26 +75,16 @@ def one_pass(item: Item) -> OnePass | None:
         n = run.blocks.stop - run.blocks.start
         if n < 2 * torch.get_num_threads() or n * run.size * width < kernels.COMPILE_EACH or run.size * width % 256:
             return None
-        stored = [t[run.rows].view(n, -1) for t in item.stored]
-        parts.append(Part(run, layout.counts[run.blocks], stored, {k: t[run.blocks] for k, t in item.blocks.items()}))
+        shape = n, run.size * width
+        stored = [t[run.rows].view(shape) for t in item.stored]
+        blocks = {k: t[run.blocks] for k, t in item.blocks.items()}
+        parts.append(Part(run, shape, layout.counts[run.blocks], stored, blocks))
     return OnePass(item, parts) if parts else None
 
 
 def runs_of(entry: Entry) -> list[Run]:
     """The blocks of an entry as runs, in their order; empty if they are none, or rows run along the last dimension."""
-    runs: list[Run] = []
     if entry.dim != 1 or len(entry.shape) != 2 or entry.shard.cut:
         return []
-    for begin, table in entry.gathers:
-        if table is None:
-            return [Run(slice(0, entry.shape[0]), slice(0, entry.shape[0]), 1)]
-        n, size = table.shape
-        flat = table.view(-1)
-        if not n or not torch.equal(flat, torch.arange(n * size, device=flat.device) + flat[0]):
-            return []
-        rows, blocks = slice(int(flat[0]), int(flat[-1]) + 1), slice(begin, begin + n)
-        if runs and runs[-1].size == size and runs[-1].rows.stop == rows.start:  # q and k, cut into heads alike
-            last = runs.pop()
-            rows, blocks = slice(last.rows.start, rows.stop), slice(last.blocks.start, blocks.stop)
-        runs.append(Run(rows, blocks, size))
-    return runs
+    runs = [where for where in entry.gathers if isinstance(where, Run)]
+    return runs if len(runs) == len(entry.gathers) else []

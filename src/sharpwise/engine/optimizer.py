@@ -16,14 +16,13 @@ from sharpwise.blocks import BlockMap, Role
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
 from sharpwise.engine.binding import (
+    Marks,
     bind,
     check_followed,
     check_gradient,
     check_group,
     check_no_decay,
     check_shapes,
-    kind_of,
-    marks,
     names_of,
     unknown_message,
 )
@@ -86,6 +85,7 @@ class BlockOptimizer(Optimizer):
 
     def _reset(self) -> None:
         self._stepper: Stepper | None = None
+        self._marks = Marks([], {})
         self._compiler = Compiler()
         self._agreed = False
         self._said: set[str] = set()
@@ -184,7 +184,7 @@ class BlockOptimizer(Optimizer):
         """The stepper of the parameters as they are now, with state allocated."""
         current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or p in self.state]
         stepper = self._stepper
-        if stepper is not None and self._still_bound(stepper, current):
+        if stepper is not None and self._marks.hold([p for _, p, _ in current], self.state):
             return stepper
         self._let_go_exchanged()
         named = [(n, p) for n, p, _ in current]
@@ -219,7 +219,7 @@ class BlockOptimizer(Optimizer):
             entries, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
         )
         self._stepper = Stepper(entries, self.state, self.options, self._compiler, multipliers)
-        self._held = [marks(e.param, self.state[e.param]) for e in entries]
+        self._marks = Marks([e.param for e in entries], self.state)
         return self._stepper
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
@@ -246,18 +246,6 @@ class BlockOptimizer(Optimizer):
             for group in self.param_groups:
                 group["skipped_steps"] += int(self._stepper.skipped)
             self._stepper.skipped = 0
-
-    def _still_bound(self, stepper: Stepper, current: list[tuple[str, Tensor, Any]]) -> bool:
-        if len(current) != len(stepper.entries):
-            return False
-        for (_, param, _), entry, (what, places) in zip(current, stepper.entries, self._held, strict=True):
-            if param is not entry.param or kind_of(param) != what:
-                return False  # the parameter was exchanged or recast: lay everything out anew
-            own = self.state[param]
-            for key, tensor, inner, place in places:
-                if own.get(key) is not tensor or inner.data_ptr() != place:
-                    return False  # somebody moved the state
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: `state` by parameter index and `param_groups`, with `param_names`."""

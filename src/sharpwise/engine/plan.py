@@ -7,7 +7,8 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,18 @@ from sharpwise.engine.mesh import Shard, local
 from sharpwise.rules.base import Rule
 
 
+class Run(NamedTuple):
+    """Blocks of the same number of adjacent rows, one after the other: seen as rows, they need no table.
+
+    Attributes:
+        rows, blocks: which; size: rows of a block.
+    """
+
+    rows: slice
+    blocks: slice
+    size: int
+
+
 @dataclass(eq=False)
 class Entry:
     """One parameter: what it is, how it is seen, and where its numbers lie.
@@ -26,7 +39,7 @@ class Entry:
         shape: of the view of the local part; `dim` is the dimension summed over, so that rows remain.
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         segment_of_row, block_of_row: int64 [local rows], None where all rows are alike, or every row is its own block.
-        gathers: per segment, the first block and the local rows of each block [blocks, rows], -1 where not local.
+        gathers: where the rows of the blocks are, in order: runs, or tables [blocks, rows] with -1 where not local.
         counts: elements of every block of the whole parameter, fp64 [n_blocks].
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
         varies: whether multipliers change while training, each on its own; positive: whether none is ever 0.
@@ -44,7 +57,7 @@ class Entry:
     row_shape: tuple[int, ...] = ()
     segment_of_row: Tensor | None = None
     block_of_row: Tensor | None = None
-    gathers: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    gathers: "list[Run | Tensor]" = field(default_factory=list)
     counts: Tensor | None = None
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
@@ -56,7 +69,7 @@ class Entry:
         """Blocks of the whole parameter, 0 for an element-wise rule."""
         return sum(s.blocks(c) for s, c in zip(self.segments, self.cuts, strict=True)) if self.rule.has_blocks else 0
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The type of the arithmetic."""
         return compute_dtype(self.param.dtype)
@@ -89,15 +102,15 @@ class Entry:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Sums per local row [rows] -> sums per block [n_blocks], rows elsewhere counted as 0."""
+        if self.block_of_row is None:
+            return rows
         parts = []
-        padded: Tensor | None = None
-        for _, index in self.gathers:
-            if index is None:
-                parts.append(rows)
-                continue
-            if padded is None:
-                padded = torch.cat((rows, rows.new_zeros(1)))
-            parts.append(padded[index].sum(1))
+        for where in self.gathers:
+            if isinstance(where, Run):
+                own = rows[where.rows]
+                parts.append(own if where.size == 1 else own.view(-1, where.size).sum(1))
+            else:
+                parts.append(torch.cat((rows, rows.new_zeros(1)))[where].sum(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -156,7 +169,7 @@ class RowLayout:
 
     segment_of_row: Tensor | None = None
     block_of_row: Tensor | None = None
-    gathers: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    gathers: "list[Run | Tensor]" = field(default_factory=list)
     counts: Tensor | None = None
 
 
@@ -201,7 +214,7 @@ def _lay_out_rows(entry: Entry, cuts: tuple[Cut, ...] | None, device: torch.devi
         ]
     )
     if cuts == ("row",) and len(mine) == copies * out:  # every row is its own block
-        return RowLayout(segment_of_row, None, [(0, None)], counts)
+        return RowLayout(segment_of_row, None, [Run(slice(0, len(mine)), slice(0, len(mine)), 1)], counts)
     block_of = torch.zeros(copies, out, dtype=torch.int64, device=device)
     begin, where = 0, []
     for segment, cut, n in zip(entry.segments, cuts, sizes, strict=True):
@@ -210,8 +223,7 @@ def _lay_out_rows(entry: Entry, cuts: tuple[Cut, ...] | None, device: torch.devi
         where.append((begin, n))
         begin += n
     block_of_row = block_of.view(-1)[mine]
-    gathers: list[tuple[int, Tensor | None]] = [(i, rows_of_blocks(block_of_row, i, n)) for i, n in where]
-    return RowLayout(segment_of_row, block_of_row, gathers, counts)
+    return RowLayout(segment_of_row, block_of_row, gathers_of(block_of_row, where), counts)
 
 
 def _local_rows(entry: Entry, copies: int, out: int, device: torch.device) -> Tensor:
@@ -225,7 +237,27 @@ def _local_rows(entry: Entry, copies: int, out: int, device: torch.device) -> Te
     return everything[:, offset[first.dim] : offset[first.dim] + own[first.dim]].reshape(-1)
 
 
-def rows_of_blocks(block_of_row: Tensor, begin: int, n: int) -> Tensor:
+def gathers_of(block_of_row: Tensor, where: Sequence[tuple[int, int]]) -> list[Run | Tensor]:
+    """Where the rows of blocks are, for ranges of blocks given by their first and their number; see `Entry`."""
+    found: list[Run | Tensor] = []
+    for begin, n in where:
+        table = _rows_of_blocks(block_of_row, begin, n)
+        flat, size = table.view(-1), table.shape[1]
+        if not n or flat[0] < 0 or not torch.equal(flat, torch.arange(n * size, device=flat.device) + flat[0]):
+            found.append(table)
+            continue
+        rows, blocks = slice(int(flat[0]), int(flat[-1]) + 1), slice(begin, begin + n)
+        last = found[-1] if found else None
+        if (
+            isinstance(last, Run) and last.size == size and last.rows.stop == rows.start
+        ):  # q and k, cut into heads alike
+            found.pop()
+            rows, blocks = slice(last.rows.start, rows.stop), slice(last.blocks.start, blocks.stop)
+        found.append(Run(rows, blocks, size))
+    return found
+
+
+def _rows_of_blocks(block_of_row: Tensor, begin: int, n: int) -> Tensor:
     """Local rows of the blocks begin .. begin + n, padded with -1 (the appended zero): int64 [n, most rows]."""
     rows = torch.nonzero((block_of_row >= begin) & (block_of_row < begin + n)).view(-1)
     order = rows[torch.argsort(block_of_row[rows], stable=True)]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sharpwise.engine.items import into_buffer
+from sharpwise.engine.mesh import is_dtensor
 from sharpwise.engine.plan import Entry
 
 
@@ -62,14 +64,18 @@ class Clock:
         # On a device: gradients had, skipped or not.
         self._counts = {key: int(step) for key, step in self._step.items()}
         self._rates: dict[Any, Rates] = {}
+        steps = list(self._step.values())
+        alike = len({(type(t), t.dtype, t.device) for t in steps}) == 1 and not is_dtensor(steps[0])
+        self._buffer = into_buffer(steps) if alike else None
 
     def advance(self, active: Sequence[Entry], ok: Any) -> None:
         """Count one step more (ok: True, or a device tensor that says whether it is taken)."""
-        steps = [self._step[id(e)] for e in active]
-        if ok is True:
-            torch._foreach_add_(steps, 1)
+        taken = 1.0 if ok is True else ok.to(torch.float32)
+        if self._buffer is not None and len(active) == len(self._step):
+            self._buffer += taken
         else:
-            torch._foreach_add_(steps, [ok.to(torch.float32)] * len(steps))
+            steps = [self._step[id(e)] for e in active]
+            torch._foreach_add_(steps, [taken] * len(steps))
         for entry in active:
             self._counts[id(entry)] += 1
         self._rates.clear()

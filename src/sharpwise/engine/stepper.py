@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sharpwise.engine import kernels
 from sharpwise.engine.fused import Fused, exactly
@@ -46,10 +47,12 @@ class Stepper:
         compiles = options.compile is True or (options.compile is None and pays)
         self.compiler = compiler if compiles else None
         self.fast = options.compile is not False
-        # Where graphs are compiled they clip by the way; torch's kernel is given scaled copies.
+        # Graphs clip by the way; torch's kernel is given scaled copies, which pays for what is not compiled.
         torchs = self.fast and options.decoupled and not options.stochastic_rounding
-        torchs = torchs and (options.max_grad_norm is None or self.compiler is None)
-        self.fused = Fused([e for e in entries if torchs and exactly(e, state[e.param])], state, self._scales_decay)
+        clips = self.compiler is not None and options.max_grad_norm is not None
+        most = kernels.COMPILE_EACH - 1 if clips else math.inf
+        by_torch = [e for e in entries if torchs and e.param.numel() <= most and exactly(e, state[e.param])]
+        self.fused = Fused(by_torch, state, self._scales_decay)
         theirs = {id(e) for e in self.fused.entries}
         rest = [e for e in entries if id(e) not in theirs]
         # A buffer shifts the boundaries of torch's vector loops, whose lerp rounds differently at the edges: the
@@ -57,7 +60,7 @@ class Stepper:
         self.items = gather_small(rest, state, SMALL if self.fast else -1)
         self.pools = pool_blocks(self.items, state)
         at_once = self.compiler is not None and not options.guarded and not options.stochastic_rounding
-        self.one_pass = {id(item): one_pass(item) for item in self.items if at_once}
+        self.one_pass = {id(item): way for item in self.items if at_once and (way := one_pass(item)) is not None}
         self.skipped: Tensor | int = 0
         self.squares: Tensor | None = None
         self._sorts: dict[int, int] = {}
@@ -106,7 +109,7 @@ class Stepper:
         self._now.clear()
         left = list(range(len(items)))
         if not self.options.guarded:
-            sums = self._in_one_pass(items, grads)
+            sums = [self._in_one_pass(item, g) for item, g in zip(items, grads, strict=True)]
             left = [i for i in left if sums[i] is None]
             found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
             for i, squares in zip(left, found, strict=True):
@@ -116,6 +119,8 @@ class Stepper:
         for i in left:
             self._move(items[i], grads[i], rates[i], rounds, ok, clip)
         self.fused.move(ids, self.clock, self.multipliers.now, ok, clip)
+        # Graphs and the kernel of torch write past autograd: what it saved for a backward pass has changed.
+        increment_version([e.param for e in active])
 
     def _live_items(self, ids: set[int]) -> Iterator[Item]:
         for item in self.items:
@@ -223,23 +228,18 @@ class Stepper:
             _eager(item, now.scalars, p, g, row_step, row_decay, noise, size)
         item.scatter(p)
 
-    def _in_one_pass(self, items: Sequence[Item], grads: Sequence[Tensor]) -> list[Tensor | None]:
-        """Move the items that can be moved so, and return their sums, one per block; None, untouched, for others."""
-        if self.compiler is None:
-            return [None] * len(items)
-        sums: list[Tensor | None] = []
-        for item, g in zip(items, grads, strict=True):
-            way, calls = self.one_pass.get(id(item)), None
-            if way is not None:
-                p = item.parameter()
-                calls = way.calls(self.compiler, p, g, self._numbers(item, True, None))
-            if calls is None:
-                sums.append(None)
-                continue
-            squares = [graph(*args)[0] for graph, args in calls]
-            sums.append(torch.cat(squares) if len(squares) > 1 else squares[0])
-            item.scatter(p)
-        return sums
+    def _in_one_pass(self, item: Item, g: Tensor) -> Tensor | None:
+        """Move an item that can be moved so, and return its sums, one per block; None, untouched, for others."""
+        way = self.one_pass.get(id(item))
+        if way is None or self.compiler is None:
+            return None
+        p = item.parameter()
+        calls = way.calls(self.compiler, p, g, self._numbers(item, True, None))
+        if calls is None:
+            return None
+        sums = [graph(args)[0] for graph, args in calls]
+        item.scatter(p)
+        return torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
         """The numbers of this step, worked out once for all items that share them."""

@@ -18,8 +18,12 @@ from sharpwise.engine.plan import Entry
 
 @dataclass
 class Total:
-    """Parts of a sum of squares, as vectors: fp64 sums, fp32 norms, and small fp32 tensors as they are."""
+    """Parts of a sum of squares, as vectors: fp64 sums, fp32 norms, and small fp32 tensors as they are.
 
+    All of them come from tensors that are cut as `shard` is.
+    """
+
+    shard: Shard
     squares: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     small: list[Tensor] = field(default_factory=list)
@@ -56,10 +60,10 @@ class Sums:
             bucket: what else is to be summed up over the processes; all is reduced together.
         """
         sums: list[Share | None] = []
-        totals: dict[tuple[int, ...], tuple[Shard, Total]] = {}
+        totals: dict[tuple[int, ...], Total] = {}
         for item, g in zip(items, grads, strict=True):
             shard, blocks = item.layout.shard, None
-            own = totals.setdefault(shard.holders, (shard, Total()))[1] if self.wants_total else None
+            own = _of(totals, shard) if self.wants_total else None
             if item.layout.rule.has_blocks:
                 rows = self._rows(g, item.layout.dim).reshape(-1)
                 blocks = bucket.add(item.layout.gather(rows), shard)
@@ -70,8 +74,8 @@ class Sums:
             sums.append(blocks)
         for entry in fused if self.wants_total else ():
             grad: Tensor = entry.param.grad  # type: ignore[assignment]
-            self._everything(local(grad), totals.setdefault(entry.shard.holders, (entry.shard, Total()))[1])
-        shares = [bucket.add(found.sum().view(1), shard) for shard, found in totals.values()]
+            self._everything(local(grad), _of(totals, entry.shard))
+        shares = [bucket.add(found.sum().view(1), found.shard) for found in totals.values()]
         bucket.reduce()
         total = torch.cat([share.values for share in shares]).sum() if shares else None
         if total is not None and not self.exact and total.device.type == "cpu" and not math.isfinite(total):
@@ -87,7 +91,7 @@ class Sums:
         return kernels.quick_row_squares(g, dim)
 
     def _everything(self, g: Tensor, total: Total) -> None:
-        flat = g.contiguous().view(-1)
+        flat = g.reshape(-1)
         compiles = self.compiler is not None and g.numel() >= kernels.COMPILE_EACH
         if g.dtype == torch.float32 and not self.exact and not compiles:
             if flat.numel() <= SMALL:
@@ -100,3 +104,11 @@ class Sums:
             total.squares.append(self._rows(flat.view(flat.numel() // width, width), 1))
         else:
             total.squares += [kernels.row_squares(part.view(1, -1), 1) for part in flat.split(kernels.CHUNK)]
+
+
+def _of(totals: dict[tuple[int, ...], Total], shard: Shard) -> Total:
+    """The total that a tensor adds to: one for all that are cut alike."""
+    found = totals.get(shard.holders)
+    if found is None:
+        found = totals[shard.holders] = Total(shard)
+    return found
