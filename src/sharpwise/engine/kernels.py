@@ -248,7 +248,7 @@ class Compiler:
         graph = known.get(short)
         if graph is None:
             names, kept = tuple(s), tuple(blocks)
-            form = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in args)
+            form = tuple((t.dtype, tuple(n == 1 for n in t.shape[1:])) for t in args)
 
             def body(packed: Tensor, p: Tensor, g: Tensor, counts: Tensor, *more: Tensor) -> tuple[Tensor]:
                 rest = list(more)
@@ -259,7 +259,7 @@ class Compiler:
                 scalars = dict(zip(names, packed.unbind(), strict=True))
                 return (update_blocks(rule, scalars, p, g, own, state, counts, step, decay),)
 
-            examples = [packed, *(_example(t, (96, 512)) for t in args[1:])]
+            examples = [packed, *(_example(t, (96, 512), rows=True) for t in args[1:])]
             # Else what goes into the rate of a row is written out as vectors of all rows, and the loop is split there.
             whole = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64}
             graph = self._built((type(rule), *short, form, p.device), body, examples, needed=False, **whole)
@@ -302,9 +302,13 @@ def compiler_present(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++"))))
 
 
-def _example(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """A small tensor of the same form: broadcast dimensions stay 1, the others get sizes that are all different."""
-    shape = [1 if n == 1 else m for n, m in zip(tensor.shape, (*sizes, 70)[: tensor.dim()], strict=True)]
+def _example(tensor: Tensor, sizes: tuple[int, int], rows: bool = False) -> Tensor:
+    """A small tensor of the same form: broadcast dimensions stay 1, the others get sizes that are all different.
+
+    With `rows` the first is never one that is broadcast, even if there is but one row.
+    """
+    kept = [n == 1 and not (rows and d == 0) for d, n in enumerate(tensor.shape)]
+    shape = [1 if one else m for one, m in zip(kept, (*sizes, 70)[: tensor.dim()], strict=True)]
     return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
 
 

@@ -16,6 +16,9 @@ from sharpwise.engine.mesh import local
 from sharpwise.engine.plan import Entry, Run
 from sharpwise.engine.scalars import Numbers
 
+ONE_THREAD = 1 << 20
+"""Elements up to which one thread may do it all: a position embedding, one block, is not worth graphs of its own."""
+
 Calls = list[tuple[kernels.Graph, list[Tensor]]]
 
 
@@ -73,9 +76,11 @@ def one_pass(item: Item) -> OnePass | None:
     parts = []
     for run in runs_of(layout):
         n = run.blocks.stop - run.blocks.start
-        if n < 2 * torch.get_num_threads() or n * run.size * width < kernels.COMPILE_EACH or run.size * width % 256:
-            return None
         shape = n, run.size * width
+        elements = n * run.size * width
+        shared = n >= 2 * torch.get_num_threads() or elements <= ONE_THREAD
+        if not shared or elements < kernels.COMPILE_EACH or shape[1] % 256:
+            return None
         stored = [t[run.rows].view(shape) for t in item.stored]
         blocks = {k: t[run.blocks] for k, t in item.blocks.items()}
         parts.append(Part(run, shape, layout.counts[run.blocks], stored, blocks))
