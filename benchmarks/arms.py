@@ -27,12 +27,14 @@ class Arm:
         build: makes the optimizer from a model.
         bytes_per_element: what its step has to move, per parameter element.
         clip: norm that torch clips the gradients to before the step, None for no such pass.
+        slow: takes part in every third round only.
     """
 
     name: str
     build: Callable[[nn.Module], torch.optim.Optimizer]
     bytes_per_element: int
     clip: float | None = None
+    slow: bool = False
 
 
 def adam_mini_package(model: nn.Module) -> torch.optim.Optimizer:
@@ -70,14 +72,14 @@ CLIPPED_BASE = "torch clip + AdamW fused"
 GUARD: dict[str, Any] = {"max_grad_norm": 1.0, "on_nonfinite": "skip"}
 ARMS = [
     Arm(BASE, torch_adamw(fused=True), ADAMW),
-    Arm("torch AdamW foreach", torch_adamw(foreach=True), ADAMW),
+    Arm("torch AdamW foreach", torch_adamw(foreach=True), ADAMW, slow=True),
     Arm("sharpwise AdamW", sharpwise_adamw(), ADAMW),
     Arm("sharpwise AdamW BlockwiseLR", sharpwise_adamw(block_lr="blockwise"), ADAMW),
     Arm(CLIPPED_BASE, torch_adamw(fused=True), ADAMW + CLIPPED, clip=1.0),
     Arm("sharpwise AdamW clip skip", sharpwise_adamw(**GUARD), ADAMW + CLIPPED),
     Arm("sharpwise AdamMini", lambda model: sharpwise.AdamMini(model, lr=LR, weight_decay=WEIGHT_DECAY), MINI),
-    Arm("adam-mini package", adam_mini_package, MINI),
-    Arm("pytorch_optimizer AdamMini", pytorch_optimizer_mini, MINI),
+    Arm("adam-mini package", adam_mini_package, MINI, slow=True),
+    Arm("pytorch_optimizer AdamMini", pytorch_optimizer_mini, MINI, slow=True),
 ]
 # Of these there are few bytes to move; what is timed is what a step does besides.
 TINY_ARMS = [

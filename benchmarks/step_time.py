@@ -4,7 +4,8 @@
     python benchmarks/step_time.py --quick      a small shape, to see that it runs; saves nothing
 
 The arms take turns, in an order that rotates from round to round, on the same parameters and gradients (each arm has
-its state); ratios are taken within a round, so that a slower moment of the machine falls on both sides of them.
+its state). Each is timed between two steps of torch's fused AdamW, and its ratio is to the mean of these two, so that
+a slower moment of the machine falls on both sides of it. Slow arms take part in every third round.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from arms import ARMS, BASE, CLIPPED_BASE, COLD, LR, PAIRS, TINY_ARMS, WEIGHT_DECAY, state_bytes
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds; saves nothing")
     parser.add_argument("--name", default="step_time", help="saves benchmarks/results/NAME.json")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=42)
     parser.add_argument("--only", action="append", help="substring of the arms to time (with the base); saves nothing")
     parser.add_argument("--skip-cold", action="store_true", help="no fresh processes; saves nothing")
     args = parser.parse_args()
@@ -69,10 +70,22 @@ def main() -> None:
     print(f"\nSaved {path.relative_to(HERE.parent)}")
 
 
+class Timed(NamedTuple):
+    """Seconds of one arm: its own, and the mean of the base before and after, in the rounds in which it took part."""
+
+    rounds: list[int]
+    seconds: list[float]
+    beside: list[float]
+
+    def ratios(self) -> dict[int, float]:
+        """To the base, by round."""
+        return dict(zip(self.rounds, within_rounds(self.seconds, self.beside), strict=True))
+
+
 def time_layout(
     layout: str, shape: Shape, rounds: int, only: list[str] | None
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds per round and bytes of state, by arm; three untimed rounds come first (allocation, compilation)."""
+) -> tuple[dict[str, Timed], dict[str, int]]:
+    """What was timed and bytes of state, by arm; three untimed rounds come first (allocation, compilation)."""
     model = model_with_gradients(layout, shape)
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters]
@@ -89,15 +102,23 @@ def time_layout(
             torch._foreach_add_(parameters, gradients, alpha=1e-12)
 
     steps[AXPY] = timed(axpy)
+    base = steps[BASE]
     names = list(steps)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    slow = {arm.name for arm in ARMS if arm.slow}
+    found = {name: Timed([], [], []) for name in names}
     for number in range(-3, rounds):
         turn = number % len(names)
+        before = base()
         for name in names[turn:] + names[:turn]:
-            seconds = steps[name]()
+            if name in slow and number % 3:
+                continue
+            seconds, after = steps[name](), base()
             if number >= 0:
-                times[name].append(seconds)
-    return times, {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
+                found[name].rounds.append(number)
+                found[name].seconds.append(seconds)
+                found[name].beside.append((before + after) / 2)
+            before = after
+    return found, {name: state_bytes(optimizer) for name, optimizer in optimizers.items()}
 
 
 def timed(step: Callable[[], Any]) -> Callable[[], float]:
@@ -123,32 +144,36 @@ def clipped(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], no
     return run
 
 
-def summary(times: dict[str, list[float]], sizes: dict[str, int], shape: Shape, layout: str) -> dict[str, Any]:
-    """Medians, ratios within rounds with a bootstrap interval, and time over the time that the bytes alone need."""
+def summary(times: dict[str, Timed], sizes: dict[str, int], shape: Shape, layout: str) -> dict[str, Any]:
+    """Medians, ratios with a bootstrap interval, and time over the time that the bytes alone need."""
     with torch.device("meta"):
         elements = sum(p.numel() for p in LAYOUTS[layout](shape).parameters())
-    bandwidth = AXPY_BYTES * elements / statistics.median(times[AXPY])
+    bandwidth = AXPY_BYTES * elements / statistics.median(times[AXPY].seconds)
     traffic = {arm.name: arm.bytes_per_element for arm in ARMS}
     rows: dict[str, Any] = {}
-    for name, seconds in times.items():
-        ratios = within_rounds(seconds, times[BASE])
+    for name, taken in times.items():
+        ratios = list(taken.ratios().values())
         rows[name] = {
-            "median_ms": 1e3 * statistics.median(seconds),
-            "min_ms": 1e3 * min(seconds),
-            "max_ms": 1e3 * max(seconds),
+            "median_ms": 1e3 * statistics.median(taken.seconds),
+            "min_ms": 1e3 * min(taken.seconds),
+            "max_ms": 1e3 * max(taken.seconds),
             "ratio": statistics.median(ratios),
             "ratio_95": bootstrap(ratios),
             "state_bytes": sizes.get(name),
         }
         if name in traffic:
             rows[name]["bytes_moved"] = traffic[name] * elements
-            rows[name]["over_floor"] = statistics.median(seconds) * bandwidth / (traffic[name] * elements)
-    pairs = {
-        f"{arm} / {other}": statistics.median(within_rounds(times[arm], times[other]))
-        for arm, other in PAIRS
-        if arm in times and other in times
-    }
-    return {"parameters": elements, "axpy_bytes_per_s": bandwidth, "arms": rows, "pairs": pairs, "seconds": times}
+            rows[name]["over_floor"] = statistics.median(taken.seconds) * bandwidth / (traffic[name] * elements)
+    pairs = {f"{arm} / {other}": pair(times[arm], times[other]) for arm, other in PAIRS if {arm, other} <= set(times)}
+    taken_by_arm = {name: taken._asdict() for name, taken in times.items()}
+    return {"parameters": elements, "axpy_bytes_per_s": bandwidth, "arms": rows, "pairs": pairs, "taken": taken_by_arm}
+
+
+def pair(arm: Timed, other: Timed) -> dict[str, Any]:
+    """The ratio of two arms in the rounds that both took part in, each by the base beside it."""
+    theirs = other.ratios()
+    ratios = [ratio / theirs[number] for number, ratio in arm.ratios().items() if number in theirs]
+    return {"ratio": statistics.median(ratios), "ratio_95": bootstrap(ratios)}
 
 
 def within_rounds(numerators: list[float], denominators: list[float]) -> list[float]:
@@ -292,8 +317,9 @@ def show_steps(layout: str, found: dict[str, Any]) -> None:
             f"{f'{low:.2f} to {high:.2f}':>14}"
             + (f"{row['over_floor']:9.2f}{row['state_bytes'] / 2**20:11.1f}" if "over_floor" in row else "")
         )
-    for pair, ratio in found["pairs"].items():
-        print(f"{pair:58}{ratio:8.3f}")
+    for name, row in found["pairs"].items():
+        low, high = row["ratio_95"]
+        print(f"{name:58}{row['ratio']:8.3f}{f'{low:.2f} to {high:.2f}':>16}")
 
 
 def show(title: str, values: dict[str, float]) -> None:
