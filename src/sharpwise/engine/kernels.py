@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Graph = Callable[[list[Tensor]], Sequence[Tensor]]
 """A compiled kernel: takes its arguments in a list, which it empties."""
+Call = tuple[Graph, list[Tensor]]
+"""A kernel and what to call it with."""
 
 CHUNK = 1 << 22
 """Elements per eager call: temporaries stay below 16 MiB, and tensors up to this size round exactly as torch's do."""
@@ -188,7 +190,7 @@ class Compiler:
         """How many graphs have been built."""
         return len(self._graphs)
 
-    def update(
+    def update_call(
         self,
         known: dict[Any, Graph],
         rule: Rule,
@@ -200,8 +202,13 @@ class Compiler:
         row_step: Tensor | None,
         row_decay: Tensor | None,
         noise: Noise | None,
-    ) -> None:
-        """As `update`, with the values of `s` packed in one tensor too; `known` keeps the graphs of these tensors."""
+    ) -> Call | None:
+        """The graph of `update` and what to call it with; None if it cannot be built.
+
+        Args:
+            known: keeps the graphs of these tensors.
+            packed: the values of `s` in one tensor.
+        """
         args = [packed, p, g, *stored]
         args += [t for t in (row_step, row_decay, *(noise or ())) if t is not None]
         short = (tuple(s), row_step is None, row_decay is None, noise is None, g.dtype)
@@ -222,10 +229,9 @@ class Compiler:
 
             graph = self._built(key, body, [packed, *(_example(t, (96, 512)) for t in args[1:])])
             if graph is None:
-                update(rule, s, p, g, stored, row_step, row_decay, noise)
-                return
+                return None
             known[short] = graph
-        graph(args)
+        return graph, args
 
     def blocks_call(
         self,
@@ -240,8 +246,8 @@ class Compiler:
         counts: Tensor,
         row_step: Tensor | None,
         row_decay: Tensor | None,
-    ) -> tuple[Graph, list[Tensor]] | None:
-        """The graph of `update_blocks` and what to call it with; None if it cannot be built."""
+    ) -> Call | None:
+        """As `update_call`, of `update_blocks`."""
         args = [packed, p, g, counts, *stored, *blocks.values()]
         args += [t for t in (row_step, row_decay) if t is not None]
         short = ("blocks", tuple(s), row_step is None, row_decay is None, g.dtype)
@@ -268,20 +274,18 @@ class Compiler:
             known[short] = graph
         return graph, args
 
-    def row_squares(self, g: Tensor, dim: int, exact: bool) -> Tensor:
-        """As `row_squares`; unless exact, groups of squares are added in fp32."""
+    def row_squares_call(self, g: Tensor, dim: int, exact: bool) -> Call | None:
+        """As `update_call`, of `row_squares`; unless exact, groups of squares are added in fp32."""
         fits = not exact and g.shape[dim] % (256 if dim == 1 else 16) == 0
         key = (dim, fits, g.dtype, g.device)
-        known = self._graphs.get(key)
-        if known is not None:
-            squares: Tensor = known([g])[0]
-            return squares
+        graph = self._graphs.get(key)
+        if graph is None:
 
-        def body(g: Tensor) -> tuple[Tensor]:
-            return (_grouped_squares(g, dim) if fits else (g.double() ** 2).sum(dim),)
+            def body(g: Tensor) -> tuple[Tensor]:
+                return (_grouped_squares(g, dim) if fits else (g.double() ** 2).sum(dim),)
 
-        graph = self._built(key, body, [_example(g, (96, 512) if fits else (66, 98))])
-        return row_squares(g, dim) if graph is None else graph([g])[0]
+            graph = self._built(key, body, [_example(g, (96, 512) if fits else (66, 98))])
+        return None if graph is None else (graph, [g])
 
     def _built(
         self, key: Any, body: Callable[..., Any], examples: list[Tensor], needed: bool = True, **patches: Any

@@ -19,8 +19,6 @@ from sharpwise.engine.scalars import Numbers
 ONE_THREAD = 1 << 20
 """Elements up to which one thread may do it all: a position embedding, one block, is not worth graphs of its own."""
 
-Calls = list[tuple[kernels.Graph, list[Tensor]]]
-
 
 class Part(NamedTuple):
     """A run of an item, with its state as the kernel takes it: one row per block, as `shape` says."""
@@ -38,7 +36,7 @@ class OnePass:
     def __init__(self, item: Item, parts: list[Part]) -> None:
         self.item, self.parts = item, parts
 
-    def calls(self, compiler: kernels.Compiler, p: Tensor, g: Tensor, now: Numbers) -> Calls | None:
+    def calls(self, compiler: kernels.Compiler, p: Tensor, g: Tensor, now: Numbers) -> list[kernels.Call] | None:
         """What to call to move the elements of `p`; each call returns its sums of g*g, per block. None: no graph.
 
         Block state stays: its new values follow from the sums, for all items at once.
@@ -52,7 +50,7 @@ class OnePass:
             row_step = p.new_full((len(p), 1), now.multipliers[0], dtype=layout.dtype)
         if now.decays_by_row:
             row_decay = (1 - item.spread_segments(now.decays) * now.lr_decay).to(layout.dtype)
-        calls: Calls = []
+        calls: list[kernels.Call] = []
         for run, shape, counts, stored, blocks in self.parts:
             step = None if row_step is None else row_step[run.rows][:: run.size].contiguous()
             decay = None if row_decay is None else row_decay[run.rows][:: run.size].contiguous()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,24 @@ from sharpwise.engine.plan import Entry
 from sharpwise.engine.rounds import Rounds
 from sharpwise.engine.scalars import Clock, Numbers
 from sharpwise.engine.sums import Sums
+
+
+class Ready(NamedTuple):
+    """Calls of graphs that move an item.
+
+    They are made ready for all items before the first is made: a kernel leaves nothing in the cache, and what is done
+    between two of them takes several times as long.
+    """
+
+    item: Item
+    p: Tensor
+    calls: list[kernels.Call]
+
+    def go(self) -> list[Sequence[Tensor]]:
+        """What each call gives."""
+        outputs = [graph(args) for graph, args in self.calls]
+        self.item.scatter(self.p)
+        return outputs
 
 
 class Stepper:
@@ -109,15 +127,17 @@ class Stepper:
         self._now.clear()
         left = list(range(len(items)))
         if not self.options.guarded:
-            sums = [self._in_one_pass(item, g) for item, g in zip(items, grads, strict=True)]
-            left = [i for i in left if sums[i] is None]
+            early = {i: ready for i in left if (ready := self._in_one_pass(items[i], grads[i])) is not None}
+            left = [i for i in left if i not in early]
+            outputs = [ready.go() for ready in early.values()]
             found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
-            for i, squares in zip(left, found, strict=True):
+            for i, squares in [*zip(left, found, strict=True), *zip(early, map(_joined, outputs), strict=True)]:
                 sums[i] = squares
         rounds.finish(clip)
         rates = self._block_phase(items, sums, together, ok, clip)
-        for i in left:
-            self._move(items[i], grads[i], rates[i], rounds, ok, clip)
+        moves = [self._move(items[i], grads[i], rates[i], rounds, ok, clip) for i in left]
+        for ready in filter(None, moves):
+            ready.go()
         self.fused.move(ids, self.clock, self.multipliers.now, ok, clip)
         # Graphs and the kernel of torch write past autograd: what it saved for a backward pass has changed.
         increment_version([e.param for e in active])
@@ -197,7 +217,10 @@ class Stepper:
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
-    def _move(self, item: Item, g: Tensor, block_rate: Tensor | None, rounds: Rounds, ok: Any, clip: Any) -> None:
+    def _move(
+        self, item: Item, g: Tensor, block_rate: Tensor | None, rounds: Rounds, ok: Any, clip: Any
+    ) -> Ready | None:
+        """What moves a matrix by a graph, made ready; whatever else there is has been moved when this returns."""
         now = self._numbers(item, ok, clip)
         dtype = item.layout.dtype
         row_step = None if block_rate is None else item.layout.spread(block_rate)
@@ -218,28 +241,28 @@ class Stepper:
         located = rounds.settle(item, now.scalars, ok)
         if located is not None:
             kernels.update(located, now.scalars, p, g, item.stored, row_step, row_decay, noise)
-        elif self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
+            item.scatter(p)
+            return None
+        if self.compiler is not None and item.numel >= kernels.COMPILE_EACH and min(item.layout.shape) > 1:
             packed = now.packed(dtype, p.device)
-            self.compiler.update(
+            call = self.compiler.update_call(
                 item.graphs, item.layout.rule, now.scalars, packed, p, g, item.stored, row_step, row_decay, noise
             )
-        else:
-            size = kernels.piece(p) if self.fast else kernels.CHUNK
-            _eager(item, now.scalars, p, g, row_step, row_decay, noise, size)
+            if call is not None:
+                return Ready(item, p, [call])
+        size = kernels.piece(p) if self.fast else kernels.CHUNK
+        _eager(item, now.scalars, p, g, row_step, row_decay, noise, size)
         item.scatter(p)
+        return None
 
-    def _in_one_pass(self, item: Item, g: Tensor) -> Tensor | None:
-        """Move an item that can be moved so, and return its sums, one per block; None, untouched, for others."""
+    def _in_one_pass(self, item: Item, g: Tensor) -> Ready | None:
+        """What moves an item in one pass and gives its sums; None, untouched, for others."""
         way = self.one_pass.get(id(item))
         if way is None or self.compiler is None:
             return None
         p = item.parameter()
         calls = way.calls(self.compiler, p, g, self._numbers(item, True, None))
-        if calls is None:
-            return None
-        sums = [graph(args)[0] for graph, args in calls]
-        item.scatter(p)
-        return torch.cat(sums) if len(sums) > 1 else sums[0]
+        return None if calls is None else Ready(item, p, calls)
 
     def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
         """The numbers of this step, worked out once for all items that share them."""
@@ -300,3 +323,8 @@ def _eager(item: Item, s: dict[str, Any], p: Tensor, g: Tensor, step: Any, decay
 
 def _cut(tensor: Tensor | None, rows: slice) -> Any:
     return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
+
+
+def _joined(outputs: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The sums of an item, of which each call gives some."""
+    return outputs[0][0] if len(outputs) == 1 else torch.cat([sums for (sums,) in outputs])

@@ -59,22 +59,31 @@ class Sums:
             items, grads: what is moved item by item; `fused`: parameters that torch's kernel moves.
             bucket: what else is to be summed up over the processes; all is reduced together.
         """
-        sums: list[Share | None] = []
+        wanted: list[tuple[Tensor, int]] = []
         totals: dict[tuple[int, ...], Total] = {}
+        of_items: list[int | None] = []
+        of_totals: list[tuple[Total, int]] = []
         for item, g in zip(items, grads, strict=True):
-            shard, blocks = item.layout.shard, None
-            own = _of(totals, shard) if self.wants_total else None
-            if item.layout.rule.has_blocks:
-                rows = self._rows(g, item.layout.dim).reshape(-1)
-                blocks = bucket.add(item.layout.gather(rows), shard)
-                if own is not None:
-                    own.squares.append(rows)
-            elif own is not None:
-                self._everything(g, own)
-            sums.append(blocks)
+            blocks = item.layout.rule.has_blocks
+            of_items.append(len(wanted) if blocks else None)
+            rows = (g, item.layout.dim) if blocks else None
+            if self.wants_total:
+                own = _of(totals, item.layout.shard)
+                rows = rows or self._everything(g, own)
+                of_totals += [(own, len(wanted))] if rows else []
+            wanted += [rows] if rows else []
         for entry in fused if self.wants_total else ():
             grad: Tensor = entry.param.grad  # type: ignore[assignment]
-            self._everything(local(grad), _of(totals, entry.shard))
+            own = _of(totals, entry.shard)
+            if rows := self._everything(local(grad), own):
+                of_totals.append((own, len(wanted)))
+                wanted.append(rows)
+        squares = self._rows(wanted)
+        for own, i in of_totals:
+            own.squares.append(squares[i])
+        sums: list[Share | None] = []
+        for item, at in zip(items, of_items, strict=True):
+            sums.append(None if at is None else bucket.add(item.layout.gather(squares[at]), item.layout.shard))
         shares = [bucket.add(found.sum().view(1), found.shard) for found in totals.values()]
         bucket.reduce()
         total = torch.cat([share.values for share in shares]).sum() if shares else None
@@ -83,14 +92,33 @@ class Sums:
             return Sums(self.team, None, True, True).of(items, grads, fused, Bucket(self.team))
         return [None if share is None else share.values for share in sums], total
 
-    def _rows(self, g: Tensor, dim: int) -> Tensor:
-        if self.compiler is not None and g.dim() == 2 and g.numel() >= kernels.COMPILE_EACH and min(g.shape) > 1:
-            return self.compiler.row_squares(g, dim, self.exact)
-        if self.exact or g.dtype != torch.float32:
-            return kernels.row_squares(g, dim)
-        return kernels.quick_row_squares(g, dim)
+    def _rows(self, wanted: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """Sums of g*g over a dimension of matrices, as vectors.
 
-    def _everything(self, g: Tensor, total: Total) -> None:
+        All calls of graphs are made ready before the first is made: a kernel leaves nothing in the cache, and what is
+        done between two of them takes several times as long.
+        """
+        calls = [self._call(g, dim) for g, dim in wanted]
+        found = [None if call is None else call[0](call[1])[0] for call in calls]
+        quick = not self.exact
+        return [
+            (
+                sums
+                if sums is not None
+                else kernels.quick_row_squares(g, dim)
+                if quick and g.dtype == torch.float32
+                else kernels.row_squares(g, dim)
+            ).reshape(-1)
+            for sums, (g, dim) in zip(found, wanted, strict=True)
+        ]
+
+    def _call(self, g: Tensor, dim: int) -> kernels.Call | None:
+        if self.compiler is None or g.dim() != 2 or g.numel() < kernels.COMPILE_EACH or min(g.shape) == 1:
+            return None
+        return self.compiler.row_squares_call(g, dim, self.exact)
+
+    def _everything(self, g: Tensor, total: Total) -> tuple[Tensor, int] | None:
+        """Add a tensor to a total, or say which matrix is to be summed up over which dimension for it."""
         flat = g.reshape(-1)
         compiles = self.compiler is not None and g.numel() >= kernels.COMPILE_EACH
         if g.dtype == torch.float32 and not self.exact and not compiles:
@@ -98,12 +126,12 @@ class Sums:
                 total.small.append(flat)
             else:
                 total.norms += kernels.quick_norms(flat)
-            return
+            return None
         width = math.gcd(flat.numel(), 3 * 4096)
         if width >= 256:
-            total.squares.append(self._rows(flat.view(flat.numel() // width, width), 1))
-        else:
-            total.squares += [kernels.row_squares(part.view(1, -1), 1) for part in flat.split(kernels.CHUNK)]
+            return flat.view(flat.numel() // width, width), 1
+        total.squares += [kernels.row_squares(part.view(1, -1), 1) for part in flat.split(kernels.CHUNK)]
+        return None
 
 
 def _of(totals: dict[tuple[int, ...], Total], shard: Shard) -> Total:
