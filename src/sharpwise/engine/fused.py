@@ -32,6 +32,10 @@ class Slice(NamedTuple):
         return plain if self.rows is None else plain[self.rows]
 
 
+Sort = tuple[tuple[Any, ...], list[Slice]]
+"""Group, multiplier, whether it decays; and the slices that have these in common."""
+
+
 class Batch(NamedTuple):
     """Whole tensors or cuts of flattened ones by their place in a list, and where copies of them lie."""
 
@@ -45,11 +49,13 @@ class Fused:
 
     Args:
         scales_decay: whether decay follows the multiplier, as the kernel's does.
+        fixed: whether multipliers stay as they are.
     """
 
-    def __init__(self, entries: Sequence[Entry], state: Any, scales_decay: bool) -> None:
+    def __init__(self, entries: Sequence[Entry], state: Any, scales_decay: bool, fixed: bool) -> None:
         self.entries = list(entries)
-        self._scales_decay = scales_decay
+        self._scales_decay, self._fixed = scales_decay, fixed
+        self._kept: tuple[frozenset[int], Sequence[Sort]] | None = None
         self._scratch: dict[torch.device, Tensor] = {}
         self._batches: dict[tuple[int, ...], list[Batch]] = {}
         self._slices = [part for e in entries for part in _slices(e, state[e.param])]
@@ -58,16 +64,7 @@ class Fused:
         self, ids: Collection[int], clock: Clock, multipliers: Callable[[Entry], tuple[float, ...]], ok: Any, clip: Any
     ) -> None:
         """Move those of `ids` by one step (ok: True, or a device tensor that says whether; clip: None or a factor)."""
-        calls: dict[tuple[Any, ...], list[Slice]] = {}
-        now: dict[int, tuple[float, ...]] = {}
-        for part in self._slices:
-            entry = part.entry
-            if (key := id(entry)) in ids:
-                if key not in now:
-                    now[key] = multipliers(entry)
-                sort = id(entry.group), now[key][part.segment], entry.decays[part.segment]
-                calls.setdefault(sort, []).append(part)
-        for (_, m, decays), parts in calls.items():
+        for (_, m, decays), parts in self._sorted(ids, multipliers):
             group = parts[0].entry.group
             lr, wd, _ = clock.rates(parts[0].entry)
             wd = 0.0 if wd is None or not decays else wd if self._scales_decay else wd / m
@@ -93,6 +90,24 @@ class Fused:
                     maximize=False,
                     found_inf=None if ok is True else (~ok).to(torch.float32).view(()),
                 )
+
+    def _sorted(self, ids: Collection[int], multipliers: Callable[[Entry], tuple[float, ...]]) -> Sequence[Sort]:
+        """The slices of `ids` by group, multiplier and decay; kept, where multipliers stay, for the next step."""
+        key = frozenset(ids)
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        calls: dict[tuple[Any, ...], list[Slice]] = {}
+        now: dict[int, tuple[float, ...]] = {}
+        for part in self._slices:
+            entry = part.entry
+            if (which := id(entry)) in ids:
+                if which not in now:
+                    now[which] = multipliers(entry)
+                sort = id(entry.group), now[which][part.segment], entry.decays[part.segment]
+                calls.setdefault(sort, []).append(part)
+        found = list(calls.items())
+        self._kept = (key, found) if self._fixed else None
+        return found
 
     def _scaled(self, parts: Sequence[Slice], lists: Sequence[Sequence[Tensor]], clip: Any) -> Iterator[Any]:
         """The lists in batches, with copies of the gradients times `clip`: the kernel would scale them in place."""

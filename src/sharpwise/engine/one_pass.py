@@ -43,13 +43,12 @@ class OnePass:
         """
         item, layout = self.item, self.item.layout
         packed = now.packed(layout.dtype, p.device)
-        row_step = row_decay = None
+        row_step = None
         if not now.uniform:
-            row_step = item.spread_segments(now.multipliers).to(layout.dtype)
+            row_step = now.by_row("multiplier", item)
         elif layout.varies or now.multipliers[0] != 1.0:  # with a factor it is another graph
             row_step = p.new_full((len(p), 1), now.multipliers[0], dtype=layout.dtype)
-        if now.decays_by_row:
-            row_decay = (1 - item.spread_segments(now.decays) * now.lr_decay).to(layout.dtype)
+        row_decay = now.by_row("decay", item) if now.decays_by_row else None
         calls: list[kernels.Call] = []
         for run, shape, counts, stored, blocks in self.parts:
             step = None if row_step is None else row_step[run.rows][:: run.size].contiguous()

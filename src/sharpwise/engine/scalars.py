@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sharpwise.engine.items import into_buffer
+from sharpwise.engine.items import Item, into_buffer
 from sharpwise.engine.mesh import is_dtensor
 from sharpwise.engine.plan import Entry
 
@@ -38,11 +38,25 @@ class Numbers:
     decays: tuple[float, ...]
     uniform: bool
     packs: dict[Any, Tensor] = field(default_factory=dict)
+    rows: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def decays_by_row(self) -> bool:
         """Whether the decay varies by row."""
         return self.lr_decay is not None
+
+    def by_row(self, what: Literal["step", "multiplier", "decay"], item: Item) -> Tensor:
+        """Step sizes, multipliers or factors of decay of the rows of an item; once for all that are laid out alike."""
+        layout = item.layout
+        key = what, id(layout.segment_of_row), layout.row_shape, layout.dtype
+        if key not in self.rows:
+            values = item.spread_segments(self.decays if what == "decay" else self.multipliers)
+            if what == "decay":
+                values = 1 - values * self.lr_decay
+            elif what == "step":
+                values = values * self.rate
+            self.rows[key] = values.to(layout.dtype)
+        return self.rows[key]
 
     def packed(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The scalars in one tensor, in their order."""

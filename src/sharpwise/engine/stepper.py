@@ -70,7 +70,8 @@ class Stepper:
         clips = self.compiler is not None and options.max_grad_norm is not None
         most = kernels.COMPILE_EACH - 1 if clips else math.inf
         by_torch = [e for e in entries if torchs and e.param.numel() <= most and exactly(e, state[e.param])]
-        self.fused = Fused(by_torch, state, self._scales_decay)
+        fixed = options.block_lr is None or not (options.varies or options.block_lr.follows_lr)
+        self.fused = Fused(by_torch, state, self._scales_decay, fixed)
         theirs = {id(e) for e in self.fused.entries}
         rest = [e for e in entries if id(e) not in theirs]
         # A buffer shifts the boundaries of torch's vector loops, whose lerp rounds differently at the edges: the
@@ -223,17 +224,14 @@ class Stepper:
         """What moves a matrix by a graph, made ready; whatever else there is has been moved when this returns."""
         now = self._numbers(item, ok, clip)
         dtype = item.layout.dtype
-        row_step = None if block_rate is None else item.layout.spread(block_rate)
-        row_decay: Tensor | None = None
-        if not now.uniform:
-            by_row = item.spread_segments(now.multipliers)
-            row_step = by_row * now.rate if row_step is None else row_step * by_row.to(row_step.dtype)
-        elif row_step is not None and now.multipliers[0] != 1.0:
+        row_step = None if block_rate is None else item.layout.spread(block_rate).to(dtype)
+        if row_step is None:
+            row_step = None if now.uniform else now.by_row("step", item)
+        elif not now.uniform:
+            row_step = row_step * now.by_row("multiplier", item)
+        elif now.multipliers[0] != 1.0:
             row_step = row_step * now.multipliers[0]
-        if now.decays_by_row:
-            row_decay = (1 - item.spread_segments(now.decays) * now.lr_decay).to(dtype)
-        if row_step is not None and row_step.dtype != dtype:
-            row_step = row_step.to(dtype)
+        row_decay = now.by_row("decay", item) if now.decays_by_row else None
         noise = None
         if self.options.stochastic_rounding:
             noise = item.noise(int(item.parts[0].group["seed"]), self.clock.t(item.parts[0]))
