@@ -6,7 +6,7 @@ from typing import Any
 from sharpwise.train.data import Prepared, prepare_tokens
 
 ARMS = ("adamw", "adamw+blockwise", "adam-mini")
-STEPS = 100
+STEPS = 80
 SEQUENCES, CONTEXT = 16, 128
 VOCABULARY = 1024
 MODEL: dict[str, Any] = {"name": "gpt2-0.4m", "settings": {"context": CONTEXT}}
