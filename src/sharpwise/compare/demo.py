@@ -6,7 +6,6 @@ from typing import Any
 from sharpwise.train.data import Prepared, prepare_tokens
 
 ARMS = ("adamw", "adamw+blockwise", "adam-mini")
-STEPS = 80
 SEQUENCES, CONTEXT = 16, 128
 VOCABULARY = 1024
 MODEL: dict[str, Any] = {"name": "gpt2-0.4m", "settings": {"context": CONTEXT}}
@@ -21,7 +20,7 @@ def demo_data(source: Path | None, folder: Path) -> Prepared:
     return prepare_tokens([source or "stdlib"], folder, vocabulary=VOCABULARY, validation=0.05, max_bytes=32 * 2**20)
 
 
-def demo_study(data: Path, steps: int = STEPS) -> dict[str, Any]:
+def demo_study(data: Path, steps: int) -> dict[str, Any]:
     """The study of the demo, as a study file would give it: small enough for a few minutes on two cores.
 
     Arms are widened once if need be. There are no runs at other horizons, so no speed-ups.

@@ -55,7 +55,7 @@ class Fused:
     def __init__(self, entries: Sequence[Entry], state: Any, scales_decay: bool, fixed: bool) -> None:
         self.entries = list(entries)
         self._scales_decay, self._fixed = scales_decay, fixed
-        self._kept: tuple[frozenset[int], Sequence[Sort]] | None = None
+        self._kept: tuple[Collection[int], Sequence[Sort]] | None = None
         self._scratch: dict[torch.device, Tensor] = {}
         self._batches: dict[tuple[int, ...], list[Batch]] = {}
         self._slices = [part for e in entries for part in _slices(e, state[e.param])]
@@ -93,8 +93,7 @@ class Fused:
 
     def _sorted(self, ids: Collection[int], multipliers: Callable[[Entry], tuple[float, ...]]) -> Sequence[Sort]:
         """The slices of `ids` by group, multiplier and decay; kept, where multipliers stay, for the next step."""
-        key = frozenset(ids)
-        if self._kept is not None and self._kept[0] == key:
+        if self._kept is not None and self._kept[0] == ids:
             return self._kept[1]
         calls: dict[tuple[Any, ...], list[Slice]] = {}
         now: dict[int, tuple[float, ...]] = {}
@@ -106,7 +105,7 @@ class Fused:
                 sort = id(entry.group), now[which][part.segment], entry.decays[part.segment]
                 calls.setdefault(sort, []).append(part)
         found = list(calls.items())
-        self._kept = (key, found) if self._fixed else None
+        self._kept = (ids, found) if self._fixed else None
         return found
 
     def _scaled(self, parts: Sequence[Slice], lists: Sequence[Sequence[Tensor]], clip: Any) -> Iterator[Any]:

@@ -65,9 +65,9 @@ class OnePass:
 
 
 def one_pass(item: Item) -> OnePass | None:
-    """How to move an item so; None if it cannot be, or has too few blocks to share among threads."""
+    """How to move an item so; None if it cannot be, is a copy, or has too few blocks to share among threads."""
     layout = item.layout
-    if item.flat or layout.counts is None or local(item.parts[0].param).device.type != "cpu":
+    if item.copied or layout.counts is None or local(item.parts[0].param).device.type != "cpu":
         return None
     width = layout.shape[-1]
     parts = []

@@ -105,12 +105,14 @@ class Entry:
         if self.block_of_row is None:
             return rows
         parts = []
+        padded: Tensor | None = None
         for where in self.gathers:
             if isinstance(where, Run):
                 own = rows[where.rows]
                 parts.append(own if where.size == 1 else own.view(-1, where.size).sum(1))
             else:
-                parts.append(torch.cat((rows, rows.new_zeros(1)))[where].sum(1))
+                padded = torch.cat((rows, rows.new_zeros(1))) if padded is None else padded
+                parts.append(padded[where].sum(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -247,11 +249,9 @@ def gathers_of(block_of_row: Tensor, where: Sequence[tuple[int, int]]) -> list[R
             found.append(table)
             continue
         rows, blocks = slice(int(flat[0]), int(flat[-1]) + 1), slice(begin, begin + n)
-        last = found[-1] if found else None
-        if (
-            isinstance(last, Run) and last.size == size and last.rows.stop == rows.start
-        ):  # q and k, cut into heads alike
-            found.pop()
+        last = found[-1] if found and isinstance(found[-1], Run) else None
+        if last is not None and last.size == size and last.rows.stop == rows.start:
+            found.pop()  # q and k, cut into heads alike
             rows, blocks = slice(last.rows.start, rows.stop), slice(last.blocks.start, blocks.stop)
         found.append(Run(rows, blocks, size))
     return found

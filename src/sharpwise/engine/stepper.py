@@ -130,9 +130,10 @@ class Stepper:
         if not self.options.guarded:
             early = {i: ready for i in left if (ready := self._in_one_pass(items[i], grads[i])) is not None}
             left = [i for i in left if i not in early]
-            outputs = [ready.go() for ready in early.values()]
+            for i, outputs in zip(early, [ready.go() for ready in early.values()], strict=True):
+                sums[i] = torch.cat([squares for (squares,) in outputs])
             found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
-            for i, squares in [*zip(left, found, strict=True), *zip(early, map(_joined, outputs), strict=True)]:
+            for i, squares in zip(left, found, strict=True):
                 sums[i] = squares
         rounds.finish(clip)
         rates = self._block_phase(items, sums, together, ok, clip)
@@ -246,8 +247,12 @@ class Stepper:
             call = self.compiler.update_call(
                 item.graphs, item.layout.rule, now.scalars, packed, p, g, item.stored, row_step, row_decay, noise
             )
-            if call is not None:
-                return Ready(item, p, [call])
+            ready = None if call is None else Ready(item, p, [call])
+            if ready is not None and item.copied:
+                ready.go()  # else the copies of all would be held at once
+                return None
+            if ready is not None:
+                return ready
         size = kernels.piece(p) if self.fast else kernels.CHUNK
         _eager(item, now.scalars, p, g, row_step, row_decay, noise, size)
         item.scatter(p)
@@ -321,8 +326,3 @@ def _eager(item: Item, s: dict[str, Any], p: Tensor, g: Tensor, step: Any, decay
 
 def _cut(tensor: Tensor | None, rows: slice) -> Any:
     return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
-
-
-def _joined(outputs: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The sums of an item, of which each call gives some."""
-    return outputs[0][0] if len(outputs) == 1 else torch.cat([sums for (sums,) in outputs])

@@ -6,6 +6,7 @@ One pass over the rows serves all three, and one collective carries them, and wh
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,15 @@ class Total:
         return torch.cat(squares).sum()
 
 
+class Wanted(NamedTuple):
+    """A matrix whose g*g are summed up over a dimension: for a total, for the blocks of an item, or both."""
+
+    g: Tensor
+    dim: int
+    total: Total | None
+    item: Item | None
+
+
 class Sums:
     """Sums of g*g, by the compiled kernel where there is one.
 
@@ -59,66 +69,55 @@ class Sums:
             items, grads: what is moved item by item; `fused`: parameters that torch's kernel moves.
             bucket: what else is to be summed up over the processes; all is reduced together.
         """
-        wanted: list[tuple[Tensor, int]] = []
         totals: dict[tuple[int, ...], Total] = {}
-        of_items: list[int | None] = []
-        of_totals: list[tuple[Total, int]] = []
+        wanted: list[Wanted] = []
         for item, g in zip(items, grads, strict=True):
-            blocks = item.layout.rule.has_blocks
-            of_items.append(len(wanted) if blocks else None)
-            rows = (g, item.layout.dim) if blocks else None
-            if self.wants_total:
-                own = _of(totals, item.layout.shard)
-                rows = rows or self._everything(g, own)
-                of_totals += [(own, len(wanted))] if rows else []
-            wanted += [rows] if rows else []
+            own = _of(totals, item.layout.shard) if self.wants_total else None
+            if item.layout.rule.has_blocks:
+                wanted.append(Wanted(g, item.layout.dim, own, item))
+            elif own is not None:
+                wanted += self._everything(g, own)
         for entry in fused if self.wants_total else ():
             grad: Tensor = entry.param.grad  # type: ignore[assignment]
-            own = _of(totals, entry.shard)
-            if rows := self._everything(local(grad), own):
-                of_totals.append((own, len(wanted)))
-                wanted.append(rows)
-        squares = self._rows(wanted)
-        for own, i in of_totals:
-            own.squares.append(squares[i])
-        sums: list[Share | None] = []
-        for item, at in zip(items, of_items, strict=True):
-            sums.append(None if at is None else bucket.add(item.layout.gather(squares[at]), item.layout.shard))
+            wanted += self._everything(local(grad), _of(totals, entry.shard))
+        sums: dict[int, Share] = {}
+        for one, squares in zip(wanted, self._squares(wanted), strict=True):
+            if one.total is not None:
+                one.total.squares.append(squares)
+            if one.item is not None:
+                layout = one.item.layout
+                sums[id(one.item)] = bucket.add(layout.gather(squares), layout.shard)
         shares = [bucket.add(found.sum().view(1), found.shard) for found in totals.values()]
         bucket.reduce()
         total = torch.cat([share.values for share in shares]).sum() if shares else None
         if total is not None and not self.exact and total.device.type == "cpu" and not math.isfinite(total):
             # fp32 squares overflow at 1e19: ask again in fp64.
             return Sums(self.team, None, True, True).of(items, grads, fused, Bucket(self.team))
-        return [None if share is None else share.values for share in sums], total
+        return [sums[id(item)].values if id(item) in sums else None for item in items], total
 
-    def _rows(self, wanted: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    def _squares(self, wanted: Sequence[Wanted]) -> list[Tensor]:
         """Sums of g*g over a dimension of matrices, as vectors.
 
         All calls of graphs are made ready before the first is made: a kernel leaves nothing in the cache, and what is
         done between two of them takes several times as long.
         """
-        calls = [self._call(g, dim) for g, dim in wanted]
-        found = [None if call is None else call[0](call[1])[0] for call in calls]
-        quick = not self.exact
-        return [
-            (
-                sums
-                if sums is not None
-                else kernels.quick_row_squares(g, dim)
-                if quick and g.dtype == torch.float32
-                else kernels.row_squares(g, dim)
-            ).reshape(-1)
-            for sums, (g, dim) in zip(found, wanted, strict=True)
-        ]
+        calls = [self._call(one.g, one.dim) for one in wanted]
+        compiled = [None if call is None else call[0](call[1])[0] for call in calls]
+        pairs = zip(compiled, wanted, strict=True)
+        return [(self._eager(one.g, one.dim) if sums is None else sums).reshape(-1) for sums, one in pairs]
 
     def _call(self, g: Tensor, dim: int) -> kernels.Call | None:
         if self.compiler is None or g.dim() != 2 or g.numel() < kernels.COMPILE_EACH or min(g.shape) == 1:
             return None
         return self.compiler.row_squares_call(g, dim, self.exact)
 
-    def _everything(self, g: Tensor, total: Total) -> tuple[Tensor, int] | None:
-        """Add a tensor to a total, or say which matrix is to be summed up over which dimension for it."""
+    def _eager(self, g: Tensor, dim: int) -> Tensor:
+        if self.exact or g.dtype != torch.float32:
+            return kernels.row_squares(g, dim)
+        return kernels.quick_row_squares(g, dim)
+
+    def _everything(self, g: Tensor, total: Total) -> list[Wanted]:
+        """Add a tensor to a total, or say as which matrix it is to be summed up."""
         flat = g.reshape(-1)
         compiles = self.compiler is not None and g.numel() >= kernels.COMPILE_EACH
         if g.dtype == torch.float32 and not self.exact and not compiles:
@@ -126,12 +125,12 @@ class Sums:
                 total.small.append(flat)
             else:
                 total.norms += kernels.quick_norms(flat)
-            return None
+            return []
         width = math.gcd(flat.numel(), 3 * 4096)
         if width >= 256:
-            return flat.view(flat.numel() // width, width), 1
+            return [Wanted(flat.view(flat.numel() // width, width), 1, total, None)]
         total.squares += [kernels.row_squares(part.view(1, -1), 1) for part in flat.split(kernels.CHUNK)]
-        return None
+        return []
 
 
 def _of(totals: dict[tuple[int, ...], Total], shard: Shard) -> Total:
