@@ -2,8 +2,7 @@
 
     python benchmarks/first_step.py LAYOUT ARM [--quick] [--threads N]
 
-Started by step_time.py with a TMPDIR and a TORCHINDUCTOR_CACHE_DIR of its own: both empty (never compiled), the second
-empty (cold), both filled (warm).
+Started by step_time.py with a TMPDIR and a TORCHINDUCTOR_CACHE_DIR of its own: empty (cold), then filled (warm).
 
 Memory beyond state is the sum of two things, both at the fourth step, when everything is compiled and allocated:
 tensors that stay alive and are neither parameter, gradient nor state (scratch); and the highest resident size during

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine import kernels
-from sharpwise.engine.one_pass import runs_of
+from sharpwise.engine import loops
+from sharpwise.engine.jobs import runs_of
 from sharpwise.engine.plan import Run
 from sharpwise.testing import TinyGPT, fill_gradients, same
 
@@ -85,9 +85,9 @@ def test_waits_for_all_gradients_where_it_must(options):
     assert ways(optimizer) == 0 and optimizer.compiled_graphs > 0
 
 
-def test_goes_on_without_the_graph(monkeypatch):
-    """Its loop is asked much of the compiler: where it cannot be built, sums and update are two graphs as elsewhere."""
-    monkeypatch.setattr(kernels, "update_blocks", lambda *args: 1 / 0)
+def test_goes_on_without_the_loop(monkeypatch):
+    """Where the loop cannot be built, sums and update are a loop and a graph, as under a guard."""
+    monkeypatch.setattr(loops, "Step", lambda *args: 1 / 0)
     models = [model_of() for _ in range(2)]
     first, second = (sharpwise.AdamMini(m, lr=1e-2, compile=c) for m, c in zip(models, (True, False), strict=True))
     for model, optimizer in zip(models, (first, second), strict=True):
@@ -95,6 +95,26 @@ def test_goes_on_without_the_graph(monkeypatch):
     assert first.compiled_graphs == 2
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert (p - q).norm() <= 1e-6 * q.norm()
+
+
+def test_gradients_of_another_type_take_two_passes():
+    """One matrix of bf16 has gradients in fp32; nothing else changes its way."""
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has gradients of the parameter's type only")
+    models = [model_of().to(torch.bfloat16) for _ in range(2)]
+    optimizers = [sharpwise.AdamMini(m, lr=1e-2, compile=c) for m, c in zip(models, (True, False), strict=True)]
+    name = "transformer.h.0.attn.c_attn.weight"
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model.get_parameter(name).grad_dtype = None
+        for step in range(3):
+            fill_gradients(model, step)
+            model.get_parameter(name).grad = model.get_parameter(name).grad.float()
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert (p.double() - q.double()).norm() <= 1e-3 * q.double().norm()
+        for key, value in optimizers[0].state[p].items():
+            other = optimizers[1].state[q][key].double()
+            assert (value.double() - other).norm() <= 1e-3 * other.norm(), key
 
 
 def test_blocks_as_runs():
@@ -110,4 +130,4 @@ def test_blocks_as_runs():
     segment = sharpwise.blocks.Segment("w", (256, 512), role=sharpwise.blocks.Role.UP, dim=1, source="said")
     optimizer = sharpwise.AdamMini(transposed, lr=1e-2, blocks=sharpwise.BlockMap((segment,)))
     optimizer.init_state()
-    assert runs_of(optimizer._stepper.entries[0]) == []
+    assert runs_of(optimizer._stepper.entries[0]) == [Run(slice(0, 512), slice(0, 512), 1)]

@@ -1,6 +1,7 @@
 """Adam-mini in one pass over memory and in two, as under a guard or a mesh: the same bits."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,10 +13,7 @@ from sharpwise.engine import kernels
 pytestmark = pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize(
-    "block_lr", [None, "blockwise", "layer_decay(rate=0.7)", "sharpness(start=1, every=2, by=module)"]
-)
-def test_one_pass_and_two_give_the_same_bits(block_lr: str | None) -> None:
+def llama() -> torch.nn.Module:
     config = transformers.LlamaConfig(
         hidden_size=256,
         intermediate_size=512,
@@ -24,7 +22,21 @@ def test_one_pass_and_two_give_the_same_bits(block_lr: str | None) -> None:
         num_key_value_heads=4,
         vocab_size=512,
     )
-    one = transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> torch.nn.Module:
+    """Weights whose output rows are columns, q and k by heads among them."""
+    config = transformers.GPT2Config(n_embd=256, n_layer=2, n_head=8, vocab_size=512, n_positions=512)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize(
+    "block_lr", [None, "blockwise", "layer_decay(rate=0.7)", "sharpness(start=1, every=2, by=module)"]
+)
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_one_pass_and_two_give_the_same_bits(build: Callable[[], torch.nn.Module], block_lr: str | None) -> None:
+    one = build()
     two = copy.deepcopy(one)
     options = {"lr": 1e-3, "weight_decay": 0.1, "block_lr": block_lr, "compile": True}
     optimizers = (

@@ -9,11 +9,13 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sharpwise.engine import loops
 from sharpwise.rules.base import Rule, add
 from sharpwise.storage.dense import mix, round_to
 
@@ -89,36 +91,6 @@ def update(
         _write(tensor, new[name], s, noise, slot)
 
 
-def update_blocks(
-    rule: Rule,
-    s: Mapping[str, Any],
-    p: Tensor,
-    g: Tensor,
-    stored: Sequence[Tensor],
-    blocks: Mapping[str, Tensor],
-    counts: Tensor,
-    row_step: Tensor | None = None,
-    row_decay: Tensor | None = None,
-) -> Tensor:
-    """As `update`, of a matrix whose rows are blocks; their denominators are worked out by the way, from `blocks` as it
-    was before the step and stays. Returns the sum of g*g per row, fp64, for the block phase that will change it.
-
-    Compiled, a row is read, summed up and moved while it is in the cache: the gradient comes from memory once. Writing
-    the block state here would split the loop in three.
-    """
-    dtype = compute_dtype(p.dtype)
-    groups = g.to(dtype).square().view(g.shape[0], g.shape[1] // 256, 256).sum(2)
-    squares = groups.double().sum(1)
-    old = {name: t.to(dtype) for name, t in blocks.items()}
-    _, denominator = rule.block_phase(old, (squares / counts).to(dtype), s)
-    rate = (s["step"] / denominator).view(-1, 1)
-    # The largest of equal numbers, of which none is 0: what a loop over the groups of a row yields is worked out once
-    # per row, anything else once per element.
-    rate = torch.where(groups < 0, torch.zeros_like(rate), rate).amax(1, keepdim=True)
-    update(rule, s, p, g, stored, rate if row_step is None else rate * row_step, row_decay)
-    return squares
-
-
 def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int) -> None:
     index = None if noise is None or target.dtype != torch.bfloat16 else noise.row + noise.column
     rounded = round_to(value, target.dtype, index, None if noise is None else mix(noise.key + slot))
@@ -144,6 +116,8 @@ def quick_norms(flat: Tensor) -> list[Tensor]:
 
 def quick_row_squares(g: Tensor, dim: int) -> Tensor:
     """As `row_squares`, of fp32 sums over runs."""
+    if g.device.type != "cpu":  # added up by thousands of threads, in parts
+        return torch.linalg.vector_norm(g, dim=dim, dtype=torch.float32).double().square_()
     run = g.shape[-1] if g.shape[-1] <= RUN else math.gcd(g.shape[-1], RUN)
     if g.dim() != 2 or run < 32:
         return row_squares(g, dim)
@@ -159,36 +133,24 @@ def piece(tensor: Tensor) -> int:
     return PIECE if tensor.device.type == "cpu" else CHUNK
 
 
-def _grouped_squares(g: Tensor, dim: int) -> Tensor:
-    """As `row_squares`, for compiling: squares are added in fp32 in groups of 16 rows or of 256 columns (16 per vector
-    lane), and the groups in fp64. A conversion of each element would cost twice the time of reading it on the CPU
-    (0.57 against 0.26 of a fused AdamW step). The size of `dim` divides by the group.
-    """
-    g = g if g.dtype == torch.float64 else g.float()
-    if dim == 1:
-        return (g * g).view(g.shape[0], g.shape[1] // 256, 256).sum(2).double().sum(1)
-    # The loop of a group reads its rows side by side: of 32 streams the processor loses track (29 ms for GPT-2's
-    # matrices, 15 with 16, 18 with 8).
-    return (g * g).view(g.shape[0] // 16, 16, g.shape[1]).sum(1).double().sum(0)
-
-
 class Compiler:
-    """Compiled twins of `update` and `row_squares`, one graph for all shapes per rule, layout and set of options.
+    """Compiled twins of `update`, one graph for all shapes per rule, layout and set of options.
 
     A graph is traced on small examples, so that a step never compiles twice and never guards: what it may depend
     on is in its key. If one cannot be built (no compiler on the machine, say), that is logged once, and the eager twin
-    serves.
+    serves. Besides, whatever of our own loops is asked for.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Graph] = {}
         self._failed: set[Any] = set()
+        self._loops: dict[Any, Any] = {}
         self.broken = False
 
     @property
     def graphs(self) -> int:
-        """How many graphs have been built."""
-        return len(self._graphs)
+        """How many graphs and loops have been built."""
+        return len(self._graphs) + sum(loop is not None for loop in self._loops.values())
 
     def update_call(
         self,
@@ -227,76 +189,41 @@ class Compiler:
                 update(rule, scalars, p, g, own, step, decay, Noise(*rest) if rest else None)
                 return ()
 
-            graph = self._built(key, body, [packed, *(_example(t, (96, 512)) for t in args[1:])])
+            graph = self._built(key, body, [packed, *(_example(t) for t in args[1:])])
             if graph is None:
                 return None
             known[short] = graph
         return graph, args
 
-    def blocks_call(
-        self,
-        known: dict[Any, Graph],
-        rule: Rule,
-        s: Mapping[str, Any],
-        packed: Tensor,
-        p: Tensor,
-        g: Tensor,
-        stored: Sequence[Tensor],
-        blocks: Mapping[str, Tensor],
-        counts: Tensor,
-        row_step: Tensor | None,
-        row_decay: Tensor | None,
-    ) -> Call | None:
-        """As `update_call`, of `update_blocks`."""
-        args = [packed, p, g, counts, *stored, *blocks.values()]
-        args += [t for t in (row_step, row_decay) if t is not None]
-        short = ("blocks", tuple(s), row_step is None, row_decay is None, g.dtype)
-        graph = known.get(short)
-        if graph is None:
-            names, kept = tuple(s), tuple(blocks)
-            form = tuple((t.dtype, tuple(n == 1 for n in t.shape[1:])) for t in args)
+    def step(
+        self, rule: Rule, param: torch.dtype, types: Mapping[str, torch.dtype], with_blocks: bool
+    ) -> loops.Step | None:
+        """The loop that moves matrices of a rule; None if it cannot be built. See `loops.Step`."""
+        own = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
+        key = type(rule), param, tuple(types.items()), tuple(own), with_blocks
+        return self._loop(key, lambda: loops.Step(rule, param, types, own, with_blocks))
 
-            def body(packed: Tensor, p: Tensor, g: Tensor, counts: Tensor, *more: Tensor) -> tuple[Tensor]:
-                rest = list(more)
-                own = [rest.pop(0) for _ in stored]
-                state = {name: rest.pop(0) for name in kept}
-                step = None if row_step is None else rest.pop(0)
-                decay = None if row_decay is None else rest.pop(0)
-                scalars = dict(zip(names, packed.unbind(), strict=True))
-                return (update_blocks(rule, scalars, p, g, own, state, counts, step, decay),)
+    def squares(self) -> loops.Squares | None:
+        """Loops that sum up squares; None if they cannot be built."""
+        return self._loop("squares", loops.Squares)
 
-            examples = [packed, *(_example(t, (96, 512), rows=True) for t in args[1:])]
-            # Else what goes into the rate of a row is written out as vectors of all rows, and the loop is split there.
-            whole = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64}
-            graph = self._built((type(rule), *short, form, p.device), body, examples, needed=False, **whole)
-            if graph is None:
-                return None
-            known[short] = graph
-        return graph, args
+    def _loop(self, key: Any, build: Callable[[], Any]) -> Any:
+        if key not in self._loops:
+            try:
+                self._loops[key] = build()
+            except Exception as error:  # whatever the compiler's driver raises: there is another way
+                self._loops[key] = None
+                logger.warning("building a loop of the step failed, going on without: %s", str(error).split("\n")[0])
+        return self._loops[key]
 
-    def row_squares_call(self, g: Tensor, dim: int, exact: bool) -> Call | None:
-        """As `update_call`, of `row_squares`; unless exact, groups of squares are added in fp32."""
-        fits = not exact and g.shape[dim] % (256 if dim == 1 else 16) == 0
-        key = (dim, fits, g.dtype, g.device)
-        graph = self._graphs.get(key)
-        if graph is None:
-
-            def body(g: Tensor) -> tuple[Tensor]:
-                return (_grouped_squares(g, dim) if fits else (g.double() ** 2).sum(dim),)
-
-            graph = self._built(key, body, [_example(g, (96, 512) if fits else (66, 98))])
-        return None if graph is None else (graph, [g])
-
-    def _built(
-        self, key: Any, body: Callable[..., Any], examples: list[Tensor], needed: bool = True, **patches: Any
-    ) -> Graph | None:
+    def _built(self, key: Any, body: Callable[..., Any], examples: list[Tensor]) -> Graph | None:
         if key in self._graphs or key in self._failed or self.broken:
             return self._graphs.get(key)
         try:
-            self._graphs[key] = _compile(body, examples, **patches)
+            self._graphs[key] = _compile(body, examples)
         except Exception as error:  # whatever inductor raises: the eager twin gives the same numbers
             self._failed.add(key)
-            self.broken = needed
+            self.broken = True
             logger.warning("compiling the optimizer step failed, going on without: %s", str(error).split("\n")[0])
         return self._graphs.get(key)
 
@@ -306,17 +233,19 @@ def compiler_present(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++"))))
 
 
-def _example(tensor: Tensor, sizes: tuple[int, int], rows: bool = False) -> Tensor:
-    """A small tensor of the same form: broadcast dimensions stay 1, the others get sizes that are all different.
-
-    With `rows` the first is never one that is broadcast, even if there is but one row.
-    """
-    kept = [n == 1 and not (rows and d == 0) for d, n in enumerate(tensor.shape)]
-    shape = [1 if one else m for one, m in zip(kept, (*sizes, 70)[: tensor.dim()], strict=True)]
+def _example(tensor: Tensor) -> Tensor:
+    """A small tensor of the same form: broadcast dimensions stay 1, the others get sizes that are all different."""
+    shape = [1 if n == 1 else m for n, m in zip(tensor.shape, (96, 512, 70)[: tensor.dim()], strict=True)]
     return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _compile(body: Callable[..., Any], examples: list[Tensor], **patches: Any) -> Graph:
+def _headers_precompiled() -> bool:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return any(Path(default_cache_dir(), "precompiled_headers").glob("*.?ch"))
+
+
+def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Graph:
     # Not torch.compile: its guards and wrappers cost several times what the call itself does, at every call. What they
     # would check is in the key of the graph.
     with warnings.catch_warnings():
@@ -334,8 +263,10 @@ def _compile(body: Callable[..., Any], examples: list[Tensor], **patches: Any) -
 
         inputs: list[Any] = list(examples)
         # Inductor proves each vector instruction set by building and importing a test library, 15 s on a cold machine.
-        # The processor's own flags are read all the same.
-        options = {"config_patches": {"cpp.vec_isa_ok": True} | patches, "inner_compile": keep}
+        # The processor's own flags are read all the same. It also precompiles its headers, once per machine and in
+        # more time than they save the few graphs of a step: they are used where they are.
+        patches = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": _headers_precompiled()}
+        options = {"config_patches": patches, "inner_compile": keep}
         graph = make_fx(body, tracing_mode="symbolic")(*inputs)
         with functorch.patch(enable_autograd_cache=False):  # a hit there would leave out `keep`
             compiled = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options)

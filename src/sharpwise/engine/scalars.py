@@ -58,6 +58,15 @@ class Numbers:
             self.rows[key] = values.to(layout.dtype)
         return self.rows[key]
 
+    def named(self, names: Sequence[str]) -> Tensor:
+        """`scalars` by these names, and `multiplier`; 1 for a decay or clipping that is off. fp32, on the CPU."""
+        key = tuple(names)
+        if key not in self.packs:
+            values = {"decay": 1.0, "clip": 1.0, "multiplier": self.multipliers[0] if self.uniform else 1.0}
+            values |= self.scalars
+            self.packs[key] = torch.tensor([values[name] for name in names], dtype=torch.float32, device="cpu")
+        return self.packs[key]
+
     def packed(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The scalars in one tensor, in their order."""
         key = dtype, device

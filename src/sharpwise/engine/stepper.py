@@ -12,9 +12,10 @@ from torch.autograd.graph import increment_version
 from sharpwise.engine import kernels
 from sharpwise.engine.fused import Fused, exactly
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
+from sharpwise.engine.jobs import Jobs, OnePass, elements, one_pass
+from sharpwise.engine.loops import Step
 from sharpwise.engine.mesh import Bucket, Team, local
 from sharpwise.engine.multipliers import Multipliers
-from sharpwise.engine.one_pass import one_pass
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.rounds import Rounds
@@ -23,21 +24,21 @@ from sharpwise.engine.sums import Sums
 
 
 class Ready(NamedTuple):
-    """Calls of graphs that move an item.
+    """The call of the graph that moves an item.
 
-    They are made ready for all items before the first is made: a kernel leaves nothing in the cache, and what is done
+    Calls are made ready for all items before the first is made: a kernel leaves nothing in the cache, and what is done
     between two of them takes several times as long.
     """
 
     item: Item
     p: Tensor
-    calls: list[kernels.Call]
+    call: kernels.Call
 
-    def go(self) -> list[Sequence[Tensor]]:
-        """What each call gives."""
-        outputs = [graph(args) for graph, args in self.calls]
+    def go(self) -> None:
+        """Make it."""
+        graph, args = self.call
+        graph(args)
         self.item.scatter(self.p)
-        return outputs
 
 
 class Stepper:
@@ -77,9 +78,15 @@ class Stepper:
         # A buffer shifts the boundaries of torch's vector loops, whose lerp rounds differently at the edges: the
         # eager reference, bit-equal to torch, does without.
         self.items = gather_small(rest, state, SMALL if self.fast else -1)
-        self.pools = pool_blocks(self.items, state)
-        at_once = self.compiler is not None and not options.guarded and not options.stochastic_rounding
-        self.one_pass = {id(item): way for item in self.items if at_once and (way := one_pass(item)) is not None}
+        self.one_pass: dict[int, OnePass] = {}
+        self.elements: dict[int, Step] = {}
+        if self.compiler is not None and options.decoupled and not options.stochastic_rounding:
+            for item in self.items:
+                if not options.guarded and (way := one_pass(item, self.compiler)) is not None:
+                    self.one_pass[id(item)] = way
+                elif (loop := elements(item, self.compiler)) is not None:
+                    self.elements[id(item)] = loop
+        self.pools = pool_blocks([item for item in self.items if id(item) not in self.one_pass], state)
         self.skipped: Tensor | int = 0
         self.squares: Tensor | None = None
         self._sorts: dict[int, int] = {}
@@ -128,18 +135,17 @@ class Stepper:
         self._now.clear()
         left = list(range(len(items)))
         if not self.options.guarded:
-            early = {i: ready for i in left if (ready := self._in_one_pass(items[i], grads[i])) is not None}
-            left = [i for i in left if i not in early]
-            for i, outputs in zip(early, [ready.go() for ready in early.values()], strict=True):
-                sums[i] = torch.cat([squares for (squares,) in outputs])
+            left = self._in_one_pass(items, grads)
             found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
             for i, squares in zip(left, found, strict=True):
                 sums[i] = squares
         rounds.finish(clip)
         rates = self._block_phase(items, sums, together, ok, clip)
-        moves = [self._move(items[i], grads[i], rates[i], rounds, ok, clip) for i in left]
+        jobs = Jobs()
+        moves = [self._move(items[i], grads[i], rates[i], rounds, jobs, ok, clip) for i in left]
         for ready in filter(None, moves):
             ready.go()
+        jobs.go()
         self.fused.move(ids, self.clock, self.multipliers.now, ok, clip)
         # Graphs and the kernel of torch write past autograd: what it saved for a backward pass has changed.
         increment_version([e.param for e in active])
@@ -192,14 +198,19 @@ class Stepper:
         """
         where = {id(item): i for i, item in enumerate(items)}
         rates: list[Tensor | None] = [None] * len(items)
+        parts: list[Pool] = []
         for pool in self.pools:
             whole = id(pool) in together and all(id(item) in where for item in pool.items)
-            for part in [pool] if whole else [Pool.of_one(item) for item in items if pool.has(item)]:
-                mine = [where[id(item)] for item in part.items]
-                squares = [s for i in mine if (s := sums[i]) is not None]
-                found = self._one_block_phase(part, torch.cat(squares), ok, clip)
-                for i, rate in zip(mine, found.split([len(s) for s in squares]), strict=True):
-                    rates[i] = rate
+            parts += [pool] if whole else [Pool.of_one(item) for item in items if pool.has(item)]
+        parts += [
+            Pool.of_one(item) for item in items if id(item) in self.one_pass and sums[where[id(item)]] is not None
+        ]
+        for part in parts:
+            mine = [where[id(item)] for item in part.items]
+            squares = [s for i in mine if (s := sums[i]) is not None]
+            found = self._one_block_phase(part, torch.cat(squares), ok, clip)
+            for i, rate in zip(mine, found.split([len(s) for s in squares]), strict=True):
+                rates[i] = rate
         return rates
 
     def _one_block_phase(self, pool: Pool, squares: Tensor, ok: Any, clip: Any) -> Tensor:
@@ -220,9 +231,11 @@ class Stepper:
     # -- moving ----------------------------------------------------------------------------------------------------
 
     def _move(
-        self, item: Item, g: Tensor, block_rate: Tensor | None, rounds: Rounds, ok: Any, clip: Any
+        self, item: Item, g: Tensor, block_rate: Tensor | None, rounds: Rounds, jobs: Jobs, ok: Any, clip: Any
     ) -> Ready | None:
-        """What moves a matrix by a graph, made ready; whatever else there is has been moved when this returns."""
+        """Add what moves a matrix to the jobs of loops, or return what moves it by a graph, made ready; whatever else
+        there is has been moved when this returns.
+        """
         now = self._numbers(item, ok, clip)
         dtype = item.layout.dtype
         row_step = None if block_rate is None else item.layout.spread(block_rate).to(dtype)
@@ -233,6 +246,10 @@ class Stepper:
         elif now.multipliers[0] != 1.0:
             row_step = row_step * now.multipliers[0]
         row_decay = now.by_row("decay", item) if now.decays_by_row else None
+        loop = self.elements.get(id(item))
+        if loop is not None and g.dtype == item.parts[0].param.dtype:
+            jobs.add_elements(item, loop, g, now, row_step, row_decay)
+            return None
         noise = None
         if self.options.stochastic_rounding:
             noise = item.noise(int(item.parts[0].group["seed"]), self.clock.t(item.parts[0]))
@@ -247,7 +264,7 @@ class Stepper:
             call = self.compiler.update_call(
                 item.graphs, item.layout.rule, now.scalars, packed, p, g, item.stored, row_step, row_decay, noise
             )
-            ready = None if call is None else Ready(item, p, [call])
+            ready = None if call is None else Ready(item, p, call)
             if ready is not None and item.copied:
                 ready.go()  # else the copies of all would be held at once
                 return None
@@ -258,14 +275,18 @@ class Stepper:
         item.scatter(p)
         return None
 
-    def _in_one_pass(self, item: Item, g: Tensor) -> Ready | None:
-        """What moves an item in one pass and gives its sums; None, untouched, for others."""
-        way = self.one_pass.get(id(item))
-        if way is None or self.compiler is None:
-            return None
-        p = item.parameter()
-        calls = way.calls(self.compiler, p, g, self._numbers(item, True, None))
-        return None if calls is None else Ready(item, p, calls)
+    def _in_one_pass(self, items: Sequence[Item], grads: Sequence[Tensor]) -> list[int]:
+        """Move, with their blocks, the items that go in one pass; the numbers of the others."""
+        left: list[int] = []
+        jobs = Jobs()
+        for i, (item, g) in enumerate(zip(items, grads, strict=True)):
+            way = self.one_pass.get(id(item))
+            if way is None or g.dtype != item.parts[0].param.dtype:
+                left.append(i)
+            else:
+                jobs.add_blocks(item, way, g, self._numbers(item, True, None))
+        jobs.go()
+        return left
 
     def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
         """The numbers of this step, worked out once for all items that share them."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharpwise.engine import kernels
+from sharpwise.engine import kernels, loops
 from sharpwise.engine.items import SMALL, Item
 from sharpwise.engine.mesh import Bucket, Shard, Share, Team, local
 from sharpwise.engine.plan import Entry
@@ -46,10 +46,10 @@ class Wanted(NamedTuple):
 
 
 class Sums:
-    """Sums of g*g, by the compiled kernel where there is one.
+    """Sums of g*g, by our own loop where there is one.
 
     Args:
-        compiler: sums up matrices, if there is one.
+        compiler: builds it, if there is one.
         total: whether the sum over everything is wanted too.
         exact: in fp64 throughout; else fp32 squares are added in fp32 before the few sums left in fp64.
     """
@@ -96,23 +96,17 @@ class Sums:
         return [sums[id(item)].values if id(item) in sums else None for item in items], total
 
     def _squares(self, wanted: Sequence[Wanted]) -> list[Tensor]:
-        """Sums of g*g over a dimension of matrices, as vectors.
-
-        All calls of graphs are made ready before the first is made: a kernel leaves nothing in the cache, and what is
-        done between two of them takes several times as long.
-        """
-        calls = [self._call(one.g, one.dim) for one in wanted]
-        compiled = [None if call is None else call[0](call[1])[0] for call in calls]
-        pairs = zip(compiled, wanted, strict=True)
-        return [(self._eager(one.g, one.dim) if sums is None else sums).reshape(-1) for sums, one in pairs]
-
-    def _call(self, g: Tensor, dim: int) -> kernels.Call | None:
-        if self.compiler is None or g.dim() != 2 or g.numel() < kernels.COMPILE_EACH or min(g.shape) == 1:
-            return None
-        return self.compiler.row_squares_call(g, dim, self.exact)
+        """Sums of g*g over a dimension of matrices, as vectors."""
+        large = [i for i, one in enumerate(wanted) if self.compiler is not None and _is_ours(one.g)]
+        loop = self.compiler.squares() if self.compiler is not None and large else None
+        found: dict[int, Tensor] = {}
+        if loop is not None:
+            sums = loop([wanted[i].g for i in large], [wanted[i].dim for i in large], self.exact)
+            found = dict(zip(large, sums, strict=True))
+        return [found[i] if i in found else self._eager(g, dim).reshape(-1) for i, (g, dim, *_) in enumerate(wanted)]
 
     def _eager(self, g: Tensor, dim: int) -> Tensor:
-        if self.exact or g.dtype != torch.float32:
+        if self.exact or g.dtype == torch.float64 or (g.dtype != torch.float32 and g.device.type == "cpu"):
             return kernels.row_squares(g, dim)
         return kernels.quick_row_squares(g, dim)
 
@@ -131,6 +125,12 @@ class Sums:
             return [Wanted(flat.view(flat.numel() // width, width), 1, total, None)]
         total.squares += [kernels.row_squares(part.view(1, -1), 1) for part in flat.split(kernels.CHUNK)]
         return []
+
+
+def _is_ours(g: Tensor) -> bool:
+    """Whether our own loop sums up a matrix: where another takes about as long to be called, it does not pay."""
+    fits = g.dim() == 2 and g.device.type == "cpu" and g.dtype in loops.TYPES and g.is_contiguous()
+    return fits and g.numel() >= kernels.COMPILE_EACH
 
 
 def _of(totals: dict[tuple[int, ...], Total], shard: Shard) -> Total:

@@ -1,0 +1,212 @@
+"""Our own loops in C++, for the CPU: what a compiler of graphs does not write.
+
+They take all matrices of a step in one call, sum up a block and move it while its gradient is in the cache, and need
+none of torch's headers, so that they are built in a second. The arithmetic of a rule is not written twice: it is traced
+and put into the loop.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sharpwise.rules.base import Rule, add
+
+_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # inductor's are the other way round
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+"""What can be read and written; the arithmetic is fp32."""
+_OURS = ("step", "decay", "multiplier", "clip")
+_CPP = {torch.float32: "float", torch.float64: "double"}
+_aten = torch.ops.aten
+_OPERATIONS = {
+    _aten.add.Tensor: "{} + {}",
+    _aten.sub.Tensor: "{} - {}",
+    _aten.mul.Tensor: "{} * {}",
+    _aten.div.Tensor: "{} / {}",
+    _aten.neg.default: "-{}",
+    _aten.abs.default: "std::abs({})",
+    _aten.sqrt.default: "std::sqrt({})",
+    _aten.reciprocal.default: "1 / {}",
+    _aten.sign.default: "sign({})",
+    _aten._to_copy.default: "{}",
+}
+
+
+class Squares:
+    """Sums of squares of matrices. Raises whatever building the library raises."""
+
+    def __init__(self) -> None:
+        self._library = _built(_text("sums") + _text("squares"))
+
+    def __call__(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool = False) -> list[Tensor]:
+        """Sums of g*g over dimension 1 or 0 of contiguous matrices [rows, columns] of `TYPES`, as fp64 vectors.
+
+        Unless exact, groups of squares are added in fp32.
+        """
+        function = self._library.exact_squares if exact else self._library.squares
+        sizes = [g.shape[1 - dim] for g, dim in zip(matrices, dims, strict=True)]
+        sums = _empty(sum(sizes), torch.float64)
+        table, out = [], sums.data_ptr()
+        for g, dim, n in zip(matrices, dims, sizes, strict=True):
+            table += [g.data_ptr(), *g.shape, dim, g.dtype == torch.bfloat16, out]
+            out += 8 * n
+        widest = max((n for n, dim in zip(sizes, dims, strict=True) if dim == 0), default=0)
+        _run(function, table, len(matrices), _per_thread(widest))
+        return list(sums.split(sizes))
+
+
+Job = Sequence[int]
+"""What `Step` is to do with a matrix. Addresses of: parameter, gradient, element state, block state; numbers: rows,
+columns, 1 if rows have a number each (0: columns), blocks; addresses of: elements per block, fp64; the block of each
+column, int64 (0: each is one); steps and factors on the parameter, per row or column, fp32 (0: `step` and `decay` for
+all); `scalars`, fp32."""
+
+
+class Step:
+    """Steps of a rule. Raises whatever building the library raises, or NotImplementedError.
+
+    Args:
+        types: of the parameter and its gradient, and of each state tensor, by name.
+        scalars: names of the rule's own.
+        with_blocks: block state included. Rows are blocks then, columns are or make up blocks, and their denominators
+            and the factors per row are worked into the step. Else a step per row is all that is known of blocks.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        param: torch.dtype,
+        types: Mapping[str, torch.dtype],
+        scalars: Sequence[str],
+        with_blocks: bool,
+    ) -> None:
+        self.scalars = (*scalars, *_OURS)
+        self._shape = 2 + len(types)
+        text = _text("blocks" if with_blocks else "elements")
+        self._call = _built(_text("sums") + _written(rule, param, types, scalars, with_blocks) + text).step
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        """Move matrices, and their state."""
+        shapes = [job[self._shape : self._shape + 4] for job in jobs]
+        widest = max((max(columns, n) for _, columns, by_row, n in shapes if not by_row), default=0)
+        own = [_empty(widest, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+        _run(self._call, [n for job in jobs for n in job], len(jobs), _per_thread(widest) + own)
+
+
+def _run(function: Callable[..., Any], table: Sequence[int], count: int, scratch: Sequence[Tensor]) -> None:
+    jobs = torch.tensor(table, dtype=torch.int64, device="cpu")
+    addresses = [ctypes.c_void_p(t.data_ptr()) for t in scratch]
+    function(ctypes.c_void_p(jobs.data_ptr()), ctypes.c_int64(count), *addresses, torch.get_num_threads())
+
+
+def _per_thread(columns: int) -> list[Tensor]:
+    n = columns * torch.get_num_threads()
+    return [_empty(n, torch.float64) for _ in range(2)]
+
+
+def _empty(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, dtype=dtype, device="cpu")  # whatever the defaults are
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.cpp").read_text(encoding="utf-8")
+
+
+def _built(source: str) -> ctypes.CDLL:
+    from torch._inductor import config
+    from torch._inductor.codecache import CppCodeCache
+
+    with config.patch({"cpp.vec_isa_ok": True}):  # see kernels._compile
+        return CppCodeCache.load(source, extra_flags=_FLAGS)
+
+
+def _written(
+    rule: Rule, param: torch.dtype, types: Mapping[str, torch.dtype], scalars: Sequence[str], with_blocks: bool
+) -> str:
+    """What blocks.cpp and elements.cpp need to know of a rule."""
+    elements = [name for name, kind in rule.state.items() if kind == "element"]
+    blocks = [name for name, kind in rule.state.items() if kind == "block"] if with_blocks else []
+    of_rule = [f"s.{name}" for name in scalars]
+
+    def move(x: Tensor, g: Tensor, rate: Tensor, decay: Tensor, clip: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        old, own = rest[: len(elements)], dict(zip(scalars, rest[len(elements) :], strict=True))
+        new, numerator, below = rule.direction(g * clip, dict(zip(elements, old, strict=True)), own)
+        x = x * decay
+        x = add(x, numerator, -rate) if below is None else x - (rate * numerator) / below
+        return (x, *(new[name] for name in elements))
+
+    inputs = ["load(p + i)", "load(g + i)", "rates[i]", "decays[i]", "s.clip"]
+    moved, values = _traced(move, [*inputs, *(f"load({name} + i)" for name in elements), *of_rule])
+    kinds = {name: TYPES[dtype] for name, dtype in types.items()}
+    return f"""
+using P = {TYPES[param]};
+struct Scalars {{ float {", ".join([*scalars, *_OURS])}; }};
+struct Job {{
+  void {", ".join(f"*{name}" for name in ["p", "g", *elements, *blocks])};
+  int64_t rows, columns, by_row, blocks;
+  const double* counts;
+  const int64_t* block_of;
+  const float *row_step, *row_decay;
+  const Scalars* scalars;
+}};
+template <typename Rates, typename Decays>
+inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays) {{
+{_pointer("p", "P", "at")}{_pointer("g", "P", "at")}{"".join(_pointer(name, kinds[name], "at") for name in elements)}
+  #pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {{
+{moved}
+{_stores(["p", *elements], values, " + i")}
+  }}
+}}
+{_denominator(rule, blocks, scalars, kinds) if with_blocks else ""}
+"""
+
+
+def _denominator(rule: Rule, blocks: Sequence[str], scalars: Sequence[str], kinds: Mapping[str, str]) -> str:
+    def denominator(mean: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        old, own = rest[: len(blocks)], dict(zip(scalars, rest[len(blocks) :], strict=True))
+        new, below = rule.block_phase(dict(zip(blocks, old, strict=True)), mean, own)
+        return (below, *(new[name] for name in blocks))
+
+    inputs = ["mean", *(f"load({name})" for name in blocks), *(f"s.{name}" for name in scalars)]
+    worked_out, (below, *new) = _traced(denominator, inputs)
+    return f"""
+inline float denominator(const Scalars& s, const Job& m, int64_t b, float mean) {{
+{"".join(_pointer(name, kinds[name], "b") for name in blocks)}{worked_out}
+{_stores(blocks, new, "")}
+  return {below};
+}}
+"""
+
+
+def _pointer(name: str, kind: str, at: str) -> str:
+    return f"  {kind}* __restrict__ {name} = static_cast<{kind}*>(m.{name}) + {at};\n"
+
+
+def _stores(names: Sequence[str], values: Sequence[str], at: str) -> str:
+    return "\n".join(f"  store({name}{at}, {value});" for name, value in zip(names, values, strict=True))
+
+
+def _traced(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str]) -> tuple[str, list[str]]:
+    """Statements in C++ that do what a function of numbers does, and what they call its results."""
+    graph = make_fx(function, tracing_mode="fake")(*[_empty(1, torch.float32)[0] for _ in inputs]).graph
+    names: dict[torch.fx.Node, str] = {}
+    lines = []
+    expressions = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "output":
+            break
+        if node.op == "placeholder":
+            expression = next(expressions)
+        elif node.target in _OPERATIONS and not set(node.kwargs) - {"dtype"}:
+            operands = [names[a] if isinstance(a, torch.fx.Node) else repr(float(a)) for a in node.args]
+            expression = _OPERATIONS[node.target].format(*operands)
+        else:
+            raise NotImplementedError(f"no words in C++ for {node.target} {node.kwargs or ''}")
+        kind, names[node] = _CPP[node.meta["val"].dtype], f"v{len(names)}"
+        lines.append(f"  const {kind} {names[node]} = {kind}({expression});")
+    return "\n".join(lines), [names[value] for value in node.args[0]]
