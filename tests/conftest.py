@@ -1,5 +1,6 @@
 """What every test starts from: one thread, fixed seeds, GPU tests skipped where there is no GPU."""
 
+import os
 import random
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 
 # Results are bit-repeatable only at a fixed number of threads, and xdist runs two processes on two cores.
 torch.set_num_threads(1)
+# The suite compiles so many graphs that torch's headers pay to be precompiled.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,8 @@
 """Our own loops against the equations in float64, on shapes that divide by nothing."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,10 @@ import sharpwise
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.engine import kernels
 from sharpwise.engine.loops import Squares, Step
+from sharpwise.engine.optimizer import BlockOptimizer
+from sharpwise.engine.options import Options
 from sharpwise.rules import AdamMini
+from sharpwise.rules.base import Rule
 from sharpwise.testing import fill_gradients
 
 pytestmark = pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
@@ -144,6 +150,26 @@ def test_whatever_the_default_type():
     assert torch.equal(models[0].weight, models[1].weight)
 
 
+@dataclass(frozen=True)
+class Own(Rule):
+    """A rule of a user's: names that our C++ uses, and numbers that fp32 does not hold."""
+
+    name: ClassVar[str] = "own"
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def state(self):
+        return {"p": "element", "i": "element"}
+
+    def scalars(self, t, group):
+        return {"step": 0.3, "s": 0.7, "float": 0.1}
+
+    def direction(self, g, state, s):
+        p = state["p"] * s["s"] + g * 0.1
+        i = 0.9 * state["i"] - g / 3.7
+        return {"p": p, "i": i}, p * s["step"] + i.abs() * s["float"], None
+
+
 class Cubed(AdamMini):
     """Of a rule that no loop has words for."""
 
@@ -152,6 +178,25 @@ class Cubed(AdamMini):
     def direction(self, g, state, s):
         new, numerator, denominator = super().direction(g, state, s)
         return new, numerator**3, denominator
+
+
+def test_a_rule_of_ones_own():
+    models = [nn.Linear(300, 301, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    settings = [Options(compile=compile) for compile in (True, False)]
+    optimizers = [
+        BlockOptimizer(m, Own(), lr=1e-2, weight_decay=0.1, options=o) for m, o in zip(models, settings, strict=True)
+    ]
+    for t in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            fill_gradients(model, t)
+            optimizer.step()
+    assert len(optimizers[0]._stepper.elements) == 1
+    p, q = (model.weight.detach().double() for model in models)
+    assert (p - q).norm() <= 1e-6 * q.norm()
+    for name, value in optimizers[0].state[models[0].weight].items():
+        other = optimizers[1].state[models[1].weight][name].double()
+        assert (value.double() - other).norm() <= 1e-6 * other.norm(), name
 
 
 def test_a_rule_without_words_is_refused():

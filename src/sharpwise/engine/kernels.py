@@ -6,6 +6,7 @@ row (`row_step`, `row_decay`) come shaped to broadcast against the view.
 
 import logging
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -239,10 +240,11 @@ def _example(tensor: Tensor) -> Tensor:
     return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _headers_precompiled() -> bool:
+def _precompiles_headers() -> bool:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    return any(Path(default_cache_dir(), "precompiled_headers").glob("*.?ch"))
+    asked = os.environ.get("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS") == "1"
+    return asked or any(Path(default_cache_dir(), "precompiled_headers").glob("*.?ch"))
 
 
 def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Graph:
@@ -264,8 +266,8 @@ def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Graph:
         inputs: list[Any] = list(examples)
         # Inductor proves each vector instruction set by building and importing a test library, 15 s on a cold machine.
         # The processor's own flags are read all the same. It also precompiles its headers, once per machine and in
-        # more time than they save the few graphs of a step: they are used where they are.
-        patches = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": _headers_precompiled()}
+        # more time than they save the few graphs of a step: they are used where they are, or are asked for.
+        patches = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": _precompiles_headers()}
         options = {"config_patches": patches, "inner_compile": keep}
         graph = make_fx(body, tracing_mode="symbolic")(*inputs)
         with functorch.patch(enable_autograd_cache=False):  # a hit there would leave out `keep`

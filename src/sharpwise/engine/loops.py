@@ -130,7 +130,6 @@ def _written(
     """What blocks.cpp and elements.cpp need to know of a rule."""
     elements = [name for name, kind in rule.state.items() if kind == "element"]
     blocks = [name for name, kind in rule.state.items() if kind == "block"] if with_blocks else []
-    of_rule = [f"s.{name}" for name in scalars]
 
     def move(x: Tensor, g: Tensor, rate: Tensor, decay: Tensor, clip: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         old, own = rest[: len(elements)], dict(zip(scalars, rest[len(elements) :], strict=True))
@@ -140,13 +139,16 @@ def _written(
         return (x, *(new[name] for name in elements))
 
     inputs = ["load(p + i)", "load(g + i)", "rates[i]", "decays[i]", "s.clip"]
-    moved, values = _traced(move, [*inputs, *(f"load({name} + i)" for name in elements), *of_rule])
+    inputs += [f"load({_named(name)} + i)" for name in elements]
+    moved, values = _traced(move, [*inputs, *(f"s.{_named(name)}" for name in scalars)])
     kinds = {name: TYPES[dtype] for name, dtype in types.items()}
+    pointers = [_pointer("p", "P", "at"), _pointer("g", "P", "at")]
+    pointers += [_pointer(_named(name), kinds[name], "at") for name in elements]
     return f"""
 using P = {TYPES[param]};
-struct Scalars {{ float {", ".join([*scalars, *_OURS])}; }};
+struct Scalars {{ float {", ".join([*map(_named, scalars), *_OURS])}; }};
 struct Job {{
-  void {", ".join(f"*{name}" for name in ["p", "g", *elements, *blocks])};
+  void {", ".join(f"*{name}" for name in ["p", "g", *map(_named, elements), *map(_named, blocks)])};
   int64_t rows, columns, by_row, blocks;
   const double* counts;
   const int64_t* block_of;
@@ -155,11 +157,11 @@ struct Job {{
 }};
 template <typename Rates, typename Decays>
 inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays) {{
-{_pointer("p", "P", "at")}{_pointer("g", "P", "at")}{"".join(_pointer(name, kinds[name], "at") for name in elements)}
+{"".join(pointers)}
   #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {{
 {moved}
-{_stores(["p", *elements], values, " + i")}
+{_stores(["p", *map(_named, elements)], values, " + i")}
   }}
 }}
 {_denominator(rule, blocks, scalars, kinds) if with_blocks else ""}
@@ -172,15 +174,19 @@ def _denominator(rule: Rule, blocks: Sequence[str], scalars: Sequence[str], kind
         new, below = rule.block_phase(dict(zip(blocks, old, strict=True)), mean, own)
         return (below, *(new[name] for name in blocks))
 
-    inputs = ["mean", *(f"load({name})" for name in blocks), *(f"s.{name}" for name in scalars)]
+    inputs = ["mean", *(f"load({_named(name)})" for name in blocks), *(f"s.{_named(name)}" for name in scalars)]
     worked_out, (below, *new) = _traced(denominator, inputs)
     return f"""
 inline float denominator(const Scalars& s, const Job& m, int64_t b, float mean) {{
-{"".join(_pointer(name, kinds[name], "b") for name in blocks)}{worked_out}
-{_stores(blocks, new, "")}
+{"".join(_pointer(_named(name), kinds[name], "b") for name in blocks)}{worked_out}
+{_stores([*map(_named, blocks)], new, "")}
   return {below};
 }}
 """
+
+
+def _named(name: str) -> str:
+    return f"{name}_"  # none of ours ends so
 
 
 def _pointer(name: str, kind: str, at: str) -> str:
@@ -200,13 +206,14 @@ def _traced(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str]) 
     for node in graph.nodes:
         if node.op == "output":
             break
+        kind = _CPP[node.meta["val"].dtype]
         if node.op == "placeholder":
             expression = next(expressions)
         elif node.target in _OPERATIONS and not set(node.kwargs) - {"dtype"}:
-            operands = [names[a] if isinstance(a, torch.fx.Node) else repr(float(a)) for a in node.args]
+            operands = [names[a] if isinstance(a, torch.fx.Node) else f"{kind}({float(a)!r})" for a in node.args]
             expression = _OPERATIONS[node.target].format(*operands)
         else:
             raise NotImplementedError(f"no words in C++ for {node.target} {node.kwargs or ''}")
-        kind, names[node] = _CPP[node.meta["val"].dtype], f"v{len(names)}"
+        names[node] = f"v{len(names)}"
         lines.append(f"  const {kind} {names[node]} = {kind}({expression});")
     return "\n".join(lines), [names[value] for value in node.args[0]]
