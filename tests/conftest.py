@@ -3,6 +3,7 @@
 import os
 import random
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,9 @@ import torch
 torch.set_num_threads(1)
 # The suite compiles so many graphs that torch's headers pay to be precompiled.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
+# Nothing here is timed: a slow moment of the machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
