@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from sharpwise.rules.base import Rule, add
 
@@ -199,6 +198,8 @@ def _stores(names: Sequence[str], values: Sequence[str], at: str) -> str:
 
 def _traced(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str]) -> tuple[str, list[str]]:
     """Statements in C++ that do what a function of numbers does, and what they call its results."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # imported when it is needed: it takes its time
+
     graph = make_fx(function, tracing_mode="fake")(*[_empty(1, torch.float32)[0] for _ in inputs]).graph
     names: dict[torch.fx.Node, str] = {}
     lines = []
