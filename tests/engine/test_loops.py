@@ -97,6 +97,16 @@ def test_a_step_is_the_equations(shape, dim, cut, n, threads):
     assert len(optimizer._stepper.one_pass) == 1
 
 
+def assert_alike(optimizers, params):
+    """A parameter and its state under one optimizer and under another."""
+    tensors = [
+        {"the parameter": p.detach(), **optimizer.state[p]} for optimizer, p in zip(optimizers, params, strict=True)
+    ]
+    for name, value in tensors[0].items():
+        other = tensors[1][name].double()
+        assert (value.double() - other).norm() <= 1e-6 * other.norm(), name
+
+
 RULES = {
     "adamw": (sharpwise.AdamW, {"block_lr": "blockwise"}),
     "lion": (sharpwise.Lion, {"lr": 1e-3}),
@@ -124,11 +134,7 @@ def test_elements_are_the_eager_ones(build, options, transposed):
             fill_gradients(model, t)
             optimizers[-1].step()
     assert len(optimizers[0]._stepper.elements) == 1
-    p, q = (model.w.detach().double() for model in models)
-    assert (p - q).norm() <= 1e-6 * q.norm()
-    for key, value in optimizers[0].state[models[0].w].items():
-        other = optimizers[1].state[models[1].w][key].double()
-        assert (value.double() - other).norm() <= 1e-6 * other.norm(), key
+    assert_alike(optimizers, [model.w for model in models])
 
 
 def test_whatever_the_default_type():
@@ -192,11 +198,7 @@ def test_a_rule_of_ones_own():
             fill_gradients(model, t)
             optimizer.step()
     assert len(optimizers[0]._stepper.elements) == 1
-    p, q = (model.weight.detach().double() for model in models)
-    assert (p - q).norm() <= 1e-6 * q.norm()
-    for name, value in optimizers[0].state[models[0].weight].items():
-        other = optimizers[1].state[models[1].weight][name].double()
-        assert (value.double() - other).norm() <= 1e-6 * other.norm(), name
+    assert_alike(optimizers, [model.weight for model in models])
 
 
 def test_a_rule_without_words_is_refused():
