@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,8 +234,11 @@ def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path
     assert conducted.budget.seconds is None
 
 
-def test_the_estimate_is_of_what_is_left(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(conducting, "_seconds_per_token", lambda built: 1e-3)
+def test_the_estimate_is_of_what_is_left_and_of_validation(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def steps_of_32_ms(*_: object) -> Iterator[Any]:
+        yield from (SimpleNamespace(seconds=seconds) for seconds in (9.0, 0.032, 0.032, 0.032))
+
+    monkeypatch.setattr(conducting, "train_steps", steps_of_32_ms)
     budgets = []
     for runs in (0, 4):
         found = fill(study(data), tmp_path / str(runs), runs=runs)
@@ -243,7 +247,7 @@ def test_the_estimate_is_of_what_is_left(data: Path, tmp_path: Path, monkeypatch
         budgets.append(conducting.work_out(found, built, done, timed=True))
     assert [budget.done for budget in budgets] == [0, 4]
     assert budgets[0].seconds is not None and budgets[1].seconds is not None
-    assert budgets[0].seconds[0] - budgets[1].seconds[0] == pytest.approx(4 * 1.6)
+    assert budgets[0].seconds[0] - budgets[1].seconds[0] == pytest.approx(4 * 1.6 * (1 + 8 / 100 / 3))
 
 
 def test_where_it_ran_is_where_the_runs_were_made(data: Path, tmp_path: Path) -> None:

@@ -228,7 +228,9 @@ def _announce(log: Console, budget: "Budget", arms: int, seeds: int, jobs: int) 
     )
     if budget.seconds is not None:
         rest = " of the others" if budget.done else ""
-        log.print(f"estimated time{rest}: {_duration(budget.seconds[0])} to {_duration(budget.seconds[1])}")
+        least_time, most_time = (_duration(seconds) for seconds in budget.seconds)
+        span = least_time if least_time == most_time else f"{least_time} to {most_time}"
+        log.print(f"estimated time{rest}: {span}")
     log.print(
         f"{seeds} seeds see a difference of about {budget.detectable:.3f} nats (80% of the time, if seeds differ as "
         "those of AdamW at 0.4M parameters)",

@@ -20,7 +20,7 @@ from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Stu
 from sharpwise.compare.tuning import Losses, Trial, tried
 from sharpwise.compare.workers import Workers
 from sharpwise.files import held, write_whole
-from sharpwise.train.build import Built, build
+from sharpwise.train.build import VALIDATIONS, Built, build
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.models import count_parameters
 from sharpwise.train.steps import train_steps
@@ -191,7 +191,7 @@ def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: 
     least = max(len(arm.space.lrs) for arm in study.arms) + further
     most = max(arm.space.most for arm in study.arms) + further
     seconds = None
-    if timed and (per_token := _seconds_per_token(built)) is not None:
+    if timed and (per_token := _seconds_per_token(study, built, steps)) is not None:
         others -= sum(trial.horizon for trial in done)
         seconds = (
             per_token * tokens * max(0.0, least * len(study.arms) + others) / jobs,
@@ -211,11 +211,15 @@ def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: 
     )
 
 
-def _seconds_per_token(built: Built) -> float | None:
+def _seconds_per_token(study: Study, built: Built, steps: int) -> float | None:
+    """Of a run of so many steps, validation included: a forward pass is a third of a step's work."""
     running = train_steps(built.model, built.optimizer, built.data.train, built.data.validation, built.plan)
     seconds = [step.seconds for step in islice(running, 4)][1:]
     running.close()
-    return statistics.median(seconds) / built.plan.tokens_per_step if seconds else None
+    every = study.run.get("validation", {}).get("every", max(1, steps // VALIDATIONS))
+    validations = steps // every if every else 1
+    validated = validations * built.plan.validation_sequences / (steps * built.plan.sequences)
+    return statistics.median(seconds) / built.plan.tokens_per_step * (1 + validated / 3) if seconds else None
 
 
 class _Conductor:

@@ -39,6 +39,6 @@ def demo_study(data: Path, steps: int) -> dict[str, Any]:
             "data": {"path": str(data), "context": CONTEXT},
             "batch": {"sequences": SEQUENCES},
             "compute": {"device": "cpu"},
-            "validation": {"every": max(1, steps // 5), "sequences": 192},
+            "validation": {"every": max(1, steps // 5), "sequences": 96},
         },
     }

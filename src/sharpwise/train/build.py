@@ -36,6 +36,7 @@ from sharpwise.train.world import ALONE, Launch, World
 LONGEST = 1024  # tokens of context, where nobody says
 EAGER_UP_TO = 1024  # tokens of context: where written-out attention is quicker than torch's fused one on a CPU
 STEPS = 1000
+VALIDATIONS = 20  # in a run, where nobody says
 _OWN = ("compute.threads", "log.tensorboard")  # which may differ from machine to machine
 
 
@@ -194,7 +195,7 @@ def _with_sizes(config: Config, model: nn.Module, data: Prepared) -> Config:
         data=replace(config.data, context=context),
         batch=replace(batch, micro=batch.micro or batch.sequences),
         schedule=replace(schedule, steps=steps),
-        validation=replace(config.validation, every=_part(config.validation.every, steps, 20)),
+        validation=replace(config.validation, every=_part(config.validation.every, steps, VALIDATIONS)),
         log=replace(config.log, diagnostics=_part(config.log.diagnostics, steps, 50)),
         checkpoint=replace(config.checkpoint, every=_part(config.checkpoint.every, steps, 10)),
     )
