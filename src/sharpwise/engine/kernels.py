@@ -123,7 +123,7 @@ def quick_row_squares(g: Tensor, dim: int) -> Tensor:
     if g.dim() != 2 or run < 32:
         return row_squares(g, dim)
     if dim == 1:
-        norms = torch.linalg.vector_norm(g.view(g.shape[0], -1, run), dim=2).double()
+        norms = torch.linalg.vector_norm(g.unflatten(1, (g.shape[1] // run, run)), dim=2).double()
         return norms.square_().sum(1)
     parts = [torch.sum(part * part, 0) for part in g.split(max(1, piece(g) // g.shape[1]))]
     return torch.stack(parts).sum(0, dtype=torch.float64)

@@ -48,9 +48,9 @@ def reference(killed: str, folder: Path) -> Path:
 
 
 def command(given: dict[str, Any], place: Path) -> list[str]:
-    """What a user types after torchrun."""
+    """What a user types after torchrun; every checkpoint is whole before the next step, whoever dies then."""
     toml = place.parent / f"{place.name}.toml"
-    toml.write_text(tomli_w.dumps(given))
+    toml.write_text(tomli_w.dumps(given | {"checkpoint": given["checkpoint"] | {"asynchronous": False}}))
     return ["-m", "sharpwise", "train", str(toml), "--out", str(place)]
 
 
