@@ -109,6 +109,7 @@ def _thick(figure: go.Figure, x: Sequence[float], y: Sequence[float], look: Look
         x=rounded(list(x), 9),
         y=rounded(list(y)),
         mode="lines+markers",
+        cliponaxis=False,
         name=name,
         line={"color": look.colour, "width": 2.5},
         marker={"symbol": look.symbol, "size": sizes, "color": look.colour, "opacity": 1},
