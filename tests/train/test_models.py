@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sharpwise.train import presets
-from sharpwise.train.models import PRESETS, count_parameters, load_model, max_context, usable_settings, vocabulary_of
+from sharpwise.train.model_facts import count_parameters, max_context, vocabulary_of
+from sharpwise.train.models import PRESETS, load_model, usable_settings
 
 # All parameters, embedding and head included, tied ones once: so count all of these sources.
 PUBLISHED = {

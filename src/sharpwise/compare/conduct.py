@@ -22,7 +22,7 @@ from sharpwise.compare.workers import Workers
 from sharpwise.files import held, write_whole
 from sharpwise.train.build import VALIDATIONS, Built, build
 from sharpwise.train.config_file import make_config, read_given
-from sharpwise.train.models import count_parameters
+from sharpwise.train.model_facts import count_parameters
 from sharpwise.train.steps import train_steps
 
 logger = logging.getLogger("sharpwise.compare")

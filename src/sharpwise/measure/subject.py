@@ -13,7 +13,8 @@ from sharpwise.train.checkpoint import read_checkpoint, saved_steps
 from sharpwise.train.config import MeshConfig
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.data import Tokens, open_tokens, window_starts
-from sharpwise.train.models import load_pretrained, max_context, vocabulary_of
+from sharpwise.train.model_facts import max_context, vocabulary_of
+from sharpwise.train.models import load_pretrained
 
 LONGEST = 1024  # tokens of context, where nobody says
 CONFIG = "config.toml"

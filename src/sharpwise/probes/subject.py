@@ -14,7 +14,7 @@ from sharpwise.blocks import BlockMap, Segment, canonical_name
 from sharpwise.blocks.overrides import Override
 from sharpwise.engine.mesh import is_dtensor
 from sharpwise.probes.batches import Batch, as_batches
-from sharpwise.train.models import logits_of, vocabulary_of
+from sharpwise.train.model_facts import logits_of, vocabulary_of
 
 
 class Subject:

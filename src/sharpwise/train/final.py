@@ -16,7 +16,7 @@ from sharpwise.files import replace_folder, write_whole
 from sharpwise.train.build import Built
 from sharpwise.train.data import END_OF_TEXT
 from sharpwise.train.folder import RunFolder
-from sharpwise.train.models import logits_of
+from sharpwise.train.model_facts import logits_of
 
 logger = logging.getLogger("sharpwise.train")
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from sharpwise.blocks import BlockMap
 from sharpwise.blocks.names import canonical_name
 from sharpwise.train.config import MeshConfig
-from sharpwise.train.models import head_counts, logits_of
+from sharpwise.train.model_facts import head_counts, logits_of
 
 STYLES: dict[str, ParallelStyle] = {
     "colwise": ColwiseParallel(),

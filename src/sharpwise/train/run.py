@@ -19,7 +19,7 @@ from sharpwise.train.config_file import Given, differences, flat, make_config, t
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder
-from sharpwise.train.models import count_parameters
+from sharpwise.train.model_facts import count_parameters
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points
 from sharpwise.train.world import World, is_everywhere, is_marked, joined, mark

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from sharpwise.probes.callbacks import Notes, Probes
 from sharpwise.train.data import Tokens, even_starts, window_starts
 from sharpwise.train.diagnostics import multipliers_by_role
-from sharpwise.train.models import logits_of
+from sharpwise.train.model_facts import logits_of
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.world import ALONE, World, passes_of, share_of
 
@@ -105,7 +105,7 @@ def train_steps(
     `start`, load both and pass it.
 
     Args:
-        model: maps int64 tokens [sequences, context] to logits (`models.logits_of`).
+        model: maps int64 tokens [sequences, context] to logits (`model_facts.logits_of`).
         optimizer: of this package, with on_nonfinite="skip", so that a bad step leaves the weights as they are.
         train, validation: tokens from `open_tokens`.
         plan: see there.

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sharpwise.train.models import (
+from sharpwise.train.model_facts import (
     count_parameters,
     enable_activation_checkpointing,
     flops_per_token,
-    load_model,
     logits_of,
     max_context,
     vocabulary_of,
 )
+from sharpwise.train.models import load_model
 
 
 @pytest.mark.parametrize(
