@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import re
 import shutil
 import statistics
@@ -217,7 +218,7 @@ def _seconds_per_token(study: Study, built: Built, steps: int) -> float | None:
     seconds = [step.seconds for step in islice(running, 4)][1:]
     running.close()
     every = study.run.get("validation", {}).get("every", max(1, steps // VALIDATIONS))
-    validations = steps // every if every else 1
+    validations = math.ceil(steps / every) if every else 1  # the last step has one too
     validated = validations * built.plan.validation_sequences / (steps * built.plan.sequences)
     return statistics.median(seconds) / built.plan.tokens_per_step * (1 + validated / 3) if seconds else None
 
