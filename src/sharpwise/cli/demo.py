@@ -22,7 +22,7 @@ def demo(
             help="A text file, or a folder of them; without it, the source text of this Python's standard library.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=50, help="Optimizer steps of each run.")] = 80,
+    steps: Annotated[int, typer.Option("--steps", min=50, help="Optimizer steps of each run.")] = 60,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0 takes one per CPU.")] = 0,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
