@@ -1,10 +1,10 @@
-// What our loops have in common: reading and writing numbers, and sums of squares of a row or of columns.
+// What our loops have in common: reading and writing numbers, and sums of squares of a row or of columns. In C++17, which
+// is what torch 2.11 has its compiler read.
 //
 // They take lists of matrices: a loop leaves nothing of its caller in the cache, and what the caller does between two of
 // them takes several times as long.
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <omp.h>
@@ -16,10 +16,10 @@ struct bfloat16 {
 };
 
 inline float load(const float* x) { return *x; }
-inline float load(const bfloat16* x) { return std::bit_cast<float>(uint32_t(x->bits) << 16); }
+inline float load(const bfloat16* x) { return __builtin_bit_cast(float, uint32_t(x->bits) << 16); }
 inline void store(float* x, float value) { *x = value; }
 inline void store(bfloat16* x, float value) {  // the nearest, of two the even one
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   x->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -34,7 +34,7 @@ template <typename T> using Lanes = typename Vector<T>::type;
 inline Lanes<float> lanes(const float* x) { return *reinterpret_cast<const Lanes<float>*>(x); }
 inline Lanes<float> lanes(const bfloat16* x) {
   const Lanes<uint16_t> bits = *reinterpret_cast<const Lanes<uint16_t>*>(x);
-  return std::bit_cast<Lanes<float>>(__builtin_convertvector(bits, Lanes<uint32_t>) << 16);
+  return __builtin_bit_cast(Lanes<float>, __builtin_convertvector(bits, Lanes<uint32_t>) << 16);
 }
 template <typename A, typename T> void add_square(Lanes<A>& sum, const T* x) {
   const Lanes<A> value = __builtin_convertvector(lanes(x), Lanes<A>);
