@@ -50,8 +50,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shape, processes = (QUICK, 1) if args.quick else (FULL, PROCESSES)
 
-    result: dict[str, Any] = {"environment": environment(), "shape": vars(shape), "processes": processes, "layouts": {}}
-    result["rounds"] = args.rounds
+    result: dict[str, Any] = {"environment": environment(), "shape": vars(shape)}
+    result |= {"processes": processes, "rounds": args.rounds, "layouts": {}}
     for layout in LAYOUTS:
         times, sizes = time_processes(processes, layout, shape, args.rounds, args.only, args.threads)
         result["layouts"][layout] = summary(times, sizes, shape, layout)

@@ -21,7 +21,7 @@ from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Stu
 from sharpwise.compare.tuning import Losses, Trial, tried
 from sharpwise.compare.workers import Workers
 from sharpwise.files import held, write_whole
-from sharpwise.train.build import VALIDATIONS, Built, build
+from sharpwise.train.build import Built, build, validation_every
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.model_facts import count_parameters
 from sharpwise.train.steps import train_steps
@@ -217,7 +217,7 @@ def _seconds_per_token(study: Study, built: Built, steps: int) -> float | None:
     running = train_steps(built.model, built.optimizer, built.data.train, built.data.validation, built.plan)
     seconds = [step.seconds for step in islice(running, 4)][1:]
     running.close()
-    every = study.run.get("validation", {}).get("every", max(1, steps // VALIDATIONS))
+    every = validation_every(study.run.get("validation", {}).get("every"), steps)
     validations = math.ceil(steps / every) if every else 1  # the last step has one too
     validated = validations * built.plan.validation_sequences / (steps * built.plan.sequences)
     return statistics.median(seconds) / built.plan.tokens_per_step * (1 + validated / 3) if seconds else None

@@ -28,7 +28,6 @@ from sharpwise.train.world import ALONE, Launch, World
 LONGEST = 1024  # tokens of context, where nobody says
 EAGER_UP_TO = 1024  # tokens of context: where written-out attention is quicker than torch's fused one on a CPU
 STEPS = 1000
-VALIDATIONS = 20  # in a run, where nobody says
 _OWN = ("compute.threads", "log.tensorboard")  # which may differ from machine to machine
 
 
@@ -187,10 +186,15 @@ def _with_sizes(config: Config, model: nn.Module, data: Prepared) -> Config:
         data=replace(config.data, context=context),
         batch=replace(batch, micro=batch.micro or batch.sequences),
         schedule=replace(schedule, steps=steps),
-        validation=replace(config.validation, every=_part(config.validation.every, steps, VALIDATIONS)),
+        validation=replace(config.validation, every=validation_every(config.validation.every, steps)),
         log=replace(config.log, diagnostics=_part(config.log.diagnostics, steps, 50)),
         checkpoint=replace(config.checkpoint, every=_part(config.checkpoint.every, steps, 10)),
     )
+
+
+def validation_every(given: int | None, steps: int) -> int:
+    """Steps from one validation to the next in a run of so many: as given, or else a twentieth of them."""
+    return _part(given, steps, 20)
 
 
 def _part(given: int | None, steps: int, parts: int) -> int:
