@@ -137,7 +137,7 @@ def SGD(
     first: Any,
     lr: float | Tensor = 1e-3,
     momentum: float = 0.0,
-    dampening: float = 0.0,
+    dampening: float | None = 0.0,
     weight_decay: float | Tensor = 0.0,
     nesterov: bool = False,
     *,
@@ -178,13 +178,8 @@ def SGDSaI(
     Raises:
         ValueError: for arguments out of range.
     """
-    scale: BlockLR = GradientSNR(normalize=normalize)
-    given = _block_lr_of("SGDSaI", options.pop("block_lr", None))
-    if given is not None and any(isinstance(source, GradientSNR) for source in given.sources):
-        raise ValueError(f"SGDSaI: it scales by the first gradient already, got block_lr={given}; leave that out")
-    options["block_lr"] = scale if given is None else scale * given
-    rule = rules.SGD(momentum, momentum, False)
-    return _build("SGDSaI", first, rule, lr, weight_decay, **options)
+    rule = rules.SGD(momentum, None, False)
+    return _build("SGDSaI", first, rule, lr, weight_decay, own_lr=GradientSNR(normalize=normalize), **options)
 
 
 OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
@@ -209,6 +204,8 @@ COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """What combines: optimizer -> (block_lrs, storages); ablations and products of block_lrs combine as they do, and one
 that measures by a probe goes with any rule. The battery runs over exactly this table, and all of `ABLATIONS`."""
+WHY_NOT = {"sgd-sai": "it scales by the first gradient already"}
+"""Said of what is missing in a row."""
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
@@ -283,6 +280,7 @@ def _build(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     decoupled: bool = True,
+    own_lr: BlockLR | None = None,
     *,
     model: nn.Module | None = None,
     blocks: BlockMap | Mapping[str, Any] | None = None,
@@ -303,7 +301,9 @@ def _build(
         raise TypeError(f"{who}: {_unknown_options(unknown)}")
     per_block = _block_lr_of(who, block_lr)
     where = _one_of(who, "storage", storage, STORAGES)
-    _check_combination(who, rule.name, per_block, storage)
+    _check_combination(who, per_block, storage)
+    if own_lr is not None:
+        per_block = own_lr if per_block is None else own_lr * per_block
     if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
         raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, got {max_grad_norm!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):
@@ -370,16 +370,21 @@ def _unknown_options(names: Collection[str]) -> str:
     return f"no option is called {', '.join(sorted(names))}{hint}; options are {', '.join(ours)}"
 
 
-def _check_combination(who: str, rule: str, block_lr: BlockLR | None, storage: str) -> None:
-    lrs, storages = COMBINES.get(rule, ((), ()))
+def _check_combination(who: str, block_lr: BlockLR | None, storage: str) -> None:
+    name = next(name for name, constructor in OPTIMIZERS.items() if constructor.__name__ == who)
+    lrs, storages = COMBINES[name]
     known = all(part.name in lrs or part.name not in BLOCK_LRS or _probes(part) for part in _parts(block_lr))
     if not known or storage not in storages:
         for part in _parts(block_lr):
             if isinstance(part, SharpnessLR) and not known:
-                raise ValueError(f"{who}: {without_second_moment(part, rule)}")
+                raise ValueError(f"{who}: {without_second_moment(part, name)}")
+            if isinstance(part, GradientSNR) and not known and part.name in BLOCK_LRS:
+                raise ValueError(
+                    f"{who}: it scales by the first gradient already, got block_lr={block_lr}; leave that out"
+                )
         raise ValueError(
-            f"{who}: {rule} with block_lr={block_lr!r} and storage={storage!r} is not supported; "
-            f"{rule} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
+            f"{who}: {name} with block_lr={block_lr!r} and storage={storage!r} is not supported; "
+            f"{name} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
         )
 
 

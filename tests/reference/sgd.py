@@ -6,7 +6,8 @@
     u_t = g_t + mu b_t (Nesterov),  b_t (momentum),  g_t (mu = 0)
     p_t = p_{t-1} - lr u_t
 
-`lr` and `decay_lr` are numbers, or arrays that broadcast to p. Without momentum there is no buffer.
+`lr` and `decay_lr` are numbers, or arrays that broadcast to p. Without momentum there is no buffer; one that is there
+when the momentum falls to 0 is kept as it is.
 """
 
 STATE = ("momentum_buffer",)
@@ -30,7 +31,7 @@ def step(
     decoupled_weight_decay=False,
 ):
     """Returns the new p and the new state."""
-    new = {"step": state["step"] + 1}
+    new = {**state, "step": state["step"] + 1}
     if decoupled_weight_decay:
         p = p * (1 - decay_lr * weight_decay)
     else:

@@ -54,6 +54,7 @@ def _groups(first: Any, who: str) -> Groups:
         raise TypeError(
             f"{who}: expected a model, (name, tensor) pairs or parameter groups, got {type(first).__name__}"
         )
+    check_ordered(first, who)
     items = list(first)
     if not items:
         raise ValueError(f"{who}: got an empty list of parameters")
@@ -63,12 +64,22 @@ def _groups(first: Any, who: str) -> Groups:
             if "params" not in group:
                 raise ValueError(f"{who}: a parameter group has no 'params', its keys are {sorted(group)}")
             own = group["params"]
+            check_ordered(own, who)
             group["params"] = [own] if isinstance(own, Tensor) or _is_pair(own) else list(own)
             given = group.pop("param_names", None)
             if given is not None and not any(_is_pair(item) for item in group["params"]):
                 group["params"] = list(zip(given, group["params"], strict=True))
         return groups
     return [{"params": items}]
+
+
+def check_ordered(parameters: Any, who: str) -> None:
+    """Raise TypeError for a set, as torch does."""
+    if isinstance(parameters, (set, frozenset)):
+        raise TypeError(
+            f"{who}: parameters must come in an order, got a {type(parameters).__name__}, whose order changes from run "
+            f"to run; pass a list"
+        )
 
 
 def _is_pair(item: Any) -> bool:
@@ -196,6 +207,12 @@ def check_gradient(name: str, param: Tensor) -> None:
     if grad.is_complex():
         raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")
     place_gradient(param)
+    own, whole = local(param.grad), local(param)  # type: ignore[arg-type]
+    if own.shape != whole.shape or own.device != whole.device:
+        raise ValueError(
+            f"{name}: the gradient has shape {tuple(own.shape)} on {own.device}, the parameter {tuple(whole.shape)} on "
+            f"{whole.device}; call zero_grad() after a parameter is moved or exchanged"
+        )
 
 
 class Marks:
@@ -206,7 +223,7 @@ class Marks:
 
     def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         self._params, self._kinds = params, _kinds_of(params)
-        self._tensors = [tensor for p in params for tensor in state[p].values()]
+        self._tensors = _tensors_of(params, state)
         self._askers = [local(tensor).data_ptr for tensor in self._tensors]
         self._places = [ask() for ask in self._askers]
 
@@ -214,8 +231,11 @@ class Marks:
         """False once a parameter was exchanged or recast, or somebody moved the state."""
         if not _same(params, self._params) or _kinds_of(params) != self._kinds:
             return False
-        tensors = [tensor for p in params for tensor in state[p].values()]
-        return _same(tensors, self._tensors) and [ask() for ask in self._askers] == self._places
+        return _same(_tensors_of(params, state), self._tensors) and [ask() for ask in self._askers] == self._places
+
+
+def _tensors_of(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> list[Tensor]:
+    return [value for p in params for value in state[p].values() if isinstance(value, Tensor)]
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

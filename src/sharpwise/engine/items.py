@@ -195,7 +195,7 @@ def _flat(parts: list[Entry], state: Any) -> Item:
     item.stored = [buffers[n].view(rows, 1) for n, kind in first.rule.state.items() if kind == "element"]
     item.blocks = {n: buffers[n] for n, kind in first.rule.state.items() if kind == "block"}
     item.singles = [_single(e, state) for e in parts]
-    if first.varies or len({m for e in parts for m in e.multipliers}) > 1:
+    if first.varies or len({pair for e in parts for pair in zip(e.multipliers, e.decays, strict=True)}) > 1:
         spread = []
         for start, entry, n in zip(_starts(parts), parts, sizes, strict=True):
             own = torch.zeros((), dtype=torch.int64, device=device)

@@ -14,6 +14,7 @@ from sharpwise.engine.measuring import measure
 from sharpwise.engine.mesh import Team, is_dtensor, local
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry, multiplier_map
+from sharpwise.engine.scalars import versions_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,16 @@ class Multipliers:
                 f"block_lr {self.block_lr} probes the model, and {entries[0].name} is sharded; source='second_moment' "
                 f"works on any mesh"
             )
+        kept = ("lr_before", "lr_after", "lr_measured") if self.sources else ("lr_multiplier",) if self.block_lr else ()
+        self._kept = [local(state[e.param][key]) for e in self.entries for key in kept]
+        self._versions = versions_of(self._kept)
         if self.sources:
             self._read()
             self._go(self.taken)
+
+    def overwritten(self) -> bool:
+        """Whether somebody wrote their state in place since it was read: a rollback, a distributed checkpoint."""
+        return versions_of(self._kept) != self._versions
 
     @property
     def taken(self) -> int:
@@ -98,18 +106,21 @@ class Multipliers:
             ok: whether the step is taken: True, or a tensor on a device, which is read where gradients are measured.
             team: the processes that hold parts.
         """
+        taken = self.taken if self.sources else 0
+        waiting = {source: self._waiting(source, active) for source in self.sources if source.waits}
+        if any(waiting.values()) and not bool(ok):
+            waiting = {}
+        due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
+        found = [self._measure(source, waiting.get(source, self.entries), taken, team) for source in due]
+        # A measurement may fail; nothing is written before the last is there.
+        for source, values in zip(due, found, strict=True):
+            self._measured[source] |= values
+            self._check(source)
         if self.block_lr is not None and self.block_lr.follows_lr:
             for group in {id(e.group): e.group for e in active}.values():
                 group["peak_lr"] = max(float(group["peak_lr"]), float(group["lr"]))
         if not self.sources:
             return False
-        taken = self.taken
-        waiting = {source: self._waiting(source, active) for source in self.sources if source.waits}
-        if any(waiting.values()) and not bool(ok):
-            waiting = {}
-        due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
-        for source in due:
-            self._measure(source, waiting.get(source, self.entries), taken, team)
         if due:
             self._set_out(due, taken)
         for group in self.groups:
@@ -127,16 +138,21 @@ class Multipliers:
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _measure(self, source: MeasuredLR, entries: Sequence[Entry], taken: int, team: Team) -> None:
+    def _measure(self, source: MeasuredLR, entries: Sequence[Entry], taken: int, team: Team) -> dict[str, list[float]]:
+        """What a source makes of what it knew and finds now, by name."""
+
         def probe() -> list[list[float]]:
             found = self.probe(taken)
             return [found.get(e.name, [math.nan] * len(e.segments)) for e in entries]
 
-        own = self._measured[source]
         exact = self.options.compile is False
-        for entry, values in zip(entries, measure(source, entries, self.state, team, probe, exact), strict=True):
-            pairs = zip(own[entry.name], values, strict=True)
-            own[entry.name] = [source.updated(before, now) for before, now in pairs]
+        measured = measure(source, entries, self.state, team, probe, exact)
+        return {
+            entry.name: [source.updated(*pair) for pair in zip(self._measured[source][entry.name], values, strict=True)]
+            for entry, values in zip(entries, measured, strict=True)
+        }
+
+    def _check(self, source: MeasuredLR) -> None:
         if isinstance(source, HeavyTailLR):
             self._list_missing(source)
         elif isinstance(source, SharpnessLR):
@@ -225,6 +241,7 @@ class Multipliers:
             values = torch.tensor(flat, dtype=torch.float64).nan_to_num(nan=0.0).to(kept[0].device)
             pieces = values.split([tensor.numel() for tensor in kept])
             torch._foreach_copy_(kept, [piece.view(t.shape) for piece, t in zip(pieces, kept, strict=True)])
+            self._versions = versions_of(self._kept)
 
     @property
     def _switch(self) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """BlockOptimizer: any rule, block_lr and storage as one `torch.optim.Optimizer`."""
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from sharpwise.engine.binding import (
     check_gradient,
     check_group,
     check_no_decay,
+    check_ordered,
     check_shapes,
     names_of,
     unknown_message,
@@ -32,12 +34,17 @@ from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.mesh import local
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
-from sharpwise.engine.plan import Entry, Layouts, build_entry
+from sharpwise.engine.plan import Entry, Layouts, build_entry, rehearse
 from sharpwise.engine.stepper import Stepper
 from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
 
+logger = logging.getLogger(__name__)
+_COMPILES_ITSELF = (
+    "the step of a sharpwise optimizer compiles itself (compile=True, or by itself where it pays), and stays out of "
+    "torch.compile: compile the model, or forward and backward, and call optimizer.step() outside"
+)
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known")
 
 
@@ -47,6 +54,8 @@ class BlockOptimizer(Optimizer):
 
     State is allocated together at the first of `step`, `state_dict`, `load_state_dict`, `init_state`.
     """
+
+    _outside_dynamo: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(
         self,
@@ -70,6 +79,7 @@ class BlockOptimizer(Optimizer):
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
         self._reset()
         defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
+        defaults["decoupled_weight_decay"] = options.decoupled
         if options.stochastic_rounding:
             defaults["seed"] = options.seed
         if options.on_nonfinite == "skip":
@@ -84,9 +94,12 @@ class BlockOptimizer(Optimizer):
         super().__init__(groups, defaults)
 
     def _reset(self) -> None:
+        if BlockOptimizer._outside_dynamo is None:  # made here, as it imports dynamo, which importing us should not
+            BlockOptimizer._outside_dynamo = torch.compiler.disable(BlockOptimizer._step, reason=_COMPILES_ITSELF)
         self._stepper: Stepper | None = None
         self._marks = Marks([], {})
         self._compiler = Compiler()
+        self._variants: list[tuple[Any, ...]] = []
         self._agreed = False
         self._said: set[str] = set()
 
@@ -99,6 +112,7 @@ class BlockOptimizer(Optimizer):
             ValueError: for a parameter that the model does not have, or that is in a group already.
         """
         group = dict(param_group)
+        check_ordered(group["params"], self.who)
         own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = names_of(self._model())
         group["params"] = [i if isinstance(i, (tuple, list)) else (self._name_of(i, names), i) for i in own]
@@ -131,6 +145,7 @@ class BlockOptimizer(Optimizer):
 
     def _validate(self, group: Mapping[str, Any]) -> None:
         states.refuse_variants(group, f"{self.who}: a group asks for")
+        states.check_group(group, self.defaults, self.who)
         for key in ("lr", "weight_decay"):
             value = group[key]
             if not isinstance(value, (Real, Tensor)):
@@ -180,11 +195,12 @@ class BlockOptimizer(Optimizer):
         """Allocate all state now. Calling it again does nothing."""
         self._bind()
 
-    def _bind(self) -> Stepper:
-        """The stepper of the parameters as they are now, with state allocated."""
-        current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or p in self.state]
-        stepper = self._stepper
-        if stepper is not None and self._marks.hold([p for _, p, _ in current], self.state):
+    def _bind(self, loading: Collection[str] = ()) -> Stepper:
+        """The stepper of the parameters as they are now, with state allocated; also of frozen ones that are loaded."""
+        current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or self._holds(p) or n in loading]
+        stepper, variants = self._stepper, [self.rule.variant(group) for group in self.param_groups]
+        as_bound = variants == self._variants and self._marks.hold([p for _, p, _ in current], self.state)
+        if stepper is not None and as_bound and not stepper.multipliers.overwritten():
             return stepper
         self._let_go_exchanged()
         named = [(n, p) for n, p, _ in current]
@@ -192,6 +208,8 @@ class BlockOptimizer(Optimizer):
         check_followed(named, self._model(), self.who)
         layouts: Layouts = {}
         entries = [build_entry(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
+        for rule, group in {(e.rule, id(e.group)): (e.rule, e.group) for e in entries}.values():
+            rehearse(rule, group)
         block_lr = self.options.block_lr
         factors = [] if block_lr is None else factor_maps(block_lr, self._known.segments)
         positive = all(m > 0 for by_name in factors for own in by_name.values() for m in own)
@@ -204,12 +222,10 @@ class BlockOptimizer(Optimizer):
                     f"{self.who}: no_decay={sorted(self.no_decay)} takes a part of {entry.name}; coupled decay is for "
                     f"whole parameters only"
                 )
-            own = self.state.get(entry.param)
-            if own is None or "step" not in own:
-                self.state[entry.param] = states.allocate(entry, self.storage, block_lr, parts)
-            elif block_lr is not None and "lr_multiplier" not in own:
-                own |= states.of_block_lr(entry, block_lr, parts, own["step"].device)
-            elif block_lr is not None:
+            own = self.state[entry.param]
+            states.complete(entry, own, self.storage, block_lr, parts)
+            states.check_held(entry, own, self.who)
+            if block_lr is not None:
                 entry.multipliers = tuple(own["lr_multiplier"].tolist())
             entry.varies = self.options.varies
             # Where they vary, an ablation may hand the 0 of a factor to any block.
@@ -219,8 +235,12 @@ class BlockOptimizer(Optimizer):
             entries, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
         )
         self._stepper = Stepper(entries, self.state, self.options, self._compiler, multipliers)
-        self._marks = Marks([e.param for e in entries], self.state)
+        self._marks, self._variants = Marks([e.param for e in entries], self.state), variants
         return self._stepper
+
+    def _holds(self, param: Tensor) -> bool:
+        """Whether state is allocated; others may have put theirs there before."""
+        return "step" in self.state.get(param, {})
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
@@ -270,18 +290,25 @@ class BlockOptimizer(Optimizer):
         self._bind()
         current = [(n, p) for n, p, _ in self._parameters()]
         ids = states.saved_names(state_dict, current, self.who)
-        saved = {name: state_dict["state"].get(ids[name], {}) for name, _ in current}
+        saved = {name: states.begun(state_dict["state"].get(ids[name], {})) for name, _ in current}
         groups = [states.group_of_saved(g, g["param_names"], state_dict, ids, self.who) for g in self.param_groups]
+        ours = all(group.get("rule") == self.rule.name for group in state_dict["param_groups"])
         for group, new in zip(self.param_groups, groups, strict=True):
-            self._validate({**group, **new})
+            self._validate({**group, **new, **{key: group[key] for key in states.FIXED if key in group}})
         anew = states.is_of_another(self.options.block_lr, [group.pop("block_lr", None) for group in groups], self.who)
         if anew:
             saved = {n: {k: v for k, v in own.items() if k not in states.OF_BLOCK_LR} for n, own in saved.items()}
-        for name, param in current:
-            states.check_entry(name, self.state.get(param, {}), saved[name], self.who)
-        pairs = [pair for n, p in current for pair in states.prepared(self.state.get(p, {}), saved[n])]
-        for group, new in zip(self.param_groups, groups, strict=True):
-            group.update(new)
+        with states.undone_on_error(self):
+            for group, new in zip(self.param_groups, groups, strict=True):
+                group.update(new)
+            entries = self._bind({name for name, own in saved.items() if "step" in own}).entries
+            pairs = [
+                pair
+                for e in entries
+                for pair in states.prepared(e, self.state[e.param], saved[e.name], self.storage, ours, self.who)
+            ]
+            for group in state_dict["param_groups"]:
+                states.check_decay(group, self.defaults, self.who)
         with torch.no_grad():
             for target, value in pairs:
                 target.copy_(value)
@@ -311,6 +338,13 @@ class BlockOptimizer(Optimizer):
             RuntimeError: for parameters exchanged after the first step, or a model sharded behind the optimizer's back.
             ValueError: for flattened parameters; at the first step, for ranks with different models or settings.
         """
+        assert BlockOptimizer._outside_dynamo is not None
+        return BlockOptimizer._outside_dynamo(self, closure, torch.compiler.is_dynamo_compiling())
+
+    def _step(self, closure: Callable[[], Any] | None, in_dynamo: bool) -> Any:
+        if in_dynamo and "dynamo" not in self._said:
+            self._said.add("dynamo")
+            logger.warning("%s: %s", self.who, _COMPILES_ITSELF)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -320,6 +354,7 @@ class BlockOptimizer(Optimizer):
         fresh = self._stepper is None
         stepper = self._bind()
         stepper.squares = None
+        stepper.clock.read()
         if not self._agreed:
             check_ranks_agree(stepper.entries, self.options, self.who)
             self._agreed = True
@@ -333,7 +368,9 @@ class BlockOptimizer(Optimizer):
         return loss
 
     def _is_empty(self, stepper: Stepper, active: list[Entry], fresh: bool) -> bool:
-        """Every lr and every gradient 0: the step that checkpointing takes to allocate state, to leave no trace."""
+        """Before the first real step, every lr and gradient 0: what checkpointing does to have state allocated."""
+        if stepper.clock.begun:
+            return False
         for group in self.param_groups:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu" and not fresh:
@@ -377,7 +414,7 @@ class BlockOptimizer(Optimizer):
     def state_bytes(self) -> int:
         """Bytes of all state tensors that this process holds."""
         self._bind()
-        tensors = [t for own in self.state.values() for t in own.values()]
+        tensors = [t for own in self.state.values() for t in own.values() if isinstance(t, Tensor)]
         return sum(local(t).numel() * t.element_size() for t in tensors)
 
 

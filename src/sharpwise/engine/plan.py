@@ -165,6 +165,27 @@ def build_entry(
     return entry
 
 
+def rehearse(rule: Rule, group: Mapping[str, Any]) -> None:
+    """Run a rule on a number, so that what fails in it fails before a step has written anything.
+
+    Raises:
+        ValueError: for arithmetic that raises, or does not return what the rule says it keeps.
+    """
+    if rule.rounds or any(isinstance(group[k], Tensor) and group[k].device.type != "cpu" for k in rule.defaults):
+        return  # its elements take a step with what the rounds find; reading a device would wait for it
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    state = {kind: {n: one for n, k in rule.state.items() if k == kind} for kind in ("element", "block")}
+    try:
+        s = rule.scalars(1, {k: group[k] for k in rule.defaults})
+        found = dict(rule.direction(one, state["element"], s)[0])
+        if rule.has_blocks:
+            found |= rule.block_phase(state["block"], one, s)[0]
+    except Exception as error:
+        raise ValueError(f"rule {rule.name!r} fails on a single number: {type(error).__name__}: {error}") from error
+    if set(found) != set(rule.state):
+        raise ValueError(f"rule {rule.name!r} keeps {sorted(rule.state)}, and its arithmetic returns {sorted(found)}")
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """See `Entry` for the fields."""
@@ -214,7 +235,7 @@ def _lay_out_rows(entry: Entry, cuts: tuple[Cut, ...] | None, device: torch.devi
             torch.full((n,), s.numel / max(n, 1), dtype=torch.float64, device=device)
             for s, n in zip(entry.segments, sizes, strict=True)
         ]
-    )
+    ).clamp(min=1)  # the mean of no elements is 0
     if cuts == ("row",) and len(mine) == copies * out:  # every row is its own block
         return RowLayout(segment_of_row, None, [Run(slice(0, len(mine)), slice(0, len(mine)), 1)], counts)
     block_of = torch.zeros(copies, out, dtype=torch.int64, device=device)

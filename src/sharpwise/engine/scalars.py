@@ -84,12 +84,38 @@ class Clock:
     def __init__(self, entries: Sequence[Entry], state: Any) -> None:
         self._step = {id(e): state[e.param]["step"] for e in entries}
         self.on_host = all(t.device.type == "cpu" for t in self._step.values())
-        # On a device: gradients had, skipped or not.
-        self._counts = {key: int(step) for key, step in self._step.items()}
         self._rates: dict[Any, Rates] = {}
-        steps = list(self._step.values())
-        alike = len({(type(t), t.dtype, t.device) for t in steps}) == 1 and not is_dtensor(steps[0])
-        self._buffer = into_buffer(steps) if alike else None
+        self._steps = list(self._step.values())
+        alike = len({(type(t), t.dtype, t.device) for t in self._steps}) == 1 and not is_dtensor(self._steps[0])
+        self._buffer = into_buffer(self._steps) if alike else None
+        # On a device: gradients had, skipped or not.
+        self._counts: dict[int, int] = {}
+        self._versions: list[int] = []
+
+    def read(self) -> None:
+        """Read the counts again where somebody may have written them in place: a rollback, a distributed checkpoint."""
+        if not self.on_host:
+            versions = versions_of(self._steps)
+            if versions == self._versions:  # nobody but us, and reading would wait for the device
+                return
+            self._versions = versions
+        values = [float(step) for step in self._steps] if self._buffer is None else self._buffer.tolist()
+        self._counts = dict(zip(self._step, map(int, values), strict=True))
+
+    @property
+    def begun(self) -> bool:
+        """Whether any step has been taken."""
+        return any(self._counts.values())
+
+    def begin(self, active: Sequence[Entry]) -> None:
+        """Work out the scalars of the step to come, before it is counted: what is wrong with them shows here."""
+        self._rates.clear()
+        if not self.on_host:
+            return  # they follow the counts on the device
+        for entry in active:
+            self._counts[id(entry)] += 1
+        for entry in active:
+            self.rates(entry)
 
     def advance(self, active: Sequence[Entry], ok: Any) -> None:
         """Count one step more (ok: True, or a device tensor that says whether it is taken)."""
@@ -99,9 +125,9 @@ class Clock:
         else:
             steps = [self._step[id(e)] for e in active]
             torch._foreach_add_(steps, [taken] * len(steps))
-        for entry in active:
+            self._versions = versions_of(self._steps)
+        for entry in active if not self.on_host else ():
             self._counts[id(entry)] += 1
-        self._rates.clear()
 
     def t(self, entry: Entry) -> Any:
         """Steps taken with this entry: an int, or a 0-d tensor on its device."""
@@ -125,6 +151,11 @@ class Clock:
             scalars = entry.rule.scalars(t if self.on_host else t.double(), self.hyper(entry))
             self._rates[key] = Rates(_live(group["lr"]), None if off else wd, scalars)
         return self._rates[key]
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written in place; what inference mode made does not count that."""
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _live(value: Any) -> Any:

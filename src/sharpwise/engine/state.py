@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,34 +18,62 @@ from sharpwise.storage import Dense
 logger = logging.getLogger(__name__)
 OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_after", "lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
-TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+FIXED = ("rule", "decoupled_weight_decay", "block_lr")
+"""What groups say of the whole optimizer: settled when it is built."""
+TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
 """Keys of torch's groups that are no hyperparameters here."""
 
 
-def allocate(
-    entry: Entry, storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
-) -> dict[str, Tensor]:
-    """Fresh state of one parameter: `step`, the rule's tensors, and what a block_lr needs (`engine.multipliers`).
+def complete(
+    entry: Entry, own: dict[str, Any], storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
+) -> None:
+    """Allocate what the state of one parameter lacks: `step`, the rule's tensors, and what a block_lr needs.
 
-    `factors` are its multipliers, by factor and segment.
+    `factors` are its multipliers, by factor and segment. What is there is kept, also what others put there. A rule
+    that needs a tensor only now (momentum raised from 0) counts its steps from there.
     """
-    param = entry.param
-    inner = local(param)
+    inner = local(entry.param)
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
     device = torch.device("cpu") if inner.device.type == "meta" else inner.device
-    state: dict[str, Tensor] = {"step": torch.zeros((), device=device)}
+    missing = [name for name in entry.rule.state if name not in own]
+    for name in set(entry.rule.all_state) - set(entry.rule.state) if "step" in own and own["step"] == 0 else ():
+        own.pop(name, None)  # allocated under other hyperparameters, and never used
+    if missing or "step" not in own:
+        own["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    own |= {name: zeros(entry, name, storage) for name in missing}
+    if block_lr is not None and "lr_multiplier" not in own:
+        own |= of_block_lr(entry, block_lr, factors, device)
+
+
+def zeros(entry: Entry, name: str, storage: Dense) -> Tensor:
+    """One of the rule's tensors, as it is before the first step."""
+    inner, kind = local(entry.param), entry.rule.all_state[name]
+    if kind == "block":
+        return torch.zeros(entry.n_blocks, dtype=entry.dtype, device=inner.device)
+    if kind == "whole":
+        shape = entry.rule.shape_of(name, tuple(entry.param.shape))
+        return torch.zeros(shape, dtype=entry.dtype, device=inner.device)
+    dtype = storage.dtype_for(entry.dtype)
+    return like(entry.param, torch.zeros(inner.shape, dtype=dtype, device=inner.device))
+
+
+def check_held(entry: Entry, own: Mapping[str, Any], who: str) -> None:
+    """Raise ValueError unless the state that a step is going to use has the shape and the place of its parameter."""
+    shape, device = tuple(entry.param.shape), local(entry.param).device
     for name, kind in entry.rule.state.items():
-        if kind == "block":
-            state[name] = torch.zeros(entry.n_blocks, dtype=entry.dtype, device=inner.device)
-        elif kind == "whole":
-            shape = entry.rule.shape_of(name, tuple(param.shape))
-            state[name] = torch.zeros(shape, dtype=entry.dtype, device=inner.device)
-        else:
-            plain = torch.zeros_like(
-                inner, dtype=storage.dtype_for(entry.dtype), memory_format=torch.contiguous_format, requires_grad=False
+        tensor = own[name]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{who}: state {name!r} of {entry.name} must be a floating point tensor, got {what}")
+        fit = shape if kind == "element" else (entry.n_blocks,) if kind == "block" else None
+        fit = entry.rule.shape_of(name, shape) if fit is None else fit
+        if tuple(tensor.shape) != tuple(fit):
+            raise ValueError(f"{who}: state {name!r} of {entry.name} must have shape {fit}, got {tuple(tensor.shape)}")
+        if local(tensor).device != device:
+            raise ValueError(
+                f"{who}: state {name!r} of {entry.name} is on {local(tensor).device}, the parameter on {device}; move "
+                f"state back before the step"
             )
-            state[name] = like(param, plain)
-    return state | (of_block_lr(entry, block_lr, factors, device) if block_lr is not None else {})
 
 
 def of_block_lr(
@@ -106,6 +135,10 @@ def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]],
                 f"it is of another model"
             )
         names = [name for name, _ in current]
+    for what, given in (("names", list(map(canonical_name, names))), ("numbers", ids)):
+        twice = sorted({str(one) for one in given if given.count(one) > 1}) if len(set(given)) < len(given) else []
+        if twice:
+            raise ValueError(f"{who}: the state dict {what} a parameter twice: {_few(twice)}; it is damaged")
     by_name = dict(zip(map(canonical_name, names), ids, strict=True))
     mine = {name for name, _ in current}
     missing, unknown = sorted(mine - set(by_name)), sorted(set(by_name) - mine)
@@ -117,28 +150,37 @@ def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]],
     return by_name
 
 
-def check_entry(name: str, own: Mapping[str, Tensor], saved: Mapping[str, Any], who: str) -> None:
+def begun(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved state of one parameter; torch's SGD counts no steps, and holds None where momentum has not begun."""
+    held = {key: value for key, value in saved.items() if value is not None}
+    return {"step": 1.0, **held} if set(held) == {"momentum_buffer"} else held
+
+
+def check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any], ours: bool, who: str) -> None:
     """Raise unless the saved state of one parameter fits the allocated one.
+
+    Args:
+        ours: whether the file says that this rule wrote it: what it holds besides was then put there by others.
 
     Raises:
         ValueError: for state of another rule, another shape, or shards of another mesh.
         RuntimeError: for shards without the process group that reaches the others.
     """
-    if not saved or not own:
-        return  # never stepped, or frozen here
-    needed = set(own) - OF_BLOCK_LR
+    if "step" not in saved and not entry.rule.all_state.keys() & saved:
+        return  # never stepped
+    name, needed = entry.name, {"step", *entry.rule.state}
     if needed - set(saved):
         raise ValueError(
             f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
             f"it was saved by another rule"
         )
-    extra = set(saved) - set(own) - OF_BLOCK_LR
-    if extra:
+    extra = set(saved) - {"step", *entry.rule.all_state} - OF_BLOCK_LR
+    if extra and not ours:
         raise ValueError(
             f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
             f"it was saved by another rule"
         )
-    for key in set(own) & set(saved):
+    for key in set(own) & set(saved) - extra:
         value = saved[key]
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape != tuple(own[key].shape):
@@ -158,10 +200,28 @@ def _check_shards(says: str, value: Any, own: Any) -> None:
         raise ValueError(f"{says} is a shard of {value.device_mesh}, here it lies on {own.device_mesh}. {do}")
 
 
-def prepared(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """(allocated, new value) for one parameter's state, local parts; what was not saved is zero. Copies nothing yet."""
+def prepared(
+    entry: Entry, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
+) -> list[tuple[Tensor, Tensor]]:
+    """(allocated, new value) for one parameter's state, local parts; what was not saved is zero.
+
+    Nothing is copied yet. What others put there is exchanged for what they saved, as torch does with all state.
+
+    Raises:
+        ValueError, RuntimeError: as `check_entry`.
+    """
+    check_entry(entry, own, saved, ours, who)
+    known = {"step", *entry.rule.all_state, *OF_BLOCK_LR}
+    for key in set(own) - known:
+        del own[key]
+    for key in set(saved) - set(own) - OF_BLOCK_LR:
+        device = local(entry.param).device
+        value = saved[key]
+        other = value.detach().to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        own[key] = zeros(entry, key, storage) if key in known else other
     pairs = []
-    for key, tensor in own.items():
+    for key in known & set(own):
+        tensor = own[key]
         if key in saved:
             value = torch.as_tensor(saved[key])
             if is_dtensor(tensor):
@@ -172,6 +232,25 @@ def prepared(own: Mapping[str, Tensor], saved: Mapping[str, Any]) -> list[tuple[
         elif key not in OF_BLOCK_LR:
             pairs.append((local(tensor), torch.zeros_like(local(tensor))))
     return pairs
+
+
+@contextmanager
+def undone_on_error(optimizer: Any) -> Iterator[None]:
+    """Give groups and state of an optimizer back as they were, should what is inside raise."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    held = {param: dict(own) for param, own in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        for param, own in list(optimizer.state.items()):
+            own.clear()
+            own.update(held.get(param, {}))
+            if param not in held:
+                del optimizer.state[param]
+        raise
 
 
 def _placed_like(value: Any, target: Any) -> Tensor:
@@ -201,7 +280,11 @@ def group_of_saved(
     home = {i: index for index, g in enumerate(saved["param_groups"]) for i in g["params"]}
     indices = sorted({home[ids[name]] for name in names})
     found = [
-        {k: v for k, v in saved["param_groups"][i].items() if k not in TORCH_ONLY | {"params", "param_names"}}
+        {
+            k: v
+            for k, v in saved["param_groups"][i].items()
+            if k not in TORCH_ONLY | {"params", "param_names", *FIXED[:2]}
+        }
         for i in indices
     ]
     for other in found[1:]:
@@ -211,7 +294,7 @@ def group_of_saved(
                 f"{found[0]} and {other}. Build the optimizer with the groups it was saved with"
             )
     for i in indices:
-        _check_rule(saved["param_groups"][i], group, who)
+        check_rule(saved["param_groups"][i], group, who)
     new = copy.deepcopy(found[0]) if found else {}
     # Gathering makes lists of tuples.
     return {k: tuple(v) if isinstance(v, list) and isinstance(group.get(k), tuple) else v for k, v in new.items()}
@@ -223,6 +306,21 @@ def _same(a: Any, b: Any) -> bool:
     return (tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
 
 
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], who: str) -> None:
+    """Raise unless a group has all settings, and those that hold for the whole optimizer as they were given."""
+    missing = sorted(set(defaults) - set(group) - TORCH_ONLY)
+    if missing:
+        raise ValueError(f"{who}: a parameter group has lost {', '.join(missing)}; set them again")
+    for key in FIXED:
+        if key in defaults and group[key] != defaults[key]:
+            raise ValueError(
+                f"{who}: {key} is settled when the optimizer is built, here as {defaults[key]!r}; a group has "
+                f"{group[key]!r}. Build another optimizer, and load the state of this one if it fits"
+            )
+    if "seed" in defaults and type(group["seed"]) is not int:
+        raise TypeError(f"{who}: seed must be a whole number, got {group['seed']!r}")
+
+
 def refuse_variants(settings: Mapping[str, Any], says: str) -> None:
     """Raise ValueError for a variant of torch's that no rule here has."""
     for key in ("amsgrad", "maximize"):
@@ -230,8 +328,21 @@ def refuse_variants(settings: Mapping[str, Any], says: str) -> None:
             raise ValueError(f"{says} {key}=True, which this optimizer does not do")
 
 
-def _check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
+def check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
     refuse_variants(saved, f"{who}: the state dict was saved with")
     rule = saved.get("rule", group["rule"])
     if rule != group["rule"]:
         raise ValueError(f"{who}: the state dict was saved by the rule {rule!r}, this optimizer runs {group['rule']!r}")
+
+
+def check_decay(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
+    """Raise ValueError if a saved group decays, and not in the way of this optimizer."""
+    ours = group["decoupled_weight_decay"]
+    # torch's SGD, which alone has a dampening, does not say that it couples.
+    theirs = saved.get("decoupled_weight_decay", ours if "rule" in saved or "dampening" not in saved else False)
+    if theirs != ours and saved.get("weight_decay"):
+        how = {True: "decoupled (shrinks the parameter)", False: "coupled (added to the gradient)"}
+        raise ValueError(
+            f"{who}: the state dict was saved with weight_decay={saved['weight_decay']} {how[bool(theirs)]}, here it "
+            f"is {how[ours]}. Build an optimizer that decays so, or set weight_decay to 0 in the saved groups"
+        )

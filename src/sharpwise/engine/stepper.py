@@ -123,23 +123,27 @@ class Stepper:
         ok, clip = True, None
         rounds, bucket = Rounds(self.team, items, grads, self.state, self.clock.hyper), Bucket(self.team)
         rounds.begin(bucket)
+        left = [i for i, item in enumerate(items) if self._way(item, grads[i]) is None]
+        found, self.squares = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
+        for i, squares in zip(left, found, strict=True):
+            sums[i] = squares
         if self.options.guarded:
-            sums, self.squares = self.sums.of(items, grads, fused, bucket)
             ok, clip = self._guard(self.squares, active)
             if ok is False:
                 return
+        rounds.finish(clip)
         together = {id(pool) for pool in self.pools if self.clock.together([e for i in pool.items for e in i.parts])}
+        # What can be wrong shows up to here. From here on things are written: first counts, then all else.
+        self.clock.begin(active)
         if self.multipliers.advance(active, ok, self.team):
             self._sorts.clear()
         self.clock.advance(active, ok)
         self._now.clear()
-        left = list(range(len(items)))
-        if not self.options.guarded:
-            left = self._in_one_pass(items, grads)
-            found, _ = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
-            for i, squares in zip(left, found, strict=True):
-                sums[i] = squares
-        rounds.finish(clip)
+        jobs = Jobs()
+        for item, g in zip(items, grads, strict=True):
+            if (way := self._way(item, g)) is not None:
+                jobs.add_blocks(item, way, g, self._numbers(item, True, None))
+        jobs.go()
         rates = self._block_phase(items, sums, together, ok, clip)
         jobs = Jobs()
         moves = [self._move(items[i], grads[i], rates[i], rounds, jobs, ok, clip) for i in left]
@@ -275,18 +279,10 @@ class Stepper:
         item.scatter(p)
         return None
 
-    def _in_one_pass(self, items: Sequence[Item], grads: Sequence[Tensor]) -> list[int]:
-        """Move, with their blocks, the items that go in one pass; the numbers of the others."""
-        left: list[int] = []
-        jobs = Jobs()
-        for i, (item, g) in enumerate(zip(items, grads, strict=True)):
-            way = self.one_pass.get(id(item))
-            if way is None or g.dtype != item.parts[0].param.dtype:
-                left.append(i)
-            else:
-                jobs.add_blocks(item, way, g, self._numbers(item, True, None))
-        jobs.go()
-        return left
+    def _way(self, item: Item, g: Tensor) -> OnePass | None:
+        """How an item moves together with its blocks; None if their sums are taken first."""
+        way = self.one_pass.get(id(item))
+        return way if way is not None and g.dtype == item.parts[0].param.dtype else None
 
     def _numbers(self, item: Item, ok: Any, clip: Any) -> Numbers:
         """The numbers of this step, worked out once for all items that share them."""

@@ -81,6 +81,19 @@ class Rule:
         raise NotImplementedError
 
     @property
+    def all_state(self) -> dict[str, Kind]:
+        """`state` under any hyperparameters: what may be held of other times, and a file may bring."""
+        return self.state
+
+    def variant(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What decides which tensors and operations it takes: the flags among its hyperparameters, and which are 0.
+
+        When a schedule changes that, the engine builds the rule anew; other numbers it reads as they are.
+        """
+        values = (group[name] for name in self.hyperparameters)
+        return tuple(v if v is None or isinstance(v, (bool, str)) else isinstance(v, Tensor) or bool(v) for v in values)
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters with their default values, as they appear in param_groups."""
         return {name: getattr(self, name) for name in self.hyperparameters}

@@ -1,6 +1,6 @@
 """Stochastic gradient descent with momentum, as `torch.optim.SGD` defines it.
 
-    m <- g                       at the first step
+    m <- g                       at the first step with mu > 0
     m <- mu m + (1-damp) g       later
     u <- m,  or  g + mu m  (Nesterov),  or  g  (mu = 0)
     p <- p - lr u
@@ -27,13 +27,14 @@ class SGD(Rule):
     """Steps along the gradient, or with momentum along its running sum.
 
     Args:
-        momentum: mu, 0 for none and then no state; a schedule may change it, not from or to 0.
-        dampening: damp, in [0, 1].
+        momentum: mu, 0 for none and then no state. A schedule may change it: raised from 0 it begins with m <- g, and
+            `step` counts from there; at 0 the state is kept as it is and not used, as in torch.
+        dampening: damp, in [0, 1]; None for mu, whatever a schedule makes of it: m is an average (SGD-SaI).
         nesterov: look ahead; needs momentum > 0 and dampening 0.
     """
 
     momentum: float = 0.0
-    dampening: float = 0.0
+    dampening: float | None = 0.0
     nesterov: bool = False
 
     name: ClassVar[str] = "sgd"
@@ -41,10 +42,14 @@ class SGD(Rule):
 
     @property
     def state(self) -> dict[str, Kind]:
-        return {"momentum_buffer": "element"} if self.momentum else {}
+        return self.all_state if self.momentum else {}
+
+    @property
+    def all_state(self) -> dict[str, Kind]:
+        return {"momentum_buffer": "element"}
 
     def validate(self, group: Mapping[str, Any]) -> None:
-        super().validate(group)
+        super().validate(group if group["dampening"] is not None else {**group, "dampening": 0.0})
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{self.name}: nesterov needs momentum > 0 and dampening 0, "
@@ -52,7 +57,8 @@ class SGD(Rule):
             )
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        mu, damp = float(group["momentum"]), float(group["dampening"])
+        mu = float(group["momentum"])
+        damp = mu if group["dampening"] is None else float(group["dampening"])
         first = 1.0 * (t == 1)  # works for a float and for a tensor of steps
         return {
             "mu": mu * (1 - first),
