@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from sharpwise.blocks import BlockMap
 from sharpwise.cli.main import create_app
+from sharpwise.installing import install_line
 from sharpwise.train.models import PRESETS, load_model
 
 CUSTOM = """
@@ -235,18 +236,14 @@ def test_without_the_extra(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from sharpwise.cli.main import main; main()"
     done = shell("-c", code)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"error: the command line needs typer and rich, and {missing} is not installed: pip install 'sharpwise[cli]'\n"
-    )
+    assert done.stderr == f"error: the command line needs {missing}, which is not installed: {install_line('cli')}\n"
 
 
 def test_without_transformers() -> None:
     code = "import sys; sys.modules['transformers'] = None; sys.argv[1:] = ['blocks', 'gpt2']; "
     done = shell("-c", code + "from sharpwise.cli.main import main; main()")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: model 'gpt2' needs transformers, which is not installed: pip install 'sharpwise[hf]'\n"
-    )
+    assert done.stderr == f"error: model 'gpt2' needs transformers, which is not installed: {install_line('hf')}\n"
 
 
 def test_blocks_import_nothing_heavy() -> None:

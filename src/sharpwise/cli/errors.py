@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from sharpwise.installing import lacks
+
 
 @contextmanager
 def user_errors() -> Iterator[None]:
@@ -14,7 +16,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
+        said = lacks("this command", error) if isinstance(error, ModuleNotFoundError) else str(error)
         # Text, not markup: globs have brackets. soft_wrap: a terminal wraps, a log keeps one line.
-        message = Text.assemble(("error", "bold red"), ": ", str(error))
+        message = Text.assemble(("error", "bold red"), ": ", said)
         Console(stderr=True).print(message, soft_wrap=True)
         raise typer.Exit(2) from None

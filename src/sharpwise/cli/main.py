@@ -6,10 +6,10 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from sharpwise.installing import lacks
+
 if TYPE_CHECKING:
     import typer
-
-_MISSING = "error: the command line needs typer and rich, and {} is not installed: pip install 'sharpwise[cli]'"
 
 
 @cache
@@ -53,7 +53,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
-        sys.stderr.write(_MISSING.format(package) + "\n")
+        sys.stderr.write(f"error: {lacks('the command line', error, 'cli')}\n")
         sys.exit(2)
     app()
 

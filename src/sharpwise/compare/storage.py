@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sharpwise.compare.tuning import Trial
+from sharpwise.installing import needs
 
 
 class Storage:
     """Trials that are done. Args: path of the file, made if need be."""
 
     def __init__(self, path: Path) -> None:
-        import optuna
-
+        with needs("comparing", "demo"):
+            import optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
         self._studies: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sharpwise.hints import nearest
+from sharpwise.installing import needs
 from sharpwise.optim import OPTIMIZERS, Common, split_arm
 from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block_lr
 
@@ -175,8 +176,8 @@ def as_given(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """The text of a `config.toml`."""
-    import tomli_w
-
+    with needs("writing a configuration", "demo"):
+        import tomli_w
     return tomli_w.dumps(as_given(config))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.files import replace_folder, write_whole
+from sharpwise.installing import needs
 from sharpwise.train.build import Built
 from sharpwise.train.data import END_OF_TEXT
 from sharpwise.train.folder import RunFolder
@@ -71,8 +72,8 @@ def save_model(built: Built, folder: Path, weights: dict[str, Tensor] | None = N
         fast.save_pretrained(folder)
         model.config.use_cache = False
     else:
-        from safetensors.torch import save_model as save
-
+        with needs("saving a model", "train"):
+            from safetensors.torch import save_model as save
         whole: Any = model if weights is None else SimpleNamespace(state_dict=lambda: weights)
         save(whole, str(folder / "model.safetensors"))
         tokenizer.save(str(folder / "tokenizer.json"))

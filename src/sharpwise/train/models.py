@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sharpwise.hints import nearest
+from sharpwise.installing import needs
 from sharpwise.train.presets import PRESETS, build_config, cannot_build, read_config, transformers_for
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -149,8 +150,8 @@ def _with_weights(folder: Path) -> Path:
 
 def _check_weights(folder: Path) -> None:
     """Raise ValueError for a weight file that is not there or not whole, by its name."""
-    from safetensors import SafetensorError, safe_open
-
+    with needs(f"reading {folder}", "train"):
+        from safetensors import SafetensorError, safe_open
     files = [_WEIGHTS]
     if not (folder / _WEIGHTS).exists() and (folder / _INDEX).exists():
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpwise.hints import nearest
+from sharpwise.installing import needs
 
 
 def gpt2(layers: int, width: int, heads: int, **other: Any) -> dict[str, Any]:
@@ -110,10 +111,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def transformers_for(what: str) -> Any:
-    try:
+    with needs(what, "hf"):
         import transformers
-    except ImportError:
-        raise ImportError(f"{what} needs transformers, which is not installed: pip install 'sharpwise[hf]'") from None
     return transformers
 
 

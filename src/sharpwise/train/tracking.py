@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Protocol
 
+from sharpwise.installing import install_line, pip_install
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import as_given
 from sharpwise.train.steps import Step
@@ -29,13 +30,13 @@ def has_tensorboard() -> bool:
 def check_trackers(config: Config) -> None:
     """Raise ImportError where the configuration asks for something that is not installed."""
     if config.log.tensorboard and not has_tensorboard():
-        raise ImportError("log.tensorboard = true, and tensorboard is not installed: pip install 'sharpwise[train]'")
+        raise ImportError(f"log.tensorboard = true, and tensorboard is not installed: {install_line('train')}")
     if config.log.wandb:
         try:
             import wandb  # noqa: F401
         except ImportError:
             raise ImportError(
-                f"log.wandb = {config.log.wandb!r}, and wandb is not installed: pip install wandb"
+                f"log.wandb = {config.log.wandb!r}, and wandb is not installed: {pip_install('wandb')}"
             ) from None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sharpwise.installing import needs
 from sharpwise.train.data.documents import Document, encodable, split_at_marks
 
 TEXT = (".md", ".py", ".rst", ".text", ".txt")
@@ -176,11 +177,9 @@ def _field(row: Any, field: str, where: str) -> str:
 
 
 def _read_parquet(path: Path, name: str, field: str, meter: Meter) -> Iterator[Document]:
-    try:
+    with needs(f"reading {path}", "train"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs pyarrow: pip install 'sharpwise[train]'") from error
     before = meter.consumed
     try:
         size = path.stat().st_size

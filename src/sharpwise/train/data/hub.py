@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sharpwise.installing import needs
 from sharpwise.train.data.documents import Document, encodable
 
 PREFIX = "hub:"
@@ -63,10 +64,8 @@ def hub_documents(data: HubData, split: str = "train", *, streaming: bool | None
     Raises:
         ValueError: the hub is not reached, has no such data set, or the field is missing.
     """
-    try:
+    with needs(f"reading {data.path}", "train"):
         import datasets
-    except ImportError as error:
-        raise ImportError(f"{data.path} needs datasets: pip install 'sharpwise[train]'") from error
     rows = _rows(datasets, data, split, data.streaming if streaming is None else streaming)
     for number, row in enumerate(rows):
         if data.field not in row:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharpwise.installing import needs
 from sharpwise.train.data.documents import END_OF_TEXT, Document
 from sharpwise.train.data.hub import quietly
 
@@ -22,7 +23,6 @@ LARGEST = {"uint16": 2**16, "uint32": 2**32}  # token ids that a type can hold
 # within 1% of 32 in bytes per token, at a vocabulary of 4,096 as at 32,768, in a fourth of the time.
 TRAINING_BYTES = 8 * 2**20
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|endofdoc|>", "<|im_end|>", "[EOS]", "[SEP]")
-_MISSING = "preparing tokens needs tokenizers: pip install 'sharpwise[train]'"
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,8 @@ def check_vocabulary(vocabulary: int, token_type: str = "auto", *, trained: bool
 
 def train_bpe(documents: Iterable[Document], vocabulary: int, *, max_bytes: int | None = TRAINING_BYTES) -> "Tokenizer":
     """A byte-level BPE of at most `vocabulary` entries, `<|endoftext|>` first, from the first `max_bytes` of text."""
-    try:
+    with needs("preparing tokens", "train"):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,10 +121,8 @@ def load_tokenizer(spec: str) -> tuple["Tokenizer", str | None]:
     Raises:
         ValueError: it cannot be read, does not exist, or has no form that `tokenizers` knows.
     """
-    try:
+    with needs("preparing tokens", "train"):
         from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
     path = Path(spec)
     if path.is_file():
         return _from_file(path), None
