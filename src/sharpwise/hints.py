@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -12,3 +13,16 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def kind_of(value: Any) -> str:
+    """What something of a wrong type is, short however large it is: a model is not printed.
+
+    >>> kind_of(1.5), kind_of(dict), kind_of({}.keys), kind_of(nearest)
+    ('float', 'the class dict', 'the method keys, not called', 'the function nearest')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "__self__") and hasattr(value, "__name__"):
+        return f"the method {value.__name__}, not called"
+    return f"the function {value.__name__}" if type(value).__name__ == "function" else type(value).__name__

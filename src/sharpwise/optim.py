@@ -4,6 +4,7 @@ All constructors take the same first argument and the same options (`Common`).
 """
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from sharpwise import rules
 from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeasuredLR, Product, SharpnessLR, make_block_lr
+from sharpwise.block_lr.base import is_number
 from sharpwise.block_lr.spelling import ABLATIONS as ABLATIONS
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap, Cut
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.measuring import without_second_moment
 from sharpwise.engine.options import Options
-from sharpwise.hints import nearest
+from sharpwise.hints import kind_of, nearest
 from sharpwise.storage import BF16, FP32, Dense
 
 T = TypeVar("T")
@@ -227,7 +229,12 @@ def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
 
     Raises:
         ValueError: for an unknown name, or an arm whose block_lr is not the one in `kwargs`.
+        TypeError: for a name that is no text, such as a model: that comes first.
     """
+    given: Any = name
+    if not isinstance(given, str):
+        do = f": the model comes first, create_optimizer(model, {first!r})" if isinstance(first, str) else ""
+        raise TypeError(f"create_optimizer: name must be text, such as 'adamw', got {kind_of(given)}{do}")
     settings = split_arm({**kwargs, "name": name})
     return OPTIMIZERS[settings.pop("name")](first, **settings)
 
@@ -298,14 +305,18 @@ def _build(
     **unknown: Any,
 ) -> BlockOptimizer:
     if unknown:
-        raise TypeError(f"{who}: {_unknown_options(unknown)}")
+        raise TypeError(f"{who}: {_unknown_options(who, unknown)}")
     per_block = _block_lr_of(who, block_lr)
     where = _one_of(who, "storage", storage, STORAGES)
     _check_combination(who, per_block, storage)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
-    if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
-        raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, got {max_grad_norm!r}")
+    if max_grad_norm is not None and not (is_number(max_grad_norm) and 0.0 < max_grad_norm < math.inf):
+        raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, or None, got {max_grad_norm!r}")
+    if type(seed) is not int:
+        raise TypeError(f"{who}: seed must be a whole number, got {seed!r}")
+    if compile not in (None, True, False):
+        raise ValueError(f"{who}: compile must be None (where it pays), True or False, got {compile!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):
         raise ValueError(f"{who}: on_nonfinite must be 'ignore', 'raise' or 'skip', got {on_nonfinite!r}")
     if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
@@ -348,7 +359,7 @@ def _batches_of(who: str, given: Any) -> Any:
     if given is None or isinstance(given, (Tensor, Mapping)):
         return given
     if not isinstance(given, Iterable):
-        raise TypeError(f"{who}: probe_batches must be a list of batches, or one, got {given!r}")
+        raise TypeError(f"{who}: probe_batches must be a list of batches, or one, got {kind_of(given)}")
     batches = given if isinstance(given, (list, tuple)) else list(given)
     if not batches:
         raise ValueError(
@@ -359,15 +370,20 @@ def _batches_of(who: str, given: Any) -> Any:
 
 def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
     if name not in table:
-        raise ValueError(f"{who}: no {what} is called {name!r}; there are {', '.join(sorted(table))}")
+        raise ValueError(
+            f"{who}: no {what} is called {name!r}{nearest(str(name), table)}; there are {', '.join(sorted(table))}"
+        )
     return table[name]
 
 
-def _unknown_options(names: Collection[str]) -> str:
-    ours = sorted(Common.__annotations__)
+def _unknown_options(who: str, names: Collection[str]) -> str:
+    constructor = next((c for c in OPTIMIZERS.values() if c.__name__ == who), None)
+    own = [] if constructor is None else [*inspect.signature(constructor).parameters][1:-1]
+    known = [*own, *sorted(Common.__annotations__)]
     torchs = {"foreach", "fused", "capturable", "differentiable"} & set(names)
     hint = f"; {', '.join(sorted(torchs))}: leave out, the fastest kernel is chosen by itself" if torchs else ""
-    return f"no option is called {', '.join(sorted(names))}{hint}; options are {', '.join(ours)}"
+    called = ", ".join(f"{name}{'' if name in torchs else nearest(name, known)}" for name in sorted(names))
+    return f"no option is called {called}{hint}; options are {', '.join(known)}"
 
 
 def _check_combination(who: str, block_lr: BlockLR | None, storage: str) -> None:

@@ -148,8 +148,8 @@ def test_unknown_modules_are_other_and_listed_in_one_line(caplog: pytest.LogCapt
         block_map = BlockMap.of(mlp())
     assert [r.getMessage() for r in caplog.records] == [
         "4 of 4 parameters have no known role: {0,2}.weight, {0,2}.bias "
-        "(trace: no example can be made up for Sequential: its forward needs 'input', which cannot be guessed; "
-        "pass one: example=tensor, tuple of arguments or dict of keyword arguments)",
+        "(trace: no example can be made up for Sequential: its forward needs 'input', which cannot be guessed); "
+        "BlockMap.of(model, example=batch) takes a batch of yours",
     ]
     assert block_map.unexplained == ("0.weight", "0.bias", "2.weight", "2.bias")
     assert {(s.role, s.source) for s in block_map} == {(Role.OTHER, "")}
@@ -161,9 +161,8 @@ def test_unknown_modules_are_other_and_listed_in_one_line(caplog: pytest.LogCapt
 
 
 def test_strict() -> None:
-    message = (
-        r"4 parameters have no known role: \{0,2\}\.weight, .*overrides=\{'0\.weight': 'up'.*tok_emb, .*strict=False"
-    )
+    says = r"4 parameters have no known role: \{0,2\}\.weight, .*example=batch; .*"
+    message = says + r"overrides=\{'0\.weight': 'up'\}.*strict=False"
     with pytest.raises(ValueError, match=message):
         BlockMap.of(mlp(), strict=True)
     assert BlockMap.of(mlp(), strict=True, overrides={"0.*": "up", "2.*": "down"}).unexplained == ()
@@ -181,7 +180,7 @@ def test_unknown_takes_names_alone() -> None:
 def test_what_is_not_a_model() -> None:
     with pytest.raises(TypeError, match=r"got dict, expected a torch.nn.Module; .*BlockMap.unknown\(named\)"):
         BlockMap.of({})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"0.weight: a lazy parameter has no shape yet; run the model once"):
+    with pytest.raises(ValueError, match=r"0.weight: a lazy parameter has no shape yet; run the model once on a batch"):
         BlockMap.of(nn.Sequential(nn.LazyLinear(3)))
 
 
@@ -266,11 +265,11 @@ def test_json_keeps_stacked_experts() -> None:
         ('{"version":1,"segments":[{"name":"w","shape":[2,-1]}]}', r"shape \[2, -1\] is not a list of sizes"),
         (
             '{"version":1,"segments":[{"name":"w","shape":[2],"rule":1}]}',
-            r"unknown field 'rule'; fields are role, layer",
+            r"unknown field 'rule' \(did you mean 'role'\?\); fields are role, layer",
         ),
         (
             '{"version":1,"segments":[{"name":"w","shape":[2],"role":"query"}]}',
-            r"unknown role 'query'; roles are tok_emb",
+            r"unknown role 'query' \(did you mean 'q'\?\); roles are tok_emb",
         ),
         ('{"version":1,"segments":[{"name":"w","shape":[2],"dim":true}]}', r"dim=True is not a whole number"),
         ('{"version":1,"segments":[{"name":"w","shape":[2],"dim":1}]}', r"dim=1 is not a dimension of shape \(2,\)"),

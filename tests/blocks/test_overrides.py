@@ -91,18 +91,21 @@ def test_tied_names_match_too() -> None:
     [
         (
             {"layer.*.query.*": "q"},
-            r"override 'layer\.\*\.query\.\*' matches none of 6 parameters; closest: layers\.0\.",
+            r"override 'layer\.\*\.query\.\*' matches none of 6 parameters; closest: layers\.0\.query\.",
         ),
         ({"LAYERS.*": "q"}, r"'LAYERS\.\*' matches none of 6 parameters; .*Globs match whole names"),
         ({"zzz": "q"}, r"names are experts, embed\.weight, layers\.0\.query\.weight, .*"),
         (
             {"embed.weight": "embedding"},
-            r"override 'embed.weight': unknown role 'embedding'; roles are tok_emb, pos_emb, q,",
+            r"override 'embed.weight': unknown role 'embedding' \(did you mean 'tok_emb'\?\); roles are tok_emb,",
         ),
         ({"embed.weight": {"heads": 2}}, r"got \{'heads': 2\} without a role; roles are tok_emb"),
-        ({"embed.weight": {"role": "Q"}}, r"unknown role 'Q'; roles are"),
+        ({"embed.weight": {"role": "Q"}}, r"unknown role 'Q' \(did you mean 'q'\?\); roles are"),
         ({"embed.weight": {"role": 3}}, r"role=3 is not a string"),
-        ({"embed.weight": {"role": "q", "head": 2}}, r"unknown field 'head'; fields are role, layer, dim, .*heads"),
+        (
+            {"embed.weight": {"role": "q", "head": 2}},
+            r"unknown field 'head' \(did you mean 'heads'\?\); fields are role, layer, dim, .*heads",
+        ),
         ({"embed.weight": {"role": "q", "name": "x"}}, r"unknown field 'name'"),
         ({"embed.weight": {"role": "q", "heads": "2"}}, r"heads='2' is not a whole number or None"),
         ({"embed.weight": {"role": "q", "heads": True}}, r"heads=True is not a whole number or None"),

@@ -9,9 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import sharpwise
 from blocks.models import TINY
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.blocks.trace import trace
+from sharpwise.probes import UpdateSize, sharpness, spectrum
 
 # Neither has a config that would tell what its forward takes.
 EXAMPLES: dict[str, Any] = {"timm": torch.rand(1, 3, 8, 8), "transformer_encoder": torch.rand(2, 5, 32)}
@@ -107,6 +109,31 @@ def test_a_disagreement_raises_and_shows_both_sides() -> None:
     assert "q_proj.weight: by name (llama) q all (4 heads); by dataflow k all (4 heads)" in said
     assert "k_proj.weight: by name (llama) k all (4 heads); by dataflow q all (4 heads)" in said
     assert "overrides" in said and "trace=False" in said
+
+
+@pytest.mark.parametrize(
+    ("call", "who"),
+    [
+        (lambda model: sharpwise.AdamW(model), "AdamW"),
+        (lambda model: spectrum(model), "spectrum"),
+        (lambda model: UpdateSize(model), "UpdateSize"),
+        (lambda model: sharpness(model, torch.arange(8).view(1, 8)), "sharpness"),
+    ],
+)
+def test_what_takes_blocks_names_its_own_options(call: Any, who: str) -> None:
+    """What `BlockMap.of` calls overrides and trace are no arguments of these."""
+    model = deceiving()
+    with pytest.raises(ValueError, match=rf"{who}: names and dataflow disagree about 2 parameters") as caught:
+        call(model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    last = str(caught.value).splitlines()[-1]
+    assert last == (
+        f"Say which is right, by name or glob: blocks={{'{name}': 'q'}}; or go by names alone: "
+        "blocks=BlockMap.of(model, trace=False)"
+    )
+    if who == "AdamW":
+        sharpwise.AdamW(model, blocks=BlockMap.of(model, trace=False))
+        sharpwise.AdamW(model, blocks={name: "q", name.replace("q_proj", "k_proj"): "k"})
 
 
 def test_who_decides_in_a_disagreement() -> None:

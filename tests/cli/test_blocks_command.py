@@ -191,7 +191,7 @@ def write(name: str, text: str) -> str:
         (["gpt2-tiny", "-o", "*={role:q}"], r"--override '\*=\{role:q\}': not JSON .*; expected a role or a segment's"),
         (
             ["custom_model:build", "--strict", "--no-trace"],
-            r"7 parameters have no known role: \{0\.\.3\}\.weight, .*overrides=",
+            r"7 parameters have no known role: \{0\.\.3\}\.weight, .* --override '\S+=\w+', .*or no --strict to",
         ),
     ],
 )

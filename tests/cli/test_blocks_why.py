@@ -180,7 +180,7 @@ def test_trace_raises_where_names_and_dataflow_disagree_and_shows_both_sides() -
     assert "names and dataflow disagree about 4 parameters" in message
     name = "model.layers.0.self_attn.k_proj.weight"
     assert f"{name}: by name (llama) k all (2 heads); by dataflow v all (2 heads)\n" in message
-    assert "--override GLOB=ROLE, --no-trace" in message
+    assert "--override 'model.layers.0.self_attn.k_proj.weight=k'; or go by names alone: --no-trace" in message
     # The same without the option, as tracing a small model costs little; names alone are told nothing.
     assert error(run("why_models:swapped")) == message
     assert "self_attn.k_proj.weight          16 x 32  k " in text(run("why_models:swapped", "--no-trace"))
@@ -308,7 +308,7 @@ def test_explain_without_a_trace() -> None:
     printed = text(run("why_models:closed", "-e", name))
     told, _, rest = printed.partition("\n\n")
     assert told.startswith("Not traced: no example can be made up for Closed: its forward needs 'points'")
-    assert told.endswith("sharpwise.BlockMap.of, in Python")
+    assert "sharpwise.BlockMap.of(model, example=batch)" in " ".join(told.split())
     assert entries(rest)[name] == {
         "about": "48 x 32, layer 0",
         "by name": "llama says up all",

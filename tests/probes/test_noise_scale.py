@@ -235,5 +235,5 @@ def test_bad_input():
         noise.add([problem.gradient(1)], samples=1)
     with pytest.raises(ValueError, match="decay must be in"):
         NoiseScale(problem.model, decay=0.0)
-    with pytest.raises(ValueError, match="batch_size >= 1"):
+    with pytest.raises(ValueError, match=r"batch_size must be >= 1 and beta in"):
         GradientSNR(problem.model, batch_size=0)

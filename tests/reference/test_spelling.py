@@ -223,7 +223,10 @@ REFUSED = [
     ("shuffled(blockwise, seed=-1)", "seed must be a whole number >= 0, got -1"),
     ("shuffled(blockwise, seed=1.5)", "seed must be a whole number >= 0, got 1.5"),
     ("shuffled(blockwise, seed=True)", "seed must be a whole number >= 0, got True"),
-    ("only(blockwise, types=emb)", "types takes block types and roles, got 'emb'; allowed: Emb, QK, .*, tok_emb"),
+    (
+        "only(blockwise, types=emb)",
+        r"types takes block types and roles, got 'emb' \(did you mean 'Emb'\?\); allowed: Emb, QK, .*, tok_emb",
+    ),
     ("only(blockwise, types=(Emb, x, 3))", "got 'x', 3; allowed"),
     ("only(blockwise, types=())", "got none; allowed"),
     ("only(blockwise, types=3)", "types must be names of block types or roles, got 3"),

@@ -141,6 +141,24 @@ def test_a_function_that_asks_for_what_it_needs(data) -> None:
     assert model.get_parameter("embed_tokens.weight").shape == (300, 8)
 
 
+class Opaque(Tiny):
+    """With a table in the middle that neither names nor dataflow explain."""
+
+    def __init__(self, vocab_size: int = 300) -> None:
+        super().__init__(vocab_size)
+        self.unheard_of = torch.nn.Parameter(torch.ones(3, 5))
+
+
+def test_a_run_is_told_what_a_run_can_do(data) -> None:
+    """It has no option that says what a parameter is."""
+    with pytest.raises(ValueError, match="nothing explains unheard_of") as caught:
+        built(data, "model.name=train.test_build:Opaque", "optimizer.name=adam-mini")
+    said = str(caught.value)
+    assert "`sharpwise blocks train.test_build:Opaque --explain unheard_of`" in said
+    assert "in the table [optimizer], cut='tensor'" in said and "example=" not in said
+    assert built(data, "model.name=train.test_build:Opaque", "optimizer.name=adam-mini", "optimizer.cut=tensor")
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

@@ -40,6 +40,8 @@ from typing import ClassVar, Literal
 from sharpwise.block_lr.base import NOTHING, BlockLR, Measured
 from sharpwise.block_lr.measured import MeasuredLR
 from sharpwise.blocks import BlockType, Role, Segment
+from sharpwise.blocks.roles import meant
+from sharpwise.hints import kind_of
 
 TYPES: tuple[str, ...] = (*map(str, BlockType), *map(str, Role))
 """What `Only` takes: block types, then roles."""
@@ -57,8 +59,10 @@ class Ablation(BlockLR):
     of: BlockLR
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, BlockLR):
-            raise TypeError(f"{self.name}: expected a BlockLR, such as BlockwiseLR(), got {self.of!r}")
+        of: object = self.of
+        if not isinstance(of, BlockLR):
+            what = kind_of(of) if isinstance(of, type) else repr(of)
+            raise TypeError(f"{self.name}: expected a BlockLR, such as BlockwiseLR(), got {what}")
         object.__setattr__(self, "decay", self.of.decay)
 
     def effective(self, multiplier: float, lr: float, peak: float) -> float:
@@ -174,7 +178,7 @@ class Only(Ablation):
             raise TypeError(f"{self.name}: types must be names of block types or roles, got {given!r}")
         wrong = [kind for kind in given if kind not in TYPES]
         if wrong or not given:
-            got = f"got {', '.join(map(repr, wrong))}" if wrong else "got none"
+            got = "got " + (", ".join(f"{kind!r}{meant(kind, TYPES)}" for kind in wrong) or "none")
             raise ValueError(f"{self.name}: types takes block types and roles, {got}; allowed: {', '.join(TYPES)}")
         object.__setattr__(self, "types", tuple(kind for kind in TYPES if kind in given))
 

@@ -34,7 +34,13 @@ class BlockLR:
 
     def __post_init__(self) -> None:
         if self.decay not in ("scaled", "base"):
-            raise ValueError(f"{self.name}: decay must be 'scaled' or 'base', got {self.decay!r}")
+            # `decay` comes first, where most expect the argument that matters.
+            first = next((f.name for f in fields(self) if f.init and f.name != "decay"), "decay")
+            hint = f"; arguments are given by name, {type(self).__name__}({first}={self.decay!r})"
+            raise ValueError(
+                f"{self.name}: decay must be 'scaled' or 'base', got {self.decay!r}"
+                f"{'' if isinstance(self.decay, str) else hint}"
+            )
 
     def __str__(self) -> str:
         said = []

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number, spelled
 from sharpwise.blocks import BlockType, Role, Segment
+from sharpwise.blocks.roles import meant
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class PerRole(BlockLR):
             if segments and not any(_matches(segment, name) for segment in segments):
                 types = ", ".join(dict.fromkeys(str(s.block_type) for s in segments))
                 roles = ", ".join(dict.fromkeys(str(s.role) for s in segments))
+                hint = meant(name, [*types.split(", "), *roles.split(", ")])
                 raise ValueError(
-                    f"{self.name}: {name!r} is no block of this model; it has the types {types}, the roles {roles}, "
-                    f"and parameters such as {segments[0].name} (globs match whole names: '*.mlp.*')"
+                    f"{self.name}: {name!r} is no block of this model{hint}; it has the types {types}, the roles "
+                    f"{roles}, and parameters such as {segments[0].name} (globs match whole names: '*.mlp.*')"
                 )
 
 

@@ -30,7 +30,9 @@ from torch import nn
 from sharpwise.block_lr.base import NOTHING, Measured, is_number
 from sharpwise.block_lr.blockwise import BY_TYPE, KINDS, BlockwiseLR, kind_of
 from sharpwise.block_lr.measured import PhasedLR, Source
-from sharpwise.blocks import BlockMap, BlockType, Segment
+from sharpwise.blocks import BlockType, Segment
+from sharpwise.blocks.map import Blocks, blocks_for
+from sharpwise.blocks.roles import meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ class SharpnessLR(PhasedLR):
             ("reference", tuple(map(str, BlockType))),
         ):
             if (value := getattr(self, key)) not in allowed:
-                raise ValueError(f"{self.name}: {key} must be one of {', '.join(allowed)}, got {value!r}")
+                hint = meant(value, allowed)
+                raise ValueError(f"{self.name}: {key} must be one of {', '.join(allowed)}, got {value!r}{hint}")
 
     @property
     def measures(self) -> Source:
@@ -113,15 +116,13 @@ class SharpnessLR(PhasedLR):
             )
 
     @classmethod
-    def calibrate(
-        cls, model: nn.Module, batches: Any, *, blocks: BlockMap | None = None, **settings: Any
-    ) -> BlockwiseLR:
+    def calibrate(cls, model: nn.Module, batches: Any, *, blocks: Blocks = None, **settings: Any) -> BlockwiseLR:
         """Fixed ratios from a measurement on this model now.
 
         Args:
             model: it is left as it was.
             batches: as `sharpwise.probes.sharpness` takes them.
-            blocks: the map of its segments; made where it is not given.
+            blocks: the map of its segments, or overrides for the one that is made.
             **settings: of SharpnessLR, such as `power` and `max_ratio`.
 
         Returns:
@@ -135,13 +136,13 @@ class SharpnessLR(PhasedLR):
         own = cls(**settings)
         if own.by != "type":
             raise ValueError(f"{own.name}: calibrate gives one ratio per type, got by={own.by!r}")
-        blocks = BlockMap.of(model) if blocks is None else blocks
-        own.check(blocks.segments)
-        by_name = sharpness_by_name(model, batches, blocks)
+        known = blocks_for(model, blocks, "SharpnessLR.calibrate")
+        own.check(known.segments)
+        by_name = sharpness_by_name(model, batches, known)
         nothing = [math.nan]
-        values = [by_name.get(name, nothing * len(blocks[name])) for name in blocks.names()]
+        values = [by_name.get(name, nothing * len(known[name])) for name in known.names()]
         found = [own.updated(math.nan, value) for per_segment in values for value in per_segment]
-        segments = [segment for name in blocks.names() for segment in blocks[name]]
+        segments = [segment for name in known.names() for segment in known[name]]
         ratios = own.multipliers(segments, {own: found})
         by_kind = {kind_of(segment): ratio for segment, ratio in zip(segments, ratios, strict=True)}
         rounded: dict[str, Any] = {kind: float(f"{by_kind.get(kind, 1.0):.3g}") for kind in KINDS}

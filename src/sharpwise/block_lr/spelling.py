@@ -73,7 +73,7 @@ def make_block_lr(spec: Any) -> BlockLR | None:
         return _made(_read(spec.strip()))
     if isinstance(spec, Mapping):
         return _made(spec)
-    what = f"the class {spec.__name__}; make one of it" if isinstance(spec, type) else repr(spec)
+    what = f"the class {spec.__name__}; make one of it: {spec.__name__}()" if isinstance(spec, type) else repr(spec)
     raise TypeError(f"block_lr must be a name, a table, a BlockLR or None, got {what}")
 
 
@@ -91,6 +91,8 @@ def _made(table: Mapping[str, Any]) -> BlockLR:
     for key in given:
         if key not in allowed:
             hint = nearest(str(key), allowed)
+            if kind is PerRole and not hint:
+                hint = f"; write per_role(ratios={{{key}: {given[key]}}})"
             raise ValueError(f"{kind.name} has no argument {key!r}{hint}; there are {', '.join(allowed)}")
     if issubclass(kind, Ablation):
         if given.get("of") is None:
@@ -192,6 +194,8 @@ def _value(node: ast.expr, text: str) -> Any:
 
 def _no_spelling(text: str) -> str:
     hint = nearest(text.partition("(")[0].strip(), {**BLOCK_LRS, **ABLATIONS})
+    if "+" in text and not hint:
+        hint = "; several are multiplied, as in blockwise*layer_decay"
     return (
         f"{text!r} is no block_lr{hint}; there are {_all_names()}. Arguments are given by name, as in blockwise(emb=5)"
     )

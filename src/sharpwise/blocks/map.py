@@ -17,6 +17,8 @@ from sharpwise.blocks.overrides import Override, as_role
 from sharpwise.blocks.roles import Role
 from sharpwise.blocks.segment import Segment
 from sharpwise.blocks.sources import Sources
+from sharpwise.blocks.unclear import BLOCKS, Unclear, example_of
+from sharpwise.hints import kind_of
 from sharpwise.table import Table
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ class BlockMap:
         1.weight  10 x 4  head     Head  -      all   -      override
         1.bias    10      head     Head  -      all   -      override
     """
+
+    problem: str = ""
+    """Why the model was not run to see what its parameters do, where that was tried."""
 
     def __init__(self, segments: Iterable[Segment]) -> None:
         by_name: dict[str, list[Segment]] = {}
@@ -92,13 +97,17 @@ class BlockMap:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"BlockMap.of: got {type(model).__name__}, expected a torch.nn.Module; "
+                f"BlockMap.of: got {kind_of(model)}, expected a torch.nn.Module; "
                 "for named parameters without a model there is BlockMap.unknown(named)"
             )
         found = cls.of_sources(Sources.of(model, example, trace, include_frozen), overrides=overrides, strict=strict)
         named = model.named_parameters() if include_frozen else ()
         frozen = {canonical_name(name) for name, parameter in named if not parameter.requires_grad}
-        return cls(replace(s, frozen=s.name in frozen) for s in found) if frozen else found
+        if not frozen:
+            return found
+        result = cls(replace(s, frozen=s.name in frozen) for s in found)
+        result.problem = found.problem
+        return result
 
     @classmethod
     def of_sources(
@@ -108,7 +117,8 @@ class BlockMap:
         found = sources.resolve(overrides)
         sources.check(except_for=[name for name, parts in found.items() if parts[0].source == "override"])
         result = cls(segment for parts in found.values() for segment in parts)
-        result._report(strict, sources.problem)
+        result.problem = sources.problem
+        result._report(strict, sources.families.modules)
         return result
 
     @classmethod
@@ -213,19 +223,44 @@ class BlockMap:
         roles = ", ".join(dict.fromkeys(str(segment.role) for segment in self.segments))
         return f"BlockMap({len(self._by_name)} parameters, {len(self.segments)} segments: {roles})"
 
-    def _report(self, strict: bool, problem: str) -> None:
+    def _report(self, strict: bool, modules: Mapping[str, nn.Module]) -> None:
         unexplained = self.unexplained
         if not unexplained:
             return
-        listed = ", ".join(collapse(unexplained))
+        listed = ", ".join(collapse(unexplained)) + (f" ({self.problem})" if self.problem else "")
+        give = "; BlockMap.of(model, example=batch) takes a batch of yours" if self.problem else ""
         if strict:
-            raise ValueError(
-                f"{len(unexplained)} parameters have no known role: {listed}. Say what they are, by glob: "
-                f"overrides={{'{unexplained[0]}': 'up', ...}} with one of {', '.join(Role)}; "
-                "or pass strict=False to treat them as 'other'" + (f". {problem}" if problem else "")
-            )
-        why = f" ({problem})" if problem else ""
-        logger.info("%d of %d parameters have no known role: %s%s", len(unexplained), len(self._by_name), listed, why)
+            problem = f"{len(unexplained)} parameters have no known role: {listed}"
+            raise Unclear(problem, *example_of(self.segments, modules))
+        logger.info("%d of %d parameters have no known role: %s%s", len(unexplained), len(self._by_name), listed, give)
+
+
+Blocks = BlockMap | Mapping[str, Override] | None
+"""What functions take as `blocks=`: a map, overrides by name or glob, or nothing."""
+
+
+def blocks_for(model: nn.Module, blocks: Blocks, who: str, *, include_frozen: bool = False) -> BlockMap:
+    """What a function that takes `blocks=` works on: the map given, or that of the model, with these overrides.
+
+    Raises:
+        TypeError, ValueError: as `BlockMap.of`, in the words of such a function, beginning with `who`.
+    """
+    given: object = model
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"{who}: got {kind_of(given)}, expected a torch.nn.Module")
+    if isinstance(blocks, BlockMap):
+        return blocks
+    if not isinstance(blocks, Mapping | None):
+        raise TypeError(
+            f"{who}: blocks must be a BlockMap, or roles by name or glob such as {{'*.fc.weight': 'up'}}, got "
+            f"{kind_of(blocks)}"
+        )
+    try:
+        return BlockMap.of(model, overrides=blocks, include_frozen=include_frozen)
+    except Unclear as error:
+        raise error.by(BLOCKS, who) from None
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{who}: {error}") from None
 
 
 def _unexplained(name: str, shape: tuple[int, ...]) -> Segment:

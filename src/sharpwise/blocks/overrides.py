@@ -6,12 +6,15 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sharpwise.blocks.names import collapse
-from sharpwise.blocks.roles import Role
+from sharpwise.blocks.names import canonical_name, collapse
+from sharpwise.blocks.roles import Role, meant
 from sharpwise.blocks.segment import Segment
+from sharpwise.hints import nearest
 
 Override = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
+_LIKE = 0.3
+"""From this likeness on a name is shown as one that may have been meant."""
 _HEADED = frozenset({Role.Q, Role.K, Role.V})
 _FIELDS: dict[str, tuple[type, ...]] = {
     "role": (str,),
@@ -32,7 +35,7 @@ def as_role(value: object, what: str) -> Role:
     try:
         return Role(value)  # type: ignore[arg-type]
     except ValueError:
-        raise ValueError(f"{what}: unknown role {value!r}; roles are {', '.join(Role)}") from None
+        raise ValueError(f"{what}: unknown role {value!r}{meant(value, Role)}; roles are {', '.join(Role)}") from None
 
 
 def apply(segments: Mapping[str, list[Segment]], overrides: Mapping[str, Override], frozen: Iterable[str] = ()) -> None:
@@ -110,7 +113,8 @@ def check_fields(fields: Mapping[str, Any], what: str) -> None:
     """Raise ValueError unless these are fields of a segment with values of the right type."""
     for field, value in fields.items():
         if field not in _FIELDS:
-            raise ValueError(f"{what}: unknown field {field!r}; fields are {', '.join(_FIELDS)}")
+            hint = nearest(str(field), _FIELDS)
+            raise ValueError(f"{what}: unknown field {field!r}{hint}; fields are {', '.join(_FIELDS)}")
         allowed = _FIELDS[field]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise ValueError(f"{what}: {field}={value!r} is not {' or '.join(_type_name(t) for t in allowed)}")
@@ -123,16 +127,38 @@ def _type_name(kind: type) -> str:
 def _no_match(glob: str, segments: Mapping[str, list[Segment]], frozen: Sequence[str]) -> str:
     if any(fnmatchcase(name, glob) for name in frozen):
         return (
-            f"override {glob!r} matches frozen parameters only, which have no blocks; leave it out, "
-            "set requires_grad=True, or pass include_frozen=True"
+            f"override {glob!r} matches frozen parameters only, which have no blocks here; leave it out, or set "
+            "requires_grad=True. BlockMap.of(model, include_frozen=True) has them too"
         )
     names = [*segments, *(tied for old in segments.values() for tied in old[0].tied)]
-    close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
-    hint = f"closest: {', '.join(close)}" if close else f"names are {_some(collapse(names))}"
     return (
-        f"override {glob!r} matches none of {len(segments)} parameters; {hint}. "
+        f"override {glob!r} matches none of {len(segments)} parameters; {_near(glob, names)}. "
         "Globs match whole names without wrapper prefixes: '*.mlp.fc.weight', or '*' in place of the layer number"
     )
+
+
+def _near(glob: str, names: Sequence[str]) -> str:
+    """What was meant by a glob that matches nothing: a wider one that does, else the names nearest to it."""
+    bare = glob.strip("*.")
+    for wider in (canonical_name(glob), f"*.{bare}", f"{bare}.*", f"*.{bare}.*", f"*{bare}*"):
+        hits = [name for name in names if fnmatchcase(name, wider)]
+        if bare and hits:
+            return f"did you mean {wider!r}, which matches {_some(collapse(hits), 3)}"
+    scores = {name: _likeness(bare.lower().split("."), name.lower().split(".")) for name in names}
+    close = collapse(sorted((name for name in names if scores[name] >= _LIKE), key=lambda name: -scores[name]))
+    return f"closest: {', '.join(close[:3])}" if close else f"names are {_some(collapse(names))}"
+
+
+def _likeness(glob: Sequence[str], name: Sequence[str]) -> float:
+    """How well each part of a glob is met by the part of a name that it is most like; `weight` and `bias` count little.
+
+    Part by part, as a `*` may stand for anything between them.
+    """
+    leaves = ("weight", "bias")
+    wanted = [(part, 0.1 if part in leaves else 1.0) for part in glob if part.strip("*")]
+    pairs = ((weight, part, [own for own in name if own == part or own not in leaves]) for part, weight in wanted)
+    best = sum(w * max(difflib.SequenceMatcher(None, part, own).ratio() for own in own_) for w, part, own_ in pairs)
+    return best / sum(weight for _, weight in wanted) if wanted else 0.0
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -1,6 +1,9 @@
 """What a parameter is for: the fine role of a segment, and the block type of the papers that it belongs to."""
 
+from collections.abc import Iterable
 from enum import StrEnum
+
+from sharpwise.hints import nearest
 
 
 class Role(StrEnum):
@@ -55,3 +58,25 @@ BLOCK_TYPE: dict[Role, BlockType] = {
     Role.HEAD: BlockType.HEAD,
     Role.OTHER: BlockType.OTHER,
 }
+
+_ALSO_CALLED = {
+    "embedding": "tok_emb", "embeddings": "tok_emb", "embed": "tok_emb", "wte": "tok_emb", "token": "tok_emb",
+    "position": "pos_emb", "wpe": "pos_emb", "query": "q", "key": "k", "value": "v", "output": "o", "out": "o",
+    "fc": "up", "mlp": "up", "layernorm": "norm", "rmsnorm": "norm", "ln": "norm", "lm_head": "head",
+}  # fmt: skip
+"""Names of others for roles."""
+
+
+def meant(word: object, allowed: Iterable[str]) -> str:
+    """A hint for the message about a role or block type that is none, empty where nothing is near.
+
+    >>> meant("emb", Role), meant("ffn", [*BlockType, *Role]), meant("query", Role)
+    (" (did you mean 'tok_emb' or 'pos_emb'?)", " (did you mean 'FFN'?)", " (did you mean 'q'?)")
+    """
+    there = [str(name) for name in allowed]
+    low = str(word).lower()
+    same = [name for name in there if name.lower() == low]
+    inside = [str(role) for role, kind in BLOCK_TYPE.items() if kind.lower() == low and role in there]
+    other = _ALSO_CALLED.get(low)
+    found = same or inside or ([other] if other in there else [])
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else nearest(str(word), there)

@@ -126,9 +126,8 @@ class Segment:
         if cut == "head":
             if self.heads is None:
                 raise TypeError(
-                    f"{self.name}: cutting {self.role} by head needs the number of heads, which is not known; "
-                    "pass the model, or say it: "
-                    f"blocks overrides {{'{self.name}': {{'role': '{self.role}', 'heads': N}}}}"
+                    f"{self.name}: cutting {self.role} by head needs the number of heads, which is not known; say it "
+                    f"where the map is made: overrides={{{self.name!r}: {{'role': '{self.role}', 'heads': N}}}}"
                 )
             return self.heads
         return 1

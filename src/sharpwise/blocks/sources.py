@@ -13,6 +13,7 @@ from sharpwise.blocks.names import canonical_name
 from sharpwise.blocks.overrides import Override, apply
 from sharpwise.blocks.roles import Role
 from sharpwise.blocks.segment import Segment
+from sharpwise.blocks.unclear import Unclear
 
 if TYPE_CHECKING:
     from sharpwise.blocks.trace import Example, Traced
@@ -80,7 +81,7 @@ class Sources:
         except Exception as error:  # a model that was not asked to run may fail as it likes
             if ask or example is not None:
                 raise
-            found.problem = str(error)
+            found.problem = getattr(error, "problem", str(error))
         if found.traced is not None and not found.traced.attentions and (ask or example is not None):
             logger.warning(
                 "%s computes no attention with this input (no softmax between two products, none of torch's functions "
@@ -129,7 +130,7 @@ class Sources:
         return found
 
     def check(self, except_for: Iterable[str] = ()) -> None:
-        """Raise ValueError where names and dataflow disagree, and show both sides."""
+        """Raise Unclear where names and dataflow disagree, and show both sides."""
         left_out = set(except_for)
         found = {name: pair for name, pair in self.differences().items() if name not in left_out}
         if found:
@@ -138,11 +139,9 @@ class Sources:
                 for name, (named, seen) in list(found.items())[:5]
             )
             more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(
-                f"names and dataflow disagree about {len(found)} parameters:\n{shown}{more}\n"
-                "Say which is right with overrides={glob: role}, or pass trace=False to go by names alone "
-                "(on the command line --override GLOB=ROLE, --no-trace)"
-            )
+            name, (named, _) = next(iter(found.items()))
+            problem = f"names and dataflow disagree about {len(found)} parameters:\n{shown}{more}"
+            raise Unclear(problem, name, str(named[0].role), "choose")
 
     def _segments(self, name: str, shape: tuple[int, ...]) -> list[Segment]:
         parts = self.by_name[name]
@@ -218,7 +217,7 @@ def _parameters(
     frozen: list[str] = []
     for parameter, (name, *others) in names.values():
         if isinstance(parameter, UninitializedParameter):
-            raise ValueError(f"{name}: a lazy parameter has no shape yet; run the model once, then build the map")
+            raise ValueError(f"{name}: a lazy parameter has no shape yet; run the model once on a batch, before this")
         if not (parameter.requires_grad or include_frozen):
             frozen += [name, *others]
             continue

@@ -1,7 +1,8 @@
 """`sharpwise blocks MODEL`: what each parameter of a model is."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, NamedTuple
 
 import typer
@@ -13,6 +14,7 @@ from rich.text import Text
 from sharpwise.blocks import BlockMap, Segment
 from sharpwise.blocks.names import IN_LAYER, number_ranges
 from sharpwise.blocks.overrides import Override
+from sharpwise.blocks.unclear import COMMAND, Unclear
 from sharpwise.cli.blocks_why import dataflow_line, print_differences, print_explanations, read_sources
 from sharpwise.cli.errors import user_errors
 from sharpwise.train.models import load_model
@@ -67,7 +69,7 @@ def blocks(
     The model is built without memory, whatever its size. No weights are loaded.
     """
     console = Console(highlight=False)
-    with user_errors():
+    with user_errors(), _in_words_of_the_command():
         _refuse(as_json=as_json, strict=strict, no_trace=trace is False, explain=bool(explain), diff=diff)
         overrides = _parse_overrides(override or [])
         module = load_model(model, device="meta")
@@ -87,6 +89,14 @@ def blocks(
         _print(console, model, block_map)
     if seen:
         typer.echo(seen, err=as_json)
+
+
+@contextmanager
+def _in_words_of_the_command() -> Iterator[None]:
+    try:
+        yield
+    except Unclear as error:
+        raise error.by(COMMAND) from None
 
 
 def _refuse(*, as_json: bool, strict: bool, no_trace: bool, explain: bool, diff: bool) -> None:

@@ -36,12 +36,8 @@ def read_sources(model: nn.Module, trace: bool | None, *, implied: bool = False)
         return Sources.of(model, ask=True if implied and trace is None else trace)
     except ValueError as error:
         problem = str(error)
-        if not problem.startswith("trace: "):
+        if trace or not implied or not problem.startswith("trace: "):
             raise
-        if "example=" in problem:
-            problem += " to sharpwise.BlockMap.of, in Python"
-        if trace or not implied:
-            raise ValueError(problem) from error
     sources = Sources.of(model, ask=False)
     sources.problem = problem
     return sources

@@ -1,5 +1,6 @@
 """From what a training script has (a model, names, groups) to named parameter groups and a block map."""
 
+import logging
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,16 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpwise.blocks import BlockMap, Role, canonical_name
+from sharpwise.blocks import BlockMap, Role, Segment, canonical_name
+from sharpwise.blocks.map import Blocks, blocks_for
+from sharpwise.blocks.names import canonical_path, collapse
+from sharpwise.blocks.roles import meant
+from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
 from sharpwise.engine.mesh import is_dtensor, local, place_gradient
+from sharpwise.hints import kind_of
+
+logger = logging.getLogger(__name__)
 
 Groups = list[dict[str, Any]]
-Blocks = BlockMap | Mapping[str, Any] | None
 
 KEEP_SHAPES = (
     "Blocks (rows, heads) cannot be found in flattened or partitioned parameters. Shard with FSDP2, which leaves every "
     "parameter its shape: torch.distributed.fsdp.fully_shard(model), or version 2 of FSDP in Accelerate and Trainer. "
     "FSDP1 and DeepSpeed ZeRO-1, 2 and 3 are not supported"
+)
+
+RESIZED = (
+    "Resize the model (resize_token_embeddings, pruning) before the optimizer is built, or after that build another one"
 )
 
 
@@ -28,12 +39,21 @@ def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple
         ValueError: for a parameter given twice, one that does not belong to the model, or a flattened one.
         RuntimeError: for DTensors without a process group.
     """
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"{who}: model must be a torch.nn.Module, got {kind_of(model)}")
     if isinstance(first, nn.Module):
         if model is not None and model is not first:
             raise TypeError(f"{who}: a model was given twice; pass it first, or as model=, not both")
         model, first = first, [(n, p) for n, p in first.named_parameters() if p.requires_grad]
         if not first:
-            raise ValueError(f"{who}: the model has no trainable parameters")
+            all_of_them = len(names_of(model))
+            if not all_of_them:
+                raise ValueError(f"{who}: the model {type(model).__name__} has no parameters")
+            raise ValueError(
+                f"{who}: the model has no trainable parameters, requires_grad is False for all "
+                f"{all_of_them}; call requires_grad_(True) on what is to be trained, or to unfreeze it later "
+                f"give all of them: {who}(model.parameters(), model=model)"
+            )
     groups = _groups(first, who)
     names = names_of(model)
     for group in groups:
@@ -50,24 +70,29 @@ def names_of(model: nn.Module | None) -> dict[int, str]:
 
 
 def _groups(first: Any, who: str) -> Groups:
-    if isinstance(first, Tensor) or not isinstance(first, Iterable):
-        raise TypeError(
-            f"{who}: expected a model, (name, tensor) pairs or parameter groups, got {type(first).__name__}"
-        )
+    if isinstance(first, (Tensor, str, Mapping)) or not isinstance(first, Iterable):
+        alone = isinstance(first, Mapping) and "params" in first
+        got = "one group outside a list: give [group]" if alone else kind_of(first)
+        raise TypeError(f"{who}: expected a model, (name, tensor) pairs or parameter groups, got {got}")
     check_ordered(first, who)
     items = list(first)
     if not items:
-        raise ValueError(f"{who}: got an empty list of parameters")
+        raise ValueError(f"{who}: got no parameters; a generator, such as model.parameters(), can be read once only")
     if all(isinstance(item, Mapping) for item in items):
         groups = [dict(item) for item in items]
         for group in groups:
             if "params" not in group:
-                raise ValueError(f"{who}: a parameter group has no 'params', its keys are {sorted(group)}")
+                raise ValueError(f"{who}: a parameter group has no 'params', its keys are {sorted(map(str, group))}")
             own = group["params"]
             check_ordered(own, who)
             group["params"] = [own] if isinstance(own, Tensor) or _is_pair(own) else list(own)
             given = group.pop("param_names", None)
             if given is not None and not any(_is_pair(item) for item in group["params"]):
+                if len(given) != len(group["params"]):
+                    raise ValueError(
+                        f"{who}: a group has {len(group['params'])} params and {len(given)} param_names; give one per "
+                        f"tensor, or none"
+                    )
                 group["params"] = list(zip(given, group["params"], strict=True))
         return groups
     return [{"params": items}]
@@ -89,9 +114,12 @@ def _is_pair(item: Any) -> bool:
 def _named(item: Any, names: Mapping[int, str], model: nn.Module | None, who: str) -> tuple[str, Tensor]:
     name, tensor = item if _is_pair(item) else (None, item)
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{who}: expected a tensor, got {type(tensor).__name__}")
+        several = "; several models go together as torch.nn.ModuleList([...])" if isinstance(tensor, nn.Module) else ""
+        raise TypeError(f"{who}: expected tensors or (name, tensor) pairs, got {kind_of(tensor)}{several}")
     if not tensor.is_floating_point():
-        raise TypeError(f"{who}: parameters must be real floating point, got {tensor.dtype} for {name or 'a tensor'}")
+        raise TypeError(
+            f"{who}: parameters must be real floating point, got {tensor.dtype} for {name or 'a tensor'}; leave it out"
+        )
     if model is None:
         if name is None:
             raise TypeError(
@@ -106,7 +134,10 @@ def _named(item: Any, names: Mapping[int, str], model: nn.Module | None, who: st
         hint = f". If it is a flattened copy of parameters: {KEEP_SHAPES}" if tensor.ndim == 1 else ""
         raise ValueError(f"{who}: {shape} does not belong to the model {type(model).__name__}{hint}")
     if name is not None and canonical_name(name) != known:
-        raise ValueError(f"{who}: the tensor called {name!r} is {known!r} in the model {type(model).__name__}")
+        raise ValueError(
+            f"{who}: the tensor called {name!r} is {known!r} in the model {type(model).__name__}; give "
+            f"it by that name, or by none"
+        )
     return known, tensor
 
 
@@ -115,7 +146,10 @@ def _check_unique(named: Sequence[tuple[str, Tensor]], who: str) -> None:
     seen_tensors: dict[int, str] = {}
     for name, tensor in named:
         if id(tensor) in seen_tensors:
-            raise ValueError(f"{who}: parameter {name!r} is given twice (also as {seen_tensors[id(tensor)]!r})")
+            raise ValueError(
+                f"{who}: parameter {name!r} is given twice (also as {seen_tensors[id(tensor)]!r}); each belongs to one "
+                f"group"
+            )
         if name in seen_names:
             raise ValueError(f"{who}: two parameters are called {name!r}")
         seen_names.add(name)
@@ -126,18 +160,21 @@ def _block_map(named: Sequence[tuple[str, Tensor]], model: nn.Module | None, blo
     if isinstance(blocks, BlockMap):
         missing = [name for name, _ in named if name not in blocks]
         if missing:
-            raise ValueError(f"{who}: the block map given does not know {', '.join(missing[:5])}")
+            left_out = any(not tensor.requires_grad for name, tensor in named if name in missing)
+            of = "BlockMap.of(model, include_frozen=True)" if left_out else "BlockMap.of(model)"
+            raise ValueError(f"{who}: the block map given lacks {_few(missing)}; make it of this model, with {of}")
         for name, tensor in named:
             if tuple(blocks[name][0].shape) != tuple(tensor.shape):
                 raise ValueError(
-                    f"{who}: {name} has shape {tuple(tensor.shape)}, the block map says {blocks[name][0].shape}"
+                    f"{who}: {name} has shape {tuple(tensor.shape)}, the block map says {blocks[name][0].shape}: "
+                    f"it is of another model, or of this one before it was resized; make it anew: BlockMap.of(model)"
                 )
         return blocks
     if model is None:
         if blocks:
-            raise TypeError(f"{who}: overrides need the model; pass it first, or as model=model")
+            raise TypeError(f"{who}: roles given as blocks= need the model too; pass it first, or as model=model")
         return BlockMap.unknown(named)
-    return BlockMap.of(model, overrides=blocks, include_frozen=True)
+    return blocks_for(model, blocks, who, include_frozen=True)
 
 
 def check_tensors(named: Iterable[tuple[str, Tensor]], who: str) -> None:
@@ -175,10 +212,13 @@ def check_shapes(named: Sequence[tuple[str, Tensor]], blocks: BlockMap, who: str
     """Raise ValueError for a tensor that no longer has the shape that its blocks were found in."""
     check_tensors(named, who)
     for name, tensor in named:
-        if tuple(tensor.shape) != tuple(blocks[name][0].shape):
+        now, before = tuple(tensor.shape), tuple(blocks[name][0].shape)
+        if now != before:
+            # A vector where a matrix was, or one without elements: what FSDP1 and ZeRO leave where no mark tells it.
+            flattened = len(now) == 1 and (len(before) != 1 or now == (0,))
             raise ValueError(
-                f"{who}: {name} now has shape {tuple(tensor.shape)}, it had {tuple(blocks[name][0].shape)} when the "
-                f"optimizer was built. {KEEP_SHAPES}"
+                f"{who}: {name} now has shape {now}, it had {before} when the optimizer was built. "
+                + (KEEP_SHAPES if flattened else RESIZED)
             )
 
 
@@ -196,6 +236,20 @@ def check_followed(named: Sequence[tuple[str, Tensor]], model: nn.Module | None,
                 f"tensor here, which will never get a gradient. Build the optimizer after fully_shard(model), or give "
                 f"both to Accelerator.prepare(model, optimizer)"
             )
+
+
+def warn_if_frozen(groups: Groups, who: str) -> bool:
+    """Whether no parameter of these groups requires a gradient, which goes to the log."""
+    frozen = [not tensor.requires_grad for group in groups for tensor in group["params"]]
+    if not frozen or not all(frozen):
+        return False
+    logger.warning(
+        "%s: none of its %d parameters requires a gradient, so that steps change nothing; call requires_grad_(True) on "
+        "what is to be trained",
+        who,
+        len(frozen),
+    )
+    return True
 
 
 def check_gradient(name: str, param: Tensor) -> None:
@@ -247,18 +301,56 @@ def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def check_no_decay(names: Collection[str], who: str) -> frozenset[str]:
+    """Raise TypeError or ValueError for anything but roles and "bias"."""
     names = (names,) if isinstance(names, str) else names
-    allowed = {*(str(role) for role in Role), "bias"}
-    wrong = sorted(set(names) - allowed)
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{who}: no_decay takes names, such as ('norm', 'bias'), got {names!r}")
+    allowed = sorted({*(str(role) for role in Role), "bias"})
+    wrong = sorted(set(names) - set(allowed))
     if wrong:
-        raise ValueError(f"{who}: no_decay takes roles and 'bias', got {wrong}; allowed: {', '.join(sorted(allowed))}")
+        got = ", ".join(f"{name!r}{meant(name, allowed)}" for name in wrong)
+        raise ValueError(f"{who}: no_decay takes roles and 'bias', got {got}; allowed: {', '.join(allowed)}")
     return frozenset(str(n) for n in names)
 
 
-def unknown_message(who: str, what: str, names: Collection[str]) -> str:
-    first = next(iter(names))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (
-        f"{who}: {what} roles, and nothing explains {', '.join(list(names)[:5])}{more} (taken for 'other'). "
-        f"Say what they are: blocks={{{first!r}: 'up'}}, or 'other' if neither attention, MLP, norm nor embedding"
+def unexplained(
+    who: str, what: str, blocks: BlockMap, known: BlockMap, model: nn.Module | None, mapped: bool, more: str = ""
+) -> TypeError | ValueError:
+    """The error about parameters whose roles nothing explains.
+
+    Args:
+        what: needs the roles.
+        blocks: of the parameters that it needs them of; `known`: of the whole model.
+        mapped: whether the user gave a map.
+        more: what else can be done.
+    """
+    reason = f" ({known.problem})" if known.problem else ""
+    problem = f"{who}: {what} roles, and nothing explains {_few(collapse(blocks.unexplained))}{reason}"
+    if model is None and not mapped:
+        other = f"; or {more}" if more else ""
+        return TypeError(f"{problem}. Names alone carry none: pass the model, {who}(model, ...) or model=model{other}")
+    modules = {} if model is None else {canonical_path(path): module for path, module in model.named_modules()}
+    words = A_MAP if mapped or model is None else BLOCKS
+    return Unclear(problem, *example_of(blocks.segments, modules), more=more, words=words)
+
+
+def unexplained_later(who: str, what: str, blocks: BlockMap) -> ValueError:
+    """The error about the same in a group that is added to an optimizer: of what was not there, nothing is known."""
+    return ValueError(
+        f"{who}: {what} roles, and of {_few(blocks.names())}, which the optimizer was built without, none is known; "
+        f"build it anew with the model that has them"
     )
+
+
+def no_heads(who: str, segment: Segment, model: nn.Module | None) -> TypeError:
+    """The error about queries or keys that are to be cut by head, where nobody knows how many heads they hold."""
+    say = f"{{{segment.name!r}: {{'role': '{segment.role}', 'heads': N}}}}"
+    return TypeError(
+        f"{who}: {segment.name} is to be cut by head, and how many heads its {segment.role} rows hold is not known; "
+        + (f"pass the model too, and say it: blocks={say}" if model is None else f"say it: blocks={say}")
+    )
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -26,7 +26,10 @@ from sharpwise.engine.binding import (
     check_ordered,
     check_shapes,
     names_of,
-    unknown_message,
+    no_heads,
+    unexplained,
+    unexplained_later,
+    warn_if_frozen,
 )
 from sharpwise.engine.describe import explanation, lr_table
 from sharpwise.engine.kernels import Compiler
@@ -45,7 +48,7 @@ _COMPILES_ITSELF = (
     "the step of a sharpwise optimizer compiles itself (compile=True, or by itself where it pays), and stays out of "
     "torch.compile: compile the model, or forward and backward, and call optimizer.step() outside"
 )
-_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known")
+_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
 
 
 class BlockOptimizer(Optimizer):
@@ -75,6 +78,7 @@ class BlockOptimizer(Optimizer):
         self.rule, self.options, self.storage, self.who = rule, options, storage, who
         self.no_decay, self.strict = check_no_decay(no_decay, who), strict
         groups, self._known, model = bind(first, model, blocks, who)
+        self._mapped = isinstance(blocks, BlockMap)
         self.blocks = BlockMap(())
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
         self._reset()
@@ -92,6 +96,7 @@ class BlockOptimizer(Optimizer):
                 defaults |= {"lr_step": 0, "lr_switch": (0, 0) * len(options.block_lr.parts)}
                 check_sources(options, rule, self._model() is not None, who)
         super().__init__(groups, defaults)
+        self._warn_if_frozen()
 
     def _reset(self) -> None:
         if BlockOptimizer._outside_dynamo is None:  # made here, as it imports dynamo, which importing us should not
@@ -117,15 +122,17 @@ class BlockOptimizer(Optimizer):
         names = names_of(self._model())
         group["params"] = [i if isinstance(i, (tuple, list)) else (self._name_of(i, names), i) for i in own]
         present = {n for g in self.param_groups for n in g["param_names"]}
-        for name, tensor in group["params"]:
+        new = [(name, tensor) for name, tensor in group["params"] if name not in self._known]
+        for name, _ in group["params"]:
             if name in present:
-                raise ValueError(f"{self.who}: parameter {name!r} is given twice")
-            if name not in self._known:
-                more = BlockMap.unknown([(name, tensor)]).segments
-                self._known = BlockMap((*self._known.segments, *more))
+                raise ValueError(f"{self.who}: parameter {name!r} is in a group already")
         for key, value in self.defaults.items():
             group.setdefault(key, value)
         self._validate(group)
+        if new:
+            more = BlockMap.unknown(new)
+            self._check_roles(more, new=True)
+            self._known = BlockMap((*self._known.segments, *more.segments))
         self._check_roles(self._known.subset([name for name, _ in group["params"]]))
         if not group["params"]:
             group["param_names"] = []  # torch sets it from the parameters, and then misses it
@@ -158,13 +165,17 @@ class BlockOptimizer(Optimizer):
                 raise ValueError(f"{self.who}: {key} must be a finite number >= 0, got {float(value)}")
         self.rule.validate(group)
 
-    def _check_roles(self, blocks: BlockMap) -> None:
-        unknown = blocks.unexplained
-        if self.strict and unknown:
-            raise ValueError(unknown_message(self.who, "strict=True asks for", unknown))
+    def _check_roles(self, blocks: BlockMap, new: bool = False) -> None:
+        def unknown(what: str, more: str = "") -> TypeError | ValueError:
+            if new:
+                return unexplained_later(self.who, what, blocks)
+            return unexplained(self.who, what, blocks, self._known, self._model(), self._mapped, more)
+
+        if self.strict and blocks.unexplained:
+            raise unknown("strict=True asks for")
         block_lr = self.options.block_lr
-        if block_lr is not None and block_lr.by_role and unknown:
-            raise ValueError(unknown_message(self.who, f"block_lr {block_lr.name!r} distinguishes", unknown))
+        if block_lr is not None and block_lr.by_role and blocks.unexplained:
+            raise unknown(f"block_lr {block_lr.name!r} distinguishes")
         if block_lr is not None:
             try:
                 block_lr.check(self._known.segments)
@@ -173,11 +184,9 @@ class BlockOptimizer(Optimizer):
         for segment in blocks.segments:
             rule, cut = self.rule.assign(segment)
             if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
-                message = unknown_message(self.who, f"rule {self.rule.name!r} distinguishes", unknown) + self.rule.hint
-                if self._model() is not None:
-                    raise ValueError(message)
-                raise TypeError(f"{message}. Names alone carry no head counts: pass the model, or blocks=BlockMap")
-            segment.blocks(cut)  # raises TypeError where heads are asked for and not known
+                raise unknown(f"rule {self.rule.name!r} distinguishes", self.rule.hint)
+            if cut == "head" and segment.heads is None:
+                raise no_heads(self.who, segment, self._model())
 
     def _probe(self, taken: int) -> dict[str, list[float]]:
         """The sharpness of the segments of every parameter, by a probe of the model as it is."""
@@ -241,6 +250,11 @@ class BlockOptimizer(Optimizer):
     def _holds(self, param: Tensor) -> bool:
         """Whether state is allocated; others may have put theirs there before."""
         return "step" in self.state.get(param, {})
+
+    def _warn_if_frozen(self) -> None:
+        """Say once that no parameter can move."""
+        if "frozen" not in self._said and warn_if_frozen(self.param_groups, self.who):
+            self._said.add("frozen")
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
@@ -360,6 +374,7 @@ class BlockOptimizer(Optimizer):
             self._agreed = True
         active = [e for e in stepper.entries if e.param.grad is not None]
         if not active:
+            self._warn_if_frozen()
             check_followed([(e.name, e.param) for e in stepper.entries], self._model(), self.who)
         for entry in active:
             check_gradient(entry.name, entry.param)

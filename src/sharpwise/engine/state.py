@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
+from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
 from sharpwise.engine.mesh import is_dtensor, like, local
 from sharpwise.engine.plan import Entry
 from sharpwise.storage import Dense
@@ -172,19 +173,22 @@ def check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any], 
     if needed - set(saved):
         raise ValueError(
             f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
-            f"it was saved by another rule"
+            f"{of_other_keys(saved, own)}"
         )
     extra = set(saved) - {"step", *entry.rule.all_state} - OF_BLOCK_LR
     if extra and not ours:
         raise ValueError(
             f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
-            f"it was saved by another rule"
+            f"{of_other_keys(saved, own)}"
         )
     for key in set(own) & set(saved) - extra:
         value = saved[key]
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         if shape != tuple(own[key].shape):
-            raise ValueError(f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}")
+            raise ValueError(
+                f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}: "
+                f"{of_other_shape(key, saved, own)}"
+            )
         if isinstance(value, Tensor) and is_dtensor(value):
             _check_shards(f"{who}: the saved {key} of {name}", value, own[key])
 
@@ -332,7 +336,7 @@ def check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> 
     refuse_variants(saved, f"{who}: the state dict was saved with")
     rule = saved.get("rule", group["rule"])
     if rule != group["rule"]:
-        raise ValueError(f"{who}: the state dict was saved by the rule {rule!r}, this optimizer runs {group['rule']!r}")
+        raise ValueError(f"{who}: the state dict is of another rule: {of_another_rule(rule, group['rule'])}")
 
 
 def check_decay(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:

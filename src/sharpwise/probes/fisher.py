@@ -24,7 +24,7 @@ result. The geometric mean is over segments, weighted by their elements, not ove
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap
-from sharpwise.blocks.overrides import Override
+from sharpwise.blocks.map import Blocks
 from sharpwise.probes.batches import IGNORED, Batch, check_micro
 from sharpwise.probes.draws import Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
@@ -54,7 +54,7 @@ def sharpness(
     model: nn.Module,
     batches: Any,
     *,
-    blocks: BlockMap | Mapping[str, Override] | None = None,
+    blocks: Blocks = None,
     labels: Labels = "sampled",
     unit: Unit = "token",
     micro: int | None = None,

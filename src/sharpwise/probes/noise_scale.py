@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap
+from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.probes.estimate import By, Cost, Estimate, Measurement, t_quantile
 from sharpwise.probes.parts import Group, groups, named_parameters, segment_sums, whole
 
@@ -49,10 +50,10 @@ class _Draws:
 
     probe: str
 
-    def __init__(self, model: nn.Module, blocks: BlockMap | None, by: Iterable[By], decay: float, keep: int) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks, by: Iterable[By], decay: float, keep: int) -> None:
         if not 0 < decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], got {decay}")
-        self.model, self.blocks = model, BlockMap.of(model) if blocks is None else blocks
+            raise ValueError(f"{type(self).__name__}: decay must be in (0, 1], got {decay!r}")
+        self.model, self.blocks = model, blocks_for(model, blocks, type(self).__name__)
         self.decay, self._by = decay, tuple(by)
         self.groups = groups(self.blocks.segments, self._by)
         self._draws: deque[list[list[float]]] = deque(maxlen=keep)
@@ -137,7 +138,7 @@ class NoiseScale(_Draws):
 
     Args:
         model: whose gradients they are.
-        blocks: the map of its segments; made where it is not given.
+        blocks: the map of its segments, or overrides for the one that is made.
         by: of what to give values; "layer" is a block type or a role within a layer.
         decay: of the weight of a step, per step that is added; 1 weighs all alike.
         keep: the latest so many steps count.
@@ -158,7 +159,7 @@ class NoiseScale(_Draws):
     def __init__(
         self,
         model: nn.Module,
-        blocks: BlockMap | None = None,
+        blocks: Blocks = None,
         *,
         by: Iterable[By] = ("model", "type"),
         decay: float = 0.95,
@@ -177,7 +178,7 @@ class NoiseScale(_Draws):
             ValueError: fewer than two micro-batches.
         """
         if len(micro_gradients) < 2:
-            raise ValueError(f"two micro-batches or more are needed, got {len(micro_gradients)}")
+            raise ValueError(f"{type(self).__name__}: two micro-batches or more are needed, got {len(micro_gradients)}")
         counts = list(samples) if isinstance(samples, Sequence) else [samples] * len(micro_gradients)
         total: dict[str, Tensor] = {}
         for gradients, count in zip(micro_gradients, counts, strict=True):
@@ -244,7 +245,7 @@ class GradientSNR(_Draws):
 
     Args:
         model: whose gradients they are.
-        blocks: the map of its segments; made where it is not given.
+        blocks: the map of its segments, or overrides for the one that is made.
         batch_size: samples of a step.
         beta: of the average of gradients that it keeps (a copy in fp32), where `add` is not given one.
         by, decay, keep, unit: as in `NoiseScale`. Draws of consecutive steps share most of their momentum, so that
@@ -256,7 +257,7 @@ class GradientSNR(_Draws):
     def __init__(
         self,
         model: nn.Module,
-        blocks: BlockMap | None = None,
+        blocks: Blocks = None,
         *,
         batch_size: int,
         beta: float = 0.9,
@@ -267,7 +268,9 @@ class GradientSNR(_Draws):
     ) -> None:
         super().__init__(model, blocks, by, decay, keep)
         if batch_size < 1 or not 0 <= beta < 1:
-            raise ValueError(f"batch_size >= 1 and 0 <= beta < 1, got {batch_size} and {beta}")
+            raise ValueError(
+                f"{type(self).__name__}: batch_size must be >= 1 and beta in [0, 1), got {batch_size!r} and {beta!r}"
+            )
         self.batch_size, self.beta, self.unit = batch_size, beta, unit
         self._momentum: dict[str, Tensor] = {}
         self._weight = 0.0

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, Segment, canonical_name
+from sharpwise.blocks.roles import meant
 from sharpwise.engine.mesh import is_dtensor
+from sharpwise.hints import kind_of
 from sharpwise.probes.estimate import By
 
 CHUNK = 2**22
@@ -23,11 +25,14 @@ def named_parameters(model: nn.Module, blocks: BlockMap) -> dict[str, nn.Paramet
         ValueError: the map knows parameters that the model has not, or they are on the meta device.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"got {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"got {kind_of(model)}, expected a torch.nn.Module")
     named = ((canonical_name(name), parameter) for name, parameter in model.named_parameters())
     found = {name: parameter for name, parameter in named if name in blocks}
     if missing := [name for name in blocks.names() if name not in found]:
-        raise ValueError(f"the block map is not of this model: it has no {missing[0]!r} and {len(missing) - 1} others")
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(
+            f"the block map is not of this model, which has no {missing[0]!r}{others}; make it with BlockMap.of(model)"
+        )
     if meta := [name for name, parameter in found.items() if parameter.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; build the model on a real one")
     return found
@@ -47,9 +52,10 @@ def choose(blocks: BlockMap, select: str | Iterable[str] | None) -> tuple[Segmen
             roles = ", ".join(dict.fromkeys(str(s.role) for s in blocks))
             types = ", ".join(dict.fromkeys(str(s.block_type) for s in blocks))
             names = ", ".join(blocks.names()[:3])
+            known = [*types.split(", "), *roles.split(", ")]
             raise ValueError(
-                f"select={pattern!r} matches nothing; this model has the roles {roles}, the block types {types}, and "
-                f"parameters such as {names} (globs work: '*.0.*')"
+                f"select={pattern!r} matches nothing{meant(pattern, known)}; this model has the roles {roles}, the "
+                f"block types {types}, and parameters such as {names} (globs work: '*.0.*')"
             )
     return tuple(s for s in blocks if any(_is_named(s, pattern) for pattern in wanted))
 

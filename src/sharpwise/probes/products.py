@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, Segment
-from sharpwise.blocks.overrides import Override
+from sharpwise.blocks.map import Blocks
 from sharpwise.probes.batches import IGNORED, Batch, check_micro
 from sharpwise.probes.gather import Selection
 from sharpwise.probes.parts import choose
@@ -136,7 +136,7 @@ class Curvature(Operator):
         batches: Any,
         kind: Kind = "hessian",
         *,
-        blocks: BlockMap | Mapping[str, Override] | None = None,
+        blocks: Blocks = None,
         select: str | Sequence[str] | Sequence[Segment] | None = None,
         dtype: torch.dtype | None = None,
         micro: int | None = None,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, Segment, canonical_name
+from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.blocks.names import canonical_path
 from sharpwise.engine.mesh import is_dtensor
 from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_quantile
@@ -36,7 +37,7 @@ def rrc(
     before_state: Mapping[str, Tensor],
     batch: Any,
     *,
-    blocks: BlockMap | None = None,
+    blocks: Blocks = None,
     tokens: int = 1024,
 ) -> Measurement:
     """RRC of each matrix: how much its own update changes what it gives for its own inputs, these held fixed.
@@ -50,7 +51,7 @@ def rrc(
         model: after the step; it is left as it was.
         before_state: its parameters before, by name (`UpdateSize.before_state`, or a copy of a state dict).
         batch: for the forward: a tensor, a tuple or a mapping.
-        blocks: the map of its segments; made where it is not given.
+        blocks: the map of its segments, or overrides for the one that is made.
         tokens: at most so many inputs of each module are used, evenly spaced in each sequence.
 
     Raises:
@@ -58,10 +59,10 @@ def rrc(
             applies none of its matrices to this batch.
     """
     began = time.perf_counter()
-    blocks = BlockMap.of(model) if blocks is None else blocks
-    now = named_parameters(model, blocks)
+    known = blocks_for(model, blocks, "rrc")
+    now = named_parameters(model, known)
     before = _matching({canonical_name(name): t.detach() for name, t in before_state.items()}, now)
-    uses = _uses(model, blocks, before, now, tokens)
+    uses = _uses(model, known, before, now, tokens)
     handles = [module.register_forward_hook(use, with_kwargs=True) for use, module in uses]
     names = {name: canonical_name(name) for name, _ in model.named_parameters()}
     swapped = {name: before[own] for name, own in names.items() if own in before}
@@ -81,7 +82,7 @@ def rrc(
     if not estimates and not warnings:
         raise ValueError("the model applied none of its matrices to this batch as a module of one input and one output")
     seen = {use.name for use, _ in uses if use.parts[0][1]}
-    unseen = [name for name in blocks.names() if blocks[name][0].is_matrix and name not in seen and name in before]
+    unseen = [name for name in known.names() if known[name][0].is_matrix and name not in seen and name in before]
     warnings += [f"{name}: no module was seen to apply it to rows of inputs" for name in unseen]
     cost = Cost(time.perf_counter() - began, gradients=1 / 3)
     return Measurement("RRC", estimates, settings={"tokens": tokens}, cost=cost, warnings=warnings)
@@ -91,15 +92,15 @@ def _matching(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[s
     for name, parameter in now.items():
         if name not in before:
             raise ValueError(
-                f"before_state has no {name!r}; it is {len(before)} tensors of a copied state dict, or of "
+                f"rrc: before_state has no {name!r}; it is {len(before)} tensors of a copied state dict, or of "
                 "UpdateSize.before_state without `select`"
             )
         if before[name].shape != parameter.shape:
             raise ValueError(
-                f"{name} has shape {tuple(parameter.shape)}, and {tuple(before[name].shape)} in before_state"
+                f"rrc: {name} has shape {tuple(parameter.shape)}, and {tuple(before[name].shape)} in before_state"
             )
         if is_dtensor(parameter):
-            raise ValueError(f"{name} is sharded; rrc needs a model with whole parameters")
+            raise ValueError(f"rrc: {name} is sharded; it needs a model with whole parameters")
     return {name: before[name] for name in now}
 
 

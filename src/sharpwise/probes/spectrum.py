@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sharpwise.blocks import BlockMap, Segment
+from sharpwise.blocks import Segment
+from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.parts import CHUNK, about, choose, labels, matrices, named_parameters, whole
 
@@ -41,7 +42,7 @@ EXACT = 2048
 def spectrum(
     model: nn.Module,
     *,
-    blocks: BlockMap | None = None,
+    blocks: Blocks = None,
     select: str | Iterable[str] | None = None,
     convention: Convention = "hill",
     least: int = LEAST,
@@ -56,7 +57,7 @@ def spectrum(
 
     Args:
         model: it is left as it was.
-        blocks: the map of its segments; made where it is not given.
+        blocks: the map of its segments, or overrides for the one that is made.
         select: roles, block types or globs on names of parameters; None takes all matrices.
         convention: "hill" for the formula above, "published" for that of the released code (5 (alpha - 1)/n more).
         least: eigenvalues that a matrix needs to have an alpha.
@@ -66,11 +67,11 @@ def spectrum(
         ValueError: nothing matches `select`, or there is no matrix among it; an unknown convention.
     """
     if convention not in get_args(Convention):
-        raise ValueError(f"convention: got {convention!r}, allowed: {', '.join(get_args(Convention))}")
+        raise ValueError(f"spectrum: convention: got {convention!r}, allowed: {', '.join(get_args(Convention))}")
     began = time.perf_counter()
-    blocks = BlockMap.of(model) if blocks is None else blocks
-    parameters, names = named_parameters(model, blocks), labels(blocks)
-    chosen = [segment for segment in choose(blocks, select) if segment.is_matrix and segment.numel]
+    known = blocks_for(model, blocks, "spectrum")
+    parameters, names = named_parameters(model, known), labels(known)
+    chosen = [segment for segment in choose(known, select) if segment.is_matrix and segment.numel]
     if not chosen:
         raise ValueError(f"select={select!r} matches no matrix, only vectors; a spectrum is of matrices")
     estimates: list[Estimate] = []
@@ -131,10 +132,10 @@ def gram_eigenvalues(matrix: Tensor) -> Tensor:
         ValueError: the matrix is not one, is empty or not finite.
     """
     if matrix.dim() != 2 or not matrix.numel():
-        raise ValueError(f"expected a matrix, got shape {tuple(matrix.shape)}")
+        raise ValueError(f"gram_eigenvalues: expected a matrix, got shape {tuple(matrix.shape)}")
     spec = Spectrum.of(matrix)
     if spec is None:
-        raise ValueError("some elements of the matrix are not finite")
+        raise ValueError("gram_eigenvalues: some elements of the matrix are not finite")
     return spec.eigenvalues
 
 

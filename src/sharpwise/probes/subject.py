@@ -11,8 +11,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpwise.blocks import BlockMap, Segment, canonical_name
-from sharpwise.blocks.overrides import Override
+from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.engine.mesh import is_dtensor
+from sharpwise.hints import kind_of
 from sharpwise.probes.batches import Batch, as_batches
 from sharpwise.train.model_facts import logits_of, vocabulary_of
 
@@ -33,9 +34,9 @@ class Subject:
         ValueError: nothing in it is trainable, it is sharded or on the meta device, or `blocks` is of another model.
     """
 
-    def __init__(self, model: nn.Module, blocks: BlockMap | Mapping[str, Override] | None, who: str) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks, who: str) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{who}: got {type(model).__name__}, expected a torch.nn.Module")
+            raise TypeError(f"{who}: got {kind_of(model)}, expected a torch.nn.Module")
         self.who, self.model = who, unwrapped(model)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.trained:
@@ -44,7 +45,7 @@ class Subject:
             )
         for name, parameter in self.trained.items():
             self._check(name, parameter)
-        found = blocks if isinstance(blocks, BlockMap) else BlockMap.of(self.model, overrides=blocks)
+        found = blocks_for(self.model, blocks, who)
         self.parts = [self._segments(found, name, p) for name, p in self.trained.items()]
         self.segments = tuple(segment for parts in self.parts for segment in parts)
         self.device = next(iter(self.trained.values())).device
@@ -56,14 +57,19 @@ class Subject:
                 "sharpness_from_optimizer"
             )
         if parameter.is_meta:
-            raise ValueError(f"{self.who}: {name} is on the meta device and has no values")
+            raise ValueError(
+                f"{self.who}: {name} is on the meta device and has no values; build the model on a real one"
+            )
 
     def _segments(self, blocks: BlockMap, name: str, parameter: Tensor) -> tuple[Segment, ...]:
         name = canonical_name(name)
         found = blocks[name] if name in blocks else ()  # noqa: SIM401 - a map has no `get`
         if not found or found[0].shape != tuple(parameter.shape):
             there = f"has the shape {found[0].shape} there" if found else "is not in it"
-            raise ValueError(f"{self.who}: blocks is the map of another model: {name} {tuple(parameter.shape)} {there}")
+            raise ValueError(
+                f"{self.who}: blocks is the map of another model: {name} {tuple(parameter.shape)} {there}; make it "
+                "with BlockMap.of(model)"
+            )
         return found
 
     def batches(self, batches: Any) -> Iterator[Batch]:

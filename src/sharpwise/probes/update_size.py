@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpwise.blocks import BlockMap, Segment
+from sharpwise.blocks import Segment
+from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.probes.estimate import By, Cost, Estimate, Measurement
 from sharpwise.probes.parts import (
     CHUNK,
@@ -45,7 +46,7 @@ class UpdateSize:
 
     Args:
         model: with whole or sharded parameters; of shards, all processes have to call.
-        blocks: the map of its segments; made where it is not given.
+        blocks: the map of its segments, or overrides for the one that is made.
         select: roles, block types or globs on names of parameters; None takes all.
 
     Example:
@@ -59,10 +60,8 @@ class UpdateSize:
         (2.0, 3.14159...)
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: BlockMap | None = None, *, select: str | Iterable[str] | None = None
-    ) -> None:
-        self.model, self.blocks = model, BlockMap.of(model) if blocks is None else blocks
+    def __init__(self, model: nn.Module, blocks: Blocks = None, *, select: str | Iterable[str] | None = None) -> None:
+        self.model, self.blocks = model, blocks_for(model, blocks, type(self).__name__)
         self.segments = choose(self.blocks, select)
         self._names = {segment.name for segment in self.segments}
         self._parameters: dict[str, nn.Parameter] = {}
@@ -139,7 +138,7 @@ class UpdateSize:
     def _check(self) -> None:
         if not self._before:
             raise ValueError(
-                "there is nothing to compare with: call before() first, then the optimizer's step, then this"
+                "UpdateSize: there is nothing to compare with; call before() first, then take a step, then this"
             )
         now = named_parameters(self.model, self.blocks)
         for name, parameter in self._parameters.items():

@@ -46,7 +46,7 @@ class AdamMini(Rule):
 
     name: ClassVar[str] = "adam-mini"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
-    hint: ClassVar[str] = ". For a model that is no transformer: cut='tensor', one block per tensor"
+    hint: ClassVar[str] = "cut='tensor' for a model that is no transformer: one block per tensor"
 
     def __post_init__(self) -> None:
         if self.v_by not in ("row", "tensor"):

@@ -16,8 +16,9 @@ Scalars arrive as Python floats in the eager reference and as 0-d tensors in com
 torch's own scalar kernels in the first case, so that the eager path rounds exactly as torch does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -171,14 +172,22 @@ def root(x: Tensor) -> Tensor:
 
 
 def check_betas(name: str, betas: Any) -> None:
-    """Raise ValueError unless betas is a pair of numbers in [0, 1)."""
-    if len(betas) != 2 or not all(0.0 <= float(b) < 1.0 for b in betas):
+    """Raise TypeError unless betas is a pair of numbers, ValueError unless they are in [0, 1)."""
+    pair = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(b, (Real, Tensor)) for b in betas)
+    if not pair:
+        raise TypeError(f"{name}: betas must be two numbers in [0, 1), such as (0.9, 0.999), got {betas!r}")
+    if not all(0.0 <= float(b) < 1.0 for b in betas):
         raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}")
 
 
 def check_nonnegative(name: str, **values: Any) -> None:
-    """Raise ValueError for a negative, NaN or infinite value; a tensor on an accelerator is not read."""
+    """Raise TypeError for what is no number, ValueError for one below 0, NaN or infinite.
+
+    A tensor on an accelerator is not read.
+    """
     for key, value in values.items():
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name}: {key} must be a finite number >= 0, got {value!r}")
         if isinstance(value, Tensor) and value.device.type != "cpu":
             continue
         if not 0.0 <= float(value) < float("inf"):

@@ -21,6 +21,23 @@ from sharpwise.blocks.trace.weights import tensors_in
 
 __all__ = ["Example", "Traced", "trace"]
 
+# Of the function that takes an example: others, as the constructors of optimizers, take the map that it makes.
+_GIVE = (
+    "sharpwise.BlockMap.of(model, example=batch), where batch is a tensor, a tuple of arguments or a dict of keyword "
+    "arguments"
+)
+
+
+class NotTraced(ValueError):
+    """A model that cannot be run. Args: `problem`, and what to `do` about it where its example is given."""
+
+    def __init__(self, problem: str, do: str) -> None:
+        super().__init__(problem, do)
+        self.problem, self.do = problem, do
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.do}"
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -68,8 +85,7 @@ def trace(model: nn.Module, example: Example | None = None) -> Traced:
             find_layers(model, found)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise ValueError(
-                f"trace: what {type(model).__name__} computes cannot be read: {type(error).__name__}: {error}; "
-                "say what its parameters are with overrides={glob: role}"
+                f"trace: what {type(model).__name__} computes cannot be read: {type(error).__name__}: {error}"
             ) from error
     return _result(model, record, found)
 
@@ -92,9 +108,9 @@ def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Record
                 output = model(*args, **kwargs)
         except Exception as error:
             made = "the example" if example is not None else f"a made-up example ({_describe(kwargs or args)})"
-            raise ValueError(
-                f"trace: the forward of {type(model).__name__} raises with {made}: {type(error).__name__}: {error}; "
-                "pass what it takes: example=tensor, tuple or dict"
+            raise NotTraced(
+                f"trace: the forward of {type(model).__name__} raises with {made}: {type(error).__name__}: {error}",
+                f"give what it takes, {_GIVE}",
             ) from error
     return record, output
 
@@ -104,10 +120,8 @@ def _arguments(model: nn.Module, example: Example | None, tokens: int) -> tuple[
         try:
             return (), make_example(model, tokens)
         except ValueError as error:
-            raise ValueError(
-                f"trace: no example can be made up for {type(model).__name__}: {error}; "
-                "pass one: example=tensor, tuple of arguments or dict of keyword arguments"
-            ) from None
+            what = f"trace: no example can be made up for {type(model).__name__}: {error}"
+            raise NotTraced(what, f"give one, {_GIVE}") from None
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, (tuple, list)):
