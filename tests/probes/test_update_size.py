@@ -174,7 +174,7 @@ def test_bad_input():
         sizes.after()
     sizes.before()
     del model.transformer.ln_f.weight
-    with pytest.raises(ValueError, match=r"it has no 'transformer\.ln_f\.weight'"):
+    with pytest.raises(ValueError, match=r"which has no 'transformer\.ln_f\.weight'"):
         sizes.after()
 
 
