@@ -229,10 +229,10 @@ def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
 
     Raises:
         ValueError: for an unknown name, or an arm whose block_lr is not the one in `kwargs`.
-        TypeError: for a name that is no text, such as a model: that comes first.
+        TypeError: for a model or a constructor in place of the name.
     """
     given: Any = name
-    if not isinstance(given, str):
+    if callable(given):
         do = f": the model comes first, create_optimizer(model, {first!r})" if isinstance(first, str) else ""
         raise TypeError(f"create_optimizer: name must be text, such as 'adamw', got {kind_of(given)}{do}")
     settings = split_arm({**kwargs, "name": name})

@@ -194,8 +194,8 @@ def _value(node: ast.expr, text: str) -> Any:
 
 def _no_spelling(text: str) -> str:
     hint = nearest(text.partition("(")[0].strip(), {**BLOCK_LRS, **ABLATIONS})
-    if "+" in text and not hint:
-        hint = "; several are multiplied, as in blockwise*layer_decay"
+    if "+" in text:
+        hint = f"; several are multiplied: {text.replace('+', '*')}"
     return (
         f"{text!r} is no block_lr{hint}; there are {_all_names()}. Arguments are given by name, as in blockwise(emb=5)"
     )
