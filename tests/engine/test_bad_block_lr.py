@@ -146,7 +146,7 @@ BATCH = torch.arange(12).view(2, 6)
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
 def test_a_probe_without_batches(rule):
     model = models.build("gpt2")
-    says = "source='probe' lacks batches to measure on; give the model, or model=, and probe_batches=, a list"
+    says = "source='probe' lacks batches to measure on; give probe_batches=, a list of batches"
     refuse(ValueError, says, lambda: sharpwise.create_optimizer(model, rule, block_lr=PROBE), model)
 
 
@@ -154,7 +154,7 @@ def test_a_probe_without_a_model():
     model = models.build("gpt2")
     blocks = sharpwise.BlockMap.of(model)
     pairs = list(model.named_parameters())
-    says = "source='probe' lacks the model; give the model, or model="
+    says = "source='probe' lacks the model; give the model, first or as model=$"
     refuse(
         ValueError,
         says,

@@ -60,7 +60,9 @@ class Segment:
         if self.stride == 0:
             object.__setattr__(self, "stride", self.length)
         if self.stacked and self.dim == 0:
-            raise ValueError(f"{self.name}: a stacked parameter has its copies along dimension 0, got dim=0")
+            raise ValueError(
+                f"{self.name}: a stacked parameter has its copies along dimension 0, got dim=0; say dim=1 or more"
+            )
         end = self.start + (self.count - 1) * self.stride + self.length
         if self.start < 0 or self.count < 1 or end > out or (self.count > 1 and self.stride < self.length):
             raise ValueError(

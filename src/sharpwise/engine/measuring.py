@@ -34,11 +34,11 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
         if source.measures == "second_moment" and SECOND_MOMENT not in rule.state:
             raise ValueError(f"{who}: {without_second_moment(source, rule.name)}")
         if source.measures == "probe" and (options.probe_batches is None or not has_model):
-            lacks = "the model" if options.probe_batches is not None else "batches to measure on"
-            raise ValueError(
-                f"{who}: block_lr {source.name!r} with source='probe' lacks {lacks}; give the model, or model=, and "
-                f"probe_batches=, a list of batches as sharpwise.probes.sharpness takes them"
-            )
+            batches = "probe_batches=, a list of batches as sharpwise.probes.sharpness takes them"
+            lacks = [] if has_model else [("the model", "the model, first or as model=")]
+            lacks += [("batches to measure on", batches)] if options.probe_batches is None else []
+            what, give = (" and ".join(words) for words in zip(*lacks, strict=True))
+            raise ValueError(f"{who}: block_lr {source.name!r} with source='probe' lacks {what}; give {give}")
         if isinstance(source, PhasedLR):
             try:
                 source.phase(options.total_steps)

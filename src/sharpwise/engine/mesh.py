@@ -75,16 +75,23 @@ class Shard(Part):
         dtensor: Any = tensor
         mesh, placements = dtensor.device_mesh, tuple(dtensor.placements)
         if any(placement.is_partial() for placement in placements):
-            raise ValueError(f"a parameter is placed as {placements}: partial sums are no parameter")
+            raise ValueError(
+                f"a parameter is placed as {placements}: partial sums are no parameter; place it as Shard or "
+                f"Replicate, as fully_shard(model) does"
+            )
         here = mesh.get_coordinate()
         if here is None:
-            raise ValueError(f"a parameter lies on a mesh, {mesh}, that this process is no part of")
+            raise ValueError(
+                f"a parameter lies on a mesh, {mesh}, that this process is no part of; build the optimizer in the "
+                f"processes of the mesh alone"
+            )
         region = region_of(shape, mesh.shape, placements, here)
         held = tuple(dtensor._local_tensor.shape)
         if held != tuple(part.stop - part.start for part in region):
             raise ValueError(
                 f"a parameter of shape {shape}, placed as {placements} on a mesh of {tuple(mesh.shape)}, holds "
-                f"{held} at {here}, where {region} was expected: such placements are not supported"
+                f"{held} at {here}, where {region} was expected: such placements are not supported, those of "
+                f"fully_shard(model) are"
             )
         return Shard(shape, region, mesh, placements)
 

@@ -229,7 +229,7 @@ class BlockOptimizer(Optimizer):
             if len(set(entry.decays)) > 1 and not self.options.decoupled:
                 raise ValueError(
                     f"{self.who}: no_decay={sorted(self.no_decay)} takes a part of {entry.name}; coupled decay is for "
-                    f"whole parameters only"
+                    f"whole parameters only: name all of its roles or none, or decoupled_weight_decay=True"
                 )
             own = self.state[entry.param]
             states.complete(entry, own, self.storage, block_lr, parts)
