@@ -315,6 +315,9 @@ def _build(
         raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, or None, got {max_grad_norm!r}")
     if type(seed) is not int:
         raise TypeError(f"{who}: seed must be a whole number, got {seed!r}")
+    for key, flag in (("stochastic_rounding", stochastic_rounding), ("strict", strict)):
+        if type(flag) is not bool:
+            raise TypeError(f"{who}: {key} must be True or False, got {flag!r}")
     if compile not in (None, True, False):
         raise ValueError(f"{who}: compile must be None (where it pays), True or False, got {compile!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):

@@ -81,13 +81,12 @@ def _groups(first: Any, who: str) -> Groups:
     if all(isinstance(item, Mapping) for item in items):
         groups = [dict(item) for item in items]
         for group in groups:
-            if "params" not in group:
-                raise ValueError(f"{who}: a parameter group has no 'params', its keys are {sorted(map(str, group))}")
+            check_is_group(group, who)
             own = group["params"]
             check_ordered(own, who)
-            group["params"] = [own] if isinstance(own, Tensor) or _is_pair(own) else list(own)
+            group["params"] = [own] if isinstance(own, Tensor) or is_pair(own) else list(own)
             given = group.pop("param_names", None)
-            if given is not None and not any(_is_pair(item) for item in group["params"]):
+            if given is not None and not any(is_pair(item) for item in group["params"]):
                 if len(given) != len(group["params"]):
                     raise ValueError(
                         f"{who}: a group has {len(group['params'])} params and {len(given)} param_names; give one per "
@@ -96,6 +95,16 @@ def _groups(first: Any, who: str) -> Groups:
                 group["params"] = list(zip(given, group["params"], strict=True))
         return groups
     return [{"params": items}]
+
+
+def check_is_group(group: Any, who: str) -> None:
+    """Raise unless this is a parameter group, with tensors or (name, tensor) pairs."""
+    if not isinstance(group, Mapping) or "params" not in group:
+        got = f"a mapping of {sorted(map(str, group))[:5]}" if isinstance(group, Mapping) else kind_of(group)
+        raise TypeError(f"{who}: a parameter group is a dict with 'params', such as {{'params': [...]}}, got {got}")
+    own = group["params"]
+    if isinstance(own, nn.Module) or not isinstance(own, Iterable):
+        raise TypeError(f"{who}: the params of a group are tensors or (name, tensor) pairs, got {kind_of(own)}")
 
 
 def check_ordered(parameters: Any, who: str) -> None:
@@ -107,12 +116,12 @@ def check_ordered(parameters: Any, who: str) -> None:
         )
 
 
-def _is_pair(item: Any) -> bool:
+def is_pair(item: Any) -> bool:
     return isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
 
 
 def _named(item: Any, names: Mapping[int, str], model: nn.Module | None, who: str) -> tuple[str, Tensor]:
-    name, tensor = item if _is_pair(item) else (None, item)
+    name, tensor = item if is_pair(item) else (None, item)
     if not isinstance(tensor, Tensor):
         several = "; several models go together as torch.nn.ModuleList([...])" if isinstance(tensor, nn.Module) else ""
         raise TypeError(f"{who}: expected tensors or (name, tensor) pairs, got {kind_of(tensor)}{several}")

@@ -22,9 +22,11 @@ from sharpwise.engine.binding import (
     check_followed,
     check_gradient,
     check_group,
+    check_is_group,
     check_no_decay,
     check_ordered,
     check_shapes,
+    is_pair,
     names_of,
     no_heads,
     unexplained,
@@ -39,6 +41,7 @@ from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry, Layouts, build_entry, rehearse
 from sharpwise.engine.stepper import Stepper
+from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
@@ -116,11 +119,12 @@ class BlockOptimizer(Optimizer):
         Raises:
             ValueError: for a parameter that the model does not have, or that is in a group already.
         """
+        check_is_group(param_group, self.who)
         group = dict(param_group)
         check_ordered(group["params"], self.who)
         own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = names_of(self._model())
-        group["params"] = [i if isinstance(i, (tuple, list)) else (self._name_of(i, names), i) for i in own]
+        group["params"] = [i if is_pair(i) else (self._name_of(i, names), i) for i in own]
         present = {n for g in self.param_groups for n in g["param_names"]}
         new = [(name, tensor) for name, tensor in group["params"] if name not in self._known]
         for name, _ in group["params"]:
@@ -141,7 +145,9 @@ class BlockOptimizer(Optimizer):
         self._note_skipped()
         self._stepper = None
 
-    def _name_of(self, tensor: Tensor, names: Mapping[int, str]) -> str:
+    def _name_of(self, tensor: Any, names: Mapping[int, str]) -> str:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.who}: expected tensors or (name, tensor) pairs, got {kind_of(tensor)}")
         name = names.get(id(tensor))
         if name is None:
             raise ValueError(
@@ -295,12 +301,18 @@ class BlockOptimizer(Optimizer):
         Raises:
             ValueError: for the state of another model or rule, a missing name, or another shape.
         """
+        given: object = state_dict
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{self.who}: load_state_dict takes what state_dict() gave, got {kind_of(given)}")
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         if not {"state", "param_groups"} <= set(state_dict):
-            raise ValueError(f"{self.who}: not an optimizer's state dict: it has {sorted(map(str, state_dict))[:5]}")
+            raise ValueError(
+                f"{self.who}: not an optimizer's state dict, which has 'state' and 'param_groups': it has "
+                f"{sorted(map(str, state_dict))[:5]}"
+            )
         self._bind()
         current = [(n, p) for n, p, _ in self._parameters()]
         ids = states.saved_names(state_dict, current, self.who)
