@@ -12,6 +12,7 @@ import torch.distributed as dist
 from first_contact.fsdp_worker import set_gradients, shard, train
 from first_contact.tiny import gpt2, nanogpt
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import sharpwise
 
@@ -233,3 +234,14 @@ def test_checkpoints_of_another_model(group: None, sharded: bool) -> None:
 
 def local(tensor: Any) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def test_a_batch_shows_nothing_of_a_sharded_model(group: None) -> None:
+    """The map has to be made before."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    blocks = sharpwise.BlockMap.of(model, overrides={"*": "up"})
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"example=batch\), made before the model is sharded; or"):
+        build("adam-mini", model)
+    build("adam-mini", model, blocks=blocks)
+    build("adam-mini", model, blocks={"*": "up"})

@@ -3,6 +3,7 @@
 import logging
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -340,6 +341,8 @@ def unexplained(
         return TypeError(f"{problem}. Names alone carry none: pass the model, {who}(model, ...) or model=model{other}")
     modules = {} if model is None else {canonical_path(path): module for path, module in model.named_modules()}
     words = A_MAP if mapped or model is None else BLOCKS
+    if model is not None and any(map(is_dtensor, model.parameters())):
+        words = replace(words, batch=f"{words.batch}, made before the model is sharded")
     return Unclear(problem, *example_of(blocks.segments, modules), more=more, words=words)
 
 
