@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 from train.run_rig import prepare
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner, Result
 
 from sharpwise.cli.main import create_app
@@ -149,3 +153,24 @@ def test_relations_say_what_the_intervals_allow() -> None:
     single = Measurement("sharpness", [Estimate("sharpness", "type", k, 1.0) for k in ("VO", "Norm")])
     assert [r.holds for r in relations(single)] == ["open"]  # from one sample nothing is known
     assert json.loads(of_types(VO=1.0).to_json())["probe"] == "sharpness"
+
+
+def test_a_model_that_does_not_do_what_its_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command has no option for it, and names none."""
+
+    def swapped(self: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        made = (f(hidden_states).unflatten(-1, (-1, 12)) for f in (self.k_proj, self.q_proj, self.v_proj))
+        q, k, v = (x.transpose(1, 2) for x in made)
+        return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+    sizes = {"hidden_size": 36, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 3}
+    LlamaForCausalLM(LlamaConfig(vocab_size=31, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(LlamaAttention, "forward", swapped)
+    failed = call("spectrum", tmp_path / "model", "--out", tmp_path / "out")
+    assert failed.exit_code == 2
+    *_, last = failed.stderr.strip().splitlines()
+    assert "names and dataflow disagree about 2 parameters" in failed.stderr
+    assert last.startswith(
+        f"There is no option for it here: `sharpwise blocks {tmp_path / 'model'} --explain model.lay"
+    )
+    assert "trace=" not in failed.stderr and "overrides=" not in failed.stderr

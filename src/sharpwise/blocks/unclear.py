@@ -1,7 +1,8 @@
 """Where it is not clear what a parameter is: what a user can say, in the words of the function that was called."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,6 +84,24 @@ class Unclear(ValueError):
         """The same, said by another function."""
         problem = f"{who}: {self.problem}" if who else self.problem
         return Unclear(problem, self.name, self.role, self.do, self.more, words)
+
+
+@contextmanager
+def without_options(model: str) -> Iterator[None]:
+    """Around what makes maps for a command or a run, which goes by the `model` alone and has no option to say more.
+
+    Raises:
+        ValueError: instead of Unclear.
+    """
+    try:
+        yield
+    except Unclear as error:
+        more = f"; or, in the table [optimizer], {error.more}" if error.more else ""
+        raise ValueError(
+            f"{error.problem}{'. ' if error.do == 'say' else chr(10)}There is no option for it here: `sharpwise blocks "
+            f"{model} --explain {error.name}` shows what is known, and in Python it is said with "
+            f"{error.by(BLOCKS).saying}{more}"
+        ) from None
 
 
 def example_of(segments: Sequence[Segment], modules: Mapping[str, nn.Module]) -> tuple[str, str]:

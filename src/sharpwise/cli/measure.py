@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sharpwise.blocks.unclear import without_options
 from sharpwise.cli.errors import user_errors
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ def _measure(
         task = progress.add_task("", total=len(steps))
         for step in steps:
             progress.update(task, description="" if step is None else f"step {step}")
-            new = probe(subject, step)
+            with without_options(str(where)):
+                new = probe(subject, step)
             add(folder, new)
             found += new
             progress.advance(task)

@@ -1,8 +1,7 @@
 """From a configuration to what it names: data, model, optimizer and the plan of the run; and the rest of its values."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap
-from sharpwise.blocks.unclear import BLOCKS, Unclear
+from sharpwise.blocks.unclear import without_options
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import nearest
 from sharpwise.optim import create_optimizer
@@ -60,31 +59,17 @@ def build(config: Config, world: World = ALONE) -> Built:
     if world.size > 1:
         world.check_same("configuration", {k: v for k, v in as_flat(config).items() if k not in _OWN})
         world.check_same("model", _fingerprint(model))
-        with _in_words_of_a_run(config):
+        with without_options(config.model.init_from or config.model.name):
             blocks = BlockMap.of(model)  # of whole parameters
         world.distribute(model, plan.device)
     try:
         batches = probe_batches(config, data, plan)
-        with _in_words_of_a_run(config):
+        with without_options(config.model.init_from or config.model.name):
             optimizer = build_optimizer(config.optimizer, model, blocks, plan.schedule.total, batches)
     except TypeError as error:  # from its constructor, for values of another kind
         raise ValueError(f"the optimizer cannot be built: {error}") from error
     forward = torch.compile(model) if config.model.compile else model
     return Built(config, data, model, optimizer, plan, forward)
-
-
-@contextmanager
-def _in_words_of_a_run(config: Config) -> Iterator[None]:
-    """Of what a model leaves unclear: a run has no option to say it."""
-    try:
-        yield
-    except Unclear as error:
-        show = f"sharpwise blocks {config.model.init_from or config.model.name} --explain {error.name}"
-        more = f"; or, in the table [optimizer], {error.more}" if error.more else ""
-        raise ValueError(
-            f"{error.problem}{'. ' if error.do == 'say' else chr(10)}A run goes by the model alone; `{show}` shows "
-            f"what is known, and in Python the optimizer is told: {error.by(BLOCKS).saying}{more}"
-        ) from None
 
 
 def _build_here(config: Config, world: World) -> tuple[Config, Prepared, nn.Module, Plan]:
