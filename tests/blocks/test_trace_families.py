@@ -134,6 +134,9 @@ def test_what_takes_blocks_names_its_own_options(call: Any, who: str) -> None:
     if who == "AdamW":
         sharpwise.AdamW(model, blocks=BlockMap.of(model, trace=False))
         sharpwise.AdamW(model, blocks={name: "q", name.replace("q_proj", "k_proj"): "k"})
+    elif who == "spectrum":
+        spectrum(model, blocks=BlockMap.of(model, trace=False))
+        spectrum(model, blocks={name: "q", name.replace("q_proj", "k_proj"): "k"})
 
 
 def test_who_decides_in_a_disagreement() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import sharpwise
 from sharpwise import BlockMap
+from sharpwise.probes import UpdateSize
 from sharpwise.testing import tiny_model
 
 
@@ -154,6 +155,7 @@ def test_the_nearest_to_an_override(glob, says):
         (lambda m: sharpwise.AdamW(m, block_lr=sharpwise.PerRole({"ffn": 2})), r"'ffn' is no .*did you mean 'FFN'\?"),
         (lambda m: sharpwise.AdamW(m, block_lr="per_role(FFN=2)"), r"write per_role\(ratios=\{FFN: 2\}\)"),
         (lambda m: sharpwise.SharpnessLR(reference="norm"), r"got 'norm' .did you mean 'Norm'\?"),
+        (lambda m: UpdateSize(m, select="ffn"), r"select='ffn' matches nothing .did you mean 'FFN'\?"),
         (lambda m: sharpwise.AdamW(m, block_lr="only(blockwise, types=emb)"), r"got 'emb' .did you mean 'Emb'\?"),
     ],
 )
