@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap, Role
+from sharpwise.engine import loading
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
 from sharpwise.engine.binding import (
@@ -314,32 +315,27 @@ class BlockOptimizer(Optimizer):
                 f"{sorted(map(str, state_dict))[:5]}"
             )
         self._bind()
-        current = [(n, p) for n, p, _ in self._parameters()]
-        ids = states.saved_names(state_dict, current, self.who)
-        saved = {name: states.begun(state_dict["state"].get(ids[name], {})) for name, _ in current}
-        groups = [states.group_of_saved(g, g["param_names"], state_dict, ids, self.who) for g in self.param_groups]
-        ours = all(group.get("rule") == self.rule.name for group in state_dict["param_groups"])
-        for group, new in zip(self.param_groups, groups, strict=True):
-            self._validate({**group, **new, **{key: group[key] for key in states.FIXED if key in group}})
-        anew = states.is_of_another(self.options.block_lr, [group.pop("block_lr", None) for group in groups], self.who)
-        if anew:
-            saved = {n: {k: v for k, v in own.items() if k not in states.OF_BLOCK_LR} for n, own in saved.items()}
-        with states.undone_on_error(self):
-            for group, new in zip(self.param_groups, groups, strict=True):
+        saved = loading.read(state_dict, self.param_groups, self.rule.name, self.options.block_lr, self.who)
+        for group, new in zip(self.param_groups, saved.groups, strict=True):
+            self._validate({**group, **new})
+        with loading.undone_on_error(self):
+            for group, new in zip(self.param_groups, saved.groups, strict=True):
                 group.update(new)
-            entries = self._bind({name for name, own in saved.items() if "step" in own}).entries
+            begun = {name for name, own in saved.state.items() if "step" in own}
             pairs = [
                 pair
-                for e in entries
-                for pair in states.prepared(e, self.state[e.param], saved[e.name], self.storage, ours, self.who)
+                for e in self._bind(begun).entries
+                for pair in loading.prepared(
+                    e, self.state[e.param], saved.state[e.name], self.storage, saved.ours, self.who
+                )
             ]
             for group in state_dict["param_groups"]:
-                states.check_decay(group, self.defaults, self.who)
+                loading.check_decay(group, self.defaults, self.who)
         with torch.no_grad():
             for target, value in pairs:
                 target.copy_(value)
-        if anew:
-            states.begin_block_lr(self.state, self.param_groups, self.defaults)
+        if saved.anew:
+            loading.begin_block_lr(self.state, self.param_groups, self.defaults)
         self._stepper = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

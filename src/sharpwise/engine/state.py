@@ -1,22 +1,16 @@
-"""State of an optimizer: allocated together, saved under torch's names, loaded by name."""
+"""State of an optimizer: allocated together, under torch's names."""
 
-import copy
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
-from sharpwise.blocks import canonical_name
-from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
-from sharpwise.engine.mesh import is_dtensor, like, local
+from sharpwise.engine.mesh import like, local
 from sharpwise.engine.plan import Entry
 from sharpwise.storage import Dense
 
-logger = logging.getLogger(__name__)
 OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_after", "lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
 FIXED = ("rule", "decoupled_weight_decay", "block_lr")
@@ -90,226 +84,6 @@ def of_block_lr(
     return state
 
 
-def is_of_another(block_lr: BlockLR | None, theirs: Collection[str | None], who: str) -> bool:
-    """Whether the multipliers of a state dict, saved under `theirs`, are to be left alone; says so if they are.
-
-    Those of a fixed one may come without its name.
-    """
-    if block_lr is None or set(theirs) <= ({str(block_lr)} if block_lr.sources else {str(block_lr), None}):
-        return False
-    names = ", ".join(sorted({repr(name or "") for name in theirs}))
-    logger.warning("%s: the state is of block_lr %s; %s begins anew", who, names, block_lr)
-    return True
-
-
-def begin_block_lr(state: Any, groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Forget multipliers and what was measured; the steps of a block_lr are counted from those that were taken."""
-    taken = max((int(own["step"]) for own in state.values() if "step" in own), default=0)
-    for own in state.values():
-        for key in OF_BLOCK_LR & set(own):
-            del own[key]
-    for group in groups:
-        for key in ("lr_step", "lr_switch"):
-            group.pop(key, None)
-        if "lr_step" in defaults:
-            group |= {"lr_step": taken, "lr_switch": defaults["lr_switch"]}
-
-
-def saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]], who: str) -> dict[str, Any]:
-    """Name -> id of a saved state dict; by position only where it carries no names (plain torch).
-
-    Raises:
-        ValueError: if names are missing or unknown, or there are no names and the counts differ.
-    """
-    groups = saved["param_groups"]
-    ids = [i for group in groups for i in group["params"]]
-    if ids and all(isinstance(i, str) for i in ids):
-        # `get_optimizer_state_dict` goes by name, and `set_optimizer_state_dict` puts `params` into the order of the
-        # optimizer while `param_names` stay in the order in which they were saved.
-        names = ids
-    else:
-        names = [n for group in groups for n in group.get("param_names", ())]
-    if not names:
-        if len(ids) != len(current):
-            raise ValueError(
-                f"{who}: the state dict holds {len(ids)} parameters without names, this optimizer {len(current)}: "
-                f"it is of another model"
-            )
-        names = [name for name, _ in current]
-    for what, given in (("names", list(map(canonical_name, names))), ("numbers", ids)):
-        twice = sorted({str(one) for one in given if given.count(one) > 1}) if len(set(given)) < len(given) else []
-        if twice:
-            raise ValueError(f"{who}: the state dict {what} a parameter twice: {_few(twice)}; it is damaged")
-    by_name = dict(zip(map(canonical_name, names), ids, strict=True))
-    mine = {name for name, _ in current}
-    missing, unknown = sorted(mine - set(by_name)), sorted(set(by_name) - mine)
-    if missing or unknown:
-        raise ValueError(
-            f"{who}: the state dict is of another model: it lacks {_few(missing)} and has {_few(unknown)} "
-            f"that is not here. Parameters are matched by name"
-        )
-    return by_name
-
-
-def begun(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved state of one parameter; torch's SGD counts no steps, and holds None where momentum has not begun."""
-    held = {key: value for key, value in saved.items() if value is not None}
-    return {"step": 1.0, **held} if set(held) == {"momentum_buffer"} else held
-
-
-def check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any], ours: bool, who: str) -> None:
-    """Raise unless the saved state of one parameter fits the allocated one.
-
-    Args:
-        ours: whether the file says that this rule wrote it: what it holds besides was then put there by others.
-
-    Raises:
-        ValueError: for state of another rule, another shape, or shards of another mesh.
-        RuntimeError: for shards without the process group that reaches the others.
-    """
-    if "step" not in saved and not entry.rule.all_state.keys() & saved:
-        return  # never stepped
-    name, needed = entry.name, {"step", *entry.rule.state}
-    if needed - set(saved):
-        raise ValueError(
-            f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
-            f"{of_other_keys(saved, own)}"
-        )
-    extra = set(saved) - {"step", *entry.rule.all_state} - OF_BLOCK_LR
-    if extra and not ours:
-        raise ValueError(
-            f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
-            f"{of_other_keys(saved, own)}"
-        )
-    for key in set(own) & set(saved) - extra:
-        value = saved[key]
-        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        if shape != tuple(own[key].shape):
-            raise ValueError(
-                f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}: "
-                f"{of_other_shape(key, saved, own)}"
-            )
-        if isinstance(value, Tensor) and is_dtensor(value):
-            _check_shards(f"{who}: the saved {key} of {name}", value, own[key])
-
-
-def _check_shards(says: str, value: Any, own: Any) -> None:
-    do = (
-        "Save with torch.distributed.checkpoint, or the whole: "
-        "get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))"
-    )
-    if not torch.distributed.is_initialized():
-        raise RuntimeError(f"{says} is a shard (a DTensor), and no process group is there to reach the others. {do}")
-    if is_dtensor(own) and value.device_mesh != own.device_mesh:
-        raise ValueError(f"{says} is a shard of {value.device_mesh}, here it lies on {own.device_mesh}. {do}")
-
-
-def prepared(
-    entry: Entry, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
-) -> list[tuple[Tensor, Tensor]]:
-    """(allocated, new value) for one parameter's state, local parts; what was not saved is zero.
-
-    Nothing is copied yet. What others put there is exchanged for what they saved, as torch does with all state.
-
-    Raises:
-        ValueError, RuntimeError: as `check_entry`.
-    """
-    check_entry(entry, own, saved, ours, who)
-    known = {"step", *entry.rule.all_state, *OF_BLOCK_LR}
-    for key in set(own) - known:
-        del own[key]
-    for key in set(saved) - set(own) - OF_BLOCK_LR:
-        device = local(entry.param).device
-        value = saved[key]
-        other = value.detach().to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        own[key] = zeros(entry, key, storage) if key in known else other
-    pairs = []
-    for key in known & set(own):
-        tensor = own[key]
-        if key in saved:
-            value = torch.as_tensor(saved[key])
-            if is_dtensor(tensor):
-                value = _placed_like(value, tensor)
-            elif is_dtensor(value):
-                value = value.full_tensor()  # type: ignore[attr-defined]
-            pairs.append((local(tensor), local(value)))
-        elif key not in OF_BLOCK_LR:
-            pairs.append((local(tensor), torch.zeros_like(local(tensor))))
-    return pairs
-
-
-@contextmanager
-def undone_on_error(optimizer: Any) -> Iterator[None]:
-    """Give groups and state of an optimizer back as they were, should what is inside raise."""
-    groups = [dict(group) for group in optimizer.param_groups]
-    held = {param: dict(own) for param, own in optimizer.state.items()}
-    try:
-        yield
-    except BaseException:
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(before)
-        for param, own in list(optimizer.state.items()):
-            own.clear()
-            own.update(held.get(param, {}))
-            if param not in held:
-                del optimizer.state[param]
-        raise
-
-
-def _placed_like(value: Any, target: Any) -> Tensor:
-    """A DTensor placed as `target`, from a DTensor placed in another way or from the whole tensor."""
-    from torch.distributed.tensor import distribute_tensor
-
-    if is_dtensor(value):
-        moved: Tensor = value.redistribute(target.device_mesh, target.placements)
-        return moved
-    mine = value.to(local(target).device)
-    return distribute_tensor(mine, target.device_mesh, target.placements, src_data_rank=None)  # every process has all
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more if names else "nothing"
-
-
-def group_of_saved(
-    group: Mapping[str, Any], names: Sequence[str], saved: Mapping[str, Any], ids: Mapping[str, Any], who: str
-) -> dict[str, Any]:
-    """Hyperparameters saved for the parameters of one group.
-
-    Raises:
-        ValueError: if the parameters of the group were in saved groups with different hyperparameters.
-    """
-    home = {i: index for index, g in enumerate(saved["param_groups"]) for i in g["params"]}
-    indices = sorted({home[ids[name]] for name in names})
-    found = [
-        {
-            k: v
-            for k, v in saved["param_groups"][i].items()
-            if k not in TORCH_ONLY | {"params", "param_names", *FIXED[:2]}
-        }
-        for i in indices
-    ]
-    for other in found[1:]:
-        if any(not _same(other.get(k), v) for k, v in found[0].items()):
-            raise ValueError(
-                f"{who}: parameters that are one group here were saved in groups with different settings: "
-                f"{found[0]} and {other}. Build the optimizer with the groups it was saved with"
-            )
-    for i in indices:
-        check_rule(saved["param_groups"][i], group, who)
-    new = copy.deepcopy(found[0]) if found else {}
-    # Gathering makes lists of tuples.
-    return {k: tuple(v) if isinstance(v, list) and isinstance(group.get(k), tuple) else v for k, v in new.items()}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return bool(torch.as_tensor(a).eq(torch.as_tensor(b)).all())
-    return (tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
-
-
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], who: str) -> None:
     """Raise unless a group has all settings, and those that hold for the whole optimizer as they were given."""
     missing = sorted(set(defaults) - set(group) - TORCH_ONLY)
@@ -330,23 +104,3 @@ def refuse_variants(settings: Mapping[str, Any], says: str) -> None:
     for key in ("amsgrad", "maximize"):
         if settings.get(key):
             raise ValueError(f"{says} {key}=True, which this optimizer does not do")
-
-
-def check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
-    refuse_variants(saved, f"{who}: the state dict was saved with")
-    rule = saved.get("rule", group["rule"])
-    if rule != group["rule"]:
-        raise ValueError(f"{who}: the state dict is of another rule: {of_another_rule(rule, group['rule'])}")
-
-
-def check_decay(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
-    """Raise ValueError if a saved group decays, and not in the way of this optimizer."""
-    ours = group["decoupled_weight_decay"]
-    # torch's SGD, which alone has a dampening, does not say that it couples.
-    theirs = saved.get("decoupled_weight_decay", ours if "rule" in saved or "dampening" not in saved else False)
-    if theirs != ours and saved.get("weight_decay"):
-        how = {True: "decoupled (shrinks the parameter)", False: "coupled (added to the gradient)"}
-        raise ValueError(
-            f"{who}: the state dict was saved with weight_decay={saved['weight_decay']} {how[bool(theirs)]}, here it "
-            f"is {how[ours]}. Build an optimizer that decays so, or set weight_decay to 0 in the saved groups"
-        )
