@@ -256,6 +256,29 @@ def _duration(seconds: float) -> str:
 
 
 def _print(console: Console, result: Mapping[str, Any]) -> None:
+    """The verdict, what to know before believing it, and what to do next: as on the page."""
+    from sharpwise.compare.report.words import headline
+
+    console.print(headline(result), style="bold")
+    console.print()
+    console.print(_table(result))
+    console.print()
+    for arm in result["arms"]:
+        if arm["name"] != result["baseline"] and arm["sentence"]:
+            console.print(f"{arm['name']}: {arm['sentence']}")
+    for pair in result["ablations"]:
+        if pair["sentence"]:
+            console.print(f"{pair['arm']}, against {pair['ablation']}: {pair['sentence']}")
+    if result["caveats"]:
+        console.print("\nBefore you believe it", style="bold")
+    for note in result["caveats"]:
+        console.print(f"- {note}")
+    console.print("\nWhat to do next", style="bold")
+    console.print(result["next"]["reason"])
+    console.print(f"  {result['next']['command']}\n", soft_wrap=True)
+
+
+def _table(result: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in ("arm", "lr", "final loss", "against " + result["baseline"], "state"):
         table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
@@ -268,16 +291,4 @@ def _print(console: Console, result: Mapping[str, Any]) -> None:
             against += f" ({difference['low']:+.4f} to {difference['high']:+.4f})"
         state = "-" if arm["state_bytes"] is None else f"{arm['state_bytes'] / 2**20:.2f} MiB"
         table.add_row(arm["name"], lr, mean, against, state)
-    if not result["complete"]:
-        done, expected = result["progress"]["done"], result["progress"]["expected"]
-        console.print(f"Unfinished: {done} of about {expected} runs are done; every number may still change.")
-    console.print(table)
-    console.print()
-    for arm in result["arms"]:
-        if arm["name"] != result["baseline"] and arm["sentence"]:
-            console.print(f"{arm['name']}: {arm['sentence']}", style="bold")
-    for pair in result["ablations"]:
-        if pair["sentence"]:
-            console.print(f"{pair['arm']}, against {pair['ablation']}: {pair['sentence']}")
-    for note in result["caveats"]:
-        console.print(f"- {note}")
+    return table

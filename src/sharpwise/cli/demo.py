@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Compare AdamW, AdamW with blockwise learning rates and Adam-mini on a tiny GPT-2, and say what came out.
 
-    A small `sharpwise compare`: every arm is tuned alike, two seeds, a few minutes on two cores, no network. Stopped,
+    A small `sharpwise compare`: every arm is tuned alike, five seeds, a few minutes on two cores, no network. Stopped,
     the same command goes on; where it has ended, it shows the result.
     """
     log = Console(stderr=True, highlight=False, markup=False)

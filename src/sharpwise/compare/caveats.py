@@ -25,10 +25,22 @@ def caveats(conducted: Conducted, arms: Sequence[Arm]) -> list[str]:
         )
     for arm in arms:
         notes += _of_arm(arm)
+    far = {arm["name"]: spread(run["final_loss"] for run in arm["final"]) for arm in arms}
+    if told := [f"{name} by {apart:.3f} nats" for name, apart in far.items() if apart > FAR_APART]:
+        notes.append(
+            f"Seeds of one arm ended far apart: {', '.join(told)}. A learning rate that was best with the one seed of "
+            "the tuning may be at the edge of what is stable: learning rates closer together (lrs in the study file), "
+            "or a longer budget, would tell."
+        )
     if any((arm["mean_multiplier"] or 0) > LARGER for arm in arms):
         notes.append(
             "Multipliers above 1 make larger steps at the same lr. The lr of every arm is tuned by itself, so that "
             "this is no advantage: compare 'lr x mean factor' under Settings and costs."
+        )
+    if (count := len(arms) - 1) > 2:
+        notes.append(
+            f"Each interval is for one candidate by itself. Of {count} candidates, the one that came out best looks a "
+            "little better than it is."
         )
     return notes
 
@@ -41,11 +53,11 @@ def _of_arm(arm: Arm) -> list[str]:
             f"{arm['name']} was best at the {arm['edge']} learning rate that was tried: a {other} one might be "
             "better still, so this arm is not tuned."
         )
-    if (far := spread(run["final_loss"] for run in arm["final"])) > FAR_APART:
+    if lost := [run for run in arm["final"] if run["final_loss"] is None]:
+        at = ", ".join(f"seed {run['seed']} at step {run['stopped_at']:,}" for run in lost if run["stopped_at"])
         notes.append(
-            f"{arm['name']} ended {far:.3f} nats apart with different seeds. A learning rate that was best with the "
-            "one seed of the tuning may be at the edge of what is stable: learning rates closer together (lrs in the "
-            "study file), or a longer budget, would tell."
+            f"{arm['name']} diverged in {len(lost)} of {len(arm['final'])} final runs{f' ({at})' if at else ''}: its "
+            "loss was not a finite number any more."
         )
     if arm["tuning"] and arm["setting"] is None:
         notes.append(f"{arm['name']} diverged at every learning rate that was tried.")

@@ -10,6 +10,7 @@ import torch
 from sharpwise.compare.arms import OWN, ablations, block_lr_of, definitions, instead
 from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
 from sharpwise.compare.conduct import Conducted, expected, place_of
+from sharpwise.compare.next_step import next_step
 from sharpwise.compare.record import read_environment
 from sharpwise.compare.speedup import Speedup, speedup
 from sharpwise.compare.statistics import Difference, holm, mean_interval, paired_difference
@@ -48,7 +49,7 @@ def results(conducted: Conducted) -> Result:
     shared = as_given(make_config(study.config(Trial(study.baseline, "tune", (), 0), budget.steps)))
     for name in ("optimizer", "seed"):
         del shared[name]
-    return {
+    result = {
         "format": 1,
         "name": study.name,
         "baseline": study.baseline,
@@ -79,6 +80,7 @@ def results(conducted: Conducted) -> Result:
         "caveats": [*caveats(conducted, arms), *of_places(places), *of_horizons(conducted, arms, horizons)],
         "not_tested": not_tested(conducted),
     }
+    return {**result, "next": next_step(study, result, conducted.folder)}
 
 
 def _expected(conducted: Conducted) -> int:

@@ -22,18 +22,31 @@ def document(title: str, body: str) -> str:
     )
 
 
-def card(title: str, hint: str, content: str, *, wide: bool = False, folded: bool = False) -> str:
-    """A titled box of the grid; `content` is HTML, a click away where it is `folded`."""
+def card(
+    title: str, hint: str, content: str, *, wide: bool = False, folded: bool = False, caution: bool = False
+) -> str:
+    """A titled box of the grid; `content` is HTML, a click away where it is `folded`; `caution` sets it off."""
     hint = f'<p class="hint">{escape(hint)}</p>' if hint else ""
     inner = f"<h2>{escape(title)}</h2>\n{hint}\n{content}"
     if folded:
         inner = f"<details><summary>{escape(title)}</summary>\n{hint}\n{content}\n</details>"
-    return f'<section class="card{" wide" * wide}">\n{inner}\n</section>'
+    return f'<section class="card{" wide" * wide}{" caution" * caution}">\n{inner}\n</section>'
 
 
 def breakable(name: str) -> str:
     """A name of an arm as HTML, which may break after its signs."""
     return escape(re.sub(r"(?<=[+(_/,.-])", "\0", name)).replace("\0", "<wbr>")
+
+
+def bullets(items: Sequence[str]) -> str:
+    """Sentences as a list."""
+    return f'<ul class="plain">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
+
+
+def command(text: str) -> str:
+    """A command line to copy."""
+    words = " ".join(f"<span>{escape(word)}</span>" for word in text.split(" "))
+    return f'<pre class="command"><code>{words}</code></pre>'
 
 
 def notes(items: Sequence[str]) -> str:

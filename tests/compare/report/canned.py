@@ -261,6 +261,7 @@ def result(
             ),
         ],
         "caveats": ["One model and one text: another may order the arms differently."],
+        "next": {"reason": "These runs were short.", "command": "sharpwise compare 'runs/a b/study.toml' --budget 9"},
         "not_tested": [
             "Other model sizes, longer contexts, other texts.",
             "Settings that were not tuned: betas, warm-up, the schedule.",

@@ -41,9 +41,7 @@ def test_a_complete_study() -> None:
         "Each was tuned with the same number of trials: 5 runs to find its best learning rate.",
         "then trains again 3 times, with seeds that tuning did not use",
         "in nats per token: lower is better",
-        "2.9 tokens per parameter. Below 20 tokens per parameter a run says little about longer ones",
         "One model and one text",
-        "Of 3 candidates, the one that came out best looks a little better than it is.",
         "What was not tested",
         "Other model sizes, longer contexts, other texts.",
         "h.{0..1}.attn.c_attn.weight",
@@ -55,11 +53,32 @@ def test_a_complete_study() -> None:
     assert set(parser.ids) == CHARTS | {"chart-rates-0", "chart-rates-1"}
 
 
+def test_the_verdict_comes_first_then_the_caveats_then_the_next_command() -> None:
+    for result in (canned.result(), canned.unfinished()):
+        html, text = page.render(result), _parse(result).text
+        order = (
+            headline(result),
+            "Verdicts",
+            "Before you believe it",
+            result["caveats"][0],
+            "What was not tested",
+            result["not_tested"][-1],
+            "What to do next",
+            result["next"]["reason"],
+            result["next"]["command"],
+            "What was compared",
+            "Difference to adamw",
+        )
+        places = [text.rindex(part) if part == headline(result) else text.index(part) for part in order]
+        assert places == sorted(places)
+        assert html.count('caution"') == 1 and all(text.count(note) == 1 for note in result["caveats"])
+
+
 def test_every_run_is_there_with_its_settings_and_folder() -> None:
     result = canned.result(2, weight_decay=True)
     parser = _parse(result)
     summaries = re.findall(r"<summary>(.*?)</summary>", page.render(result))
-    folded = {"The arms as code", "Block map", "Every run", "The whole configuration"}
+    folded = {"What was not tested", "The arms as code", "Block map", "Every run", "The whole configuration"}
     assert len(summaries) == len(runs_of(result)) + len(folded)
     assert folded <= set(summaries)
     assert "tuning, lr 0.003, weight decay 0.3: <b>4.0800</b>" in summaries
@@ -205,8 +224,6 @@ def test_a_study_that_has_only_begun() -> None:
 def test_an_arm_that_diverged_everywhere() -> None:
     result = canned.result(4, lost={1: 3, 2: 1})
     parser = _parse(result)
-    assert "adamw+blockwise diverged in 3 of 3 final runs (seed 1 at step 31, seed 2 at step 32," in parser.text
-    assert "adam-mini diverged in 1 of 3 final runs (seed 1 at step 31)" in parser.text
     assert "3, 3 diverged" in parser.text
     assert "diverged at step 33" in parser.text
     assert "1 diverged" in headline(result)

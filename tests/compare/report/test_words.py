@@ -10,7 +10,7 @@ from report.parse import parse
 from compare.report import canned
 from sharpwise.compare.report import page
 from sharpwise.compare.report.runs import runs_of
-from sharpwise.compare.report.words import caveats, headline, method, speedup_words
+from sharpwise.compare.report.words import headline, method, speedup_words
 
 
 @pytest.mark.parametrize(
@@ -36,24 +36,6 @@ def test_one_seed_decides_nothing() -> None:
         == "Undecided: these runs cannot tell whether adamw+blockwise trains better or worse than adamw"
     )
     assert "trains again once, with a seed that" in " ".join(method(result))
-
-
-def test_the_short_run_is_called_short_once() -> None:
-    result = canned.result(2)
-    assert sum("tokens per parameter" in note for note in caveats(result)) == 1
-    result["caveats"].append("Short runs: 2.9 tokens per parameter, beware.")
-    assert sum("tokens per parameter" in note for note in caveats(result)) == 1
-    long = {**result, "caveats": [], "budget": {**result["budget"], "tokens_per_parameter": 20.0}}
-    assert caveats(long) == []
-
-
-def test_what_the_study_says_of_an_arm_is_not_said_again() -> None:
-    result = canned.result((0, 1))
-    for arm in result["arms"]:
-        arm["edge"] = "largest"
-    result["caveats"] = ["adamw+blockwise was best at the largest learning rate that was tried."]
-    notes = " ".join(caveats(result))
-    assert notes.count("adamw+blockwise was best") == notes.count("adamw was best") == 1
 
 
 def test_runs_of_other_horizons_have_their_seed_and_folder() -> None:

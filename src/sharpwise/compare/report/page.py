@@ -13,7 +13,7 @@ from sharpwise.compare.report.arms import Result, html_name, looks
 from sharpwise.compare.report.runs import csv_text
 from sharpwise.compare.report.sensitivity import sensitivity
 from sharpwise.files import write_whole
-from sharpwise.report.skeleton import PAGE_NAME, card, chart, document, facts, notes
+from sharpwise.report.skeleton import PAGE_NAME, bullets, card, chart, command, document, facts
 from sharpwise.report.words import moment
 
 JSON_NAME, CSV_NAME = "result.json", "result.csv"
@@ -52,22 +52,22 @@ def render(result: Result) -> str:
         "<header>",
         f'<p class="kicker">Comparison of optimizers: {escape(result["name"])}</p>',
         f"<h1>{escape(words.headline(result))}</h1>",
-        *(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in words.method(result)),
         ""
         if result["complete"]
         else f'<p class="state running"><strong>unfinished</strong> {escape(words.status(result))}</p>',
-        notes(found) if (found := words.caveats(result)) else "",
         "</header>",
         '<div class="grid">',
-        card("The arms", "", tables.definitions(result), wide=True),
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
+        _caveats(result),
+        _next(result),
+        card("What was compared", "", _method(result), wide=True),
         _ablations(result),
         *_charts(result),
         card("Results", RESULTS_HINT, tables.results(result), wide=True),
         card("Settings and costs", _costs_hint(result), tables.costs(result), wide=True),
         _tried(result),
         _rates(result),
-        *_told(result),
+        _code(result),
         _blocks(result),
         card(
             "Every run",
@@ -84,6 +84,25 @@ def render(result: Result) -> str:
         "This file needs no network.</p>",
     )
     return document(f"{result['name']}: {words.headline(result)}", "\n".join(part for part in parts if part))
+
+
+def _caveats(result: Result) -> str:
+    """All that a reader has to know before believing it, in one box."""
+    untested = result["not_tested"]
+    more = f"<details><summary>What was not tested</summary>{bullets(untested)}</details>" if untested else ""
+    return card("Before you believe it", "", bullets(result["caveats"]) + more, wide=True, caution=True)
+
+
+def _next(result: Result) -> str:
+    step = result["next"]
+    return card(
+        "What to do next", "", f'<p class="lead">{escape(step["reason"])}</p>{command(step["command"])}', wide=True
+    )
+
+
+def _method(result: Result) -> str:
+    paragraphs = "".join(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in words.method(result))
+    return paragraphs + tables.definitions(result)
 
 
 def _verdict_hint(result: Result) -> str:
@@ -190,12 +209,10 @@ def _rates(result: Result) -> str:
     return card("Learning rate of each block type", hint, f'<div class="three">{"".join(parts)}</div>', wide=True)
 
 
-def _told(result: Result) -> list[str]:
-    untested = "".join(f"<li>{escape(item)}</li>" for item in result["not_tested"])
+def _code(result: Result) -> str:
     codes = {arm["name"]: arm["code"] for arm in result["arms"] if arm["code"]}
     code = facts(codes.items(), code=codes)
-    cards = [card("What was not tested", "", f'<ul class="plain">{untested}</ul>', wide=True)] if untested else []
-    return [*cards, card("The arms as code", "What to write to get the same.", code, wide=True, folded=True)]
+    return card("The arms as code", "What to write to get the same.", code, wide=True, folded=True)
 
 
 def _blocks(result: Result) -> str:

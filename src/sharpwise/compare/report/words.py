@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sharpwise.compare.report.arms import Arm, Result, baseline_of, candidates, diverged
-from sharpwise.report.words import USUAL_TOKENS_PER_PARAMETER, short
+from sharpwise.report.words import short
 
 VERDICTS = {
     "baseline": "baseline",
@@ -120,43 +120,6 @@ def _tuning(result: Result) -> str:
         return f"Each was tuned with the same number of trials: {counts[0]} runs to find its best {what}."
     had = f"{counts[0]} each" if len(counts) == 1 else f"between {counts[0]} and {counts[-1]}"
     return f"Each gets the same number of trials, runs to find its best {what}; so far they had {had}."
-
-
-def caveats(result: Result) -> list[str]:
-    """What a reader has to know before concluding anything: what the study says, and what the page sees itself."""
-    found = list(result["caveats"])
-    told = " ".join(found)
-    ratio = result["budget"]["tokens_per_parameter"]
-    if ratio < USUAL_TOKENS_PER_PARAMETER and "tokens per parameter" not in told:
-        found.insert(
-            0,
-            f"Short runs: {ratio:.2g} tokens per parameter. Below {USUAL_TOKENS_PER_PARAMETER} tokens per parameter a "
-            "run says little about longer ones: what is ahead early may fall behind later.",
-        )
-    for arm in result["arms"]:
-        if arm["edge"] and not _said(result, arm, arm["edge"]):
-            other = "smaller" if arm["edge"] == "smallest" else "larger"
-            found.append(
-                f"{arm['name']} was best at the {arm['edge']} learning rate tried; a {other} one might be better still."
-            )
-        lost = [run for run in arm["final"] if run["final_loss"] is None]
-        if lost and not _said(result, arm, "diverged"):
-            at = ", ".join(f"seed {run['seed']} at step {run['stopped_at']:,}" for run in lost if run["stopped_at"])
-            found.append(
-                f"{arm['name']} diverged in {len(lost)} of {len(arm['final'])} final runs{f' ({at})' if at else ''}: "
-                "its loss was not a finite number any more."
-            )
-    if len(candidates(result)) > 2:
-        found.append(
-            f"Each interval is for one candidate by itself. Of {len(candidates(result))} candidates, the one that came "
-            "out best looks a little better than it is."
-        )
-    return found
-
-
-def _said(result: Result, arm: Arm, word: str) -> bool:
-    """Whether a caveat of the study is about this of the arm already."""
-    return any(note.startswith(f"{arm['name']} ") and word in note for note in result["caveats"])
 
 
 def together(result: Result) -> str:
