@@ -28,6 +28,7 @@ help:
 
 demo: $(VENV)/demo
 	$(BIN)/sharpwise demo $(if $(OUT),--out $(OUT))
+	@echo 'In this clone the command is $(BIN)/sharpwise.'
 
 test: $(VENV)/dev
 	$(PYTEST) -m 'not slow'

@@ -17,6 +17,7 @@ from sharpwise.cli.main import create_app
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.compare import demo
 from sharpwise.compare.recipes import find_recipe, list_recipes
+from sharpwise.compare.report.words import headline
 from sharpwise.compare.study import make_study
 from sharpwise.train.config_file import read_given
 from sharpwise.train.data import prepare_tokens
@@ -55,6 +56,14 @@ def test_a_study_by_flags_goes_from_arms_to_page(data: Path, tmp_path: Path) -> 
     }
     found = json.loads((out / "result.json").read_text())
     assert [arm["name"] for arm in found["arms"]] == ["adamw", "adamw+blockwise"]
+    # The verdict, one list of caveats, the next command: as on the page.
+    said = " ".join(outcome.stdout.split())
+    parts = (headline(found), "Before you believe it", *found["caveats"], "What to do next", found["next"]["command"])
+    places = [said.index(part) for part in (*parts, "The page:")]
+    assert places == sorted(places) and places[0] == 0
+    # What was tuned is a configuration to train by.
+    config = out / found["arms"][1]["final"][0]["folder"] / "config.toml"
+    assert _sharpwise("train", config, "--out", tmp_path / "alone").exit_code == 0
     # The same command, and the folder alone, go on with it: there is nothing left to do.
     before = (out / "study.db").read_bytes()
     for again in (["adamw", "adamw+blockwise", "--budget", "1600", *_arguments(data, out)], ["--out", out]):
@@ -156,6 +165,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VOCABULARY", 300)
     monkeypatch.setattr(demo, "SEQUENCES", 2)
     monkeypatch.setattr(demo, "CONTEXT", 16)
+    monkeypatch.setattr(demo, "SEEDS", 2)
 
 
 @pytest.mark.usefixtures("tiny")
