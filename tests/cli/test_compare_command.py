@@ -184,10 +184,16 @@ def test_the_demo_from_text_to_page_and_again(tmp_path: Path) -> None:
     for arm in demo.ARMS:
         assert arm in html
         assert arm in outcome.stdout
-    started = time.monotonic()
+    before = (out / "study.db").read_bytes()
     again = _sharpwise("demo", "--data", text, "--out", out, "--steps", 50, "--jobs", 1)
     assert again.exit_code == 0, again.output
-    assert time.monotonic() - started < 60
+    assert (out / "study.db").read_bytes() == before
+    # With a seed more it is still the demo; with other steps it is not.
+    more = _sharpwise("compare", out / "study.toml", "--seeds", 3, "--out", out, "--jobs", 1)
+    assert more.exit_code == 0, more.output
+    again = _sharpwise("demo", "--data", text, "--out", out, "--steps", 50, "--jobs", 1)
+    assert again.exit_code == 0, again.output
+    assert "3 seeds" in again.stdout
     other = _sharpwise("demo", "--data", text, "--out", out, "--steps", 60, "--jobs", 1)
     assert other.exit_code == 2
     assert "holds another study" in other.stderr

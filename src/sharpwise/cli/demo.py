@@ -29,7 +29,7 @@ def demo(
     """Compare AdamW, AdamW with blockwise learning rates and Adam-mini on a tiny GPT-2, and say what came out.
 
     A small `sharpwise compare`: every arm is tuned alike, five seeds, a few minutes on two cores, no network. Stopped,
-    the same command goes on; where it has ended, it shows the result.
+    the same command goes on; where it has ended, it shows the result, with what `sharpwise compare` added since.
     """
     log = Console(stderr=True, highlight=False, markup=False)
     keep_large_blocks()  # before torch allocates
@@ -37,6 +37,7 @@ def demo(
     try:
         with user_errors():
             with log.status("Reading the text and learning its tokens"):
+                from sharpwise.compare.conduct import extends
                 from sharpwise.compare.demo import demo_data, demo_study
 
                 corpus = demo_data(data, out / "data")
@@ -44,7 +45,8 @@ def demo(
             log.print(
                 f"{about['source']}: {about['documents']:,} documents, {about['train_tokens']:,} tokens to train on"
             )
-            result, page = conduct_and_write(log, demo_study(corpus.folder, steps), out, jobs)
+            study = demo_study(corpus.folder, steps)
+            result, page = conduct_and_write(log, None if extends(out, study) else study, out, jobs)
     except KeyboardInterrupt:
         log.print("Stopped; what was trained is kept, and the same command goes on.")
         raise typer.Exit(130) from None

@@ -98,6 +98,12 @@ def open_study(given: Mapping[str, Any] | None, folder: Path) -> Study:
     return study
 
 
+def extends(folder: Path, given: Mapping[str, Any]) -> bool:
+    """Whether the folder holds that study, perhaps with more arms or seeds."""
+    path = folder / "study.toml"
+    return path.exists() and not differences(make_study(given), make_study(read_given(path, "study")))
+
+
 def conduct(
     study: Study,
     folder: Path,
