@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from sharpwise.cli.main import create_app
 
@@ -61,8 +60,7 @@ def test_commands_print_what_the_readme_shows() -> None:
     for line, output in shown:
         command, _, tail = line.partition(" | ")
         assert tail in ("", "tail -n 1")
-        run = subprocess.run(
-            [sys.executable, "-m", "sharpwise", *shlex.split(command)], capture_output=True, text=True, check=True
-        )
-        printed = run.stdout.splitlines()[-1:] if tail else run.stdout.splitlines()
+        outcome = CliRunner().invoke(create_app(), shlex.split(command))
+        assert outcome.exit_code == 0, outcome.output
+        printed = outcome.stdout.splitlines()[-1:] if tail else outcome.stdout.splitlines()
         assert [row.rstrip() for row in printed] == output.splitlines()

@@ -64,7 +64,7 @@ def test_what_is_undecided_gets_the_seeds_that_decide_it(data: Path, tmp_path: P
     given_again(result, tmp_path / "study")
     words = words_of(result)
     seeds = int(words[words.index("--seeds") + 1])
-    assert 3 < seeds <= 100
+    assert 3 < seeds <= 20
     assert f"{(seeds - 3) * 4} runs more" in result["next"]["reason"]  # two arms, the baseline on two other horizons
     more = conducted(study(data, seeds=seeds), tmp_path / "study", loss)
     assert more["arms"][1]["verdict"] == "better"

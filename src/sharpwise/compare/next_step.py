@@ -9,10 +9,11 @@ from sharpwise.block_lr import Ablation
 from sharpwise.compare.arms import block_lr_of
 from sharpwise.compare.statistics import seeds_needed
 from sharpwise.compare.study import TOKENS_PER_PARAMETER, Study
-from sharpwise.compare.verdict import MANY
 
 LONGER = 4
 """Times the tokens of the next study, where runs were short."""
+FEW = 20
+"""More seeds than this are no next step: what takes so many to see is small, or the seeds differ too much."""
 
 
 def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -40,11 +41,12 @@ def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str
         )
     if (seeds := _seeds(study, candidates)) is not None:
         undecided = " and ".join(seeds[1])
+        counted = " (more than each verdict says, as there are several)" if len(candidates) > 1 else ""
         more = (seeds[0] - study.seeds) * (len(study.arms) + len(study.horizons))
         return _step(
-            f"Undecided: {undecided}. {seeds[0]} seeds would most likely tell, if the true gap is as large as the one "
-            f"seen, or as the margin. That is {more} runs more. Keep to that number: adding seeds until something is "
-            "significant finds it by chance.",
+            f"Undecided: {undecided}. {seeds[0]} seeds would most likely tell{counted}, if the true gap is as large as "
+            f"the one seen, or as the margin. That is {more} runs more. Keep to that number: adding seeds until "
+            "something is significant finds it by chance.",
             f"{stored} --seeds {seeds[0]} {here}",
         )
     if names := _without_ablations(study, result):
@@ -83,7 +85,7 @@ def _unstable(study: Study, arms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _seeds(study: Study, candidates: list[Mapping[str, Any]]) -> tuple[int, list[str]] | None:
-    """How many seeds would decide what is undecided, and of which arms; None if none is, or if no number would do."""
+    """How many seeds would decide what is undecided, and of which arms; None if none is, or if `FEW` would not."""
     found = {}
     for arm in candidates:
         difference = arm["difference"]
@@ -92,7 +94,7 @@ def _seeds(study: Study, candidates: list[Mapping[str, Any]]) -> tuple[int, list
             level = 1 - 0.05 / len(candidates)
             gap = max(abs(difference["mean"]), study.margin)
             found[arm["name"]] = max(seeds_needed(difference["sd"], gap, level=level), study.seeds + 1)
-    found = {name: seeds for name, seeds in found.items() if seeds <= MANY}
+    found = {name: seeds for name, seeds in found.items() if seeds <= FEW}
     return (max(found.values()), list(found)) if found else None
 
 
