@@ -155,6 +155,43 @@ def test_the_share_of_negative_eigenvalues_knows_how_coarse_it_is(steps):
     assert abs(share.value - true) <= share.error
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("name", ["even", "outliers", "of a model"])
+def test_shares_cover_the_exact_ones_as_often_as_they_say(name, steps):
+    """Ends in the middle of the spectrum, where a node stands for eigenvalues on both sides."""
+    matrix = Dense(exact().hessian) if name == "of a model" else with_spectrum(SPECTRA[name])
+    values = np.sort(torch.linalg.eigvalsh(matrix.matrix).numpy())
+    middle, step = values[len(values) // 2], 1e-3 * np.ptp(values)
+    ends = [
+        (np.quantile(values, 0.3) + 1e-9, np.quantile(values, 0.7) - 1e-9),
+        (-np.inf, np.quantile(values, 0.5) + 1e-9),
+        (np.quantile(values, 0.9) - 1e-9, np.inf),
+        (middle - step, middle + step),
+    ]
+    truth = [np.mean((values >= low) & (values <= high)) for low, high in ends]
+    inside = []
+    for seed in range(20):
+        found = [probes.density(matrix, samples=10, steps=steps, seed=seed).share(*end) for end in ends]
+        inside.append([abs(share - true) <= error for (share, error), true in zip(found, truth, strict=True)])
+        assert all(0 <= error <= 1 for _, error in found)
+    rates = np.mean(inside, axis=0)
+    assert all(rate >= 0.9 for rate in rates), rates
+
+
+def test_a_share_between_isolated_nodes_is_known_as_before():
+    """What coarseness adds is the weight of the nodes next to an end, and nothing where the end is open."""
+    found = probes.density(with_spectrum(SPECTRA["outliers"]), samples=10, steps=30, seed=1)
+    assert found.share(-np.inf, np.inf) == pytest.approx((1, 0), abs=1e-9)
+    share, error = found.share(20, np.inf)  # 50 and 400 are nodes of their own, and 5
+    alone = (found.weights * (found.nodes >= 20)).sum(1)
+    next_to_it = [w[np.abs(n - 5) < 1].sum() for n, w in zip(found.nodes, found.weights, strict=True)]
+    assert share == pytest.approx(alone.mean())
+    assert error < 3 * alone.std(ddof=1) / np.sqrt(10) + max(np.mean(next_to_it), alone.mean())
+    for ends in ((1.0, 0.0), (np.nan, 1.0), (0.0, np.nan)):
+        with pytest.raises(ValueError, match="expected low <= high, got low="):
+            found.share(*ends)
+
+
 def test_a_density_comes_back_from_json():
     found = probes.density(with_spectrum(SPECTRA["even"]), samples=3, steps=7)
     back = probes.Density.of(probes.Measurement.from_json(found.at(5).to_json()))

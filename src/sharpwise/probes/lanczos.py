@@ -20,7 +20,6 @@ Lin, Saad and Yang, arXiv 1308.5467, and Ghorbani, Krishnan and Xiao, arXiv 1901
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -28,10 +27,12 @@ import torch
 from torch import Tensor
 
 from sharpwise.probes.draws import FEWEST, Draws, check_count, check_rtol, not_reached
-from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_interval, t_quantile
+from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_quantile
 from sharpwise.probes.products import Operator
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
+ROUNDING = 1e-6
+"""Eigenvalues closer than this part of the largest are not told apart."""
 
 
 class Lanczos:
@@ -232,12 +233,17 @@ class Density(Measurement):
         return x, each.mean(0), _half_width(each)
 
     def share(self, low: float, high: float) -> tuple[float, float | None]:
-        """Part of the eigenvalues within [low, high], and half the width of its 95% interval over the start vectors.
+        """Part of the eigenvalues within [low, high], and half the width of its 95% interval (None from one vector).
 
-        Coarse: a node stands for all eigenvalues around it, so that ends in a gap between nodes are best.
+        The interval is over the start vectors, and wider by what so few steps cannot tell apart: a node stands for all
+        eigenvalues around it. Between nodes of little weight an end costs little; at -inf or inf it costs nothing.
+
+        Raises:
+            ValueError: low is above high, or one of them is no number.
         """
-        inside = (self.nodes >= low) & (self.nodes <= high)
-        return t_interval(list((self.weights * inside).sum(1)))
+        if not low <= high:
+            raise ValueError(f"share: expected low <= high, got low={low!r}, high={high!r}")
+        return _share(self.nodes, self.weights, low, high, self[0].elements)
 
     def _range(self) -> tuple[float, float]:
         some = self.nodes[self.weights > 0]
@@ -313,31 +319,55 @@ def _curve_error(nodes: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _moments(nodes: np.ndarray, weights: np.ndarray, dim: int) -> list[Estimate]:
-    def estimate(quantity: str, each: np.ndarray, of: Literal["mean", "root"] = "mean") -> Estimate:
-        draws = Draws(of)
-        for one in each:
-            draws.add(np.array([one]))
-        value, error = draws.interval()
-        half = None if error is None else float(error[0])
-        return Estimate(quantity, "model", "model", float(value[0]), half, samples=len(each), elements=dim)
+    def estimate(quantity: str, value: float, error: float | None) -> Estimate:
+        return Estimate(quantity, "model", "model", value, error, samples=len(nodes), elements=dim)
 
-    mean, square = (weights * nodes).sum(1), (weights * nodes**2).sum(1)
-    zero = -1e-6 * np.abs(nodes).max()  # what rounding has left of a zero is not negative
-    share = estimate("share of negative eigenvalues", (weights * (nodes < zero)).sum(1))
-    if share.error is not None:
-        share = replace(share, error=share.error + _coarseness(nodes, weights, zero))
-    return [estimate("mean eigenvalue", mean), estimate("root mean square eigenvalue", square, "root"), share]
+    zero = -ROUNDING * np.abs(nodes).max()  # what rounding has left of a zero is not negative
+    return [
+        estimate("mean eigenvalue", *_interval((weights * nodes).sum(1))),
+        estimate("root mean square eigenvalue", *_interval((weights * nodes**2).sum(1), "root")),
+        estimate(
+            "share of negative eigenvalues", *_share(nodes, weights, -np.inf, float(np.nextafter(zero, -np.inf)), dim)
+        ),
+    ]
 
 
-def _coarseness(nodes: np.ndarray, weights: np.ndarray, at: float) -> float:
-    """How far the weight of the nodes below a point may be off, in the mean over vectors.
+def _interval(each: np.ndarray, of: Literal["mean", "root"] = "mean") -> tuple[float, float | None]:
+    draws = Draws(of)
+    for one in each:
+        draws.add(np.array([one]))
+    value, error = draws.interval()
+    return float(value[0]), None if error is None else float(error[0])
 
-    A node stands for eigenvalues around it, also some beyond the point: by Chebyshev, Markov and Stieltjes no more than
-    its own weight, and only of the nodes next to the point.
+
+def _share(nodes: np.ndarray, weights: np.ndarray, low: float, high: float, dim: int) -> tuple[float, float | None]:
+    """The weight of the nodes within [low, high], mean over vectors, and half the width of its 95% interval."""
+    value, error = _interval((weights * ((nodes >= low) & (nodes <= high))).sum(1))
+    if error is None:
+        return value, None
+    return value, min(error + _coarseness(nodes, weights, low, high, dim), max(value, 1 - value))  # it is from 0 to 1
+
+
+def _coarseness(nodes: np.ndarray, weights: np.ndarray, low: float, high: float, dim: int) -> float:
+    """How far the weight of the nodes within [low, high] may be off, in the mean over vectors.
+
+    A node stands for eigenvalues around it, also some beyond an end: by Chebyshev, Markov and Stieltjes no more than
+    its own weight, and only the nodes next to the end. Where the process came to its end, nodes are eigenvalues, and
+    rounding alone may put one on the wrong side.
     """
-    below = [w[n < at][-1] if (n < at).any() else 0.0 for n, w in zip(nodes, weights, strict=True)]
-    above = [w[n >= at][0] if (n >= at).any() else 0.0 for n, w in zip(nodes, weights, strict=True)]
-    return float(max(np.mean(below), np.mean(above)))
+    near = ROUNDING / 2 * np.abs(nodes).max()
+    too_much, too_little = np.zeros(len(nodes)), np.zeros(len(nodes))
+    for row, (n, w) in enumerate(zip(nodes, weights, strict=True)):
+        used = int(np.searchsorted(n, n[-1])) + 1  # after it the last one is repeated
+        ended = used < len(n) or len(n) == dim
+        n, w, within = n[:used], w[:used], near if ended else np.finfo(float).max  # an open end is farther
+        at_low, at_high = (np.pad(np.where(np.abs(n - end) <= within, w, 0.0), 1) for end in (low, high))
+        first, last = int(np.searchsorted(n, low, "left")) + 1, int(np.searchsorted(n, high, "right"))
+        too_little[row] = at_low[first - 1] + at_high[last + 1]
+        if first <= last:
+            both = at_low[first], at_high[last]
+            too_much[row] = sum(both) if first < last else max(both)
+    return float(max(too_much.mean(), too_little.mean()))
 
 
 def _smooth(x: np.ndarray, nodes: np.ndarray, weights: np.ndarray, sigma: float) -> np.ndarray:
