@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from environment import environment
+from intervals import bootstrap, within_rounds
 from shapes import FULL, QUICK, Shape, model_with_gradients
-from step_time import bootstrap, in_turns, timed, within_rounds
+from step_time import in_turns, timed
 from torch import nn
 from torch.nn import functional as F
 
@@ -149,7 +150,7 @@ def state_bytes() -> dict[str, Any]:
 
 
 def ratio(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "interval": bootstrap(values)}
+    return {"median": statistics.median(values), "interval": bootstrap([values])}
 
 
 def show(title: str, found: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from environment import environment
+from intervals import bootstrap, within_rounds
 from shapes import FULL, QUICK, NanoGPT
-from step_time import bootstrap, within_rounds
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -135,7 +135,7 @@ def measure(place: Callable[[nn.Module, DeviceMesh], nn.Module], args: argparse.
                 "arm": name,
                 "milliseconds": 1e3 * statistics.median(own),
                 "ratio": statistics.median(ratios),
-                "interval": bootstrap(ratios),
+                "interval": bootstrap([ratios]),
                 **traffic[name],
                 "gradient_bytes": gradients,
                 "of_gradient_traffic": 2 * traffic[name]["bytes"] / gradients,

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from environment import environment, version
 from first_step import status_kib
-from step_time import bootstrap, within_rounds
+from intervals import bootstrap, within_rounds
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -188,7 +188,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, Any]:
         rows[name] = {
             "median_ms": 1e3 * statistics.median(seconds),
             "ratio": statistics.median(ratios),
-            "ratio_95": bootstrap(ratios),
+            "ratio_95": bootstrap([ratios]),
             "seconds": seconds,
         }
     return rows
@@ -336,7 +336,7 @@ def bounded(result: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _ratio(rows: Mapping[str, Any], arm: str, base: str, bound: float) -> Figure:
     ratios = within_rounds(rows[arm]["seconds"], rows[base]["seconds"])
-    return statistics.median(ratios), bootstrap(ratios), bound
+    return statistics.median(ratios), bootstrap([ratios]), bound
 
 
 def show(vocabulary: int, rows: dict[str, Any]) -> None:

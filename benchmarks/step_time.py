@@ -2,17 +2,19 @@
 
     python benchmarks/step_time.py              everything, result in benchmarks/results/step_time.json
     python benchmarks/step_time.py --quick      a small shape, to see that it runs; saves nothing
+    python benchmarks/step_time.py --again      medians and intervals anew from the saved rounds; times nothing
 
 The arms take turns, in an order that rotates from round to round, on the same parameters and gradients (each arm has
 its state). Each is timed between two steps of torch's fused AdamW, and its ratio is to the mean of these two, so that
 a slower moment of the machine falls on both sides of it. Slow arms take part in every third round. Where state lies in
-memory differs from process to process and moves ratios by some percent: the rounds are those of six processes.
+memory differs from process to process and moves ratios, so that rounds of one process are alike and those of another
+are not: the rounds are those of six processes, a ratio is the median over processes of the median of their rounds, and
+its interval draws processes, then rounds of each.
 """
 
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from arms import ARMS, BASE, CLIPPED_BASE, COLD, LR, PAIRS, TINY_ARMS, WEIGHT_DECAY, state_bytes
 from environment import environment
+from intervals import over_processes, within_rounds
 from shapes import FULL, LAYOUTS, QUICK, Shape, model_with_gradients
 
 import sharpwise
@@ -46,7 +49,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help=f"in each of {PROCESSES} processes")
     parser.add_argument("--only", action="append", help="substring of the arms to time (with the base); saves nothing")
     parser.add_argument("--skip-cold", action="store_true", help="no fresh processes; saves nothing")
+    parser.add_argument("--again", action="store_true", help="summarize the saved rounds anew; times nothing")
     args = parser.parse_args()
+    path = HERE / "results" / f"{args.name}.json"
+    if args.again:
+        save(path, again(json.loads(path.read_text())))
+        return
     torch.set_num_threads(args.threads)
     shape, processes = (QUICK, 1) if args.quick else (FULL, PROCESSES)
 
@@ -54,7 +62,7 @@ def main() -> None:
     result |= {"processes": processes, "rounds": args.rounds, "layouts": {}}
     for layout in LAYOUTS:
         times, sizes = time_processes(processes, layout, shape, args.rounds, args.only, args.threads)
-        result["layouts"][layout] = summary(times, sizes, shape, layout)
+        result["layouts"][layout] = summary(times, sizes, shape, layout, args.rounds)
         show_steps(layout, result["layouts"][layout])
     if not args.skip_cold:
         result["fresh_process"] = fresh_processes(args.quick, args.threads, args.only)
@@ -69,14 +77,31 @@ def main() -> None:
     if args.quick or args.only or args.skip_cold:
         print("\nNothing saved: this was not a full run.")
         return
-    path = HERE / "results" / f"{args.name}.json"
+    save(path, result)
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nSaved {path.relative_to(HERE.parent)}")
 
 
+def again(result: dict[str, Any]) -> dict[str, Any]:
+    """The same rounds, their medians and intervals as this version of the script tells them."""
+    shape, here = Shape(**result["shape"]), environment()
+    for layout, old in result["layouts"].items():
+        times = {name: Timed(**taken) for name, taken in old["taken"].items()}
+        sizes = {name: row["state_bytes"] for name, row in old["arms"].items() if row["state_bytes"] is not None}
+        result["layouts"][layout] = summary(times, sizes, shape, layout, result["rounds"])
+        show_steps(layout, result["layouts"][layout])
+    return {**result, "summarized_again": {key: here[key] for key in ("date", "commit")}}
+
+
 class Timed(NamedTuple):
-    """Seconds of one arm: its own, and the mean of the base before and after, in the rounds in which it took part."""
+    """Seconds of one arm: its own, and the mean of the base before and after, in the rounds in which it took part.
+
+    Rounds are counted through: round r of process p is p * (rounds of a process) + r.
+    """
 
     rounds: list[int]
     seconds: list[float]
@@ -166,7 +191,7 @@ def clipped(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], no
     return run
 
 
-def summary(times: dict[str, Timed], sizes: dict[str, int], shape: Shape, layout: str) -> dict[str, Any]:
+def summary(times: dict[str, Timed], sizes: dict[str, int], shape: Shape, layout: str, rounds: int) -> dict[str, Any]:
     """Medians, ratios with a bootstrap interval, and time over the time that the bytes alone need."""
     with torch.device("meta"):
         elements = sum(p.numel() for p in LAYOUTS[layout](shape).parameters())
@@ -174,40 +199,28 @@ def summary(times: dict[str, Timed], sizes: dict[str, int], shape: Shape, layout
     traffic = {arm.name: arm.bytes_per_element for arm in ARMS}
     rows: dict[str, Any] = {}
     for name, taken in times.items():
-        ratios = list(taken.ratios().values())
         rows[name] = {
             "median_ms": 1e3 * statistics.median(taken.seconds),
             "min_ms": 1e3 * min(taken.seconds),
             "max_ms": 1e3 * max(taken.seconds),
-            "ratio": statistics.median(ratios),
-            "ratio_95": bootstrap(ratios),
+            **over_processes(taken.ratios(), rounds),
             "state_bytes": sizes.get(name),
         }
         if name in traffic:
             rows[name]["bytes_moved"] = traffic[name] * elements
             rows[name]["over_floor"] = statistics.median(taken.seconds) * bandwidth / (traffic[name] * elements)
-    pairs = {f"{arm} / {other}": pair(times[arm], times[other]) for arm, other in PAIRS if {arm, other} <= set(times)}
+    pairs = {
+        f"{arm} / {other}": pair(times[arm], times[other], rounds) for arm, other in PAIRS if {arm, other} <= set(times)
+    }
     taken_by_arm = {name: taken._asdict() for name, taken in times.items()}
     return {"parameters": elements, "axpy_bytes_per_s": bandwidth, "arms": rows, "pairs": pairs, "taken": taken_by_arm}
 
 
-def pair(arm: Timed, other: Timed) -> dict[str, Any]:
+def pair(arm: Timed, other: Timed, rounds: int) -> dict[str, Any]:
     """The ratio of two arms in the rounds that both took part in, each by the base beside it."""
     theirs = other.ratios()
-    ratios = [ratio / theirs[number] for number, ratio in arm.ratios().items() if number in theirs]
-    return {"ratio": statistics.median(ratios), "ratio_95": bootstrap(ratios)}
-
-
-def within_rounds(numerators: list[float], denominators: list[float]) -> list[float]:
-    """Ratios of what was timed in the same round."""
-    return [n / d for n, d in zip(numerators, denominators, strict=True)]
-
-
-def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
-    """95% interval of the median."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return [medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]]
+    ratios = {number: ratio / theirs[number] for number, ratio in arm.ratios().items() if number in theirs}
+    return over_processes(ratios, rounds)
 
 
 def fresh_processes(quick: bool, threads: int, only: list[str] | None) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from environment import environment
+from intervals import bootstrap, within_rounds
 from rich.console import Console
-from step_time import bootstrap, within_rounds
 from torch.nn import functional as F
 
 from sharpwise.cli.malloc import keep_large_blocks
@@ -130,7 +130,7 @@ def time_model(name: str, data: Path, optimizer: dict[str, Any], args: argparse.
         "tokens_per_second": per_step / statistics.median(mine),
         "minimal_tokens_per_second": per_step / statistics.median(theirs),
         "ratio": statistics.median(ratios),
-        "interval": bootstrap(ratios),
+        "interval": bootstrap([ratios]),
     }
     if args.device == "cuda":
         peak = next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), None)

@@ -16,12 +16,12 @@ aspect of 4. `shape_corrected=True` subtracts that of a random matrix of the sam
 is then noise, which the mapping spreads over all of s1 to s2; start it later, where that matters.
 
 Departs: fused matrices are taken by segment, experts by the mean of their alphas. Matrices without an alpha (fewer than
-50 eigenvalues, half of them zero, all alike) have 1, and no part in min and max. The released code leaves those of fewer
-than 50 eigenvalues at 1 too, but only after the embedding and the head were given the largest alpha of all, theirs
-included, and these two stay in its scale: where a small matrix (a router, a projection to few rows) has the largest alpha,
-no other matrix there reaches s2, and all are nearer to s1 than here. The released code also averages the learning rate,
-not the multiplier, over the 50 steps, which differs by the slope of the schedule, and drops the measurement at its last
-step.
+50 eigenvalues, half of them zero, all alike) have 1, and no part in min and max. The released code leaves those of
+fewer than 50 eigenvalues at 1 too, but only after the embedding and the head were given the largest alpha of all,
+theirs included, and these two stay in its scale: where a small matrix (a router, a projection to few rows) has the
+largest alpha, no other matrix there reaches s2, and all are nearer to s1 than here. The released code also averages the
+learning rate, not the multiplier, over the 50 steps, which differs by the slope of the schedule, and drops the
+measurement at its last step.
 """
 
 import math
