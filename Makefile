@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 help:
 	@echo 'make demo      compare three optimizers on a small transformer, write one HTML page'
 	@echo 'make test      the tests; `make test-all` adds the slow ones'
-	@echo 'make lint      ruff check and format --check; `make format` applies both'
+	@echo 'make lint      ruff check and format --check, figures of the documents; `make format` applies both'
 	@echo 'make types     mypy'
 	@echo 'make bench     time the optimizer step on GPT-2 124M shapes (about 15 minutes, 10 GB of memory)'
 	@echo 'make clean     remove .venv and caches'
@@ -39,6 +39,7 @@ test-all: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python benchmarks/figures.py
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix

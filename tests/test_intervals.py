@@ -21,7 +21,7 @@ def intervals(monkeypatch):
 
 
 def test_intervals_hold_the_median_over_processes(intervals):
-    """Six processes of seven rounds that differ by 15%, their rounds by 3%: pooled rounds would give a tenth of this."""
+    """Six processes that differ by 15%, of seven rounds that differ by 3%; pooled, they cover far less."""
     rng, inside, studies = random.Random(0), 0, 100
     for _ in range(studies):
         centres = [rng.gauss(0, 0.15) for _ in range(6)]
@@ -32,7 +32,9 @@ def test_intervals_hold_the_median_over_processes(intervals):
 
 
 def test_one_process_that_differs_shows(intervals):
-    ratios = {7 * process + turn: 0.8 + 0.001 * turn + 0.4 * (process == 5) for process in range(6) for turn in range(7)}
+    ratios = {
+        7 * process + turn: 0.8 + 0.001 * turn + 0.4 * (process == 5) for process in range(6) for turn in range(7)
+    }
     found = intervals.over_processes(ratios, 7)
     assert found["ratio"] == pytest.approx(0.803)
     assert found["ratio_by_process"] == pytest.approx([0.803] * 5 + [1.203])

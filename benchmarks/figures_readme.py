@@ -1,0 +1,155 @@
+"""The sentences of the README whose figures come from committed files; see `figures.py`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from figures_docs import compared, difference, seeds_apart, span
+
+ARMS = [  # of the README's table: how it is written, and the arm
+    ("torch AdamW, fused", "torch AdamW fused"),
+    ("torch AdamW, foreach", "torch AdamW foreach"),
+    ("`sharpwise.AdamW`", "sharpwise AdamW"),
+    ("`sharpwise.AdamW`, `BlockwiseLR`", "sharpwise AdamW BlockwiseLR"),
+    ("torch `clip_grad_norm_` and fused AdamW", "torch clip + AdamW fused"),
+    ('`sharpwise.AdamW`, clipping and `on_nonfinite="skip"`', "sharpwise AdamW clip skip"),
+    ("`sharpwise.AdamMini`", "sharpwise AdamMini"),
+    ("the `adam-mini` package 1.1.1", "adam-mini package"),
+    ("`pytorch_optimizer` 4.1.0 AdamMini", "pytorch_optimizer AdamMini"),
+]
+SMALL = [  # the columns of the table of small models
+    "torch AdamW fused",
+    "sharpwise AdamW",
+    "sharpwise AdamMini",
+    "torch clip + AdamW fused",
+    "sharpwise AdamW clip skip",
+    "sharpwise AdamW BlockwiseLR clip skip",
+]
+
+
+def readme(load: Callable[[str], Any]) -> Iterator[str]:
+    yield from of_blocks(load("benchmarks/results/architectures.json"))
+    yield from of_studies(load("recipes/blockwise_lr/result.json"))
+    yield from of_steps(load("benchmarks/results/step_time.json"))
+    meshes = load("benchmarks/results/distributed.json")
+    mini = {mesh: next(row for row in rows if row["arm"] == "Adam-mini") for mesh, rows in meshes["meshes"].items()}
+    fsdp, tp = mini["fsdp"], mini["tensor parallel"]
+    yield (
+        f"Over two processes on CPUs (gloo, one thread each, GPT-2 124M, {day(meshes)}, older than the loops in C++) "
+        f"Adam-mini takes {fsdp['ratio']:.2f} ({span(fsdp['interval'])}) times the step of `sharpwise.AdamW` on the "
+        f"same mesh under FSDP2, and {tp['ratio']:.2f} ({span(tp['interval'])}) under tensor parallelism; its block "
+        f"sums are {100 * fsdp['of_gradient_traffic']:.2f}% of the gradient traffic"
+    )
+    train, prepare = (load(f"benchmarks/results/{name}_throughput.json") for name in ("train", "prepare"))
+    ratios = [run["ratio"] for run in train["runs"]]
+    assert day(train) == day(prepare)
+    rate = prepare["end_to_end"]["jobs=2"]["mb_per_s_median"]
+    yield (
+        f"On {day(train)}, and the code has changed since, `sharpwise train` ran at {min(ratios):.2f} to "
+        f"{max(ratios):.2f} of a minimal loop"
+    )
+    yield f"read, tokenized and wrote {rate:.1f} MB of text per second on the same two cores"
+
+
+def of_blocks(found: dict[str, Any]) -> Iterator[str]:
+    seconds, decoders = found["seconds"], found["summary"]["by_kind"]["decoder"]
+    version = found["environment"]["versions"]["transformers"].rpartition(".")[0]
+    gpt2, llama = seconds["gpt2 on cpu"], seconds["llama-3-8b on meta"]
+    yield f"It takes {gpt2:.2f} s for GPT-2 124M and {llama:.1f} s for Llama-3-8B"
+    yield (
+        f"Of the {decoders['types']} decoder-only architectures that transformers {version} lists as causal language "
+        f"models it maps {decoders['complete']} completely and {decoders['with other']} with parameters of role "
+        f"`other`; {decoders['not built']} cannot be built here"
+    )
+
+
+def of_studies(study: dict[str, Any]) -> Iterator[str]:
+    arms, budget = compared(study), study["budget"]
+    blockwise, backwards, mini = (
+        arms[name] for name in ("adamw+blockwise", "adamw+reversed(blockwise)", "adam-mini+blockwise")
+    )
+    own = compared(study, "ablations")[("adamw+blockwise", "adamw+mean_matched(blockwise)")]
+    apart = seeds_apart(study, "adam-mini+blockwise", "adamw+blockwise")
+    assert min(apart.each) > 0
+    assert mini["verdict"] == "undecided" and mini["low"] < 0 < mini["high"]
+    assert all(len(arm["tuning"]) == 4 for arm in study["arms"]) and len(study["seeds"]) == 3
+    yield (
+        f"GPT-2 of {study['model']['non_embedding_parameters'] / 1e6:.1f}M parameters, "
+        f"{budget['tokens_per_parameter']:.1f} tokens per parameter, every learning rate tuned with four trials, 3 "
+        f"seeds. AdamW with `BlockwiseLR` ended {-blockwise['mean']:.3f} nats below AdamW (95% interval "
+        f"{-blockwise['high']:.3f} to {-blockwise['low']:.3f}) and {-own['mean']:.3f} ({-own['high']:.3f} to "
+        f"{-own['low']:.3f}) below AdamW with the same mean for every block; with the order of the ratios reversed "
+        f"it ended {difference(backwards, sign=False)[0]} above AdamW ({span(backwards, 3)})."
+    )
+    yield (
+        f"Adam-mini with `BlockwiseLR` ended {-mini['mean']:.3f} below AdamW, which 3 seeds cannot tell from chance "
+        f"({-mini['low']:.3f} below to {mini['high']:.3f} above), and {apart.mean:.3f} ({apart.low:.3f} to "
+        f"{apart.high:.3f}) above AdamW with `BlockwiseLR`, on all seeds."
+    )
+
+
+def of_steps(found: dict[str, Any]) -> Iterator[str]:
+    where, conv, linear = found["environment"], found["layouts"]["conv1d"], found["layouts"]["linear"]
+    assert "AVX512" not in where["capability"]
+    yield (
+        f"`make bench` on {day(found)}: {where['cpus']} cores of an {where['cpu']} without AVX-512, "
+        f"{where['threads']} threads, torch {where['versions']['torch'].partition('+')[0]} CPU, GPT-2 124M, fp32, "
+        f"{found['rounds']} rounds in each of {found['processes']} processes"
+    )
+    sizes = {name: mib(linear["arms"][name]["state_bytes"]) for _, name in ARMS}
+    yield (
+        f"On GPT-2 124M this holds {sizes['sharpwise AdamMini']} MiB of optimizer state instead of "
+        f"{sizes['sharpwise AdamW']} MiB"
+    )
+    for written, name in ARMS:
+        assert sizes[name] == mib(conv["arms"][name]["state_bytes"])
+        cells = [
+            f"{layout['arms'][name]['median_ms']:.0f} ms, {ratio(layout['arms'][name])}" for layout in (conv, linear)
+        ]
+        yield f"| {written} | {' | '.join(cells)} | {sizes[name]} |"
+    *first, last = (f"{one:.2f}" for one in linear["arms"]["sharpwise AdamMini"]["ratio_by_process"])
+    yield f"Adam-mini in the Linear layout took {', '.join(first)} and {last} of the base."
+    clip = [layout["pairs"]["sharpwise AdamW clip skip / torch clip + AdamW fused"] for layout in (conv, linear)]
+    yield (
+        f"Clipping and the guard inside the optimizer: {clip[0]['ratio']:.2f} (Conv1D, {span(clip[0]['ratio_95'])}) "
+        f"and {clip[1]['ratio']:.2f} (Linear, {span(clip[1]['ratio_95'])}) of torch's clipping and fused step."
+    )
+    package, other = (
+        [ratio(layout["pairs"][f"{name} / sharpwise AdamMini"]) for layout in (conv, linear)]
+        for name in ("adam-mini package", "pytorch_optimizer AdamMini")
+    )
+    yield (
+        f"The `adam-mini` package takes {package[0]} and {package[1]} times as long as ours, `pytorch_optimizer` "
+        f"{other[0]} and {other[1].replace(' (', ' times (')}."
+    )
+    elements = linear["parameters"]
+    moved = [linear["arms"][name]["bytes_moved"] / elements for name in ("sharpwise AdamMini", "sharpwise AdamW")]
+    yield f"It moves {moved[0]:.0f} bytes per element where AdamW moves {moved[1]:.0f}"
+    small = found["small_tensors"]
+    yield (
+        f"150 small tensors: {small['sharpwise AdamW']:.1f} ms, torch's foreach {small['torch AdamW foreach']:.1f} "
+        f"ms, its fused kernel {small['torch AdamW fused']:.1f} ms."
+    )
+    ours = [runs for name, runs in found["fresh_process"].items() if "sharpwise" in name]
+    cold, warm = (max(run[kind]["first_step_s"] for run in ours) for kind in ("cold", "warm"))
+    beyond = max(run[kind]["beyond_state_bytes"] for run in ours for kind in ("cold", "warm"))
+    yield (
+        f"The first step takes at most {cold:.1f} s on a machine where nothing has been compiled yet, {warm:.1f} s "
+        f"afterwards. Beyond its state a step holds at most {mib(beyond)} MiB."
+    )
+    for size, arms in found["tiny_models"].items():
+        cells = " | ".join(f"{arms[name]['median_ms']:.2f}" for name in SMALL)
+        yield f"| {size} | {cells} |"
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """With its interval: to two digits after the point below 2, to one above."""
+    digits = 2 if row["ratio"] < 2 else 1
+    return f"{row['ratio']:.{digits}f} ({span(row['ratio_95'], digits)})"
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:.1f}"
+
+
+def day(found: dict[str, Any]) -> str:
+    return str(found["environment"]["date"][:10])
