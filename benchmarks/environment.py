@@ -4,11 +4,12 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sharpwise.train.environment import commit
 
 PEERS = ("numpy", "torch", "transformers", "adam-mini", "pytorch_optimizer", "sharpwise")
 
@@ -28,16 +29,6 @@ def environment() -> dict[str, Any]:
         "load_average_before": os.getloadavg()[0],
         "versions": {name: version(name) for name in PEERS},
     }
-
-
-def commit() -> str | None:
-    """The commit that was measured, with `-dirty` when files differ from it; None outside a git clone."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def cpu_model() -> str:

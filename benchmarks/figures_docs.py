@@ -81,6 +81,9 @@ def block_lr(load: Load) -> Iterator[str]:
         f"{vit['model']['parameters'] / 1e6:.1f}M), every learning rate tuned with four trials (five to six in "
         "`sgd_sai`), 3 seeds"
     )
+    descriptions = {study["added_later"]["data"]["description"] for study in (blockwise, llr, sharp, gpt)}
+    assert len(descriptions) == 1
+    yield f"3 seeds, text that is {descriptions.pop()}."
     yield (
         f"All runs are short, {min(ratios):.1f} to {max(ratios):.1f} tokens per parameter where 20 are usual (the "
         f"ViT sees {vit['budget']['tokens_per_parameter']:.2f} images per parameter)"

@@ -87,7 +87,8 @@ def prepare(folder: Path, images: np.ndarray, classes: np.ndarray, held_out: int
 
     examples = np.stack([np.arange(len(images)), classes], axis=1)
     np.random.default_rng(0).shuffle(examples)
-    write_examples(folder, examples[:-held_out], examples[-held_out:])
+    description = f"images of 8 x 8 and their class, {len(images) - held_out} to train on, {held_out} held out"
+    write_examples(folder, examples[:-held_out], examples[-held_out:], description)
     np.save(folder / IMAGES, (images[:, None] / 8 - 1).astype(np.float32))
 
 

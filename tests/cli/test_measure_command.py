@@ -51,6 +51,10 @@ def test_a_trajectory_is_written_added_to_and_shown(place: Path, tmp_path: Path)
     assert [one.step for one in found] == [0, 4, 8]
     assert all(e.samples == 3 and e.error is not None for one in found for e in one.select(quantity="sharpness"))
     assert len({one.value(quantity="sharpness", by="type", of="FFN") for one in found}) == 3
+    for one in found:
+        assert {"date", "commit", "torch", "threads", "data"} <= one.environment.keys()
+        assert {"source", "sha256", "bytes"} <= one.environment["data"].keys()
+        assert one.at(7).environment == one.environment
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "over training" in page and "http-equiv" not in page
     again = call("sharpness", place / "run", "--at", "all", *small)

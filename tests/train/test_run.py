@@ -57,6 +57,7 @@ def test_the_folder_of_a_finished_run(reference, given) -> None:
     [start] = json.loads((reference / "environment.json").read_text())
     assert (start["step"], start["threads"], start["device"]) == (1, 1, "cpu")
     assert (start["torch"], start["matrix_products"]) == (torch.__version__, "fp32")
+    assert {"date", "commit", "sharpwise"} <= start.keys()
     facts = json.loads((reference / "facts.json").read_text())
     assert (facts["steps"], facts["tokens_per_step"], facts["context"]) == (STEPS, 64, 16)
     assert facts["optimizer"].startswith("sharpwise.create_optimizer(model, 'adamw', lr=0.003, ")

@@ -175,6 +175,8 @@ def _measure(
             progress.update(task, description="" if step is None else f"step {step}")
             with without_options(str(where)):
                 new = probe(subject, step)
+            for one in new:
+                one.environment = subject.environment
             add(folder, new)
             found += new
             progress.advance(task)

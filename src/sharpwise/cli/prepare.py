@@ -63,6 +63,10 @@ def prepare(
         str | None,
         typer.Option("--end-of-text", help="The token after every document, where it is unusual.", show_default=False),
     ] = None,
+    description: Annotated[
+        str | None,
+        typer.Option("--description", help="What the text is, in words: results say it.", show_default=False),
+    ] = None,
 ) -> None:
     """Turn text into tokens on the disk, split into training and validation by whole documents.
 
@@ -91,6 +95,7 @@ def prepare(
                     max_bytes=max_bytes,
                     token_type=token_type,
                     end_of_text=end_of_text,
+                    description=description,
                     on_progress=bar.show,
                 )
     except KeyboardInterrupt:

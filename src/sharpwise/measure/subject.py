@@ -1,7 +1,7 @@
 """What is measured: the checkpoints of a run, one after the other, or a model from a folder; and on which text."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sharpwise.train.build import Built, build
 from sharpwise.train.checkpoint import read_checkpoint, saved_steps
-from sharpwise.train.config import MeshConfig
+from sharpwise.train.config import Config, MeshConfig
 from sharpwise.train.config_file import make_config, read_given
-from sharpwise.train.data import Tokens, open_tokens, window_starts
+from sharpwise.train.data import Prepared, Tokens, open_tokens, window_starts
+from sharpwise.train.environment import environment
 from sharpwise.train.model_facts import max_context, vocabulary_of
 from sharpwise.train.models import load_pretrained
 
@@ -31,6 +32,7 @@ class Subject:
         tokens: the text that it is measured on, by default the validation part of the run's data; None without data.
         context: tokens of a window.
         built: of a run: everything that it was built from.
+        text: what the text is: its source, description, size and hash.
     """
 
     path: Path
@@ -39,6 +41,13 @@ class Subject:
     tokens: Tokens | None
     context: int
     built: Built | None = None
+    text: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where, when, with what and on which text it is measured."""
+        found = environment(self.built.config if self.built else Config())
+        return {**found, "data": dict(self.text)} if self.text else found
 
     def at(self, step: int | None) -> nn.Module:
         """The model as it was after a step.
@@ -102,11 +111,9 @@ def _of_run(path: Path, data: Path | None, context: int | None) -> Subject:
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} cannot be used: {error}") from None
     built = build(replace(config, mesh=MeshConfig()))  # several processes may have trained; here is one
-    tokens = built.data.validation
-    if data is not None:
-        tokens = _open(data, built.model)
+    text = built.data if data is None else _open(data, built.model)
     steps = (0, *saved_steps(path / "checkpoints"))
-    return Subject(path, built.model, steps, tokens, context or built.plan.context, built)
+    return Subject(path, built.model, steps, text.validation, context or built.plan.context, built, text.about)
 
 
 def _of_model(path: Path, data: Path | None, context: int | None) -> Subject:
@@ -114,20 +121,20 @@ def _of_model(path: Path, data: Path | None, context: int | None) -> Subject:
     longest = max_context(model)
     if context is not None and longest is not None and context > longest:
         raise ValueError(f"a context of {context} tokens is longer than the {longest} that the model takes")
-    tokens = None if data is None else _open(data, model)
-    return Subject(path, model, (None,), tokens, context or min(longest or LONGEST, LONGEST))
+    text = None if data is None else _open(data, model)
+    tokens, about = (None, {}) if text is None else (text.validation, text.about)
+    return Subject(path, model, (None,), tokens, context or min(longest or LONGEST, LONGEST), text=about)
 
 
-def _open(data: Path, model: nn.Module) -> Tokens:
-    found: Any = open_tokens(data)
+def _open(data: Path, model: nn.Module) -> Prepared:
+    found = open_tokens(data)
     size = vocabulary_of(model)
     if size is not None and found.vocabulary > size:
         raise ValueError(
             f"{data} has token ids up to {found.vocabulary - 1}, the model knows {size}: prepare the text with the "
             "model's own tokenizer (`sharpwise prepare ... --tokenizer FOLDER`)"
         )
-    tokens: Tokens = found.validation
-    return tokens
+    return found
 
 
 def check_followed(subject: Subject, step: int | None) -> None:

@@ -62,6 +62,7 @@ class Measurement(Sequence[Estimate]):
         step: of training after which it was made.
         warnings: what a reader has to know, such as which segments have no value and why.
         arrays: longer results, such as eigenvalues, by the name of what they are of.
+        environment: where, when and with what it was made, and on which text, as far as that is known.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Measurement(Sequence[Estimate]):
         step: int | None = None,
         warnings: Iterable[str] = (),
         arrays: Mapping[str, Sequence[float]] | None = None,
+        environment: Mapping[str, Any] | None = None,
     ) -> None:
         self.probe, self._estimates = probe, tuple(estimates)
         self.settings, self.cost, self.step = dict(settings or {}), cost or Cost(), step
         self.warnings, self.arrays = tuple(warnings), dict(arrays or {})
+        self.environment = dict(environment or {})
 
     def __len__(self) -> int:
         return len(self._estimates)
@@ -116,6 +119,7 @@ class Measurement(Sequence[Estimate]):
             step=self.step if step is None else step,
             warnings=self.warnings,
             arrays=self.arrays,
+            environment=self.environment,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -125,6 +129,7 @@ class Measurement(Sequence[Estimate]):
     def to_json(self) -> str:
         """Everything, so that `from_json` gives it back."""
         about = {"probe": self.probe, "step": self.step, "settings": self.settings, "cost": asdict(self.cost)}
+        about |= {"environment": self.environment} if self.environment else {}
         estimates = [{k: _plain(v) for k, v in asdict(e).items()} for e in self]
         arrays = {name: list(values) for name, values in self.arrays.items()}
         return json.dumps(
@@ -144,6 +149,7 @@ class Measurement(Sequence[Estimate]):
             step=data["step"],
             warnings=data["warnings"],
             arrays=data.get("arrays"),
+            environment=data.get("environment"),
         )
 
     def table(self) -> Table:

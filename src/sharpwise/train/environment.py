@@ -4,7 +4,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ PACKAGES = ("numpy", "transformers", "tokenizers")
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Versions, processor and threads of this process, as plain values."""
+    """Versions, commit, processor and threads of this process, as plain values."""
     device = config.compute.device or "cpu"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **{name: version(name) for name in ("sharpwise", "torch")},
+        "sharpwise": version("sharpwise"),
+        "commit": commit(),
+        "torch": version("torch"),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
@@ -42,6 +46,22 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def commit() -> str | None:
+    """The commit of sharpwise's sources, with `-dirty` where files differ from it; None outside a clone of its own."""
+    here = Path(__file__).parent
+    try:
+        # Installed packages may lie within somebody else's repository, which does not know their files.
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        return _git(here, "describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def available_cpus() -> int:

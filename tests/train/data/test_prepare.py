@@ -94,6 +94,17 @@ def test_several_sources_and_a_limit(text: Path, tmp_path: Path) -> None:
     assert 1900 < limited.manifest["counts"]["bytes"] <= 2000
 
 
+def test_the_text_is_described_where_somebody_says_what_it_is(text: Path, tmp_path: Path) -> None:
+    """At once or later; tokens, and what tells them from others, stay as they are."""
+    plain = prepare_tokens([text], tmp_path / "out", **SETTINGS)
+    assert "description" not in plain.about
+    described = prepare_tokens([text], tmp_path / "out", description="120 made-up documents", **SETTINGS)
+    assert described.about["description"] == "120 made-up documents" and described.sha256 == plain.sha256
+    assert prepare_tokens([text], tmp_path / "out", **SETTINGS).about == described.about
+    at_once = prepare_tokens([text], tmp_path / "again", description="120 made-up documents", **SETTINGS)
+    assert at_once.about == described.about
+
+
 def test_progress_reaches_the_whole(text: Path, tmp_path: Path) -> None:
     news = []
     prepare_tokens([text], tmp_path / "out", on_progress=news.append, **SETTINGS)

@@ -15,7 +15,9 @@ from sharpwise.train.data.tokens import Prepared, open_tokens
 FEWEST = 16  # tokens of a part: a run ends with a sample that begins with so many
 
 
-def write_examples(folder: Path | str, train: ArrayLike, validation: ArrayLike) -> Prepared:
+def write_examples(
+    folder: Path | str, train: ArrayLike, validation: ArrayLike, description: str | None = None
+) -> Prepared:
     """Write a folder of prepared tokens from examples of one length; training sees each as a whole, in any order.
 
     The model is given all tokens of an example but the last, and its loss is about all but the first: a sum `[3, 4, 7]`
@@ -25,6 +27,7 @@ def write_examples(folder: Path | str, train: ArrayLike, validation: ArrayLike) 
     Args:
         folder: made if need be; a folder of examples there is replaced.
         train, validation: integers from 0 on, [examples, tokens of one], 2 tokens or more.
+        description: what they are, for whoever reads a result.
 
     Raises:
         ValueError: arrays that are not so, or a folder of text.
@@ -56,6 +59,7 @@ def write_examples(folder: Path | str, train: ArrayLike, validation: ArrayLike) 
     manifest = {
         "format": FORMAT,
         "source": f"examples of {length} tokens",
+        **({} if description is None else {"description": description}),
         "example": length,
         "vocabulary": vocabulary,
         "token_type": token_type,

@@ -9,7 +9,7 @@ from typing import Any
 
 from sharpwise.train.data.documents import limited
 from sharpwise.train.data.files import Meter
-from sharpwise.train.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Journal, differences, journal
+from sharpwise.train.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Journal, differences, journal, write_manifest
 from sharpwise.train.data.shards import Plan, write_shards
 from sharpwise.train.data.sources import HubSource, Source, find_source
 from sharpwise.train.data.tokenizer import BPE, choose_tokenizer
@@ -45,6 +45,7 @@ def prepare_tokens(
     token_type: str = "auto",
     end_of_text: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    description: str | None = None,
     on_progress: Callable[[PrepareProgress], None] | None = None,
 ) -> Prepared:
     """Write the tokens of `sources` into the folder `out`, and open it.
@@ -66,6 +67,7 @@ def prepare_tokens(
         token_type: "auto" (uint16 up to 65,536 entries, else uint32), "uint16" or "uint32".
         end_of_text: the token, where the tokenizer has an unusual one.
         chunk_bytes: UTF-8 bytes of text from which a shard of each part is made.
+        description: what the text is, for whoever reads a result made with it; it can be given later too.
         on_progress: called after about every MB of text; never if there is nothing to do.
 
     Raises:
@@ -100,7 +102,9 @@ def prepare_tokens(
         "chunk_bytes": chunk_bytes,
     }
     if (out / MANIFEST).is_file():
-        _refuse_others(out, read_manifest(out)["settings"], settings)
+        manifest = read_manifest(out)
+        _refuse_others(out, manifest["settings"], settings)
+        _describe(out, manifest, description)
         return open_tokens(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder with --out")
@@ -117,7 +121,13 @@ def prepare_tokens(
             if not log.records:  # nothing worth going on from: other settings may be tried
                 (out / TOKENIZER).unlink(missing_ok=True)
                 (out / JOURNAL).unlink(missing_ok=True)
+    _describe(out, read_manifest(out), description)
     return open_tokens(out)
+
+
+def _describe(out: Path, manifest: dict[str, Any], description: str | None) -> None:
+    if description is not None and manifest.get("description") != description:
+        write_manifest(out, {**manifest, "description": description})
 
 
 def _write(

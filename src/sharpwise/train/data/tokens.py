@@ -119,7 +119,8 @@ class Prepared:
         end_of_text: the id that follows every document.
         sha256: of the tokens, their type and the tokenizer; identifies the data wherever it lies.
         context: the only one that fits, of examples (`write_examples`); None for text.
-        about: plain values for reports: source, documents, bytes, sha256, vocabulary, tokens, bytes per token.
+        about: plain values for reports: source, its description where one was given, documents, bytes, sha256,
+            vocabulary, tokens, bytes per token.
     """
 
     folder: Path
@@ -159,6 +160,7 @@ def open_tokens(folder: Path | str) -> Prepared:
     counts = manifest["counts"]
     about: dict[str, object] = {
         "source": manifest["source"],
+        **{key: manifest[key] for key in ("description",) if key in manifest},
         "documents": counts["documents"],
         "validation_documents": counts["validation_documents"],
         "bytes": counts["bytes"],

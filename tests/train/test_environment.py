@@ -1,0 +1,45 @@
+"""The environment of a run says which commit made it, and never that of somebody else's repository."""
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sharpwise.train import environment
+
+GIT = ("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run([*GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def copied_to(folder: Path) -> Any:
+    """The module as it is in another folder."""
+    path = shutil.copy(environment.__file__, folder / "environment.py")
+    spec = importlib.util.spec_from_file_location("copied_environment", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_commit_is_that_of_a_clone_of_its_own(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "of a user, into whose repository it was installed")
+    module = copied_to(tmp_path)
+    assert module.commit() is None
+    git(tmp_path, "add", "environment.py")
+    git(tmp_path, "commit", "-q", "-m", "a clone")
+    assert module.commit() == git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    (tmp_path / "environment.py").write_text("changed")
+    assert module.commit().endswith("-dirty")
+
+
+def test_without_a_repository_there_is_none(tmp_path: Path, monkeypatch: Any) -> None:
+    module = copied_to(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert module.commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert module.commit() is None
