@@ -30,6 +30,7 @@ def readme(load: Callable[[str], Any]) -> Iterator[str]:
     yield from of_blocks(load("benchmarks/results/architectures.json"))
     yield from of_studies(load("recipes/blockwise_lr/result.json"))
     yield from of_steps(load("benchmarks/results/step_time.json"))
+    yield from of_versions(load("benchmarks/results/versions.json"))
     meshes = load("benchmarks/results/distributed.json")
     mini = {mesh: next(row for row in rows if row["arm"] == "Adam-mini") for mesh, rows in meshes["meshes"].items()}
     fsdp, tp = mini["fsdp"], mini["tensor parallel"]
@@ -48,6 +49,22 @@ def readme(load: Callable[[str], Any]) -> Iterator[str]:
         f"{max(ratios):.2f} of a minimal loop"
     )
     yield f"read, tokenized and wrote {rate:.1f} MB of text per second on the same two cores"
+
+
+def of_versions(found: list[dict[str, Any]]) -> Iterator[str]:
+    older, old = found
+    assert not older["not_passed"] and not old["not_passed"] and older["python"] == old["python"] == "3.11.7"
+    assert older["tests"] == old["tests"] == ["tests/engine", "tests/identities", "tests/reference"]
+    names = [one["torch"].partition("+")[0] for one in found]
+    counts = (
+        " and ".join(f"{one['passed']:,}" for one in found)
+        if older["passed"] != old["passed"]
+        else f"{old['passed']:,}"
+    )
+    yield (
+        f"Under torch {names[0]} and {names[1]} those of the engine, of identities and of references pass, {counts} "
+        "of them"
+    )
 
 
 def of_blocks(found: dict[str, Any]) -> Iterator[str]:
