@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from figures_docs import block_lr, coverage_of_draws, coverage_of_speedup, distributed, measure
+from figures_docs import block_lr, coverage_of_draws, coverage_of_speedup, distributed, kept_graph, measure
 from figures_readme import readme
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/measure.md": measure,
     "src/sharpwise/compare/speedup.py": coverage_of_speedup,
     "src/sharpwise/probes/draws.py": coverage_of_draws,
+    "src/sharpwise/probes/products.py": kept_graph,
 }
 
 

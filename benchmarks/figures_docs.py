@@ -200,9 +200,7 @@ def lrs(study: dict[str, Any]) -> list[float]:
 
 
 def measure(load: Load) -> Iterator[str]:
-    speeds = load("benchmarks/results/probes.json")["figures"]
-    kept, alone = (speeds[f"Hessian product{how} / gradient"][0] for how in (", kept graph", ""))
-    yield f"a further product costs {kept:.1f} gradients in place of {alone:.1f} (`benchmarks/probes.py`)"
+    yield from kept_graph(load)
     gpt2, llama = (
         [Measurement.from_json(_text(one)) for one in load(f"recipes/sharpness_disparity/{name}.json")]
         for name in ("gpt2", "llama")
@@ -233,6 +231,12 @@ def measure(load: Load) -> Iterator[str]:
     yield from of_ends(gpt2, llama)
     ratios = [as_block_lr(suggested_ratios(steps[-1])) for steps in (gpt2, llama)]
     yield f"is accordingly `{ratios[0]}` and `{ratios[1]}`; neither was trained with."
+
+
+def kept_graph(load: Load) -> Iterator[str]:
+    speeds = load("benchmarks/results/probes.json")["figures"]
+    kept, alone = (speeds[f"Hessian product{how} / gradient"][0] for how in (", kept graph", ""))
+    yield f"a further product costs {kept:.1f} gradients in place of {alone:.1f} (`benchmarks/probes.py`)"
 
 
 def of_ends(gpt2: Sequence[Measurement], llama: Sequence[Measurement]) -> Iterator[str]:
