@@ -6,8 +6,6 @@ when something else wants the cores (two threads meet at every kernel's end).
 
 import logging
 import multiprocessing
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sharpwise.processes import end_with_parent, interrupts_deferred
 from sharpwise.train.run import Diverged, run
 from sharpwise.train.steps import Step
 
@@ -33,7 +32,7 @@ class Stopped(Exception):
 
 
 class Workers:
-    """Processes that train; a context manager that ends them.
+    """Processes that train; a context manager that ends them. They also end with this one, even if it is killed.
 
     Args:
         jobs: how many; 1 trains in this process, when `wait` is called.
@@ -160,6 +159,7 @@ def _start_worker(
     steps: "SimpleQueue[tuple[str, int]]", stop: Event, threads: int, setup: Callable[[], object] | None
 ) -> None:
     global _steps, _stop
+    end_with_parent()
     if setup:
         setup()
     torch.set_num_threads(threads)
@@ -168,26 +168,6 @@ def _start_worker(
 
 def _run_in_worker(key: str, given: Mapping[str, Any], folder: Path) -> None:
     _run(key, given, folder, lambda key, step: _steps.put((key, step)), _stop.is_set)
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block, and never in processes that start within."""
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if not (on_main_thread and hasattr(signal, "pthread_sigmask")):  # a thread may not set handlers; Windows
-        yield
-        return
-    # New processes inherit the mask. It alone would not do here: other threads of this process take the signal.
-    seen: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-    if seen:
-        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -2,16 +2,14 @@
 
 import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from sharpwise.processes import end_with_parent, interrupts_deferred
 from sharpwise.train.data.encode import Encoder
 
 
@@ -52,7 +50,7 @@ class Processes:
 
     def __init__(self, jobs: int) -> None:
         self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_start)
-        with _interrupts_blocked():  # what starts now inherits that: Ctrl-C is for this process alone
+        with interrupts_deferred():  # what starts now inherits that: Ctrl-C is for this process alone
             for _ in range(jobs):
                 self._pool.submit(_ready)
 
@@ -87,24 +85,5 @@ def _ready() -> None:
 
 
 def _start() -> None:
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as there should be threads
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
