@@ -3,9 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows, where an open file can be neither removed nor moved
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -18,16 +23,31 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its place at the end of the block, or leaves no trace if that raises."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".writing-{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        with _open_held(aside) as file:
             yield file
             sync(file)
-        os.replace(aside, path)
+            if fcntl:  # while it is held
+                os.replace(aside, path)
+        if not fcntl:
+            os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _open_held(path: Path) -> IO[bytes]:
+    """Open a file to write, which `remove_leftovers` leaves alone as long as it is open."""
+    while True:
+        file = path.open("wb")
+        if fcntl:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # it was removed before it was held
 
 
 def sync(file: IO[bytes]) -> None:
@@ -90,10 +110,27 @@ def rename_folder(folder: Path, name: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was stopped while it wrote into `folder` left behind."""
+    """Remove what processes that were stopped while they wrote into `folder` left behind.
+
+    To be called by the one process that may make folders there. Files may be written by others too, such as pages by
+    whoever looks on: those that somebody is writing stay.
+    """
     for pattern in (".writing-*", ".removed-*"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _remove_unless_held(path)
+
+
+def _remove_unless_held(path: Path) -> None:
+    with suppress(OSError):  # it is held, or gone
+        if fcntl is None or path.is_symlink():
+            path.unlink()
+            return
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 @contextmanager
@@ -104,13 +141,9 @@ def held(path: Path, taken: str) -> Iterator[None]:
         ValueError: another process holds it, with `taken` as the message.
     """
     with path.open("a") as file:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on Windows
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(taken) from None
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(taken) from None
         yield

@@ -20,7 +20,7 @@ from sharpwise.compare.storage import Storage, losses_of
 from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Study, differences, make_study
 from sharpwise.compare.tuning import Losses, Trial, tried
 from sharpwise.compare.workers import Workers
-from sharpwise.files import held, write_whole
+from sharpwise.files import held, remove_leftovers, write_whole
 from sharpwise.train.build import Built, build, validation_every
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.model_facts import count_parameters
@@ -136,6 +136,7 @@ def conduct(
     budget = work_out(study, built, done, jobs, timed=True)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / "study.lock", f"another process conducts the study in {folder}"):
+        remove_leftovers(folder)
         on_budget(budget)
         write_whole(folder / "study.toml", tomli_w.dumps(study.given))
         storage = Storage(folder / "study.db")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sharpwise.files import write_whole
+from sharpwise.files import remove_leftovers, write_whole
 from sharpwise.probes import Measurement
 from sharpwise.report.measure_page import write_measure_page
 
@@ -18,6 +18,7 @@ def place_of(subject: Path) -> Path:
 def add(folder: Path, measurements: Iterable[Measurement]) -> None:
     """Put measurements to those that are there; of the same probe at the same step the new one stays."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     by_probe: dict[str, list[Measurement]] = {}
     for one in measurements:
         by_probe.setdefault(one.probe, []).append(one)

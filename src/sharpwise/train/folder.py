@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sharpwise.files import held, sync, write_whole
+from sharpwise.files import held, remove_leftovers, sync, write_whole
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, read_given, to_toml
 
@@ -46,6 +46,7 @@ class RunFolder:
         self._hold = contextlib.ExitStack()
         taken = f"another process is training in {path}; wait for it or name another folder"
         self._hold.enter_context(held(path / "run.lock", taken))
+        remove_leftovers(path)
 
     def close(self) -> None:
         """Let others write to it; if nothing came about in a new folder, all is as it was before."""

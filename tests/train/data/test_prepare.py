@@ -168,7 +168,7 @@ def test_killed_at_any_moment_the_same_call_goes_on(
         # Nothing tidies up after a process that is killed: what lies there now is put there again below.
         before.update(content(out))
         if moment == "in the middle of a file":
-            before[f".{args[0].name}.123"] = b"half of a sha"
+            before[f".writing-{args[0].name}.123"] = b"half of a sha"
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sharpwise.files import write_whole
+from sharpwise.files import remove_leftovers, write_whole
 from sharpwise.train.data.manifest import FORMAT, MANIFEST, TOKENIZER, TYPES, write_manifest
 from sharpwise.train.data.tokens import Prepared, open_tokens
 
@@ -41,6 +41,7 @@ def write_examples(
     vocabulary = max(int(examples.max()) for examples in parts.values()) + 1
     token_type = "uint16" if vocabulary <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     tokenizer = _numbers(vocabulary)
     write_whole(folder / TOKENIZER, tokenizer)

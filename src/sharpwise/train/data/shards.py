@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sharpwise.files import replacing, write_whole
+from sharpwise.files import remove_leftovers, replacing, write_whole
 from sharpwise.train.data.chunks import Chunk, ahead, chunked, pieces
 from sharpwise.train.data.documents import Document
 from sharpwise.train.data.files import Meter
@@ -85,7 +85,7 @@ def write_shards(
         jobs: processes; a single chunk is encoded in this one, which is quicker.
         report: called with bytes of text that are done, those of them that were there, and the position in the sources.
     """
-    _remove_leftovers(plan.out)
+    remove_leftovers(plan.out)
     chunks = ahead(
         chunk for part, documents in parts.items() for chunk in chunked(documents, part, plan.chunk_bytes, meter)
     )
@@ -272,13 +272,6 @@ def _manifest(tokenization: Tokenization, shards: list[Shard], described: dict[s
             for s in shards
         ],
     }
-
-
-def _remove_leftovers(out: Path) -> None:
-    """What a process that was killed while it wrote has left aside."""
-    for pattern in (".*.bin.*", f".{TOKENIZER}.*", ".manifest.json.*"):
-        for path in out.glob(pattern):
-            path.unlink()
 
 
 def _remove_others(out: Path, wanted: set[str]) -> None:
