@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,8 @@ def test_a_study_that_was_killed_goes_on_and_loses_nothing(whole: Path, data: Pa
         assert len(losses(tmp_path)) == after
     conduct(open_study(study(data), tmp_path), tmp_path)
     assert losses(tmp_path) == losses(whole)
+    left = [{str(p.relative_to(folder)) for p in folder.glob("runs/*/*/*")} for folder in (tmp_path, whole)]
+    assert left[0] == left[1]  # no checkpoints of the run that was stored and not tidied up
 
 
 def _conduct(given: dict[str, Any], folder: str) -> None:
@@ -239,6 +244,38 @@ def test_a_full_disk_keeps_what_was_recorded(whole: Path, data: Path, tmp_path: 
     monkeypatch.undo()
     conduct(open_study(study(data), tmp_path), tmp_path)
     assert losses(tmp_path) == losses(whole)
+
+
+def test_a_locked_database_says_so(whole: Path) -> None:
+    with closing(sqlite3.connect(whole / "study.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match=r"study.db is locked by another process, .*, the same command goes on"):
+            conduct(open_study(None, whole), whole)
+
+
+@pytest.mark.slow  # Optuna tries for half a minute
+def test_a_database_that_is_locked_meanwhile_says_so(whole: Path, data: Path, tmp_path: Path) -> None:
+    locks: list[sqlite3.Connection] = []
+    with ExitStack() as held:
+
+        def lock(progress: Any) -> None:
+            if progress.done == 1 and not locks:
+                other = held.enter_context(closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)))
+                other.execute("BEGIN IMMEDIATE")
+                locks.append(other)
+
+        with pytest.raises(ValueError, match=r"study.db is locked by another process, .*, the same command goes on"):
+            conduct(open_study(study(data), tmp_path), tmp_path, on_progress=lock)
+    conduct(open_study(study(data), tmp_path), tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_damaged_database_says_so(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(whole, folder)
+    (folder / "study.db").write_bytes((whole / "study.db").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"study.db cannot be used: .*\. Bring it back from a copy"):
+        conduct(open_study(None, folder), folder)
 
 
 def test_every_trial_has_a_folder_of_its_own(whole: Path) -> None:

@@ -246,6 +246,8 @@ class _Conductor:
         self.running: dict[str, Trial] = {}
         self._steps: dict[str, int] = {}
         self._told = 0.0
+        for trial in storage.results:  # a kill may have come before that
+            self._tidy(trial)
 
     def note(self, key: str, step: int) -> None:
         """A run has taken a step."""
@@ -281,11 +283,14 @@ class _Conductor:
         return self.folder / place_of(trial)
 
     def _store(self, trial: Trial, jobs: int) -> None:
-        place = self._place(trial)
-        self.storage.add(trial, summary(read_record(place), self.budget.tokens_per_step, jobs))
-        for name in ("checkpoints", "final") if trial.stage != "final" else ("checkpoints",):
-            shutil.rmtree(place / name, ignore_errors=True)
+        self.storage.add(trial, summary(read_record(self._place(trial)), self.budget.tokens_per_step, jobs))
+        self._tidy(trial)
         self._tell(now=True)
+
+    def _tidy(self, trial: Trial) -> None:
+        """Remove what nobody needs of a run that is stored."""
+        for name in ("checkpoints", "final") if trial.stage != "final" else ("checkpoints",):
+            shutil.rmtree(self._place(trial) / name, ignore_errors=True)
 
     def _tell(self, now: bool = False) -> None:
         if not now and time.monotonic() - self._told < 0.5:
