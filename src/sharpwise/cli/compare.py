@@ -59,7 +59,7 @@ def compare(
             "--search",
             metavar="A.B=[VALUE, ...]",
             help="Values of a setting to try for every arm, after its learning rate, as "
-            "'optimizer.weight_decay=[0, 0.3]' or 'schedule.warmup=[0.02]'. Repeatable.",
+            "'optimizer.weight_decay=[0,0.3]' or 'schedule.warmup=[0.02]'. Repeatable.",
         ),
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="A study that comes with sharpwise.")] = None,

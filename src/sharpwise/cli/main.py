@@ -24,6 +24,7 @@ def create_app() -> "typer.Typer":
         help="Every block of a transformer gets the step size and the state it needs.",
         no_args_is_help=True,
         add_completion=False,
+        rich_markup_mode=None,  # rich's help takes [mesh] and [default: 3] for markup, and cuts long words
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -41,7 +42,10 @@ def create_app() -> "typer.Typer":
     for name in ("prepare", "train", "runs", "page", "compare", "demo"):
         if importlib.util.find_spec(f"sharpwise.cli.{name}") is not None:
             app.command()(getattr(importlib.import_module(f"sharpwise.cli.{name}"), name))
-    app.add_typer(importlib.import_module("sharpwise.cli.measure").measure)
+    measure = importlib.import_module("sharpwise.cli.measure").measure
+    app.add_typer(measure, short_help=measure.info.help)
+    for command in (*app.registered_commands, *measure.registered_commands):
+        command.short_help = (command.callback.__doc__ or "").partition("\n\n")[0]  # otherwise cut in the overview
     return app
 
 
