@@ -244,6 +244,7 @@ def _say_end(console: Console, outcome: "Outcome") -> None:
     if sample.exists():
         text = sample.read_text(encoding="utf-8").strip()  # of a model, which may say anything to a terminal
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        console.print("A text that the model wrote; it was given what stands before >>>:", soft_wrap=True)
         console.print(Text(text.encode(console.encoding, "replace").decode(console.encoding), style="dim"))
     for label, path in (("model", outcome.folder / "final"), ("page", outcome.folder / "index.html")):
         if path.exists():
