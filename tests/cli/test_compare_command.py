@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,12 @@ def test_a_study_by_flags_goes_from_arms_to_page(data: Path, tmp_path: Path) -> 
     assert "2 arms, 14 to 22 runs of 1,600 tokens (50 steps), 1 at a time" in outcome.stderr.replace("\n", " ")
     assert "estimated time" in outcome.stderr
     assert "2 seeds see a difference of about" in outcome.stderr
+    # A line per run, and no bar, where nobody looks on.
+    lines = re.findall(r"^(\d+) of about (\d+) runs: (runs/[\w.-]+/[\w.-]+), loss \d+\.\d{4}", outcome.stderr, re.M)
+    assert {out / place for _, _, place in lines} == {path.parent for path in out.glob("runs/*/*/config.toml")}
+    assert [int(done) for done, _, _ in lines] == [*range(1, len(lines) + 1)]
+    assert lines[-1][1] == str(len(lines))
+    assert "\u2501" not in outcome.stderr
     assert "adamw+blockwise" in outcome.stdout
     assert "index.html" in outcome.stdout
     assert {"index.html", "result.json", "result.csv", "study.toml", "study.db", "runs"} <= {

@@ -180,7 +180,7 @@ def conduct_and_write(
 ) -> tuple[dict[str, Any], Path]:
     """Conduct a study with its progress on the terminal, or look at what there is `so_far`, and write its page."""
     with log.status("Building every arm once"):
-        from sharpwise.compare.conduct import conduct, look, open_study
+        from sharpwise.compare.conduct import conduct, look, open_study, place_of
         from sharpwise.compare.report.page import write_study_page
         from sharpwise.compare.results import results
         from sharpwise.train.environment import available_cpus
@@ -200,9 +200,18 @@ def conduct_and_write(
         def on_progress(news: "Progressed") -> None:
             first[0] = first[0] or news.share
             gained = news.share - first[0]
-            eta = "" if gained < 0.01 else _duration((time.perf_counter() - started) / gained * (1 - news.share))
+            eta = (
+                ""
+                if gained < 0.01 or news.share == 1
+                else _duration((time.perf_counter() - started) / gained * (1 - news.share))
+            )
             runs = f"{news.done} of about {news.expected} runs"
-            progress.update(task, completed=news.share, runs=runs, eta=eta and f"about {eta} to go")
+            eta = eta and f"about {eta} to go"
+            progress.update(task, completed=news.share, runs=runs, eta=eta)
+            if news.ended is not None and not log.is_terminal:  # a bar is drawn in terminals only
+                trial, loss = news.ended
+                end = "diverged" if loss is None else f"loss {loss:.4f}"
+                log.print(f"{runs}: {place_of(trial)}, {end}{eta and f'; {eta}'}", soft_wrap=True)
 
         conducted = conduct(
             study,
@@ -246,6 +255,7 @@ def _progress(log: Console) -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[eta]}"),
         console=log,
+        disable=not log.is_terminal,
     )
 
 

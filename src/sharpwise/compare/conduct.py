@@ -56,12 +56,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a study is: runs that are stored, runs that it will have at least, and the share of their tokens."""
+    """How far a study is: runs that are stored, runs that it will have at least, and the share of their tokens.
+
+    `ended` is the run that has just been stored, with its end loss (None if it diverged); None on the way.
+    """
 
     done: int
     expected: int
     share: float
     running: Mapping[str, int]
+    ended: tuple[Trial, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -285,15 +289,15 @@ class _Conductor:
     def _store(self, trial: Trial, jobs: int) -> None:
         self.storage.add(trial, summary(read_record(self._place(trial)), self.budget.tokens_per_step, jobs))
         self._tidy(trial)
-        self._tell(now=True)
+        self._tell((trial, self.storage.results[trial]["final_loss"]))
 
     def _tidy(self, trial: Trial) -> None:
         """Remove what nobody needs of a run that is stored."""
         for name in ("checkpoints", "final") if trial.stage != "final" else ("checkpoints",):
             shutil.rmtree(self._place(trial) / name, ignore_errors=True)
 
-    def _tell(self, now: bool = False) -> None:
-        if not now and time.monotonic() - self._told < 0.5:
+    def _tell(self, ended: tuple[Trial, float | None] | None = None) -> None:
+        if ended is None and time.monotonic() - self._told < 0.5:
             return
         self._told = time.monotonic()
         done = self.storage.losses
@@ -302,7 +306,7 @@ class _Conductor:
         tokens = sum(trial.horizon for trial in done)
         steps = {key: self._steps.get(key, 0) for key in self.running}
         tokens += sum(steps.values()) / self.budget.steps
-        self.on_progress(Progress(len(done), sum(runs.values()), min(1.0, tokens / whole), steps))
+        self.on_progress(Progress(len(done), sum(runs.values()), min(1.0, tokens / whole), steps, ended))
 
 
 def expected(study: Study, done: Losses) -> Mapping[float, int]:
