@@ -15,6 +15,7 @@ from train.kill_rig import processes
 
 from sharpwise.compare import conduct as conducting
 from sharpwise.compare.conduct import conduct, open_study, place_of
+from sharpwise.compare.record import read_record
 from sharpwise.compare.results import results
 from sharpwise.compare.storage import Storage
 
@@ -68,6 +69,15 @@ def test_a_study_has_what_it_should_have(whole: Path, data: Path) -> None:
     assert blockwise["mean_multiplier"] > 1
     assert blockwise["difference"]["n"] == 2
     assert blockwise["sentence"].startswith("ended ") and " adamw" in blockwise["sentence"]
+
+
+def test_a_busy_machine_does_not_change_what_is_found(whole: Path, tmp_path: Path) -> None:
+    run = next(whole.glob("runs/*/final-*"))
+    shutil.copytree(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    slow = [{k: v if k == "step" or v is None else 10 * v for k, v in line.items()} for line in lines]
+    (tmp_path / "run" / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slow))
+    assert read_record(tmp_path / "run") == read_record(run)
 
 
 def test_two_processes_find_the_same(whole: Path, data: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ class Record:
     `stopped_at` is the step whose loss was not finite, None for a run that reached its end. `final_loss` is the
     validation loss after the last step, None if there is none. `learning_rates` holds, for every role, the learning
     rate times the block's multiplier at `learning_rate_steps` (of roles whose layers differ, the mean over layers).
-    `tokens_per_second` of whole steps and `step_ms` of `optimizer.step()` are those that the quickest tenth of the
-    steps keep to: other work on the machine can only slow the rest. Evaluations do not count.
+
+    How long steps took is not among it: runs share the machine with each other and with whatever else goes on there,
+    so that their times rank its load, not the optimizers. `sharpwise train --profile` times steps.
     """
 
     train_steps: list[int] = field(default_factory=list)
@@ -28,17 +29,12 @@ class Record:
     types: dict[str, str] = field(default_factory=dict)
     stopped_at: int | None = None
     final_loss: float | None = None
-    tokens_per_second: float | None = None
-    step_ms: float | None = None
     state_bytes: int | None = None
 
 
 def read_record(folder: Path) -> Record:
     """The record of a run that has ended. Raises OSError or ValueError where its files are not there or damaged."""
-    steps, timing = (
-        [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("metrics.jsonl", "timing.jsonl")
-    )
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     status, facts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("status.json", "facts.json"))
     validated = [step for step in steps if step.get("validation_loss") is not None]
     noted = [step for step in steps if "multipliers" in step]
@@ -58,8 +54,6 @@ def read_record(folder: Path) -> Record:
         types={role: str(BLOCK_TYPE[Role(role)]) for role in rates},
         stopped_at=status["step"] if status["state"] == "diverged" else None,
         final_loss=validated[-1]["validation_loss"] if ended else None,
-        tokens_per_second=facts["tokens_per_step"] / _quick(timing, "seconds") if timing else None,
-        step_ms=_quick(timing, "optimizer_seconds") * 1e3 if timing and timing[0]["optimizer_seconds"] else None,
         state_bytes=facts["state_bytes"] if steps else None,
     )
 
@@ -71,8 +65,3 @@ def read_environment(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return {key: value for key, value in found.items() if key != "step"}
-
-
-def _quick(timing: list[dict[str, Any]], key: str) -> float:
-    """The tenth percentile."""
-    return float(sorted(line[key] for line in timing)[len(timing) // 10])

@@ -95,7 +95,6 @@ def _arm(conducted: Conducted, arm: Arm) -> Result:
     chosen = best(arm.name, losses) if any(math.isfinite(loss) for loss in tuning.values()) else None
     final = list(_runs(conducted, arm.name, "final").values())
     records = [conducted.results[trial] for trial in final]
-    ended = [record for record in records if record["final_loss"] is not None]
     mean = mean_interval([record["final_loss"] for record in records], LEVEL) if records else None
     diverged = [trial.lr for trial, loss in tuning.items() if math.isinf(loss)]
     setting = None if chosen is None else dict(chosen.setting)
@@ -105,8 +104,6 @@ def _arm(conducted: Conducted, arm: Arm) -> Result:
         "setting": setting,
         "edge": "" if chosen is None else at_edge(arm.name, losses),
         "state_bytes": next((r["state_bytes"] for r in records if r["state_bytes"] is not None), None),
-        "step_ms": min((r["step_ms"] for r in ended if r["step_ms"] is not None), default=None),
-        "tokens_per_second": max((r["tokens_per_second"] for r in ended if r["tokens_per_second"]), default=None),
         "divergence_edge": min(diverged, default=None),
         "tuning": [
             {

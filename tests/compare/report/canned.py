@@ -112,8 +112,6 @@ def arm(i: int, seeds: list[int], *, lost: int = 0, count: int = 5, weight_decay
         "mean_multiplier": 5.2 if "(" in name or "blockwise" in name else 1.0,
         "mean_lr": best["setting"]["optimizer.lr"] * (5.2 if "(" in name or "blockwise" in name else 1.0),
         "state_bytes": int(4 * STATE[i] * PARAMETERS),
-        "step_ms": 1.9 + 0.2 * i,
-        "tokens_per_second": 41_000.0 - 500 * i,
         "divergence_edge": min((run["lr"] for run in runs if run["final_loss"] is None), default=None),
         "tuning": runs,
         "final": final,
@@ -278,8 +276,7 @@ def unfinished() -> dict[str, Any]:
     }  # fmt: skip
     arms = whole["arms"]
     arms[1] |= {**nothing, "verdict": "undecided", "tuning": arms[1]["tuning"][:3]}
-    arms[2] |= {**nothing, "verdict": "undecided", "tuning": [], "setting": None, "state_bytes": None, "step_ms": None}
-    arms[2] |= {"tokens_per_second": None, "mean_lr": None}
+    arms[2] |= {**nothing, "verdict": "undecided", "tuning": [], "setting": None, "state_bytes": None, "mean_lr": None}
     arms[3] |= {"final": arms[3]["final"][:1], "interval": None, "speedup": None, "verdict": "undecided"}
     arms[3]["difference"] |= {"low": None, "high": None, "sd": None, "n": 1, "p": None}
     pair = {**whole["ablations"][0], "difference": None, "verdict": "undecided", "sentence": ""}

@@ -137,6 +137,7 @@ def test_the_mean_learning_rate_has_a_column() -> None:
     html = tables.costs(canned.result(2))
     assert "lr x mean factor" in html
     assert '<td class="number">0.0052</td>' in html  # 0.001 x 5.2
+    assert "tokens/s" not in html  # runs that share a machine do not say which is quicker
 
 
 def test_seeds_are_said_to_move_arms_together_only_where_they_do() -> None:

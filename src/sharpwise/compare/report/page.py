@@ -18,6 +18,11 @@ from sharpwise.report.words import moment
 
 JSON_NAME, CSV_NAME = "result.json", "result.csv"
 RESULTS_HINT = "Loss in nats per token, on the same held-out tokens for every run. In bold: the lowest mean."
+COSTS_HINT = (
+    "What tuning chose, and what it costs. The mean lr factor is what an arm multiplies the learning rate of an "
+    "average parameter by; lr x mean factor is what that parameter gets. How long steps take is not compared: runs "
+    "share the machine, and their times would rank its load."
+)
 
 
 def write_study_page(result: Result, folder: Path) -> Path:
@@ -64,7 +69,7 @@ def render(result: Result) -> str:
         _ablations(result),
         *_charts(result),
         card("Results", RESULTS_HINT, tables.results(result), wide=True),
-        card("Settings and costs", _costs_hint(result), tables.costs(result), wide=True),
+        card("Settings and costs", COSTS_HINT, tables.costs(result), wide=True),
         _tried(result),
         _rates(result),
         _code(result),
@@ -176,15 +181,6 @@ def _shares(result: Result) -> str:
     shares = sorted({1.0, *(horizon["share"] for horizon in result["horizons"])})
     texts = [f"{share:g}" for share in shares]
     return f"{', '.join(texts[:-1])} and {texts[-1]} times" if len(texts) > 1 else "once"
-
-
-def _costs_hint(result: Result) -> str:
-    some = any(arm["tokens_per_second"] is not None for arm in result["arms"])
-    speeds = " Speeds are those of the fastest run, without its slow steps: other work on the machine only slows them."
-    return (
-        "What tuning chose, and what it costs. The mean lr factor is what an arm multiplies the learning rate of an "
-        f"average parameter by; lr x mean factor is what that parameter gets.{speeds * some}"
-    )
 
 
 def _tried(result: Result) -> str:

@@ -86,7 +86,7 @@ def results(result: Result) -> str:
 
 
 def costs(result: Result) -> str:
-    """What tuning chose and what a step costs, an arm per row."""
+    """What tuning chose and what state it takes, an arm per row."""
     arms = result["arms"]
     columns: list[Column] = [
         ("learning rate", [(_rate(arm), "") for arm in arms]),
@@ -95,8 +95,6 @@ def costs(result: Result) -> str:
         ("diverged from lr", [(number(arm["divergence_edge"], "g"), "") for arm in arms]),
         ("mean lr factor", [(number(arm["mean_multiplier"], ".3g"), "") for arm in arms]),
         ("lr x mean factor", [(number(arm["mean_lr"], ".3g"), "") for arm in arms]),
-        ("tokens/s", [(number(arm["tokens_per_second"], ",.0f"), "") for arm in arms]),
-        ("optimizer step", [(number(arm["step_ms"], ".2f", " ms"), "") for arm in arms]),
         ("optimizer state", [(mebibytes(arm["state_bytes"]), "") for arm in arms]),
     ]
     return _arms_table(result, columns, "Settings and costs", [False] * len(arms))
