@@ -1,7 +1,8 @@
-"""What every test starts from: one thread, fixed seeds, GPU tests skipped where there is no GPU."""
+"""What every test starts from: one thread, fixed seeds, Ctrl-C as usual, GPU tests skipped where there is no GPU."""
 
 import os
 import random
+import signal
 
 import hypothesis
 import numpy as np
@@ -12,6 +13,10 @@ import torch
 torch.set_num_threads(1)
 # The suite compiles so many graphs that torch's headers pay to be precompiled.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
+# A shell starts what is to run in the background (`nohup make test &`) with Ctrl-C ignored, children inherit that, and
+# some tests send it to theirs. What is ignored stays so in a new process; what is handled is as usual there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing here is timed: a slow moment of the machine is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
