@@ -1,6 +1,7 @@
-"""Files that are either as they were or as they should be, whenever the process or the machine stops."""
+"""Files that are either as they were or as they should be, whenever the process or the machine stops; their names."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -147,3 +148,25 @@ def held(path: Path, taken: str) -> Iterator[None]:
             except OSError:
                 raise ValueError(taken) from None
         yield
+
+
+def printable(name: str | Path) -> str:
+    r"""A name, or a text with names in it, with what is not UTF-8 (which Python keeps as lone surrogates) as `\xff`.
+
+    >>> print(printable(os.fsdecode(b"caf\xe9.txt")))
+    caf\xe9.txt
+    """
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", str(name))
+
+
+def check_name(folder: Path) -> None:
+    """Find out before the work, rather than after it, that a folder cannot be used by its name.
+
+    Raises:
+        ValueError: the name is not UTF-8; the libraries that write models and tokenizers take no other.
+    """
+    if printable(folder) != str(folder):
+        raise ValueError(
+            f"{printable(folder)}: the name is not UTF-8, and models and tokenizers cannot be kept there; name "
+            "another folder with --out, or rename it"
+        )

@@ -225,6 +225,18 @@ def test_a_run_whose_code_was_changed(given, tmp_path, monkeypatch) -> None:
         run(own, tmp_path / "run")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="folders of any bytes")
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_the_first_step(given, tmp_path, monkeypatch) -> None:
+    foreign = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"/caf\\xe9/run: the name is not UTF-8, and models .* name another folder"):
+        run(given, foreign / "run", on_step=pytest.fail)
+    assert not foreign.exists()
+    foreign.mkdir()
+    monkeypatch.chdir(foreign)  # where its name is not part of the folder's, all is as anywhere
+    assert run(given, Path("run")).state == "finished"
+    assert (foreign / "run" / "final" / "tokenizer.json").exists()
+
+
 def test_a_folder_is_free_again(tmp_path) -> None:
     place = RunFolder(tmp_path / "run")
     place.write_json("facts.json", {})

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from sharpwise.files import printable
 from sharpwise.installing import lacks
 
 
@@ -18,6 +19,6 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError) as error:
         said = lacks("this command", error) if isinstance(error, ModuleNotFoundError) else str(error)
         # Text, not markup: globs have brackets. soft_wrap: a terminal wraps, a log keeps one line.
-        message = Text.assemble(("error", "bold red"), ": ", said)
+        message = Text.assemble(("error", "bold red"), ": ", printable(said))
         Console(stderr=True).print(message, soft_wrap=True)
         raise typer.Exit(2) from None

@@ -20,7 +20,7 @@ from sharpwise.compare.storage import Storage, losses_of
 from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Study, differences, make_study
 from sharpwise.compare.tuning import Losses, Trial, tried
 from sharpwise.compare.workers import Workers
-from sharpwise.files import held, remove_leftovers, write_whole
+from sharpwise.files import check_name, held, remove_leftovers, write_whole
 from sharpwise.train.build import Built, build, validation_every
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.model_facts import count_parameters
@@ -127,12 +127,14 @@ def conduct(
         on_budget, on_progress: called before anything starts, and every few steps.
 
     Raises:
-        ValueError: an arm that cannot be built, a budget too small to say anything, another process at work there.
+        ValueError: an arm that cannot be built, a budget too small to say anything, another process at work there, a
+            folder whose name is not UTF-8.
         OSError: the disk is full; all that was recorded is kept.
         KeyboardInterrupt: after the runs were saved.
     """
     import tomli_w
 
+    check_name(folder)
     done = Storage(folder / "study.db").losses if (folder / "study.db").exists() else {}
     if done and not study.needed(done):
         return look(study, folder)

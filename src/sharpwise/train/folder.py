@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sharpwise.files import held, remove_leftovers, sync, write_whole
+from sharpwise.files import check_name, held, remove_leftovers, sync, write_whole
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, read_given, to_toml
 
@@ -29,10 +29,12 @@ class RunFolder:
     """A run's folder, held by this process alone while it is open.
 
     Raises:
-        ValueError: another process is training in it, or it is no folder, or holds something else than a run.
+        ValueError: another process is training in it, or it is no folder, or holds something else than a run, or its
+            name is not UTF-8.
     """
 
     def __init__(self, path: Path) -> None:
+        check_name(path)
         self.path = path
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; name another folder for the run")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sharpwise.files import remove_leftovers, write_whole
+from sharpwise.files import check_name, remove_leftovers, write_whole
 from sharpwise.train.data.manifest import FORMAT, MANIFEST, TOKENIZER, TYPES, write_manifest
 from sharpwise.train.data.tokens import Prepared, open_tokens
 
@@ -32,6 +32,7 @@ def write_examples(
     Raises:
         ValueError: arrays that are not so, or a folder of text.
     """
+    check_name(Path(folder))
     folder, parts = Path(folder), {"train": _checked("train", train), "validation": _checked("validation", validation)}
     length = parts["train"].shape[1]
     if parts["validation"].shape[1] != length:

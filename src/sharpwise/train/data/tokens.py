@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from sharpwise.files import check_name
 from sharpwise.train.data.manifest import FORMAT, MANIFEST, TOKENIZER, TYPES, again
 
 if TYPE_CHECKING:
@@ -144,9 +145,11 @@ def open_tokens(folder: Path | str) -> Prepared:
     """Open what `prepare_tokens` or `write_examples` wrote; nothing is read but the manifest, the shards are mapped.
 
     Raises:
-        ValueError: not a folder of prepared tokens, not finished, a shard is missing or has another size.
+        ValueError: not a folder of prepared tokens, not finished, a shard is missing or has another size; the name is
+            not UTF-8.
     """
     folder = Path(folder)
+    check_name(folder)
     manifest = read_manifest(folder)
     parts, example = {}, manifest.get("example")
     for part in ("train", "validation"):
