@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sharpwise.train.data import Document, prepare_tokens, same_tokens
 from sharpwise.train.data.tokenizer import (
@@ -41,6 +41,33 @@ def test_only_the_first_text_is_used_for_training() -> None:
     more = [*first, Document("b", "zq" * 10_000)]
     assert same_tokens(train_bpe(first, 300), train_bpe(more, 300, max_bytes=len(TEXT)))
     assert not same_tokens(train_bpe(first, 300), train_bpe(more, 300))
+
+
+def test_long_words_are_cut_where_a_bpe_is_trained_and_nowhere_else(tmp_path: Path) -> None:
+    text = "a" + " " * 20_000 + "b " + "=" * 20_000 + " one two\n" + TEXT
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("held out")
+    prepared = prepare_tokens([tmp_path / "a.txt"], tmp_path / "out", validation_data=tmp_path / "b.txt")
+    found = prepared.tokenizer()
+    assert max(map(len, found.get_vocab())) == 256  # of the doublings of a space
+    ids = prepared.train.shards[0][:-1].tolist()
+    assert found.decode(ids) == text.strip("\n")
+    assert ids == found.encode(text.strip("\n")).ids
+    assert json.loads(found.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+def test_without_long_words_nothing_is_cut() -> None:
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = TEXT + "=" * 256 + "\n" + "größe" * 30
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    plain.train_from_iterator([text], trainer)
+    assert same_tokens(plain, train_bpe([Document("a", text)], 320))
 
 
 def test_files_and_folders(tokenizer: Tokenizer, tmp_path: Path) -> None:

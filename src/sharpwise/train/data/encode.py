@@ -34,6 +34,9 @@ class Encoder:
         tokenizer: its special tokens are not looked for in the text, and it adds none.
         end: id of the end-of-text token.
         dtype: of the ids.
+
+    Raises:
+        ValueError: when called, where the tokenizer meets what it does not know and has no token for that.
     """
 
     def __init__(self, tokenizer: "Tokenizer", end: int, dtype: Any) -> None:
@@ -67,7 +70,13 @@ class Encoder:
         return np.concatenate([part for ids in self._plain(texts) for part in (ids, self._end)])
 
     def _plain(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(
+                f"the tokenizer cannot encode the text ({error}); give one that has a token for what it does not know, "
+                "or falls back on bytes"
+            ) from error
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in encoded]
 
 

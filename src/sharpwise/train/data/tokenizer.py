@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharpwise.files import printable
 from sharpwise.installing import needs
 from sharpwise.train.data.documents import END_OF_TEXT, Document
 from sharpwise.train.data.hub import quietly
@@ -23,6 +24,9 @@ LARGEST = {"uint16": 2**16, "uint32": 2**32}  # token ids that a type can hold
 # within 1% of 32 in bytes per token, at a vocabulary of 4,096 as at 32,768, in a fourth of the time.
 TRAINING_BYTES = 8 * 2**20
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|endofdoc|>", "<|im_end|>", "[EOS]", "[SEP]")
+# Bytes of a word, after which it is cut in the text that a BPE is trained on: training takes time like the square of a
+# word's length. No word of 8 MB of Python, nor of encyclopedia, news and books, is so long.
+LONGEST_WORD = 256
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,15 @@ def check_vocabulary(vocabulary: int, token_type: str = "auto", *, trained: bool
 
 
 def train_bpe(documents: Iterable[Document], vocabulary: int, *, max_bytes: int | None = TRAINING_BYTES) -> "Tokenizer":
-    """A byte-level BPE of at most `vocabulary` entries, `<|endoftext|>` first, from the first `max_bytes` of text."""
+    """A byte-level BPE of at most `vocabulary` entries, `<|endoftext|>` first, from the first `max_bytes` of text.
+
+    No entry has more than `LONGEST_WORD` bytes, since longer words are cut while it is trained, and then only.
+    """
     with needs("preparing tokens", "train"):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -112,6 +120,7 @@ def train_bpe(documents: Iterable[Document], vocabulary: int, *, max_bytes: int 
             texts[-1] = texts[-1][: len(texts[-1]) - (size - max_bytes)] or texts[-1]
             break
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.pre_tokenizer = words
     return tokenizer
 
 
@@ -190,8 +199,11 @@ def find_end_of_text(
 
 
 def vocabulary_of(tokenizer: "Tokenizer") -> int:
-    """The number of token ids: the largest one plus 1, gaps counted."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    """The number of token ids: the largest one plus 1, gaps counted. Raises ValueError where there are none."""
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise ValueError("the tokenizer has no tokens; give another one")
+    return max(ids) + 1
 
 
 def same_tokens(a: "Tokenizer", b: "Tokenizer") -> bool:
@@ -209,7 +221,7 @@ def same_tokens(a: "Tokenizer", b: "Tokenizer") -> bool:
 def _hash(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+        digest.update(f"{printable(path.name)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
