@@ -74,6 +74,37 @@ def test_errors_are_one_line_and_exit_2(here: Path, arguments: list[str], messag
     assert not result.stdout
 
 
+def test_the_last_line_says_what_was_left_out(here: Path) -> None:
+    (here / "notes").mkdir()
+    (here / "some.txt").rename(here / "notes" / "some.txt")
+    (here / "notes" / "settings.json").write_text("{}")
+    (here / "notes" / "a.png").write_bytes(b"")
+    for _ in range(2):  # the second call finds it in the folder
+        result = call("notes")
+        assert result.exit_code == 0, result.output
+        assert result.stdout.splitlines()[-1] == (
+            "left out: notes/a.png (.png is not read); notes/settings.json (no objects with a text in 'text')"
+        )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_names_that_are_not_utf8_are_read_and_named(here: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (here / name).write_text(TEXT)
+    result = call(name, "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("caf\\xe9.txt: ")
+    (here / name).write_text("")
+    for arguments, message in (
+        ([name, "--out", "new"], "error: caf\\xe9.txt is empty"),
+        (["some.txt", "--out", os.fsdecode(b"\xff")], "error: \\xff: the name is not UTF-8"),
+        ([os.fsdecode(b"\xff.txt"), "--out", "new"], "error: no such file, folder or data set: \\xff.txt"),
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(message)
+
+
 def test_default_names() -> None:
     names = ["stdlib", "c4", "a/mix_00.txt.xz", "folder/", "hub:owner/name:config"]
     assert [default_name([name]) for name in names] == ["stdlib", "c4", "mix_00", "folder", "name-config"]

@@ -23,9 +23,9 @@ def prepare(
         list[str] | None,
         typer.Argument(
             metavar="[SOURCE]...",
-            help="Text, JSON lines (.jsonl) or parquet, plain or packed (.gz, .xz), or folders of them; openwebtext, "
-            "minipile, c4, fineweb or hub:owner/name[:config] from the Hugging Face hub; stdlib (the default), the "
-            "source text of this Python's standard library.",
+            help="Text, JSON (.jsonl, .ndjson, .json) or parquet, plain or packed (.gz, .xz, .bz2, .zst), or folders "
+            "of them; openwebtext, minipile, c4, fineweb or hub:owner/name[:config] from the Hugging Face hub; stdlib "
+            "(the default), the source text of this Python's standard library.",
             show_default=False,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def prepare(
         str | None,
         typer.Option("--validation-data", help="A source of its own for validation.", show_default=False),
     ] = None,
-    field: Annotated[str, typer.Option("--field", help="Of JSON lines and parquet: the field with the text.")] = "text",
+    field: Annotated[str, typer.Option("--field", help="Of JSON and parquet: the field with the text.")] = "text",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes all CPUs.")] = 0,
     max_mb: Annotated[
         float | None,
@@ -80,7 +80,7 @@ def prepare(
             names = sources or ["stdlib"]
             out = out or Path("data") / default_name(names)
             max_bytes = None if max_mb is None else round(max_mb * MB)
-            from sharpwise.train.data import prepare_tokens
+            from sharpwise.train.data import prepare_tokens, told
 
             with _Bar(log) as bar:
                 prepared = prepare_tokens(
@@ -106,6 +106,8 @@ def prepare(
     _summary(console, prepared)
     if bar.shown:
         console.print(f"{time.perf_counter() - began:.0f} s. Folder: {out}", soft_wrap=True)
+    if left_out := told(prepared.manifest.get("left_out", ())):  # folders of before have no such list
+        console.print(left_out, soft_wrap=True)
 
 
 def default_name(sources: list[str]) -> str:

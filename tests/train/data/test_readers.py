@@ -127,7 +127,7 @@ def test_limited_text_ends_with_a_line_and_reads_no_further() -> None:
         ),
         ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1 has no field 'text'; its fields are 'body', 'id': .*--field"),
         ("a.jsonl", b'{"text": [1, 2]}', r"line 1: field 'text' holds \[1, 2\], not text"),
-        ("a.jsonl", b'["text"]', "line 1 is a JSON list; give one object a line"),
+        ("a.jsonl", b'["text"]', "line 1 is a JSON list; give objects, with the text in .text."),
         ("a.parquet", b"PAR1 not at all", "a.parquet is not a whole parquet file"),
         ("a.jsonl", b"\n\n", "a.jsonl is empty"),
     ],

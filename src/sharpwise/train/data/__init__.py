@@ -6,6 +6,7 @@
 
 from sharpwise.train.data.documents import END_OF_TEXT, Document
 from sharpwise.train.data.examples import write_examples
+from sharpwise.train.data.listing import told
 from sharpwise.train.data.preparation import PrepareProgress, prepare_tokens
 from sharpwise.train.data.sampler import even_starts, window_starts
 from sharpwise.train.data.sources import find_source
@@ -26,6 +27,7 @@ __all__ = [
     "prepare_tokens",
     "same_tokens",
     "split_documents",
+    "told",
     "window_starts",
     "write_examples",
 ]

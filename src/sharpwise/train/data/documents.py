@@ -1,12 +1,15 @@
 """Documents: pieces of text that are never divided between training and validation, and streams of them."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST = 32 * 2**20  # characters; a text file without marks is cut into documents of this length
+_MARK = re.compile(rf"\n{re.escape(END_OF_TEXT)}(?=\n)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def split_at_marks(blocks: Iterable[str], name: str, *, longest: int = LONGEST) 
     """Documents of a text that comes in blocks; lines that hold only `<|endoftext|>` separate them.
 
     Args:
-        blocks: whole lines each, the last one excepted.
+        blocks: of any lengths.
         name: of the text; where it has several documents, `#0`, `#1`, ... is appended.
         longest: characters after which a document is cut at the end of a line.
 
@@ -72,30 +75,20 @@ def split_at_marks(blocks: Iterable[str], name: str, *, longest: int = LONGEST) 
 def _pieces(blocks: Iterable[str], longest: int) -> Iterator[tuple[str, bool]]:
     """Texts between marks, without newlines at their ends, and whether each is whole."""
     rest, whole = "\n", True  # `rest` begins with the newline before its first line
-    for block in blocks:
+    for block in chain(blocks, ["\n"]):
+        seen = max(0, len(rest) - len(END_OF_TEXT) - 1)  # a mark that reaches into the block begins here or later
         rest += block
-        if not rest.endswith("\n"):
-            rest += "\n"
-        *done, rest = _between_marks(rest)
-        for text in done:
-            yield text.strip("\n"), whole
-            whole = True
+        begin = 0
+        for mark in _MARK.finditer(rest, seen):
+            yield rest[begin : mark.start()].strip("\n"), whole
+            begin, whole = mark.end(), True
+        rest = rest[begin:]
         while len(rest) > longest:
-            at = rest.rfind("\n", 1, longest) if rest.find("\n", 1) < longest else longest
+            at = rest.rfind("\n", 1, longest)
+            at = at if at > 0 else longest
             yield rest[:at].strip("\n"), False
             rest, whole = rest[at:], False
     yield rest.strip("\n"), whole
-
-
-def _between_marks(text: str) -> list[str]:
-    pieces = text.split(f"\n{END_OF_TEXT}")
-    joined = [pieces[0]]
-    for piece in pieces[1:]:
-        if not piece or piece[0] == "\n":
-            joined.append(piece)
-        else:  # a line that only begins like a mark
-            joined[-1] += f"\n{END_OF_TEXT}{piece}"
-    return joined
 
 
 def limited(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sharpwise.files import check_name, printable
 from sharpwise.train.data.documents import limited
 from sharpwise.train.data.files import Meter
+from sharpwise.train.data.listing import grouped
 from sharpwise.train.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Journal, differences, journal, write_manifest
 from sharpwise.train.data.shards import Plan, write_shards
 from sharpwise.train.data.sources import HubSource, Source, find_source
@@ -61,7 +63,7 @@ def prepare_tokens(
         validation: share of the characters that go to validation, by whole documents, see `split_chunk`. Not used
             where `validation_data` is given, or every source has a validation split of its own.
         validation_data: a source whose text is the validation part.
-        field: of JSON lines and parquet: the one that holds the text.
+        field: of JSON and parquet: the one that holds the text.
         jobs: processes that encode; more than one needs the calling script's `if __name__ == "__main__"`.
         max_bytes: of UTF-8 text to take from the sources, None for all.
         token_type: "auto" (uint16 up to 65,536 entries, else uint32), "uint16" or "uint32".
@@ -76,6 +78,7 @@ def prepare_tokens(
         OSError: the files cannot be written, for instance because the disk is full.
     """
     out = Path(out)
+    check_name(out)
     if not 0 < validation < 1:
         raise ValueError(
             f"validation must be a share between 0 and 1, got {validation}; for a text of your own, name it"
@@ -91,7 +94,7 @@ def prepare_tokens(
     held_out = find_source(validation_data, field) if validation_data is not None else None
     own = held_out is None and all(source.own_validation for source in found)
     settings = {
-        "sources": [str(source) for source in sources],
+        "sources": [printable(source) for source in sources],
         "state": [source.state() for source in found],
         "field": field,
         "max_bytes": max_bytes,
@@ -157,7 +160,8 @@ def _write(
             on_progress(PrepareProgress(text_bytes, kept, min(max(shares), 1.0) if shares else None))
 
     name = " + ".join(source.name for source in found[:3]) + (f" + {len(found) - 3} more" if len(found) > 3 else "")
-    write_shards(plan, log, parts, meter, {"source": name, "settings": settings}, jobs, report)
+    left_out = grouped(one for source in (*found, *((held_out,) if held_out else ())) for one in source.left_out)
+    write_shards(plan, log, parts, meter, {"source": name, "left_out": left_out, "settings": settings}, jobs, report)
 
 
 class _writing:

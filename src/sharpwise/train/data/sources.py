@@ -5,14 +5,18 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from sharpwise.files import printable
 from sharpwise.train.data.documents import Document
-from sharpwise.train.data.files import SUFFIXES, Meter, read_file, text_files
+from sharpwise.train.data.files import Meter, read_file
 from sharpwise.train.data.hub import HubData, find_data, hub_documents, suggestion
+from sharpwise.train.data.listing import FORMATS, LeftOut, grouped, list_folder, told
 
 STDLIB = "stdlib"
+KINDS = "text, JSON or parquet, a packed one, or a folder of them"
 # Of the standard library: what is not its own, tests, and generated tables, which are neither prose nor code.
 SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests")
@@ -30,6 +34,11 @@ class Source(Protocol):
     @property
     def own_validation(self) -> bool:
         """Whether it has a validation split of its own."""
+        ...
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """What a user may think it has and it has not."""
         ...
 
     def documents(self, meter: Meter) -> Iterator[Document]:
@@ -64,15 +73,13 @@ def find_source(spec: str | Path, field: str = "text") -> Source:
     if not path.exists():
         if not isinstance(spec, Path) and path.name == name:
             raise ValueError(f"no such file, folder or data set: {name}; {suggestion(name)}")
-        raise ValueError(
-            f"no such file or folder: {path}; give text, JSON lines or parquet, a packed one, or a folder of them"
-        )
+        raise ValueError(f"no such file or folder: {path}; give {KINDS}")
     return LocalFiles(path, field)
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """A file, or the files of a folder with suffixes `SUFFIXES`, hidden ones and folders left out."""
+    """A file, or the files of a folder that `list_folder` takes. Names are printable ones, whatever bytes they are."""
 
     path: Path
     field: str = "text"
@@ -80,7 +87,11 @@ class LocalFiles:
 
     @property
     def name(self) -> str:
-        return self.path.name or str(self.path)
+        return printable(self.path.name or self.path)
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        return self._listed[1]
 
     def documents(self, meter: Meter) -> Iterator[Document]:
         """Raises ValueError for what cannot be read, and where there is no text at all."""
@@ -90,9 +101,9 @@ class LocalFiles:
                 some = True
                 yield document
         if not some:
-            endings = ", ".join(SUFFIXES)
-            what = f"has no file with text that ends in {endings}" if self.path.is_dir() else "is empty"
-            raise ValueError(f"{self.path} {what}; give text, JSON lines or parquet, a packed one, or a folder of them")
+            what = f"has no file with text that ends in {FORMATS}" if self.path.is_dir() else "is empty"
+            left_out = told(grouped(self.left_out))
+            raise ValueError(f"{self.path} {what}; " + (left_out or f"give {KINDS}"))
 
     def validation(self) -> Iterator[Document]:
         raise AssertionError("files have no validation split")
@@ -105,8 +116,12 @@ class LocalFiles:
 
     def _files(self) -> list[tuple[Path, str]]:
         if not self.path.is_dir():
-            return [(self.path, self.path.name)]
-        return [(path, path.relative_to(self.path).as_posix()) for path in text_files(self.path)]
+            return [(self.path, printable(self.path.name))]
+        return [(path, printable(path.relative_to(self.path).as_posix())) for path in self._listed[0]]
+
+    @cached_property
+    def _listed(self) -> tuple[list[Path], list[LeftOut]]:
+        return list_folder(self.path, self.field) if self.path.is_dir() else ([], [])
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,7 @@ class StandardLibrary:
     """The source text of the running Python's standard library."""
 
     own_validation = False
+    left_out = ()
 
     @property
     def name(self) -> str:
@@ -162,6 +178,7 @@ class HubSource:
     spec: str
     data: HubData
     streaming: bool | None = None
+    left_out = ()
 
     @property
     def name(self) -> str:
