@@ -103,6 +103,7 @@ def test_names_that_are_not_utf8_are_read_and_named(here: Path) -> None:
         result = call(*arguments)
         assert result.exit_code == 2
         assert result.stderr.startswith(message)
+    assert sorted(path.name for path in here.iterdir()) == [name, "out", "some.txt"]
 
 
 def test_default_names() -> None:

@@ -76,6 +76,7 @@ def test_a_line_or_an_object_without_end_is_refused(
     path = packed(tmp_path / name, part, begin=begin, end=end)
     with pytest.raises(ValueError, match=message):
         prepare(path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_parquet_column_that_unpacks_to_hundreds_of_times_its_size_is_refused(tmp_path: Path) -> None:

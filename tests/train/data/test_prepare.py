@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from sharpwise import files
 from sharpwise.train.data import Document, Prepared, manifest, open_tokens, prepare_tokens, shards
@@ -175,7 +175,7 @@ def test_killed_at_any_moment_the_same_call_goes_on(
         patch.setattr(owner, name, die)
         with pytest.raises(Killed):
             prepare_tokens([reference / "some.txt"], out, **SETTINGS)
-    shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)  # it is gone where nothing was worth keeping
     out.mkdir()
     for file, raw in before.items():
         (out / file).write_bytes(raw)
@@ -263,6 +263,18 @@ def test_unfinished_tokens_of_other_settings_are_refused(text: Path, tmp_path: P
         prepare_tokens([text], out, **SETTINGS | {"validation": 0.3})
 
 
+@pytest.mark.parametrize("raw", [b"what is this\n", b"[1]\n", b'{}\n{"part": "train"}\n'])
+def test_a_damaged_journal_is_refused_and_left_alone(text: Path, tmp_path: Path, raw: bytes) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "progress.jsonl").write_bytes(raw)
+    with pytest.raises(
+        ValueError, match=r"progress.jsonl is damaged; remove .*out, then run sharpwise prepare \.\.\. --"
+    ):
+        prepare_tokens([text], out, **SETTINGS)
+    assert content(out) == {"progress.jsonl": raw}
+
+
 def test_folders_and_files_of_others_are_left_alone(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds other files and no prepared tokens"):
         prepare_tokens([text], tmp_path)
@@ -311,6 +323,71 @@ def test_an_empty_part_is_refused(text: Path, tmp_path: Path) -> None:
         prepare_tokens([], tmp_path / "out")
 
 
+UNKNOWN = Tokenizer(models.Unigram([("<eos>", 0.0), ("a", -1.0)], None))
+UNKNOWN.add_special_tokens(["<eos>"])
+WORDS = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="?"))
+WORDS.add_special_tokens(["<eos>"])
+
+
+def interrupt(news: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["new", "a/b/new", "empty"])
+@pytest.mark.parametrize(
+    ("name", "raw", "settings", "message"),
+    [
+        ("a.txt", b"", {}, "a.txt is empty"),
+        ("a.txt", b"x", {}, "the training part is empty"),
+        ("a.txt", b"x\0", {}, "is not text"),
+        ("a.jsonl", b'{"text": "a"}\n{', {}, "line 2 is not JSON"),
+        ("a.parquet", b"PAR1", {}, "is not a whole parquet file"),
+        ("a.txt.gz", b"no", {}, "is not a whole .gz file"),
+        ("a.txt", b"some text", {"validation_data": "nowhere/a.txt"}, "no such file or folder"),
+        ("a.txt", b"some text", {"validation_data": "none.txt"}, "none.txt is empty"),
+        ("a.txt", b"some text", {"tokenizer": "none.txt"}, "is not a tokenizer.json"),
+        (
+            "a.txt",
+            b"some text",
+            {"tokenizer": "unknown.json"},
+            r"the tokenizer cannot encode the text \(Enc.*token for",
+        ),
+        ("a.txt", b"some text", {"tokenizer": "unknown.json", "jobs": 2, "chunk_bytes": 4}, "cannot encode the text"),
+        ("a.txt", b"some text", {"tokenizer": "words.json"}, r"the tokenizer cannot encode the text \(WordLevel"),
+        ("a.txt", b"some text", {"tokenizer": "empty.json"}, "the tokenizer has no tokens"),
+        ("a.txt", b"some text", {"tokenizer": "unknown.json", "end_of_text": "<end>"}, "has no token '<end>'"),
+        ("a.txt", b"some text", {"on_progress": interrupt}, None),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    name: str,
+    raw: bytes,
+    settings: dict[str, Any],
+    message: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(raw)
+    Path("none.txt").write_text("\n")
+    Path("unknown.json").write_text(UNKNOWN.to_str())
+    Path("words.json").write_text(WORDS.to_str())
+    Path("empty.json").write_text(Tokenizer(models.BPE()).to_str())
+    Path("empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError if message else KeyboardInterrupt, match=message):
+        prepare_tokens([name], place, **SETTINGS | settings)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_made_leaves_no_part_of_its_path(text: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match=r"cannot write into .*; name another folder"):
+        prepare_tokens([text], tmp_path / "a" / "b" / ("long" * 100) / "out", **SETTINGS)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_bad_text_in_a_later_chunk_keeps_the_chunks_before(text: Path, tmp_path: Path) -> None:
     (tmp_path / "zbad.txt").write_bytes(b"\xf6")
     with pytest.raises(ValueError, match=r"zbad.txt is not UTF-8 text: byte 0xf6 at offset 0"):
@@ -324,23 +401,26 @@ def test_bad_text_in_a_later_chunk_keeps_the_chunks_before(text: Path, tmp_path:
 def test_a_full_disk_leaves_no_half_and_the_call_goes_on(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, real, calls = tmp_path / "out", files.sync, []
+    real, calls = files.sync, []
 
     def full(file: Any) -> None:
         calls.append(file)
-        if len(calls) == 12:
+        if len(calls) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "sync", full)
-        with pytest.raises(
-            OSError, match=r"no space is left for .*out: make room .* the same command goes on from here"
-        ):
-            prepare_tokens([reference / "some.txt"], out, **SETTINGS)
-    assert not list(out.glob(".*"))
-    prepare_tokens([reference / "some.txt"], out, **SETTINGS)
-    assert content(out) == content(reference / "out")
+    for at in range(1, 14):
+        out = tmp_path / str(at)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync", full)
+            patch.setattr(manifest, "sync", full)
+            with pytest.raises(OSError, match=r"no space is left for .*: make room .* the same command goes on from h"):
+                prepare_tokens([reference / "some.txt"], out, **SETTINGS)
+        assert out.exists() == (at > 5)  # settings, tokenizer, two shards of the first chunk, its record
+        assert not list(out.glob(".*"))
+        prepare_tokens([reference / "some.txt"], out, **SETTINGS)
+        assert content(out) == content(reference / "out")
 
 
 def test_tokens_of_a_large_vocabulary_are_wider(text: Path, tmp_path: Path) -> None:

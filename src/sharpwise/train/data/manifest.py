@@ -77,9 +77,13 @@ class Journal:
         self._ends = [0]  # of the lines
         for line in lines:
             self._ends.append(self._ends[-1] + len(line) + 1)
+        try:
+            self.settings: dict[str, Any] | None = dict(json.loads(lines[0])) if lines else None
+            self.records = [_record(json.loads(line)) for line in lines[1:]]
+        except (ValueError, KeyError, TypeError) as error:
+            folder = Path(file.name).parent
+            raise ValueError(f"{file.name} is damaged; remove {folder}, then {again(folder)}") from error
         file.truncate(self._ends[-1])
-        self.settings: dict[str, Any] | None = json.loads(lines[0]) if lines else None
-        self.records = [_record(json.loads(line)) for line in lines[1:]]
 
     def start(self, settings: dict[str, Any]) -> None:
         """Forget everything and begin with these settings."""

@@ -1,5 +1,6 @@
 """From sources to a folder of tokens: memory-mapped shards, the tokenizer and a manifest."""
 
+import contextlib
 import errno
 import logging
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from sharpwise.train.data.documents import limited
 from sharpwise.train.data.files import Meter
 from sharpwise.train.data.listing import grouped
 from sharpwise.train.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Journal, differences, journal, write_manifest
-from sharpwise.train.data.shards import Plan, write_shards
+from sharpwise.train.data.shards import Plan, remove_shards, write_shards
 from sharpwise.train.data.sources import HubSource, Source, find_source
 from sharpwise.train.data.tokenizer import BPE, choose_tokenizer
 from sharpwise.train.data.tokens import Prepared, open_tokens, read_manifest
@@ -114,16 +115,23 @@ def prepare_tokens(
     if out.is_dir() and any(out.iterdir()) and not (out / JOURNAL).is_file():
         raise ValueError(f"{out} holds other files and no prepared tokens; name another folder with --out")
     plan = Plan(out, validation if held_out is None and not own else None, chosen, token_type, end_of_text, chunk_bytes)
-    with _writing(out), journal(out) as log:
-        if log.settings is None:
-            log.start(settings)
-        _refuse_others(out, log.settings or {}, settings, finished=False)
-        try:
-            _write(plan, log, settings, found, held_out, own, max_bytes, jobs, on_progress)
-        finally:
-            if not log.records:  # nothing worth going on from: other settings may be tried
-                (out / TOKENIZER).unlink(missing_ok=True)
-                (out / JOURNAL).unlink(missing_ok=True)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with _writing(out), journal(out) as log:
+            _refuse_others(out, log.settings or settings, settings, finished=False)
+            try:
+                if log.settings is None:
+                    log.start(settings)
+                _write(plan, log, settings, found, held_out, own, max_bytes, jobs, on_progress)
+            finally:
+                if not log.records:  # nothing worth going on from: other settings may be tried
+                    remove_shards(out)
+                    (out / TOKENIZER).unlink(missing_ok=True)
+                    (out / JOURNAL).unlink(missing_ok=True)
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is there no more, or there is something in it
+                folder.rmdir()
     _describe(out, read_manifest(out), description)
     return open_tokens(out)
 

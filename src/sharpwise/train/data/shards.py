@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def write_shards(
         writer.finish()
     shards = [shard for record in log.records for shard in record.shards]
     _check_parts(plan, log, shards)
-    _remove_others(plan.out, {shard.file for shard in shards})
+    remove_shards(plan.out, but={shard.file for shard in shards})
     write_manifest(plan.out, _manifest(writer.tokenization(), shards, described))
     (plan.out / JOURNAL).unlink()
 
@@ -231,7 +231,6 @@ def _check_parts(plan: Plan, log: Journal, shards: list[Shard]) -> None:
         if any(shard.part == part and shard.bytes for shard in shards):
             continue
         size, documents = sum(shard.bytes for shard in shards), sum(shard.documents for shard in shards)
-        _remove_others(plan.out, set())
         log.drop_from(0)  # so that the folder is free for other settings
         if plan.share is None:
             raise ValueError(f"the {name} part is empty: its source has no text; name another one")
@@ -274,8 +273,9 @@ def _manifest(tokenization: Tokenization, shards: list[Shard], described: dict[s
     }
 
 
-def _remove_others(out: Path, wanted: set[str]) -> None:
+def remove_shards(out: Path, but: Collection[str] = ()) -> None:
+    """Remove the shards of a folder, `but` those with these names."""
     for pattern in ("train-*.bin", "validation-*.bin"):
         for path in out.glob(pattern):
-            if path.name not in wanted:
+            if path.name not in but:
                 path.unlink()
