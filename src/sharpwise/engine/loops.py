@@ -19,7 +19,7 @@ _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # inductor's are the othe
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """What can be read and written; the arithmetic is fp32."""
 _OURS = ("step", "decay", "multiplier", "clip")
-_CPP = {torch.float32: "float", torch.float64: "double"}
+_CPP = {torch.bool: "bool", torch.float32: "float", torch.float64: "double"}
 _aten = torch.ops.aten
 _OPERATIONS = {
     _aten.add.Tensor: "{} + {}",
@@ -31,6 +31,8 @@ _OPERATIONS = {
     _aten.sqrt.default: "std::sqrt({})",
     _aten.reciprocal.default: "1 / {}",
     _aten.sign.default: "sign({})",
+    _aten.ne.Tensor: "{} != {}",
+    _aten.where.self: "{} ? {} : {}",
     _aten._to_copy.default: "{}",
 }
 

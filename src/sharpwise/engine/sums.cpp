@@ -23,7 +23,7 @@ inline void store(bfloat16* x, float value) {  // the nearest, of two the even o
   x->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline float sign(float x) { return x != x ? x : float((x > 0) - (x < 0)); }
+inline float sign(float x) { return float((x > 0) - (x < 0)); }  // as torch's, of NaN too
 
 constexpr int64_t LANES = 8;
 template <typename T> struct Vector {

@@ -171,6 +171,11 @@ def root(x: Tensor) -> Tensor:
     return x.double().sqrt().to(x.dtype)
 
 
+def sign(x: Tensor) -> Tensor:
+    """-1, 0 or 1, and NaN of NaN, as in NumPy and JAX. torch's is 0 there: an element would stand still unnoticed."""
+    return torch.where(x != x, x, x.sign())
+
+
 def check_betas(name: str, betas: Any) -> None:
     """Raise TypeError unless betas is a pair of numbers, ValueError unless they are in [0, 1)."""
     pair = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(b, (Real, Tensor)) for b in betas)

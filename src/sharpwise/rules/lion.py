@@ -4,6 +4,9 @@
     p <- p (1 - lr wd) - lr u
     m <- b2 m + (1-b2) g
 
+sign(NaN) is NaN, so that an element whose gradient was NaN shows it, as under every other rule. torch's sign is 0
+there: the element would stand still for good, its momentum NaN, unnoticed.
+
 | symbol | name | shape |
 |---|---|---|
 | m | exp_avg | the parameter's |
@@ -15,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sharpwise.rules.base import Kind, Rule, Scalars, State, lerp
+from sharpwise.rules.base import Kind, Rule, Scalars, State, lerp, sign
 
 
 @dataclass(frozen=True)
@@ -41,4 +44,4 @@ class Lion(Rule):
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         m = state["exp_avg"]
-        return {"exp_avg": lerp(m, g, s["one_minus_b2"])}, lerp(m, g, s["one_minus_b1"]).sign(), None
+        return {"exp_avg": lerp(m, g, s["one_minus_b2"])}, sign(lerp(m, g, s["one_minus_b1"])), None

@@ -63,12 +63,11 @@ class SGD(Rule):
         return {
             "mu": mu * (1 - first),
             "gain": (1 - damp) * (1 - first) + first,
-            "of_m": mu if group["nesterov"] else 1.0,
-            "of_g": 1.0 if group["nesterov"] else 0.0,
+            "of_m": mu,
         }
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         if not state:
             return {}, g, None
         m = add(state["momentum_buffer"] * s["mu"], g, s["gain"])
-        return {"momentum_buffer": m}, add(s["of_g"] * g, m, s["of_m"]), None
+        return {"momentum_buffer": m}, add(g, m, s["of_m"]) if self.nesterov else m, None
