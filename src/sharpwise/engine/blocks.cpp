@@ -13,7 +13,7 @@ void step_rows(const Job& m) {
   #pragma omp for schedule(static) nowait
   for (int64_t b = 0; b < m.rows; ++b) {
     const double squares = row_squares<float>(g + b * m.columns, m.columns);
-    float rate = s.step / denominator(s, m, b, float(squares / m.counts[b])) * s.multiplier;
+    float rate = float(s.step / denominator(s, m, b, squares / m.counts[b])) * s.multiplier;
     if (m.row_step) rate *= m.row_step[b];
     move(s, m, b * m.columns, m.columns, Same{rate}, Same{m.row_decay ? m.row_decay[b] : s.decay});
   }
@@ -27,14 +27,14 @@ void step_columns(const Job& m, double* groups, double* parts, float* rates, flo
     {
       std::fill(sums, sums + m.blocks, 0.0);
       for (int64_t c = 0; c < m.columns; ++c) sums[m.block_of[c]] += added(parts, m.columns, c);
-      for (int64_t b = 0; b < m.blocks; ++b) sums[b] = denominator(s, m, b, float(sums[b] / m.counts[b]));
+      for (int64_t b = 0; b < m.blocks; ++b) sums[b] = denominator(s, m, b, sums[b] / m.counts[b]);
     }
   }
   #pragma omp for schedule(static)
   for (int64_t c = 0; c < m.columns; ++c) {
-    const float below = m.block_of ? float(sums[m.block_of[c]])
-                                   : denominator(s, m, c, float(added(parts, m.columns, c) / m.counts[c]));
-    rates[c] = s.step / below * s.multiplier;
+    const double below = m.block_of ? sums[m.block_of[c]]
+                                    : denominator(s, m, c, added(parts, m.columns, c) / m.counts[c]);
+    rates[c] = float(s.step / below) * s.multiplier;
     if (m.row_step) rates[c] *= m.row_step[c];
     decays[c] = m.row_decay ? m.row_decay[c] : s.decay;
   }

@@ -100,9 +100,14 @@ def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | N
 
 def row_squares(g: Tensor, dim: int) -> Tensor:
     """Sum of g*g over `dim`, in fp64; in pieces, so that the fp64 copy stays small."""
-    if g.numel() <= CHUNK:
-        return (g.double() ** 2).sum(dim)
-    parts = [(part.double() ** 2).sum(dim) for part in g.split(max(1, CHUNK * g.shape[0] // g.numel()))]
+    return row_sums(g, dim, lambda part: part.double() ** 2)
+
+
+def row_sums(x: Tensor, dim: int, of: Callable[[Tensor], Tensor] = Tensor.double) -> Tensor:
+    """As `row_squares`, of what `of` makes of the elements."""
+    if x.numel() <= CHUNK:
+        return of(x).sum(dim)
+    parts = [of(part).sum(dim) for part in x.split(max(1, CHUNK * x.shape[0] // x.numel()))]
     return torch.stack(parts).sum(0) if dim == 0 else torch.cat(parts)
 
 
@@ -116,11 +121,9 @@ def quick_norms(flat: Tensor) -> list[Tensor]:
 
 
 def quick_row_squares(g: Tensor, dim: int) -> Tensor:
-    """As `row_squares`, of fp32 sums over runs."""
-    if g.device.type != "cpu":  # added up by thousands of threads, in parts
-        return torch.linalg.vector_norm(g, dim=dim, dtype=torch.float32).double().square_()
+    """As `row_squares`, of fp32 sums over runs where that is quicker: fp32 on the CPU. Beyond 1.8e19 they overflow."""
     run = g.shape[-1] if g.shape[-1] <= RUN else math.gcd(g.shape[-1], RUN)
-    if g.dim() != 2 or run < 32:
+    if g.device.type != "cpu" or g.dtype != torch.float32 or g.dim() != 2 or run < 32:
         return row_squares(g, dim)
     if dim == 1:
         norms = torch.linalg.vector_norm(g.unflatten(1, (g.shape[1] // run, run)), dim=2).double()

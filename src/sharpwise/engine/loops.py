@@ -6,7 +6,8 @@ and put into the loop.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def _empty(n: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, dtype=dtype, device="cpu")  # whatever the defaults are
 
 
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """torch's own default type and device, whatever the program has set: its compilers make tensors without saying."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _text(name: str) -> str:
     return Path(__file__).with_name(f"{name}.cpp").read_text(encoding="utf-8")
 
@@ -176,9 +189,9 @@ def _denominator(rule: Rule, blocks: Sequence[str], scalars: Sequence[str], kind
         return (below, *(new[name] for name in blocks))
 
     inputs = ["mean", *(f"load({_named(name)})" for name in blocks), *(f"s.{_named(name)}" for name in scalars)]
-    worked_out, (below, *new) = _traced(denominator, inputs)
+    worked_out, (below, *new) = _traced(denominator, inputs, {"mean": torch.float64})
     return f"""
-inline float denominator(const Scalars& s, const Job& m, int64_t b, float mean) {{
+inline double denominator(const Scalars& s, const Job& m, int64_t b, double mean) {{
 {"".join(_pointer(_named(name), kinds[name], "b") for name in blocks)}{worked_out}
 {_stores([*map(_named, blocks)], new, "")}
   return {below};
@@ -198,11 +211,18 @@ def _stores(names: Sequence[str], values: Sequence[str], at: str) -> str:
     return "\n".join(f"  store({name}{at}, {value});" for name, value in zip(names, values, strict=True))
 
 
-def _traced(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str]) -> tuple[str, list[str]]:
-    """Statements in C++ that do what a function of numbers does, and what they call its results."""
+def _traced(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str], types: Mapping[str, torch.dtype] | None = None
+) -> tuple[str, list[str]]:
+    """Statements in C++ that do what a function of numbers does, and what they call its results.
+
+    Inputs are expressions in C++, in fp32 where `types` does not say otherwise.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx  # imported when it is needed: it takes its time
 
-    graph = make_fx(function, tracing_mode="fake")(*[_empty(1, torch.float32)[0] for _ in inputs]).graph
+    numbers = [_empty(1, (types or {}).get(name, torch.float32))[0] for name in inputs]
+    with usual_defaults():
+        graph = make_fx(function, tracing_mode="fake")(*numbers).graph
     names: dict[torch.fx.Node, str] = {}
     lines = []
     expressions = iter(inputs)

@@ -17,7 +17,7 @@ from sharpwise.block_lr.gradient_snr import signal_to_noise
 from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.engine.items import SMALL
-from sharpwise.engine.kernels import CHUNK
+from sharpwise.engine.kernels import CHUNK, row_sums
 from sharpwise.engine.mesh import Bucket, Exchange, Shard, Team, local
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
@@ -122,7 +122,10 @@ def _moments(entry: Entry, own: dict[str, Tensor], exact: bool) -> tuple[Tensor,
         return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
     exact = exact or entry.param.numel() <= SMALL  # of the whole parameter, not of the shard
     dim = -1 if entry.segment_of_row is None else entry.dim  # along memory, where that will do
-    rows = entry.view(v).sum(dim, dtype=torch.float64 if exact else torch.float32)
+    exact = exact or local(v).device.type != "cpu"  # where asking below would wait
+    rows = row_sums(entry.view(v), dim) if exact else entry.view(v).sum(dim, dtype=torch.float32)
+    if not exact and not rows.isfinite().all():  # a sum may be beyond fp32 where no v is
+        rows = row_sums(entry.view(v), dim)
     return _by_segment(entry, rows.double()), entry.shard
 
 

@@ -417,7 +417,7 @@ class BlockOptimizer(Optimizer):
         None before the first step, and where steps do not read it: neither `max_grad_norm` nor `on_nonfinite` is set.
         """
         squares = None if self._stepper is None else self._stepper.squares
-        return None if squares is None else squares.sqrt()
+        return None if squares is None else squares.root
 
     @property
     def compiled_graphs(self) -> int:

@@ -158,6 +158,11 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
 
 
+def rounded(value: Any, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-d tensor: on the CPU if it is known there."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def _live(value: Any) -> Any:
     """A hyperparameter as it is now: tensors on the CPU as floats, on a device left there."""
     if isinstance(value, Tensor):
@@ -167,7 +172,7 @@ def _live(value: Any) -> Any:
 
 def _pack(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     if all(not isinstance(v, Tensor) for v in values):
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
     # Filling, not copying: a copy of a number from the host would wait for the device.
     filled = [v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device) for v in values]
     return torch.stack([v.to(dtype) for v in filled])

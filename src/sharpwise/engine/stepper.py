@@ -19,8 +19,8 @@ from sharpwise.engine.multipliers import Multipliers
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.rounds import Rounds
-from sharpwise.engine.scalars import Clock, Numbers
-from sharpwise.engine.sums import Sums
+from sharpwise.engine.scalars import Clock, Numbers, rounded
+from sharpwise.engine.sums import SquareSum, Sums
 
 
 class Ready(NamedTuple):
@@ -88,7 +88,7 @@ class Stepper:
                     self.elements[id(item)] = loop
         self.pools = pool_blocks([item for item in self.items if id(item) not in self.one_pass], state)
         self.skipped: Tensor | int = 0
-        self.squares: Tensor | None = None
+        self.squares: SquareSum | None = None
         self._sorts: dict[int, int] = {}
         self._sort_numbers: dict[Any, int] = {}
         self._now: dict[Any, Numbers] = {}
@@ -119,7 +119,7 @@ class Stepper:
         items = list(self._live_items(ids))
         grads = [item.gradient() for item in items]
         fused = [e for e in self.fused.entries if id(e) in ids]
-        sums: list[Tensor | None] = [None] * len(items)
+        sums: list[SquareSum | None] = [None] * len(items)
         ok, clip = True, None
         rounds, bucket = Rounds(self.team, items, grads, self.state, self.clock.hyper), Bucket(self.team)
         rounds.begin(bucket)
@@ -164,22 +164,24 @@ class Stepper:
             else:  # a missing gradient, or one that was missing before: the views serve one by one
                 yield from (single for single, here in zip(item.singles, live, strict=True) if here)
 
-    def _guard(self, total: Tensor | None, active: Sequence[Entry]) -> tuple[Any, Any]:
+    def _guard(self, total: SquareSum | None, active: Sequence[Entry]) -> tuple[Any, Any]:
         """Whether to step (True, False, or a device tensor), and the factor on the gradients (None: 1)."""
         options = self.options
         if total is None:
             return True, None
         clip: Any = None
         if options.max_grad_norm is not None:
-            clip = torch.clamp(options.max_grad_norm / (total.sqrt() + 1e-6), max=1.0)
+            # In the unit of the sum: the norm itself may be beyond fp64.
+            clip = options.max_grad_norm / total.unit / (total.values.sqrt() + 1e-6 / total.unit)
+            clip = torch.clamp(clip, max=1.0)
             clip = float(clip) if self.clock.on_host else clip
         if options.on_nonfinite == "ignore":
             return True, clip
         if options.on_nonfinite == "skip" and not self.clock.on_host:
-            ok = torch.isfinite(total)
+            ok = torch.isfinite(total.values)
             self.skipped = self.skipped + (~ok).long()
             return ok, clip
-        if math.isfinite(total):
+        if math.isfinite(total.values):
             return True, clip
         if options.on_nonfinite == "skip":
             self.skipped = self.skipped + 1
@@ -194,7 +196,7 @@ class Stepper:
     # -- blocks ----------------------------------------------------------------------------------------------------
 
     def _block_phase(
-        self, items: Sequence[Item], sums: list[Tensor | None], together: set[int], ok: Any, clip: Any
+        self, items: Sequence[Item], sums: list[SquareSum | None], together: set[int], ok: Any, clip: Any
     ) -> list[Tensor | None]:
         """New block state, and lr / (bias correction * denominator) per block of every item without its multiplier.
 
@@ -212,25 +214,24 @@ class Stepper:
         for part in parts:
             mine = [where[id(item)] for item in part.items]
             squares = [s for i in mine if (s := sums[i]) is not None]
-            found = self._one_block_phase(part, torch.cat(squares), ok, clip)
-            for i, rate in zip(mine, found.split([len(s) for s in squares]), strict=True):
+            found = self._one_block_phase(part, SquareSum.joined(squares), ok, clip)
+            for i, rate in zip(mine, found.split([len(s.values) for s in squares]), strict=True):
                 rates[i] = rate
         return rates
 
-    def _one_block_phase(self, pool: Pool, squares: Tensor, ok: Any, clip: Any) -> Tensor:
+    def _one_block_phase(self, pool: Pool, squares: SquareSum, ok: Any, clip: Any) -> Tensor:
         entry = pool.items[0].parts[0]
         lr, _, of_rule = self.clock.rates(entry)
         rate = lr / of_rule.get("bias_correction", 1.0)
         if self.compiler is not None:
             # Rounded as in the graph that works this out by the way: sharded or not, the same bits.
-            of_rule = {k: torch.as_tensor(value, dtype=entry.dtype) for k, value in of_rule.items()}
-        mean = (squares / pool.counts).to(entry.dtype)
-        mean = mean if clip is None else mean * (clip * clip)
+            of_rule = {k: rounded(value, entry.dtype) for k, value in of_rule.items()}
+        mean = squares.mean(pool.counts, clip)
         old = {name: tensor.to(entry.dtype) for name, tensor in pool.state.items()}
         new, denominator = entry.rule.block_phase(old, mean, of_rule)
         for name, tensor in pool.state.items():
             tensor.copy_(new[name] if ok is True else torch.where(ok, new[name], tensor))
-        return torch.as_tensor(rate, dtype=entry.dtype) / denominator
+        return rounded(rate, entry.dtype) / denominator
 
     # -- moving ----------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ template <typename A, typename T> void add_square(Lanes<A>& sum, const T* x) {
 }
 
 // Squares are added in groups, in the type A, and the groups in fp64: with A = float in half the time of A = double.
+// Floats overflow at |x| = 1.8e19: what is not finite then is added up again in double.
+template <typename A> constexpr bool OVERFLOWS = sizeof(A) < sizeof(double);
 constexpr int64_t GROUP = 256, GROUP_ROWS = 64, STREAMS = 8;
 
 template <typename A, typename T> double row_squares(const T* x, int64_t n) {
@@ -60,6 +62,8 @@ template <typename A, typename T> double row_squares(const T* x, int64_t n) {
     total += ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
     for (; i < end; ++i) total += double(load(x + i)) * load(x + i);
   }
+  if constexpr (OVERFLOWS<A>)
+    if (!std::isfinite(total)) return row_squares<double>(x, n);
   return total;
 }
 
@@ -105,9 +109,14 @@ template <typename A, typename T>
 void all_column_squares(const T* x, int64_t rows, int64_t columns, double* groups, double* parts) {
   const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
   const int64_t begin = share(rows, t, threads), end = share(rows, t + 1, threads);
-  A* group = reinterpret_cast<A*>(groups + t * columns);
-  std::fill(parts + t * columns, parts + (t + 1) * columns, 0.0);
-  column_squares(x + begin * columns, end - begin, columns, group, parts + t * columns);
+  double *group = groups + t * columns, *sums = parts + t * columns;
+  std::fill(sums, sums + columns, 0.0);
+  column_squares(x + begin * columns, end - begin, columns, reinterpret_cast<A*>(group), sums);
+  if constexpr (OVERFLOWS<A>)
+    if (!std::all_of(sums, sums + columns, [](double sum) { return std::isfinite(sum); })) {
+      std::fill(sums, sums + columns, 0.0);
+      column_squares(x + begin * columns, end - begin, columns, group, sums);
+    }
   #pragma omp barrier
 }
 

@@ -12,6 +12,10 @@ embedding and the rest by tensor; biases by element (there it is AdamW).
 | m | exp_avg | the parameter's |
 | v_B | exp_avg_sq | [n_blocks], in the order of the parameter's segments |
 
+v_B is in fp32, as AdamW's v is. Where (1-b2) mean_B(g^2) is beyond it (at b2 = 0.999 above a root mean square of
+5.8e20) it becomes infinite, and the block stands still from then on, as an element of AdamW does in torch. Clipping
+prevents it: with `max_grad_norm` the mean is scaled before it is rounded.
+
 Departs: from the authors' package, which finds blocks by substring and head sizes as dim/n_heads. Here a fused QKV is
 cut by its heads, and q and k rows of a low-rank adapter, which hold no head, are one block.
 """

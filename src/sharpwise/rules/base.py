@@ -116,7 +116,10 @@ class Rule:
         raise NotImplementedError
 
     def block_phase(self, blocks: State, mean_square: Tensor, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
-        """New block state and denominator, both [n_blocks], from the old state and the mean of g*g per block."""
+        """New block state and denominator, both [n_blocks], from the old state and the mean of g*g per block.
+
+        The mean is in fp64, as squares of large gradients are beyond fp32. So may be what comes out: the engine rounds.
+        """
         raise NotImplementedError(f"{self.name} has no block state")
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
