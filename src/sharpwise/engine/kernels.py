@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine import loops
+from sharpwise.engine.loops import usual_defaults
 from sharpwise.rules.base import Rule, add
 from sharpwise.storage.dense import mix, round_to
 
@@ -141,20 +142,21 @@ class Compiler:
     """Compiled twins of `update`, one graph for all shapes per rule, layout and set of options.
 
     A graph is traced on small examples, so that a step never compiles twice and never guards: what it may depend
-    on is in its key. If one cannot be built (no compiler on the machine, say), that is logged once, and the eager twin
-    serves. Besides, whatever of our own loops is asked for.
+    on is in its key. It is then found by its text, which numbers that are scalars of a step do not change: other betas
+    compile nothing, a flag that `direction` reads does. If one cannot be built (no compiler on the machine, say), that
+    is logged once, and the eager twin serves. Besides, whatever of our own loops is asked for.
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[Any, ...], Graph] = {}
-        self._failed: set[Any] = set()
+        self._graphs: dict[Any, Graph] = {}
+        self._traced: dict[Any, Graph | None] = {}
         self._loops: dict[Any, Any] = {}
         self.broken = False
 
     @property
     def graphs(self) -> int:
         """How many graphs and loops have been built."""
-        return len(self._graphs) + sum(loop is not None for loop in self._loops.values())
+        return len(self._graphs) + len({loop.source for loop in self._loops.values() if loop is not None})
 
     def update_call(
         self,
@@ -182,7 +184,7 @@ class Compiler:
         if graph is None:
             names = tuple(s)
             form = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in args)
-            key = (type(rule), *short, form, p.device)
+            key = (rule, *short, form, p.device)
 
             def body(packed: Tensor, p: Tensor, g: Tensor, *more: Tensor) -> tuple[()]:
                 rest = list(more)
@@ -204,7 +206,7 @@ class Compiler:
     ) -> loops.Step | None:
         """The loop that moves matrices of a rule; None if it cannot be built. See `loops.Step`."""
         own = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
-        key = type(rule), param, tuple(types.items()), tuple(own), with_blocks
+        key = rule, param, tuple(types.items()), tuple(own), with_blocks
         return self._loop(key, lambda: loops.Step(rule, param, types, own, with_blocks))
 
     def squares(self) -> loops.Squares | None:
@@ -221,15 +223,19 @@ class Compiler:
         return self._loops[key]
 
     def _built(self, key: Any, body: Callable[..., Any], examples: list[Tensor]) -> Graph | None:
-        if key in self._graphs or key in self._failed or self.broken:
-            return self._graphs.get(key)
-        try:
-            self._graphs[key] = _compile(body, examples)
-        except Exception as error:  # whatever inductor raises: the eager twin gives the same numbers
-            self._failed.add(key)
-            self.broken = True
-            logger.warning("compiling the optimizer step failed, going on without: %s", str(error).split("\n")[0])
-        return self._graphs.get(key)
+        if key not in self._traced and not self.broken:
+            self._traced[key] = None
+            try:
+                traced = _trace(body, examples)
+                form = tuple((t.dtype, t.device, tuple(n == 1 for n in t.shape)) for t in examples)
+                text = traced.code, repr(list(traced.named_buffers())), form, len(examples[0])
+                if text not in self._graphs:
+                    self._graphs[text] = _compile(traced, examples)
+                self._traced[key] = self._graphs[text]
+            except Exception as error:  # whatever inductor raises: the eager twin gives the same numbers
+                self.broken = True
+                logger.warning("compiling the optimizer step failed, going on without: %s", str(error).split("\n")[0])
+        return self._traced.get(key)
 
 
 def compiler_present(device: torch.device) -> bool:
@@ -250,15 +256,22 @@ def _precompiles_headers() -> bool:
     return asked or any(Path(default_cache_dir(), "precompiled_headers").glob("*.?ch"))
 
 
-def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Graph:
+def _trace(body: Callable[..., Any], examples: list[Tensor]) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx  # imported when it is needed: it takes its time
+
+    with usual_defaults():
+        graph: torch.fx.GraphModule = make_fx(body, tracing_mode="symbolic")(*examples)
+    return graph
+
+
+def _compile(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Graph:
     # Not torch.compile: its guards and wrappers cost several times what the call itself does, at every call. What they
     # would check is in the key of the graph.
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), usual_defaults():
         warnings.simplefilter("ignore")  # torch's own, of torch
         from torch._functorch import config as functorch
         from torch._inductor import standalone_compile
         from torch._inductor.compile_fx import compile_fx_inner
-        from torch.fx.experimental.proxy_tensor import make_fx
 
         inner: list[Any] = []
 
@@ -272,7 +285,6 @@ def _compile(body: Callable[..., Any], examples: list[Tensor]) -> Graph:
         # more time than they save the few graphs of a step: they are used where they are, or are asked for.
         patches = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": _precompiles_headers()}
         options = {"config_patches": patches, "inner_compile": keep}
-        graph = make_fx(body, tracing_mode="symbolic")(*inputs)
         with functorch.patch(enable_autograd_cache=False):  # a hit there would leave out `keep`
             compiled = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options)
     # What torch puts around it, for autograd, would take as long as the call: it is left out where torch lets us see

@@ -42,7 +42,8 @@ class Squares:
     """Sums of squares of matrices. Raises whatever building the library raises."""
 
     def __init__(self) -> None:
-        self._library = _built(_text("sums") + _text("squares"))
+        self.source = _text("sums") + _text("squares")
+        self._library = _built(self.source)
 
     def __call__(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool = False) -> list[Tensor]:
         """Sums of g*g over dimension 1 or 0 of contiguous matrices [rows, columns] of `TYPES`, as fp64 vectors.
@@ -71,6 +72,8 @@ all); `scalars`, fp32."""
 class Step:
     """Steps of a rule. Raises whatever building the library raises, or NotImplementedError.
 
+    A library is built once per source, whatever the rule that it was written for.
+
     Args:
         types: of the parameter and its gradient, and of each state tensor, by name.
         scalars: names of the rule's own.
@@ -89,7 +92,8 @@ class Step:
         self.scalars = (*scalars, *_OURS)
         self._shape = 2 + len(types)
         text = _text("blocks" if with_blocks else "elements")
-        self._call = _built(_text("sums") + _written(rule, param, types, scalars, with_blocks) + text).step
+        self.source = _text("sums") + _written(rule, param, types, scalars, with_blocks) + text
+        self._call = _built(self.source).step
 
     def __call__(self, jobs: Sequence[Job]) -> None:
         """Move matrices, and their state."""
@@ -134,7 +138,7 @@ def _built(source: str) -> ctypes.CDLL:
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    with config.patch({"cpp.vec_isa_ok": True}):  # see kernels._compile
+    with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():  # see kernels._compile
         return CppCodeCache.load(source, extra_flags=_FLAGS)
 
 
