@@ -29,6 +29,9 @@ EXAMPLES = {
 }
 """Spellings with which a block_lr does in a few steps of a tiny model what it does in a training; others go by name."""
 
+_PLACE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Of all that is made here, whatever the defaults: the battery may be run under any."""
+
 Make = Callable[..., BlockOptimizer]
 """(first, **options) -> optimizer, where `first` is what constructors take."""
 
@@ -40,24 +43,28 @@ class TinyGPT(nn.Module):
         super().__init__()
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(vocabulary, width),
-                "wpe": nn.Embedding(8, width),
+                "wte": nn.Embedding(vocabulary, width, **_PLACE),
+                "wpe": nn.Embedding(8, width, **_PLACE),
                 "h": nn.ModuleList(_Block(width, heads) for _ in range(2)),
-                "ln_f": nn.LayerNorm(width),
+                "ln_f": nn.LayerNorm(width, **_PLACE),
             }
         )
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False, **_PLACE)
         self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
+        self.ln_1 = nn.LayerNorm(width, **_PLACE)
+        self.attn = _linear(c_attn=(width, 3 * width), c_proj=(width, width))
         self.attn.n_head = heads  # type: ignore[assignment]
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.ln_2 = nn.LayerNorm(width, **_PLACE)
+        self.mlp = _linear(c_fc=(width, 4 * width), c_proj=(4 * width, width))
+
+
+def _linear(**sizes: tuple[int, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*size, **_PLACE) for name, size in sizes.items()})
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -70,8 +77,8 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
 def fill_gradients(model: nn.Module, step: int, skip: Sequence[str] = ()) -> None:
     """Gradients that depend on (parameter, step) alone, as recorded ones do."""
     for i, (name, p) in enumerate(model.named_parameters()):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        p.grad = None if name in skip else torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1
+        generator = torch.Generator("cpu").manual_seed(1000 * step + i)
+        p.grad = None if name in skip else torch.randn(p.shape, generator=generator, **_PLACE).to(p.dtype) * 0.1
 
 
 def run(model: nn.Module, optimizer: BlockOptimizer, steps: Sequence[int], skip: Sequence[str] = ()) -> None:
@@ -114,7 +121,7 @@ def check_resume_is_exact(make: Make) -> None:
         run(part, first, range(3))
         file = io.BytesIO()
         torch.save({"model": part.state_dict(), "optimizer": first.state_dict()}, file)
-        saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        saved = torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
         resumed = tiny_model(dtype, seed=1)
         resumed.load_state_dict(saved["model"])
         groups = [{"params": list(resumed.parameters())[::-1]}]
@@ -143,7 +150,7 @@ def check_frozen_tied_and_empty(make: Make) -> None:
     model = tiny_model()
     frozen = model.get_parameter("transformer.wpe.weight")
     frozen.requires_grad_(False)
-    model.get_submodule("transformer").register_parameter("empty", nn.Parameter(torch.empty(0, 64)))
+    model.get_submodule("transformer").register_parameter("empty", nn.Parameter(torch.empty(0, 64, **_PLACE)))
     optimizer = make(model, blocks={"transformer.empty": "other"})
     before = frozen.detach().clone()
     run(model, optimizer, range(2))
@@ -158,7 +165,7 @@ def check_schedulers_and_tensor_lr(make: Make) -> None:
     optimizers = [make(model) for model in models]
     base = float(optimizers[0].param_groups[0]["lr"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda step: 1.0 / (1 + step))
-    tensor = torch.tensor(base, dtype=torch.float64)
+    tensor = torch.tensor(base, dtype=torch.float64, device="cpu")
     for group in optimizers[1].param_groups:
         group["lr"] = tensor
     for step in range(4):
@@ -275,7 +282,7 @@ def check_no_recompilation(make: Make) -> None:
         for m in (model, twin):
             with torch.random.fork_rng():
                 torch.manual_seed(5)
-                m.get_submodule("transformer").add_module("wide", nn.Linear(256, 384))
+                m.get_submodule("transformer").add_module("wide", nn.Linear(256, 384, **_PLACE))
         options: dict[str, Any] = {"blocks": {"transformer.wide.*": "up"}, "max_grad_norm": clip}
         fast, slow = make(model, compile=True, **options), make(twin, compile=False, **options)
         run(model, fast, range(1))
@@ -360,13 +367,14 @@ def _multipliers(optimizer: BlockOptimizer) -> list[Any]:
 
 def check_storage(storage: Dense) -> None:
     """Zero is exactly zero, rounding is idempotent and within one unit in the last place; unbiased if stochastic."""
-    x = torch.cat((torch.zeros(3), torch.randn(4096, generator=torch.Generator().manual_seed(0))))
+    numbers = torch.randn(4096, generator=torch.Generator("cpu").manual_seed(0), **_PLACE)
+    x = torch.cat((torch.zeros(3, **_PLACE), numbers))
     dtype = storage.dtype_for(torch.float32)
     stored = round_to(x, dtype, None, 0)
     assert (stored[:3] == 0).all() and torch.equal(round_to(stored.float(), dtype, None, 0), stored)
     step = torch.finfo(dtype).eps
     assert ((stored.float() - x).abs() <= x.abs() * step / 2 + 1e-30).all(), "rounding is off by more than half a unit"
-    index = torch.arange(len(x))
+    index = torch.arange(len(x), device="cpu")
     noisy = [round_to(x, dtype, index, key).float() for key in range(256)]
     assert all(((n - x).abs() <= x.abs() * step + 1e-30).all() for n in noisy), "off by more than a unit"
     mean = torch.stack(noisy).double().mean(0)

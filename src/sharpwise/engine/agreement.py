@@ -30,7 +30,7 @@ def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> N
         return
     lines = _lines(entries, options)
     mark = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
-    extremes = torch.tensor([mark, -mark], device=local(entries[0].param).device)
+    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(entries[0].param).device)
     for group in groups:
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
     largest, smallest = extremes.tolist()

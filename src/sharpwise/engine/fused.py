@@ -124,7 +124,7 @@ class Fused:
         device = tensors[0].device
         limit = SCRATCH if device.type == "cpu" else CHUNK
         if device not in self._scratch:
-            self._scratch[device] = torch.empty(limit, device=device)
+            self._scratch[device] = torch.empty(limit, dtype=torch.float32, device=device)
         scratch = self._scratch[device]
         batches: list[Batch] = []
         room = 0

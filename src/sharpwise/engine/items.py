@@ -98,7 +98,7 @@ class Item:
                 flat = [(row + column).reshape(-1, 1) for row, column in pairs]
                 owner = [torch.full_like(index, i) for i, index in enumerate(flat)]
                 self.index = torch.cat(flat), flat[0].new_zeros(1, 1), torch.cat(owner)
-        names = torch.tensor([e.key for e in self.parts]).to(device, non_blocking=True)
+        names = torch.tensor([e.key for e in self.parts], dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         step = t.long() if isinstance(t, Tensor) else int(t)
         key = (names + (step * 0x9E3779B1 + seed * 0x85EBCA6B)) & 0xFFFFFFFF
         row, column, *owner = self.index
@@ -216,7 +216,7 @@ def _starts(parts: list[Entry]) -> list[int]:
 def _merge_blocks(layout: Entry, parts: list[Entry], sizes: list[int]) -> None:
     """Every part is one block: its elements are the rows of the buffer."""
     device = local(parts[0].param).device
-    counts = torch.tensor(sizes, device=device)
+    counts = torch.tensor(sizes, dtype=torch.int64, device=device)
     layout.block_of_row = torch.repeat_interleave(torch.arange(len(parts), device=device), counts)
     layout.gathers = gathers_of(layout.block_of_row, [(0, len(parts))])
     layout.counts = torch.cat([e.counts for e in parts if e.counts is not None])

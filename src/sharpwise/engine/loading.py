@@ -192,12 +192,14 @@ def prepared(
     for key in known & set(own):
         tensor = own[key]
         if key in saved:
-            value = torch.as_tensor(saved[key])
+            new: Any = saved[key]
+            if not isinstance(new, Tensor):
+                new = torch.tensor(new, dtype=tensor.dtype, device="cpu")
             if is_dtensor(tensor):
-                value = _placed_like(value, tensor)
-            elif is_dtensor(value):
-                value = value.full_tensor()  # type: ignore[attr-defined]
-            pairs.append((local(tensor), local(value)))
+                new = _placed_like(new, tensor)
+            elif is_dtensor(new):
+                new = new.full_tensor()
+            pairs.append((local(tensor), local(new)))
         elif key not in OF_BLOCK_LR:
             pairs.append((local(tensor), torch.zeros_like(local(tensor))))
     return pairs
@@ -272,7 +274,7 @@ def _group_of_saved(
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return bool(torch.as_tensor(a).eq(torch.as_tensor(b)).all())
+        return bool((a == b).all() if isinstance(a, Tensor) else (b == a).all())
     return (tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
 
 

@@ -238,7 +238,7 @@ class Multipliers:
                 kept.append(local(own[key]))
                 flat += [value for row in zip(*columns, strict=True) for value in row]
         if kept:
-            values = torch.tensor(flat, dtype=torch.float64).nan_to_num(nan=0.0).to(kept[0].device)
+            values = torch.tensor(flat, dtype=torch.float64, device="cpu").nan_to_num(nan=0.0).to(kept[0].device)
             pieces = values.split([tensor.numel() for tensor in kept])
             torch._foreach_copy_(kept, [piece.view(t.shape) for piece, t in zip(pieces, kept, strict=True)])
             self._versions = versions_of(self._kept)

@@ -97,7 +97,9 @@ class Entry:
     def spread_segments(self, values: Sequence[float]) -> Tensor:
         """One number per segment -> fp64, one per local row."""
         assert self.segment_of_row is not None
-        table = torch.tensor(values, dtype=torch.float64).to(self.segment_of_row.device, non_blocking=True)
+        table = torch.tensor(values, dtype=torch.float64, device="cpu").to(
+            self.segment_of_row.device, non_blocking=True
+        )
         return table[self.segment_of_row].view(self.row_shape)
 
     def gather(self, rows: Tensor) -> Tensor:

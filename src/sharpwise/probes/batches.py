@@ -146,7 +146,7 @@ def _of_mapping(given: Mapping[str, Any], name: str, device: torch.device, what:
 def _tokens(given: Any, device: torch.device, what: str) -> Tensor:
     if not hasattr(given, "shape"):
         raise TypeError(f"{what}: got {type(given).__name__}, expected {_FORMS}")
-    tokens = torch.as_tensor(given)
+    tokens = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"{what}: got {str(tokens.dtype).removeprefix('torch.')} values, expected {_FORMS}")
     if tokens.ndim != 2 or not tokens.numel():

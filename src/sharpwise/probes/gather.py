@@ -95,7 +95,7 @@ def square_sums(tensors: Sequence[Tensor | None], parameters: Sequence[Sequence[
     found: list[Tensor] = []
     for tensor, segments in zip(tensors, parameters, strict=True):
         if tensor is None:
-            found += [torch.zeros((), dtype=torch.float64)] * len(segments)
+            found += [torch.zeros((), dtype=torch.float64, device="cpu")] * len(segments)
             continue
         rows = _row_norms(tensor, segments[0].dim).double().square_()
         found += [rows.sum() if s.whole else rows[s.row_index(rows.device)].sum() for s in segments]

@@ -101,7 +101,7 @@ def diagonal(matrix: Operator, *, samples: int = 100, rtol: float | None = None,
     """
     run = _Run("diagonal", matrix, samples, None, seed)
     check_rtol(rtol, run.who)
-    mean = squares = torch.zeros(())
+    mean = squares = torch.zeros((), dtype=torch.float64, device="cpu")
     reached = math.inf
     for n, (v, av) in enumerate(run.products(), start=1):
         x = v * av

@@ -88,7 +88,7 @@ class _Draws:
             if name in a and name in b:
                 sums += segment_sums(whole(a[name]).float() * whole(b[name]).float(), self.blocks[name])
             else:
-                sums += [torch.zeros((), dtype=torch.float64)] * len(self.blocks[name])
+                sums += [torch.zeros((), dtype=torch.float64, device="cpu")] * len(self.blocks[name])
         return self._grouped(torch.stack([x.cpu() for x in sums]))
 
     def state_dict(self) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class _Use:
 def _spaced(n: int, most: int) -> Tensor:
     """At most so many (and at least one) of n indices, evenly spaced."""
     m = min(n, max(most, 1))
-    return torch.arange(m) * n // m
+    return torch.arange(m, device="cpu") * n // m
 
 
 def jackknife(

@@ -195,7 +195,7 @@ def alpha_hill(eigenvalues: Tensor, convention: Convention = "hill") -> float | 
         alpha > 1; infinite where those of the upper half are all alike; None where it is not defined: for n < 2, values
         that are not finite, and lambda_{n-k} = 0.
     """
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
+    values = eigenvalues.double()
     n = len(values)
     k = n // 2
     # One threshold below the k largest; the published one is counted among those above it.

@@ -157,7 +157,7 @@ def sizes(w: float, d: float, v: float) -> dict[str, float]:
     if w > 0:
         found["relative update"] = math.sqrt(d / w)
     if w > 0 and v > 0:
-        found["angle"] = float(angles(*torch.tensor([[w], [d], [v]], dtype=torch.float64)))
+        found["angle"] = float(angles(*torch.tensor([[w], [d], [v]], dtype=torch.float64, device="cpu")))
     return found
 
 
@@ -176,7 +176,7 @@ def _per_neuron(segment: Segment, label: str, sums: Tensor) -> list[Estimate]:
         known = all_rows[all_rows.isfinite()].cpu()
         if not len(known):
             continue
-        at = torch.quantile(known, torch.tensor(list(QUANTILES.values()), dtype=known.dtype)).tolist()
+        at = torch.quantile(known, torch.tensor(list(QUANTILES.values()), dtype=known.dtype, device="cpu")).tolist()
         estimates.append(
             Estimate(
                 quantity, "segment", label, float(known.mean()), 0.0, "exact", segment.layer, len(known),

@@ -89,7 +89,7 @@ class Graph:
 
     def positive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random differentiable numbers, 0.5 to 1.5: what they multiply is never hidden by a zero."""
-        numbers = torch.rand(tuple(shape), device="cpu", generator=self._random) + 0.5
+        numbers = torch.rand(tuple(shape), dtype=torch.float32, device="cpu", generator=self._random) + 0.5
         return numbers.to(device, dtype).requires_grad_()
 
     def add(self, leaf: Leaf) -> Leaf:
@@ -187,7 +187,10 @@ class Graph:
     def gradients(self, tensor: Tensor, leaves: Sequence[Leaf], times: Tensor | None = None) -> list[Tensor | None]:
         """Per leaf the gradient of a random sum of a tensor, its elements weighed by `times`; None where it is none."""
         cotangent = (
-            torch.rand(tensor.shape, device="cpu", generator=torch.Generator("cpu").manual_seed(1)).to(tensor) + 0.5
+            torch.rand(
+                tensor.shape, dtype=torch.float32, device="cpu", generator=torch.Generator("cpu").manual_seed(1)
+            ).to(tensor)
+            + 0.5
         )
         if times is not None:
             cotangent = cotangent * times

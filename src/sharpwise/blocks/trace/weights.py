@@ -83,9 +83,9 @@ class Weight:
     def _labelled(self) -> list[Tensor]:
         shape = self.value.shape
         if self._replay is None:
-            sides = [torch.tensor(self.number, device="cpu").expand(shape)]
+            sides = [torch.tensor(self.number, dtype=torch.int64, device="cpu").expand(shape)]
             for dim in range(DIMS):
-                index = torch.tensor(-1, device="cpu")
+                index = torch.tensor(-1, dtype=torch.int64, device="cpu")
                 if dim < len(shape):
                     index = torch.arange(shape[dim], device="cpu").view(
                         [-1 if d == dim else 1 for d in range(len(shape))]
