@@ -51,6 +51,32 @@ def _open_held(path: Path) -> IO[bytes]:
         file.close()  # it was removed before it was held
 
 
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def checked_name(name: object, what: str) -> str:
+    """A name that a file or folder may have on any system, below the one that it is meant for.
+
+    Raises:
+        ValueError: it is none; `what` it is the name of begins the message.
+    """
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name.encode(errors="replace")) <= 100
+        or not name.isprintable()
+        or set(name) & set('/\\:*?"<>|')
+        or name[0] in ".- "
+        or name[-1] in ". "
+        or _RESERVED.fullmatch(name)
+    ):
+        raise ValueError(
+            f"{what}: got {name!r}, which can be no folder's name here; take one of at most 100 letters, without "
+            """/ \\ : * ? " < > |, that does not begin with a dot or a dash and is no device (such as nul); """
+            "or name the folder with --out"
+        )
+    return name
+
+
 def sync(file: IO[bytes]) -> None:
     """Flush a file to the disk."""
     file.flush()

@@ -73,7 +73,10 @@ def test_a_study_by_flags_goes_from_arms_to_page(data: Path, tmp_path: Path) -> 
     assert _sharpwise("train", config, "--out", tmp_path / "alone").exit_code == 0
     # The same command, and the folder alone, go on with it: there is nothing left to do.
     before = (out / "study.db").read_bytes()
-    for again in (["adamw", "adamw+blockwise", "--budget", "1600", *_arguments(data, out)], ["--out", out]):
+    for again in (
+        ["adamw", "adamw+blockwise", "--budget", "1600", *_arguments(data, out)],
+        ["--out", out, "--trust-code"],
+    ):
         outcome = _sharpwise("compare", *again)
         assert outcome.exit_code == 0, outcome.output
     assert (out / "study.db").read_bytes() == before

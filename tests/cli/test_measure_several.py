@@ -29,14 +29,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(create_app(), ["measure", *map(str, arguments)])
+    return CliRunner().invoke(create_app(), ["measure", *map(str, arguments), "--trust-code"])
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_parts_are_put_together(runs: Path, mesh: str) -> None:
     parts = {path.name for path in (runs / mesh / "checkpoints" / "step-00000004").glob("*.distcp")}
     assert parts == {"__0_0.distcp", "__1_0.distcp"}
-    subject = open_subject(runs / mesh)
+    subject = open_subject(runs / mesh, trust_code=True)
     assert subject.steps == (0, 2, 4)
     final = load_file(runs / mesh / "final" / "model.safetensors")
     found = subject.at(4).state_dict()

@@ -102,7 +102,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_settings_come_from_the_file_then_options_then_set(here: Path) -> None:
     (here / "c.toml").write_text(CONFIG.replace("cut = 1", "lr = 1.0\n[schedule]\nsteps = 9"))
-    result = call("c.toml", *QUICK, "--lr", "0.5", "--steps", "4", "--set", "schedule.steps=3", "-s", "seed=8")
+    result = call(
+        "c.toml", "--trust-code", *QUICK, "--lr", "0.5", "--steps", "4", "--set", "schedule.steps=3", "-s", "seed=8"
+    )
     assert result.exit_code == 0, result.output
     found = stored(here / "runs" / "c")  # named after the file
     assert found["optimizer"]["name"] == "lion"
@@ -189,7 +191,7 @@ def test_a_damaged_checkpoint_is_named(here: Path, monkeypatch: pytest.MonkeyPat
     (folder / "checkpoints" / "step-00000004" / "state.pt").write_bytes(b"")
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    result = call(folder)
+    result = call(folder, "--trust-code")
     assert result.exit_code == 0
     said = " ".join(result.stderr.split())
     assert "WARNING" in said
@@ -221,11 +223,11 @@ def test_going_on(here: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> No
         result = own("--steps", "6", "--out", "r/my run")
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert result.exit_code == 130
-    assert result.stdout == "Saved after step 3 of 6. To go on: sharpwise train 'r/my run'\n"
+    assert result.stdout == "Saved after step 3 of 6. To go on: sharpwise train 'r/my run' --trust-code\n"
     assert (here / "r" / "my run" / "index.html").exists()
     result = {
-        "run": lambda: call("r/my run"),
-        "out": lambda: call("--out", "r/my run"),
+        "run": lambda: call("r/my run", "--trust-code"),
+        "out": lambda: call("--out", "r/my run", "--trust-code"),
         "command": lambda: own("--steps", "6", "--out", "r/my run"),
     }[again]()
     assert result.exit_code == 0, result.output
@@ -264,10 +266,10 @@ def test_processes_that_are_told_to_end(here: Path) -> None:
         folder = here / number.name
         step = json.loads((folder / "status.json").read_text())["step"]
         assert 0 < step < 120
-        assert out == f"Saved after step {step} of 120. To go on: sharpwise train {number.name}\n"
+        assert out == f"Saved after step {step} of 120. To go on: sharpwise train {number.name} --trust-code\n"
         assert "Traceback" not in err
         assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-{step:08d}"]
-        assert call(number.name).exit_code == 0
+        assert call(number.name, "--trust-code").exit_code == 0
         assert (folder / "metrics.jsonl").read_bytes() == (here / "reference" / "metrics.jsonl").read_bytes()
 
 
@@ -280,7 +282,7 @@ def test_a_run_that_diverges(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "begin at train-00000.bin:" in result.stderr
     assert "Last good checkpoint: runs/bigram_Bigram-adamw/checkpoints/step-00000003." in result.stderr
     assert "Traceback" not in result.stderr
-    result = call("runs/bigram_Bigram-adamw", "--set", "optimizer.on_nonfinite=skip")
+    result = call("runs/bigram_Bigram-adamw", "--trust-code", "--set", "optimizer.on_nonfinite=skip")
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (here / "runs/bigram_Bigram-adamw/metrics.jsonl").read_text().splitlines()]
     assert [(line["loss"] is None, line.get("skipped", False)) for line in lines] == [
@@ -398,6 +400,6 @@ def test_a_profile_of_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         stop_at(patch, 2)
         own("--steps", "50")
     before = tree(here)
-    assert "tokens/s" in call("runs/bigram_Bigram-adamw", "--profile", "1").stdout
-    assert "tokens/s" in call("--out", "runs/bigram_Bigram-adamw", "--profile", "1").stdout
+    assert "tokens/s" in call("runs/bigram_Bigram-adamw", "--trust-code", "--profile", "1").stdout
+    assert "tokens/s" in call("--out", "runs/bigram_Bigram-adamw", "--trust-code", "--profile", "1").stdout
     assert tree(here) == before

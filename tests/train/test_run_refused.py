@@ -61,7 +61,7 @@ def test_other_text_under_the_same_name_is_refused(tmp_path) -> None:
     before = content(folder)
     for again in (given, None):
         with pytest.raises(ValueError, match=r"are not those that the run began with \(data\.sha256\)"):
-            run(again, folder)
+            run(again, folder, trust_code=True)
     assert content(folder) == before
     shutil.rmtree(data)
     prepare(tmp_path)  # as it was

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
+from sharpwise.files import checked_name
 
 if TYPE_CHECKING:
     from sharpwise.compare.conduct import Budget
@@ -63,6 +64,12 @@ def compare(
         ),
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="A study that comes with sharpwise.")] = None,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code", help="Run the function that a file has for its model (that of --model runs anyway)."
+        ),
+    ] = False,
     jobs: Annotated[
         int,
         typer.Option(
@@ -88,8 +95,9 @@ def compare(
         with user_errors():
             said = {"seeds": seeds, "baseline": baseline, "margin": margin, "ablations": ablations or None}
             run = [f'{key}="{value}"' for key, value in (("model.name", model), ("data.path", data)) if value]
-            given, folder = _study(arms or [], out, recipe, budget, said, [*run, *(settings or [])], search or [])
-            result, page = conduct_and_write(log, given, folder, jobs, so_far=so_far)
+            assignments = [*run, *(settings or [])]
+            given, folder = _study(arms or [], out, recipe, budget, said, assignments, search or [], trust_code)
+            result, page = conduct_and_write(log, given, folder, jobs, so_far=so_far, trust_code=trust_code)
     except KeyboardInterrupt:
         log.print("Stopped; what was trained is kept, and the same command goes on.")
         raise typer.Exit(130) from None
@@ -113,19 +121,24 @@ def _study(
     said: Mapping[str, Any],
     assignments: list[str],
     search: list[str],
+    trust_code: bool = False,
 ) -> tuple[dict[str, Any] | None, Path]:
     """The study as TOML would give it, None to go on with the stored one; and its folder."""
     from sharpwise.compare.recipes import find_recipe
-    from sharpwise.train.config_file import read_given, set_keys
+    from sharpwise.compare.study import make_study
+    from sharpwise.train.config_file import read_given, set_keys, sets
+    from sharpwise.train.models import confirm_code
 
     if recipe is not None and arms:
         raise ValueError("--recipe is a whole study; leave out the arms")
     given: dict[str, Any] = {}
+    path: Path | None = None
     if recipe is not None:
         path = find_recipe(recipe)
-        given = {"name": recipe, **read_given(path, "study")}
     elif len(arms) == 1 and (arms[0].endswith(".toml") or Path(arms[0]).is_file()):
-        given = {"name": Path(arms[0]).stem, **read_given(Path(arms[0]), "study")}
+        path = Path(arms[0])
+    if path is not None:
+        given = {"name": recipe or path.stem, **read_given(path, "study")}
     elif arms:
         given = {"arms": list(arms)}
     said = {key: value for key, value in said.items() if value is not None}
@@ -145,7 +158,12 @@ def _study(
     if "tokens" not in given and "ratio" not in given:
         raise ValueError("say how long a run is: --budget 4M (tokens), or --budget 1x (20 tokens per parameter)")
     given.setdefault("name", "study")
-    return given, out or Path("runs") / str(given["name"])
+    if path is not None and not sets(assignments, "model.name"):
+        confirm_code(make_study(given).model, path, trust_code)
+    if out is None:
+        name = given["name"]
+        out = Path("runs") / (name if name == recipe else checked_name(name, "name"))
+    return given, out
 
 
 def _searched(assignments: list[str]) -> dict[str, Any]:
@@ -176,7 +194,13 @@ def _budget(text: str) -> dict[str, Any]:
 
 
 def conduct_and_write(
-    log: Console, given: Mapping[str, Any] | None, folder: Path, jobs: int, *, so_far: bool = False
+    log: Console,
+    given: Mapping[str, Any] | None,
+    folder: Path,
+    jobs: int,
+    *,
+    so_far: bool = False,
+    trust_code: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Conduct a study with its progress on the terminal, or look at what there is `so_far`, and write its page."""
     with log.status("Building every arm once"):
@@ -185,7 +209,7 @@ def conduct_and_write(
         from sharpwise.compare.results import results
         from sharpwise.train.environment import available_cpus
 
-        study = open_study(given, folder)
+        study = open_study(given, folder, trust_code=trust_code)
         if so_far:
             result = results(look(study, folder))
             return result, write_study_page(result, folder)

@@ -46,6 +46,7 @@ Select = Annotated[
     list[str] | None,
     typer.Option("--select", "-s", help="Block types (VO), roles (q) or globs on parameters. Repeatable."),
 ]
+Trust = Annotated[bool, typer.Option("--trust-code", help="Run the function that the run has for its model.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: RUN|MODEL/measure.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
 
@@ -68,6 +69,7 @@ def sharpness(
     ] = False,
     power: Annotated[float, typer.Option(min=0.0, help="Of (S_Norm/S_b), for --ratios.")] = 0.6,
     cap: Annotated[float, typer.Option(min=1.0, help="Largest ratio, for --ratios.")] = 10.0,
+    trust_code: Trust = False,
     out: Out = None,
     open_page: Open = False,
 ) -> None:
@@ -78,7 +80,7 @@ def sharpness(
 
         text = probing.Text(batches, sequences, micro, seed)
         probe = partial(probing.sharpness, text=text, labels=labels, unit=unit, rtol=rtol)  # type: ignore[arg-type]
-        found = _measure(where, at, data, context, out, probe, open_page)
+        found = _measure(where, at, data, context, trust_code, out, probe, open_page)
         _print_order(found)
         if ratios:
             typer.echo(as_block_lr(suggested_ratios(found[-1], power=power, cap=cap)))
@@ -104,6 +106,7 @@ def hessian(
     ] = None,
     rtol: Rtol = None,
     seed: Seed = 0,
+    trust_code: Trust = False,
     out: Out = None,
     open_page: Open = False,
 ) -> None:
@@ -116,17 +119,24 @@ def hessian(
         probe = partial(
             probing.hessian, text=text, what=asked, kind=kind, select=tuple(select or ()), samples=samples, rtol=rtol  # type: ignore[arg-type]
         )  # fmt: skip
-        _measure(where, at, data, context, out, probe, open_page)
+        _measure(where, at, data, context, trust_code, out, probe, open_page)
 
 
 @measure.command()
-def spectrum(where: Where, at: At = "last", select: Select = None, out: Out = None, open_page: Open = False) -> None:
+def spectrum(
+    where: Where,
+    at: At = "last",
+    select: Select = None,
+    trust_code: Trust = False,
+    out: Out = None,
+    open_page: Open = False,
+) -> None:
     """Tail exponent, stable rank and norms of each weight matrix, beside those of random matrices."""
     with user_errors():
         from sharpwise.measure import probing
 
         probe = partial(probing.spectra, select=tuple(select or ()))
-        _measure(where, at, None, None, out, probe, open_page)
+        _measure(where, at, None, None, trust_code, out, probe, open_page)
 
 
 @measure.command()
@@ -137,6 +147,7 @@ def updates(
     batches: Batches = 8,
     sequences: Sequences = 8,
     seed: Seed = 0,
+    trust_code: Trust = False,
     out: Out = None,
     open_page: Open = False,
 ) -> None:
@@ -145,7 +156,7 @@ def updates(
         from sharpwise.measure import probing
 
         probe = partial(probing.updates, text=probing.Text(batches, sequences, None, seed))
-        _measure(where, at, data, None, out, probe, open_page, followed=True)
+        _measure(where, at, data, None, trust_code, out, probe, open_page, followed=True)
 
 
 def _measure(
@@ -153,6 +164,7 @@ def _measure(
     at: str,
     data: Path | None,
     context: int | None,
+    trust_code: bool,
     out: Path | None,
     probe: "Callable[[Subject, int | None], list[Measurement]]",
     open_page: bool,
@@ -163,7 +175,7 @@ def _measure(
     from sharpwise.measure.results import add, place_of, write_page
     from sharpwise.measure.subject import chosen_steps, open_subject
 
-    subject = open_subject(where, data=data, context=context)
+    subject = open_subject(where, data=data, context=context, trust_code=trust_code)
     steps = chosen_steps(subject, at, followed=followed)
     folder = out or place_of(where)
     console = Console(stderr=True)

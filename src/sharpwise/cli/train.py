@@ -24,6 +24,7 @@ from rich.text import Text
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.installing import lacks
+from sharpwise.files import checked_name
 
 if TYPE_CHECKING:
     from sharpwise.train.profile import Profile
@@ -63,6 +64,12 @@ def train(
             "--set", "-s", metavar="A.B=VALUE", help="Any other setting, as optimizer.block_lr=blockwise. Repeatable."
         ),
     ] = None,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code", help="Run the function that a file has for its model (that of --model runs anyway)."
+        ),
+    ] = False,
     profile: Annotated[
         int, typer.Option("--profile", min=0, metavar="STEPS", help="Train a few steps, show where their time goes.")
     ] = 0,
@@ -89,22 +96,23 @@ def train(
     with user_errors(), _logging_to(log):
         with log.status("Starting"):
             from sharpwise.train import config_file
+            from sharpwise.train.models import confirm_code
 
-            given: dict[str, Any] | None
-            if what is not None and what.is_dir():
-                folder = what
-                if out not in (None, what):
-                    raise ValueError(f"the run in {what} goes on there; leave out --out {out}")
-                given = config_file.read_given(what / "config.toml")
-            else:
-                given = {} if what is None else config_file.read_given(what)
-                folder = out or _default_folder(what, config_file.set_keys(given, assignments))
-            goes_on = what is None and not assignments and (folder / "config.toml").exists()
-            given = None if goes_on else config_file.set_keys(given, assignments)
+            source = what / "config.toml" if what is not None and what.is_dir() else what
+            is_run = source != what
+            if is_run and out not in (None, what):
+                raise ValueError(f"the run in {what} goes on there; leave out --out {out}")
+            said = config_file.set_keys({} if source is None else config_file.read_given(source), assignments)
+            folder = what if what is not None and is_run else out or _default_folder(what, said)
+            given: dict[str, Any] | None = said
+            if not assignments and (is_run or (what is None and (folder / "config.toml").exists())):
+                given = None  # and `run` reads what is stored
+            elif source is not None and not config_file.sets(assignments, "model.name"):
+                confirm_code(config_file.make_config(said).model, source, trust_code)
         if profile:
-            _profile(log, given, folder, profile)
+            _profile(log, given, folder, profile, trust_code)
             return
-        outcome = _train(log, given, folder)
+        outcome = _train(log, given, folder, trust_code)
     if _speaks():
         _say_end(Console(highlight=False, markup=False), outcome)
     if outcome.state == "interrupted":
@@ -122,7 +130,7 @@ def _toml(value: Any) -> str:
 
 def _default_folder(config: Path | None, given: dict[str, Any]) -> Path:
     if config is not None:
-        return Path("runs") / config.stem
+        return Path("runs") / checked_name(config.stem, f"the name of {config}")
     from sharpwise.train.config_file import make_config
 
     meant = make_config(given)
@@ -131,13 +139,20 @@ def _default_folder(config: Path | None, given: dict[str, Any]) -> Path:
     return Path("runs") / "-".join(re.sub(r"[^\w.-]+", "_", name).strip("_") for name in names)
 
 
-def _train(log: Console, given: dict[str, Any] | None, folder: Path) -> "Outcome":
+def _train(log: Console, given: dict[str, Any] | None, folder: Path, trust_code: bool) -> "Outcome":
     from sharpwise.train.run import Diverged, run
 
     view = View(log)
     try:
         with _interrupts() as stopped, view:
-            outcome = run(given, folder, on_start=view.start, on_step=view.step, should_stop=stopped.is_set)
+            outcome = run(
+                given,
+                folder,
+                trust_code=trust_code,
+                on_start=view.start,
+                on_step=view.step,
+                should_stop=stopped.is_set,
+            )
         view.started = True  # or had finished, perhaps without a page
         return outcome
     except Diverged as error:
@@ -234,7 +249,7 @@ class View:
 
 def _say_end(console: Console, outcome: "Outcome") -> None:
     if outcome.state == "interrupted":
-        again = f"sharpwise train {shlex.quote(str(outcome.folder))}"
+        again = f"sharpwise train {shlex.quote(str(outcome.folder))}{_to_confirm(outcome.folder)}"
         how = "the same command" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else again
         console.print(f"Saved after step {outcome.step:,} of {outcome.steps:,}. To go on: {how}", soft_wrap=True)
         return
@@ -251,9 +266,18 @@ def _say_end(console: Console, outcome: "Outcome") -> None:
             console.print(f"{label}: {path}", soft_wrap=True)
 
 
-def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: int) -> None:
+def _to_confirm(run: Path) -> str:
+    """The option that a run needs to go on."""
+    from sharpwise.train.config_file import make_config, read_given
+    from sharpwise.train.models import runs_code
+
+    return " --trust-code" if runs_code(make_config(read_given(run / "config.toml")).model) else ""
+
+
+def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: int, trust_code: bool) -> None:
     from sharpwise.train.build import build
     from sharpwise.train.config_file import make_config, read_given
+    from sharpwise.train.models import confirm_code
     from sharpwise.train.profile import profile_steps
     from sharpwise.train.world import Launch
 
@@ -261,6 +285,8 @@ def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: in
         raise ValueError("--profile is for one process; leave out torchrun, or --profile")
     with log.status(Text(f"Training a few steps under the profiler; nothing is written to {folder}")):
         config = make_config(read_given(folder / "config.toml") if given is None else given)
+        if given is None:
+            confirm_code(config.model, folder / "config.toml", trust_code)
         _print_profile(Console(highlight=False, markup=False), profile_steps(build(config), steps))
 
 

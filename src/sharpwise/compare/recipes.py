@@ -1,5 +1,6 @@
 """Studies that come with sharpwise: a folder below `recipes/` each, with study files and their committed results."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def find_recipe(name: str) -> Path:
     """
     base, _, variant = name.partition("/")
     path = recipes_folder() / base / (f"{variant}.toml" if variant else FILE)
-    if path.is_file():
+    if re.fullmatch(r"\w+(/[\w-]+)?", name) and path.is_file():
         return path
     known = list_recipes()
     if not known:

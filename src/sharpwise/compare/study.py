@@ -9,6 +9,7 @@ from sharpwise.block_lr import Ablation, make_block_lr
 from sharpwise.compare.tuning import HORIZONS, Losses, Space, Trial, needed
 from sharpwise.hints import nearest
 from sharpwise.optim import parse_arm
+from sharpwise.train.config import ModelConfig
 from sharpwise.train.config_file import make_config, set_keys
 
 TOKENS_PER_PARAMETER = 20  # Training Compute-Optimal Large Language Models, arXiv 2203.15556
@@ -93,6 +94,11 @@ class Study:
         """What each arm may try."""
         return {arm.name: arm.space for arm in self.arms}
 
+    @property
+    def model(self) -> ModelConfig:
+        """What all its runs train."""
+        return make_config({"model": self.run.get("model", {})}).model
+
     def needed(self, done: Losses) -> list[Trial]:
         """The trials that can be started now; none when the study is complete."""
         return needed(self.spaces, self.baseline, self.seed_numbers, done, self.horizons)
@@ -152,7 +158,9 @@ def make_study(given: Mapping[str, Any]) -> Study:
     horizons = given.get("horizons", HORIZONS)
     if not _numbers(horizons) or 1 in horizons or len({*horizons}) < len(horizons):
         raise ValueError(f"horizons must be different shares of the tokens above 0, other than 1, got {horizons!r}")
-    name, horizons = str(given.get("name", "study")), tuple(horizons)
+    name, horizons = given.get("name", "study"), tuple(horizons)
+    if not isinstance(name, str):
+        raise ValueError(f"name must be text, got {name!r}")
     study = Study(name, run, arms, baseline, seeds, tokens, ratio, float(margin), horizons, given)
     for arm in arms:
         make_config(study.config(Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0), steps=1))

@@ -15,7 +15,7 @@ from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.data import Prepared, Tokens, open_tokens, window_starts
 from sharpwise.train.environment import environment
 from sharpwise.train.model_facts import max_context, vocabulary_of
-from sharpwise.train.models import load_pretrained
+from sharpwise.train.models import confirm_code, load_pretrained
 
 LONGEST = 1024  # tokens of context, where nobody says
 CONFIG = "config.toml"
@@ -85,31 +85,35 @@ class Subject:
             yield torch.from_numpy(self.tokens.windows(starts, self.context + 1)).to(device)
 
 
-def open_subject(path: Path, *, data: Path | None = None, context: int | None = None) -> Subject:
+def open_subject(
+    path: Path, *, data: Path | None = None, context: int | None = None, trust_code: bool = False
+) -> Subject:
     """What there is to measure in a folder: a run, or a model as `save_pretrained` writes it.
 
     Args:
         path: of the run or model.
         data: text, from `sharpwise prepare`; by default the run's own.
         context: tokens of a window; by default the run's, or what the model takes, at most 1024.
+        trust_code: the run's model may be built by a function, `module:function`.
 
     Raises:
         ValueError: it is neither, or the text does not fit the model.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give a run's folder, or a model's with its config.json and weights")
-    return _of_run(path, data, context) if (path / CONFIG).is_file() else _of_model(path, data, context)
+    return _of_run(path, data, context, trust_code) if (path / CONFIG).is_file() else _of_model(path, data, context)
 
 
 def _state(built: Built) -> dict[str, Any]:
     return {"model": built.model.state_dict(), "optimizer": built.optimizer.state_dict()}
 
 
-def _of_run(path: Path, data: Path | None, context: int | None) -> Subject:
+def _of_run(path: Path, data: Path | None, context: int | None, trust_code: bool) -> Subject:
     try:
         config = make_config(read_given(path / CONFIG))
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} cannot be used: {error}") from None
+    confirm_code(config.model, path / CONFIG, trust_code)
     built = build(replace(config, mesh=MeshConfig()))  # several processes may have trained; here is one
     text = built.data if data is None else _open(data, built.model)
     steps = (0, *saved_steps(path / "checkpoints"))

@@ -54,6 +54,16 @@ def set_keys(given: Given, assignments: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def sets(assignments: Iterable[str], key: str) -> bool:
+    """Whether one of the assignments, as for `set_keys`, gives a value to the key `a.b`."""
+    value: Any = set_keys({}, assignments)
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
 def _copied(given: Given) -> dict[str, Any]:
     return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in given.items()}
 

@@ -144,6 +144,7 @@ def build_config(config: Mapping[str, Any], what: str, settings: Mapping[str, An
         )
     named = _own_names(kind, config, settings, what)
     without = {"model_type", "dtype", "torch_dtype", *named}
+    config = _without_code(config)
     fields = {key: value for key, value in config.items() if kind.attribute_map.get(key, key) not in without} | named
     vocabulary = settings.get("vocab_size")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -155,6 +156,15 @@ def build_config(config: Mapping[str, Any], what: str, settings: Mapping[str, An
         return kind.from_dict(fields)
     except Exception as error:  # transformers has several kinds for values that do not fit
         raise cannot_build(what, error) from error
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the fields that have transformers fetch and run code: kernels of the hub, modules beside it."""
+    return {
+        key: _without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if "attn_implementation" not in key and key not in ("auto_map", "use_kernels", "kernel_config")
+    }
 
 
 def _own_names(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -177,6 +187,8 @@ def _own_names(kind: Any, config: Mapping[str, Any], settings: Mapping[str, Any]
                 f"{what}: the config of model_type {kind.model_type!r} has no field {name!r}"
                 f"{nearest(name, known, 0.6)}; fields are those of transformers.{kind.__name__}"
             )
+        if name == "attn_implementation" and "/" in str(settings[name]):
+            raise ValueError(f"{what}: {settings[name]!r} is code on the hub, which is not run; take eager or sdpa")
     named = {aliases.get(name, name): value for name, value in settings.items()}
     if len(named) < len(settings):
         raise ValueError(f"{what}: a field is set twice, under two of its names: {', '.join(settings)}; give one")

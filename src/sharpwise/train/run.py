@@ -20,6 +20,7 @@ from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder
 from sharpwise.train.model_facts import count_parameters
+from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points
 from sharpwise.train.world import World, is_everywhere, is_marked, joined, mark
@@ -64,6 +65,7 @@ def run(
     given: Given | None,
     folder: Path,
     *,
+    trust_code: bool = False,
     on_start: Callable[[Start], object] = lambda start: None,
     on_step: Callable[[Step], object] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -76,6 +78,8 @@ def run(
     Args:
         given: the configuration as TOML gives it; None goes on with the stored one.
         folder: of the run, made if need be.
+        trust_code: the stored configuration may have its model built by a function, `module:function`; one in `given`
+            may in any case.
         on_start: called once on rank 0, before the first step.
         on_step: called after each, on rank 0.
         should_stop: asked after each step, on every rank; if one of them says so, the run saves and ends, to be gone
@@ -90,7 +94,7 @@ def run(
         world.check_same("configuration", {"the configuration": "that of the folder"} if given is None else flat(given))
         place = world.on_main(lambda: RunFolder(folder)) or Bystander(folder)
         try:
-            config, finished = world.from_main(lambda: _agree(place, given, world))
+            config, finished = world.from_main(lambda: _agree(place, given, world, trust_code))
             if finished is not None:
                 return finished
             built = build(config, world)
@@ -108,14 +112,17 @@ def run(
             place.close()
 
 
-def _agree(place: RunFolder, given: Given | None, world: World) -> tuple[Config, Outcome | None]:
+def _agree(place: RunFolder, given: Given | None, world: World, trust_code: bool) -> tuple[Config, Outcome | None]:
     """The configuration to run, and how the run has ended if it has."""
     config = _config(place, given)
     before = place.read_json("environment.json")
     if before and before[-1].get("processes", 1) != world.size and (given is None or "threads" not in _compute(given)):
         # So many threads were for so many processes.
         config = replace(config, compute=replace(config.compute, threads=None))
-    return config, _finished(place, config)
+    finished = _finished(place, config)
+    if given is None and finished is None:
+        confirm_code(config.model, place.path / "config.toml", trust_code)
+    return config, finished
 
 
 def _config(place: RunFolder, given: Given | None) -> Config:

@@ -141,7 +141,7 @@ def load_tokenizer(spec: str) -> tuple["Tokenizer", str | None]:
 
     with quietly():
         try:
-            loaded = transformers.AutoTokenizer.from_pretrained(spec, use_fast=True)
+            loaded = transformers.AutoTokenizer.from_pretrained(spec, use_fast=True, trust_remote_code=False)
         except Exception as error:  # the hub, the files and the formats each have their own kinds
             what = (
                 "a folder with a tokenizer"
