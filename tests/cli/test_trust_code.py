@@ -156,9 +156,13 @@ def test_code_beside_a_model_is_not_run(here: Path, monkeypatch: pytest.MonkeyPa
         assert load(folder).config._attn_implementation in ("sdpa", "eager")  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"'somebody/kernel' is code on the hub, which is not run"):
         load_model(folder, settings={"attn_implementation": "somebody/kernel"})
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}})
-    )
+    assert not (here / "ran").exists()
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "own.py").write_text(mark)
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    about = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="no tokenizer"):
         load_tokenizer(str(folder))
     assert not (here / "ran").exists()

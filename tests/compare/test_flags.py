@@ -69,3 +69,38 @@ def test_runs_share_one_gpu(run: dict[str, Any], cuda: bool, on_gpu: bool, monke
     """And so they are made one at a time, unless said otherwise."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     assert make_study({"arms": ["adamw", "lion"], "tokens": 1, "run": run}).on_gpu == on_gpu
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "..", ".", "/tmp/x", "a/b", "a\\\\b", "C:x", "", " ", ".hidden", "-x", "nul", "COM1.old", "x."),
+        *("x" * 101, "a\\u0000b", "a\\u001b[2Jb", "a\\nb"),
+    ],
+)
+def test_a_study_stays_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = 'arms = ["adamw", "lion"]\ntokens = 9999\n[run.data]\npath = "nowhere"\n'
+    Path("study.toml").write_text(f'name = "{name}"\n{text}')
+    outcome = _sharpwise("compare", "study.toml")
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith("error: name: got ")
+    assert "which can be no folder's name here; take one of at most 100 letters" in outcome.stderr
+    assert outcome.stderr.isascii() and outcome.stderr[:-1].isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+    # Elsewhere, it is only the heading of a page.
+    assert "no such folder: nowhere" in _sharpwise("compare", "study.toml", "--out", "out").stderr
+
+
+def test_names_of_studies_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("Größe 2, lr=3e-4 (again)", "v1.5+x", "null", "x" * 100):
+        Path("s.toml").write_text(f'name = "{name}"\narms = ["adamw", "lion"]\ntokens = 9999\n')
+        outcome = _sharpwise("compare", "s.toml", "--data", "nowhere")
+        assert "no such folder: nowhere" in outcome.stderr
+    Path("s.toml").write_text('name = ["x"]\narms = ["adamw", "lion"]\ntokens = 9999\n')
+    assert "error: name must be text, got ['x']" in _sharpwise("compare", "s.toml", "--out", "x").stderr
+    Path("...toml").write_text('[data]\npath = "nowhere"\n')
+    assert "the name of ...toml: got '..', which can be no folder's name" in _sharpwise("train", "...toml").stderr
+    for recipe in ("../recipes/blockwise_lr", "blockwise_lr/", "blockwise_lr/../llr/gpu", "/etc/x", "sgd_sai/"):
+        assert f"no recipe is called {recipe!r}" in _sharpwise("compare", "--recipe", recipe).stderr
