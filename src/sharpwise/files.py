@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its place at the end of the block, or leaves no trace if that raises."""
-    aside = path.with_name(f".writing-{path.name}.{os.getpid()}")
+    aside = path.with_name(f".writing-{path.name}.{secrets.token_hex(6)}")  # which nobody can foresee
     try:
         with _open_held(aside) as file:
             yield file
@@ -40,15 +41,20 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _open_held(path: Path) -> IO[bytes]:
-    """Open a file to write, which `remove_leftovers` leaves alone as long as it is open."""
+    """Open a new file to write, which `remove_leftovers` leaves alone as long as it is open."""
     while True:
-        file = path.open("wb")
+        file = open(path, "xb", opener=no_link)  # noqa: SIM115 - the caller closes it
         if fcntl:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists():
             return file
         file.close()  # it was removed before it was held
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for `open` that follows no link which somebody has put in the file's place: an OSError instead."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

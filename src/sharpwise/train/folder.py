@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sharpwise.files import check_name, held, remove_leftovers, sync, write_whole
+from sharpwise.files import check_name, held, no_link, remove_leftovers, sync, write_whole
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, read_given, to_toml
 
@@ -150,7 +150,7 @@ class Lines:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = open(path, "ab", buffering=0, opener=no_link)
         os.ftruncate(self._file.fileno(), size)
         self.size = size
 

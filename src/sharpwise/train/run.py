@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from sharpwise.files import write_whole
 from sharpwise.probes.callbacks import Probes
 from sharpwise.train.build import Built, as_code, build
 from sharpwise.train.checkpoint import Checkpoint, Checkpoints
@@ -153,7 +154,7 @@ def _compute(given: Given) -> Given:
 def _begin(place: RunFolder, built: Built) -> None:
     place.clear_status()
     place.write_config(built.config)
-    (place.path / "blocks.json").write_text(built.optimizer.blocks.to_json(), encoding="utf-8")
+    write_whole(place.path / "blocks.json", built.optimizer.blocks.to_json())
 
 
 def _finished(place: RunFolder, config: Config) -> Outcome | None:
@@ -194,7 +195,11 @@ class _Run:
         if found is not None:
             sizes = self._restore(found)
         self.metrics = place.lines("metrics.jsonl", sizes[0])
-        self.timing = place.lines("timing.jsonl", sizes[1])
+        try:
+            self.timing = place.lines("timing.jsonl", sizes[1])
+        except OSError:
+            self.metrics.close()
+            raise
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

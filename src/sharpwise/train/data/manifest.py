@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sharpwise.files import sync, write_whole
+from sharpwise.files import no_link, sync, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -62,7 +62,7 @@ def journal(folder: Path) -> Iterator["Journal"]:
         ValueError: another process writes into the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / JOURNAL).open("ab+") as file:
+    with open(folder / JOURNAL, "ab+", opener=no_link) as file:
         _lock(file, folder)
         yield Journal(file)
 
