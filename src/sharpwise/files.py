@@ -161,7 +161,7 @@ def _remove_unless_held(path: Path) -> None:
         if fcntl is None or path.is_symlink():
             path.unlink()
             return
-        with path.open("rb+") as file:
+        with open(path, "rb+", opener=no_link) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 

@@ -57,6 +57,6 @@ def test_prepare_follows_no_link(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "text.txt").write_text("A fox jumps.\n" * 99)
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "progress.jsonl").symlink_to(victim)
-    with pytest.raises(OSError, match="cannot write into .*symbolic links"):
+    with pytest.raises(OSError, match=r"cannot write into .*symbolic links"):
         prepare_tokens([tmp_path / "text.txt"], tmp_path / "tokens", vocabulary=300)
     assert victim.read_text() == PRECIOUS

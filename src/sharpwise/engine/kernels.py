@@ -151,6 +151,7 @@ class Compiler:
         self._graphs: dict[Any, Graph] = {}
         self._traced: dict[Any, Graph | None] = {}
         self._loops: dict[Any, Any] = {}
+        self._reasons: set[str] = set()  # why loops could not be built, as far as that was logged
         self.broken = False
 
     @property
@@ -219,7 +220,10 @@ class Compiler:
                 self._loops[key] = build()
             except Exception as error:  # whatever the compiler's driver raises: there is another way
                 self._loops[key] = None
-                logger.warning("building a loop of the step failed, going on without: %s", str(error).split("\n")[0])
+                reason = str(error).split("\n")[0]
+                level = logging.DEBUG if reason in self._reasons else logging.WARNING
+                logger.log(level, "building a loop of the step failed, going on without: %s", reason)
+                self._reasons.add(reason)
         return self._loops[key]
 
     def _built(self, key: Any, body: Callable[..., Any], examples: list[Tensor]) -> Graph | None:

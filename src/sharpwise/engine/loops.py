@@ -6,6 +6,8 @@ and put into the loop.
 """
 
 import ctypes
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -138,8 +140,35 @@ def _built(source: str) -> ctypes.CDLL:
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():  # see kernels._compile
-        return CppCodeCache.load(source, extra_flags=_FLAGS)
+    # Not in torch's own folder: its name below /tmp can be foreseen, and anybody could have put a library there.
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_own_folder())
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():  # see kernels._compile
+            return CppCodeCache.load(source, extra_flags=_FLAGS)
+    finally:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+        if before is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
+def _own_folder() -> Path:
+    """Where built loops are kept, made if need be: `sharpwise` in the user's cache.
+
+    Raises:
+        OSError: it cannot be made, or others than this user could put a library there.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (base if base.is_absolute() else Path.home() / ".cache") / "sharpwise"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if os.name == "posix" and (about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077):
+        owner = "somebody else's" if about.st_uid != os.geteuid() else "open to others"
+        raise PermissionError(f"libraries are loaded from {folder} only if it is yours alone, and it is {owner}")
+    if not stat.S_ISDIR(about.st_mode):
+        raise NotADirectoryError(f"libraries are kept in {folder}, and that is no folder")
+    return folder
 
 
 def _written(

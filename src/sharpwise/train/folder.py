@@ -150,7 +150,7 @@ class Lines:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self._file = open(path, "ab", buffering=0, opener=no_link)
+        self._file = open(path, "ab", buffering=0, opener=no_link)  # noqa: SIM115  # until `close`
         os.ftruncate(self._file.fileno(), size)
         self.size = size
 

@@ -1,0 +1,82 @@
+"""Libraries that are built for the step are loaded from a folder that nobody else can write to, or not at all."""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sharpwise
+from sharpwise.engine import kernels
+from sharpwise.testing import fill_gradients
+
+pytestmark = [
+    pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler"),
+    pytest.mark.skipif(os.name != "posix", reason="owners and modes"),
+]
+
+ONE_STEP = """
+import torch, sharpwise
+model = torch.nn.Linear(300, 300)
+optimizer = sharpwise.create_optimizer(model, "adam-mini", blocks={"*": "up"}, compile=True)
+model(torch.ones(1, 300)).sum().backward()
+optimizer.step()
+"""
+
+
+def stepped(compile: bool) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = nn.Linear(300, 300)
+    optimizer = sharpwise.create_optimizer(model, "adam-mini", blocks={"*": "up"}, compile=compile)
+    for step in range(2):
+        fill_gradients(model, step)
+        optimizer.step()
+    return model.weight.detach()
+
+
+def test_they_are_kept_in_a_folder_of_the_users_own(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", ONE_STEP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on without" not in done.stderr, done.stderr
+    folder = tmp_path / "cache" / "sharpwise"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert list(folder.rglob("*.so"))
+
+
+@pytest.mark.parametrize("kind", ["open to others", "somebody else's", "a link", "a file", "below a file"])
+def test_another_folder_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, expected = tmp_path / "sharpwise", stepped(compile=False)
+    message = f"libraries are loaded from {folder} only if it is yours alone, and it is {kind}"
+    if kind == "open to others":
+        folder.mkdir()
+        folder.chmod(0o750)
+    elif kind == "somebody else's":
+        folder.mkdir(mode=0o700)
+        if os.geteuid():
+            monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+        else:
+            os.chown(folder, 1234, 1234)
+    elif kind == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+        message = str(folder)
+    elif kind == "a file":
+        folder.touch(mode=0o600)
+        message = str(folder)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        message = str(tmp_path / "file")
+    with caplog.at_level(logging.WARNING, "sharpwise"):
+        found = stepped(compile=True)
+    assert [message in record.message for record in caplog.records] == [True]
+    torch.testing.assert_close(found, expected)
+    assert not list(tmp_path.rglob("*.so"))
