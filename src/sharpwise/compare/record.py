@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpwise.blocks.roles import BLOCK_TYPE, Role
+from sharpwise.train.folder import read_starts
 
 
 @dataclass
@@ -34,6 +35,16 @@ class Record:
 
 def read_record(folder: Path) -> Record:
     """The record of a run that has ended. Raises OSError or ValueError where its files are not there or damaged."""
+    try:
+        return _read(folder)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(
+            f"the files of the run in {folder} are damaged ({type(error).__name__}: {error}); remove that folder, and "
+            "the same command makes the run again"
+        ) from error
+
+
+def _read(folder: Path) -> Record:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     status, facts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("status.json", "facts.json"))
     validated = [step for step in steps if step.get("validation_loss") is not None]
@@ -60,8 +71,5 @@ def read_record(folder: Path) -> Record:
 
 def read_environment(folder: Path) -> dict[str, Any] | None:
     """Where and with what a run was made, when it was last begun or gone on with; None where its folder is gone."""
-    try:
-        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[-1]
-    except (OSError, ValueError):
-        return None
-    return {key: value for key, value in found.items() if key != "step"}
+    starts = read_starts(folder)
+    return {key: value for key, value in starts[-1].items() if key != "step"} if starts else None

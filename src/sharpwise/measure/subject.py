@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.train.build import Built, build
-from sharpwise.train.checkpoint import read_checkpoint, saved_steps
+from sharpwise.train.checkpoint import OtherVersion, read_checkpoint, saved_steps
 from sharpwise.train.config import Config, MeshConfig
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.data import Prepared, Tokens, open_tokens, window_starts
@@ -65,7 +65,9 @@ class Subject:
                 state = saved.state_like(state)  # parts that several processes wrote are put together here
             self.model.load_state_dict(state["model"])
             self.built.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except OtherVersion:
+            raise
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the checkpoint of step {step} is of another model: {error}") from error
         return self.model
 

@@ -11,11 +11,15 @@ does it when all have written. Either kind is read by any number of processes.
 import hashlib
 import json
 import logging
+import math
+import pickle
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from sharpwise.engine.mesh import local
 from sharpwise.files import remove_folder, remove_leftovers, rename_folder, replace_folder, sync
+from sharpwise.train.environment import version
 from sharpwise.train.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -30,8 +35,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharpwise.train")
 
+FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "state.pt"
+
+
+class OtherVersion(ValueError):
+    """A checkpoint that is as it was written, but not as this version writes them."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,15 @@ class Checkpoint:
         """The state, cut as `into`, a state of the same model whose tensors may be overwritten.
 
         Raises:
+            OtherVersion: it lacks a part of the state.
             ValueError, KeyError: it is that of another model.
         """
         whole = self.state
-        if whole is None and (self.path / _STATE).exists():
-            whole = torch.load(self.path / _STATE, map_location="cpu", weights_only=True, mmap=True)
+        if _STATE in self.about["files"]:
+            whole = _load(self.path / _STATE, mmap=True) if whole is None else whole
+            for key in into:
+                if not isinstance(whole, Mapping) or not isinstance(whole.get(key), Mapping):
+                    raise OtherVersion(_lacks(self.path, self.about, f"the state of the {key}"))
         if whole is not None and world.size == 1:
             return whole
         from sharpwise.train import sharded
@@ -74,6 +88,7 @@ class Checkpoints:
         best: keep the one with the lowest `about["validation_loss"]` as well.
         asynchronous: write in the background, from a copy of the tensors on the CPU.
         check: says what is wrong with a checkpoint by its notes, "" if nothing is; such a one is passed over.
+        notes: what the notes of a checkpoint hold, with the kinds of value; one without is of another version.
         world: the processes that write together; each must call the same methods in the same order.
     """
 
@@ -86,10 +101,11 @@ class Checkpoints:
         best: bool = False,
         asynchronous: bool = False,
         check: Callable[[Mapping[str, Any]], str] = lambda about: "",
+        notes: Mapping[str, tuple[type, ...]] = MappingProxyType({}),
         world: World = ALONE,
     ) -> None:
         self.folder, self.keep, self.best, self.check = folder, keep, best, check
-        self.milestones = frozenset(milestones)
+        self.milestones, self.notes = frozenset(milestones), notes
         self.world = world.for_writer()
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
@@ -104,7 +120,7 @@ class Checkpoints:
         """
         self.wait()
         copy = _copied(state, {})
-        notes = {**about, "step": step}
+        notes = {**about, "step": step, "format": FORMAT, "sharpwise": version("sharpwise")}
         write = self._write if self.world.size == 1 else self._write_together
         if self._writer is None:
             write(step, copy, notes)
@@ -179,9 +195,9 @@ class Checkpoints:
     def _loss(self, step: int) -> float | None:
         try:
             loss = json.loads((self._path(step) / "about.json").read_text(encoding="utf-8")).get("validation_loss")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return None
-        return loss if isinstance(loss, float) else None
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
     def _path(self, step: int) -> Path:
         return path_of(self.folder, step)
@@ -196,6 +212,7 @@ class Checkpoints:
         Damaged ones after it are named in a warning and set aside: they must not count among those that are kept.
 
         Raises:
+            OtherVersion: another version has written it; nothing is set aside.
             ValueError: there are some, and all are damaged.
         """
         found = self.world.on_main(self._latest)
@@ -223,8 +240,10 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path = self._path(step)
             try:
-                yield path, _read(step, path, self.check)
-            except _UNREADABLE as error:
+                yield path, _read(step, path, self.check, self.notes)
+            except (OtherVersion, MemoryError):
+                raise
+            except Exception as error:  # whatever a damaged file may lead to
                 yield path, f"{type(error).__name__}: {error}"
 
 
@@ -244,28 +263,31 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     """One of the checkpoints in a folder, which is left as it is: a run may be writing there.
 
     Raises:
+        OtherVersion: another version has written it.
         ValueError: it is not there, or not as it was written.
     """
     path = path_of(folder, step)
     try:
-        found = _read(step, path, lambda about: "")
-    except _UNREADABLE as error:
+        found = _read(step, path, lambda about: "", {})
+    except (OtherVersion, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file may lead to
         found = f"{type(error).__name__}: {error}"
     if isinstance(found, str):
         raise ValueError(f"the checkpoint {path} cannot be read: {found}")
     return found
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError)
-
-
-def _read(step: int, path: Path, check: Callable[[Mapping[str, Any]], str]) -> Checkpoint | str:
+def _read(
+    step: int, path: Path, check: Callable[[Mapping[str, Any]], str], notes: Mapping[str, tuple[type, ...]]
+) -> Checkpoint | str:
     """A checkpoint, or what is wrong with it."""
     about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    if not isinstance(about, dict) or about.get("sha256") != _hash(about):
+        return "the content of about.json has changed since it was written"
+    _check_version(path, about, notes)
     if about["step"] != step:
         return f"it says that it is of step {about['step']}"
-    if about["sha256"] != _hash(about):
-        return "the content of about.json has changed since it was written"
     for name, wanted in about["files"].items():
         file = path / name
         if file.stat().st_size != wanted["bytes"]:
@@ -275,9 +297,47 @@ def _read(step: int, path: Path, check: Callable[[Mapping[str, Any]], str]) -> C
                 return f"the content of {name} has changed since it was written"
     if wrong := check(about):
         return wrong
-    whole = _STATE in about["files"]
-    state = torch.load(path / _STATE, map_location="cpu", weights_only=True) if whole else None
+    state = _load(path / _STATE) if _STATE in about["files"] else None
     return Checkpoint(step, state, about, path)
+
+
+def _check_version(path: Path, about: Mapping[str, Any], notes: Mapping[str, tuple[type, ...]]) -> None:
+    """Raise OtherVersion for notes, unchanged since they were written, that this version does not write."""
+    if about.get("format", FORMAT) != FORMAT:
+        raise OtherVersion(
+            f"the checkpoint {path} has format {about['format']!r}, as {_author(about)} writes it, and sharpwise "
+            f"{version('sharpwise')} reads format {FORMAT}; go on with that version, or name another folder"
+        )
+    for key, kinds in {"format": (int,), "step": (int,), "files": (dict,), **notes}.items():
+        value = about.get(key)
+        if key not in about or type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+            raise OtherVersion(_lacks(path, about, repr(key)))
+    for name, wanted in about["files"].items():
+        known = isinstance(wanted, dict) and type(wanted.get("bytes")) is int and type(wanted.get("sha256")) is str
+        if not known or Path(name).name != name:
+            raise OtherVersion(_lacks(path, about, f"size and hash of the file {name!r}"))
+    if not about["files"]:
+        raise OtherVersion(_lacks(path, about, "files"))
+
+
+def _lacks(path: Path, about: Mapping[str, Any], what: str) -> str:
+    return (
+        f"the checkpoint {path} lacks {what}, or has it in another form: {_author(about)} has written it, and "
+        f"sharpwise {version('sharpwise')} cannot go on from it; go on with that version, or name another folder"
+    )
+
+
+def _author(about: Mapping[str, Any]) -> str:
+    return f"sharpwise {about['sharpwise']}" if isinstance(about.get("sharpwise"), str) else "an unknown version"
+
+
+def _load(path: Path, mmap: bool = False) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of forms of a pickle that it does not write
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:  # whose message recommends to run what is in there
+        raise ValueError(f"{path.name} holds more than tensors and plain values, and was not loaded") from None
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:

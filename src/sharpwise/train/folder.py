@@ -24,6 +24,8 @@ from sharpwise.files import check_name, held, no_link, remove_leftovers, sync, w
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, read_given, to_toml
 
+_LONGEST_LINE = 1 << 22
+
 
 class RunFolder:
     """A run's folder, held by this process alone while it is open.
@@ -91,10 +93,7 @@ class RunFolder:
 
     def read_json(self, name: str) -> Any:
         """A file of plain values, None if it is missing or damaged."""
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return _read_json(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write plain values, whole or not at all."""
@@ -102,8 +101,7 @@ class RunFolder:
 
     def add_start(self, start: Mapping[str, Any]) -> None:
         """Note where and with what a process has begun to train here."""
-        before = self.read_json("environment.json")
-        self.write_json("environment.json", [*(before if isinstance(before, list) else []), dict(start)])
+        self.write_json("environment.json", [*read_starts(self.path), dict(start)])
 
     def lines(self, name: str, size: int) -> "Lines":
         """A file of lines, cut to so many bytes."""
@@ -139,6 +137,44 @@ class Bystander(RunFolder):
     def lines(self, name: str, size: int) -> "Lines":
         """Lines that go nowhere."""
         return NoLines()
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """Where and with what a run was begun and gone on with; what a file holds that is none is left out."""
+    found = _read_json(run / "environment.json")
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def changed_lines(run: Path, about: Mapping[str, Any]) -> str:
+    """What is wrong with the metrics and times beside a checkpoint with these notes, "" if nothing is."""
+    for name in ("metrics", "timing"):
+        path, wanted = run / f"{name}.jsonl", about[f"{name}_bytes"]
+        size = path.stat().st_size if path.exists() else 0
+        if size < wanted:
+            return f"{path.name} has {size:,} bytes, and had {wanted:,} when it was written"
+        if _last_step(path, wanted) != about["step"]:
+            return f"{path.name} is not that of this run: its step {about['step']} does not end where it did"
+    return ""
+
+
+def _last_step(path: Path, size: int) -> int | None:
+    """The step in the last of the lines that are the first `size` bytes of a file; None where there is no such line."""
+    if size <= 0:
+        return None
+    with path.open("rb") as file:
+        start = file.seek(max(0, size - _LONGEST_LINE))
+        lines = file.read(size - start).split(b"\n")
+    try:
+        return None if len(lines) < 2 or lines[-1] else json.loads(lines[-2])["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 class Lines:

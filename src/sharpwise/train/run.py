@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,12 @@ import torch
 from sharpwise.files import write_whole
 from sharpwise.probes.callbacks import Probes
 from sharpwise.train.build import Built, as_code, build
-from sharpwise.train.checkpoint import Checkpoint, Checkpoints
+from sharpwise.train.checkpoint import Checkpoint, Checkpoints, OtherVersion
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import Given, differences, flat, make_config, taking_over
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
-from sharpwise.train.folder import Bystander, RunFolder
+from sharpwise.train.folder import Bystander, RunFolder, changed_lines, read_starts
 from sharpwise.train.model_facts import count_parameters
 from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import Step, step_starts, train_steps
@@ -28,7 +29,12 @@ from sharpwise.train.world import World, is_everywhere, is_marked, joined, mark
 
 logger = logging.getLogger("sharpwise.train")
 
-_FORMAT = 1
+_LOSS = (float, type(None))
+_NOTES = {
+    "validation_loss": _LOSS, "last_validation_loss": _LOSS, "best_loss": _LOSS, "metrics_bytes": (int,),
+    "timing_bytes": (int,), "probes": (dict,),
+}  # fmt: skip
+"""What a run notes in its checkpoints."""
 
 _OUT_OF_MEMORY = (
     "{} has not enough memory for windows of this size, {} at a time. In another folder: a smaller batch.micro, "
@@ -116,8 +122,9 @@ def run(
 def _agree(place: RunFolder, given: Given | None, world: World, trust_code: bool) -> tuple[Config, Outcome | None]:
     """The configuration to run, and how the run has ended if it has."""
     config = _config(place, given)
-    before = place.read_json("environment.json")
-    if before and before[-1].get("processes", 1) != world.size and (given is None or "threads" not in _compute(given)):
+    starts = read_starts(place.path)
+    others = bool(starts) and starts[-1].get("processes", 1) != world.size
+    if others and (given is None or "threads" not in given.get("compute", {})):
         # So many threads were for so many processes.
         config = replace(config, compute=replace(config.compute, threads=None))
     finished = _finished(place, config)
@@ -147,12 +154,7 @@ def _config(place: RunFolder, given: Given | None) -> Config:
     return taking_over(stored, wanted)
 
 
-def _compute(given: Given) -> Given:
-    return given.get("compute", {})
-
-
 def _begin(place: RunFolder, built: Built) -> None:
-    place.clear_status()
     place.write_config(built.config)
     write_whole(place.path / "blocks.json", built.optimizer.blocks.to_json())
 
@@ -162,7 +164,10 @@ def _finished(place: RunFolder, config: Config) -> Outcome | None:
     if not isinstance(status, dict) or status.get("state") != "finished" or not place.final.exists():
         return None
     steps = config.schedule.steps or 0
-    return Outcome(place.path, "finished", steps, steps, status.get("validation_loss"), "it had finished already")
+    loss = status.get("validation_loss")
+    return Outcome(
+        place.path, "finished", steps, steps, loss if isinstance(loss, float) else None, "it had finished already"
+    )
 
 
 class _Run:
@@ -178,7 +183,8 @@ class _Run:
             milestones=own.steps_of_milestones(self.plan.schedule.total),
             best=own.best,
             asynchronous=own.asynchronous,
-            check=self._what_is_wrong,
+            check=partial(changed_lines, place.path),
+            notes=_NOTES,
             world=self.world,
         )
         every = self.plan.diagnostics_every
@@ -203,34 +209,24 @@ class _Run:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _what_is_wrong(self, about: Mapping[str, Any]) -> str:
-        for name in ("metrics", "timing"):
-            path = self.place.path / f"{name}.jsonl"
-            size = path.stat().st_size if path.exists() else 0
-            if size < about[f"{name}_bytes"]:
-                return f"{path.name} has {size:,} bytes, and had {about[f'{name}_bytes']:,} when it was written"
-        return ""
-
     def _restore(self, found: Checkpoint) -> tuple[int, int]:
-        if found.about["format"] != _FORMAT:
-            raise ValueError(f"{found.path} is of format {found.about['format']}; this sharpwise reads {_FORMAT}")
         try:
             state = found.state_like(self._state(), self.world)
             self.built.model.load_state_dict(state["model"])
             self.built.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            self.probes.load_state_dict(found.about["probes"])
+        except OtherVersion:
+            raise
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{found.path} does not fit the model as it is now; was the code changed that builds it? {error}"
             ) from error
         self.start = self.at = found.step
         self.validation_loss, self.best_loss = found.about["last_validation_loss"], found.about["best_loss"]
-        if "probes" in found.about:
-            self.probes.load_state_dict(found.about["probes"])
         return found.about["metrics_bytes"], found.about["timing_bytes"]
 
     def _save(self, step: Step) -> None:
         about = {
-            "format": _FORMAT,
             "validation_loss": self.validation_loss if step.validation_loss is not None else None,
             "last_validation_loss": self.validation_loss,
             "best_loss": self.best_loss,
@@ -257,6 +253,7 @@ class _Run:
                 for part in (self.metrics, self.timing, self.checkpoints):
                     opened.callback(part.close)
                 facts = self._facts()
+                self.place.clear_status()
                 self.place.write_json("facts.json", facts)
                 self.place.add_start({"step": self.start + 1, **environment(self.config), **self.world.about()})
                 trackers = self.world.on_main(lambda: make_trackers(self.config, self.place.path, self.start)) or []

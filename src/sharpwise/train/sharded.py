@@ -5,7 +5,9 @@ holds, and a list of where everything is. Tensors are found by name, so that oth
 """
 
 import hashlib
+import io
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from sharpwise.engine.mesh import Shard, is_dtensor, like, local
 from sharpwise.files import sync
@@ -64,7 +67,7 @@ def read_parts(folder: Path, into: Mapping[str, Any], *, alone: bool) -> dict[st
         ValueError: it is the state of another model.
         OSError: a file cannot be read.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader = _Reader(folder)
     target = _named(into)
     there, here = set(reader.read_metadata().state_dict_metadata), set(_keys(target))
     if there != here:
@@ -73,10 +76,66 @@ def read_parts(folder: Path, into: Mapping[str, Any], *, alone: bool) -> dict[st
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-            dcp.load(target, storage_reader=reader, no_dist=alone)
+            dcp.load(target, storage_reader=reader, planner=_Planner(), no_dist=alone)
     except dcp.api.CheckpointException as error:
         raise _first_of(error) from error
     return _unnamed(target)
+
+
+class _Reader(dcp.FileSystemReader):
+    """One that takes nothing from the list of what is where but the classes that torch writes there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with (Path(self.path) / METADATA).open("rb") as file:
+            try:
+                found = _Unpickler(file).load()
+            except OSError:
+                raise
+            except Exception as error:  # whatever a damaged or planted pickle may lead to
+                raise ValueError(f"{METADATA} is no list of parts ({type(error).__name__}: {error})") from None
+        if not isinstance(found, Metadata):
+            raise ValueError(f"{METADATA} is no list of parts, it holds a {type(found).__name__}")
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """One that takes plain values for what is no tensor, where torch's would run what it finds."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        found = torch.load(value, weights_only=True)
+        super().load_bytes(read_item, _saved(found))
+
+
+def _saved(value: Any) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if (module, name) in _KNOWN or module == "torch" else None
+        if found is None or (module == "torch" and not isinstance(found, torch.dtype) and found is not torch.Size):
+            raise ValueError(f"it wants to run {module}.{name}, and that was not done")
+        return found
+
+
+_KNOWN = {
+    ("collections", "OrderedDict"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+}
 
 
 def placed(whole: Mapping[str, Any], into: Mapping[str, Any]) -> dict[str, Any]:
