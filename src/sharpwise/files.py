@@ -1,5 +1,6 @@
 """Files that are either as they were or as they should be, whenever the process or the machine stops; their names."""
 
+import json
 import os
 import re
 import secrets
@@ -7,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -81,6 +82,22 @@ def checked_name(name: object, what: str) -> str:
             "or name the folder with --out"
         )
     return name
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; whole numbers beyond 64 bits as floats, so that nobody stumbles over them.
+
+    Raises:
+        ValueError: it is none, however deep it is nested.
+    """
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def sync(file: IO[bytes]) -> None:

@@ -18,6 +18,7 @@ from sharpwise.blocks.roles import Role
 from sharpwise.blocks.segment import Segment
 from sharpwise.blocks.sources import Sources
 from sharpwise.blocks.unclear import BLOCKS, Unclear, example_of
+from sharpwise.files import parse_json
 from sharpwise.hints import kind_of
 from sharpwise.table import Table
 
@@ -171,8 +172,8 @@ class BlockMap:
     def from_json(cls, text: str) -> "BlockMap":
         """The map that `to_json` wrote. Raises ValueError where the text is not such a map."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"block map: not JSON ({error}); expected what BlockMap.to_json() writes") from None
         if not isinstance(data, dict) or "version" not in data:
             raise ValueError("block map: expected an object with 'version' and 'segments', as to_json() writes")

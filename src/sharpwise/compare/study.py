@@ -240,7 +240,7 @@ def _table(given: Mapping[str, Any], key: str, where: str = "") -> Mapping[str, 
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 def _numbers(values: Any) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sharpwise.files import remove_leftovers, write_whole
+from sharpwise.files import parse_json, remove_leftovers, write_whole
 from sharpwise.probes import Measurement
 from sharpwise.report.measure_page import write_measure_page
 
@@ -33,8 +33,8 @@ def add(folder: Path, measurements: Iterable[Measurement]) -> None:
 def read(path: Path) -> list[Measurement]:
     """The measurements of one file. Raises ValueError where it is none."""
     try:
-        return [Measurement.from_json(json.dumps(one)) for one in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
+        return [Measurement.from_json(json.dumps(one)) for one in parse_json(path.read_text(encoding="utf-8"))]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of measurements ({error}); move it away to measure anew") from None
 
 

@@ -1,10 +1,11 @@
 """The files of a run's folder, read while somebody may be writing them."""
 
-import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sharpwise.files import parse_json
 
 CONFIG, FACTS, BLOCKS, ENVIRONMENT = "config.toml", "facts.json", "blocks.json", "environment.json"
 METRICS, TIMING, STATUS, SAMPLE, LOCK = "metrics.jsonl", "timing.jsonl", "status.json", "sample.txt", "run.lock"
@@ -29,14 +30,14 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error}); a run's configuration is not to be edited") from None
 
 
 def read_json(path: Path, kind: type) -> Any:
     """What a JSON file holds; an empty `kind` where there is none. Raises ValueError where it holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return kind()
     except ValueError as error:  # of JSON and of UTF-8
@@ -49,7 +50,7 @@ def read_json(path: Path, kind: type) -> Any:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """One line of metrics or timing, None for what is none."""
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     if not isinstance(value, dict):

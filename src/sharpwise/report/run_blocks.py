@@ -71,18 +71,24 @@ def types_of(roles: Iterable[str]) -> dict[str, str]:
 
 def updates_by_type(run: RunData, record: Mapping[str, Any]) -> dict[str, float]:
     """Relative update sizes of block types from those of their roles: exact where sizes are known, else their mean."""
-    relative = {k: v for k, v in record["update_relative"].items() if isinstance(v, (int, float)) and v > 0}
-    rms, types = record.get("update_rms") or {}, types_of(relative)
+    relative, rms = _positive(record["update_relative"]), _positive(record.get("update_rms"))
+    types = types_of(relative)
     counts: dict[str, int] = {}
     for segment in run.blocks or ():
         counts[str(segment.role)] = counts.get(str(segment.role), 0) + segment.numel
     result = {}
     for kind in set(types.values()):
         roles = [role for role in relative if types[role] == kind]
-        if all(rms.get(role) and role in counts for role in roles):
-            moved = {role: counts[role] * rms[role] ** 2 for role in roles}
-            size = sum(moved[role] / relative[role] ** 2 for role in roles)
-            result[kind] = math.sqrt(sum(moved.values()) / size)
+        if all(role in rms and role in counts for role in roles):
+            moved = {role: counts[role] * rms[role] * rms[role] for role in roles}
+            size = sum(moved[role] / relative[role] / relative[role] for role in roles)
+            result[kind] = math.sqrt(sum(moved.values()) / size) if 0 < size < math.inf else math.nan
         else:
             result[kind] = sum(relative[role] for role in roles) / len(roles)
     return result
+
+
+def _positive(values: Any) -> dict[str, float]:
+    """The numbers above 0 in a table, and nothing of what is none."""
+    items = values.items() if isinstance(values, Mapping) else ()
+    return {key: float(v) for key, v in items if isinstance(v, (int, float)) and 0 < v < math.inf}

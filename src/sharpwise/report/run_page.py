@@ -25,7 +25,7 @@ def write_run_page(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     path = run.folder / PAGE_NAME
-    write_whole(path, render(run))
+    write_whole(path, render(run).encode("utf-8", "replace"))  # a message may hold what UTF-8 cannot
     return path
 
 

@@ -232,8 +232,6 @@ def check(config: Config) -> None:
         )
     _at_least(1, "data.context", config.data.context)
     _at_least(0, "seed", config.seed)
-    if config.seed >= 2**63:
-        raise ValueError(f"seed must be below 2^63, got {config.seed}")
     _at_least(1, "schedule.steps", schedule.steps)
     _at_least(1, "schedule.tokens", schedule.tokens)
     for key in ("warmup", "decay"):
@@ -275,6 +273,8 @@ def spelled_block_lr(given: str | Mapping[str, Any]) -> str:
 def _at_least(least: float, where: str, value: float | None) -> None:
     if value is not None and not (least <= value < math.inf):
         raise ValueError(f"{where} must be at least {least}, got {value}")
+    if value is not None and value >= 2**63:
+        raise ValueError(f"{where} must be below 2^63, got {str(value):.40}")
 
 
 def steps_of(value: float, total: int) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sharpwise.files import check_name, held, no_link, remove_leftovers, sync, write_whole
+from sharpwise.files import check_name, held, no_link, parse_json, remove_leftovers, sync, write_whole
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, read_given, to_toml
 
@@ -147,8 +147,8 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
@@ -172,8 +172,8 @@ def _last_step(path: Path, size: int) -> int | None:
         start = file.seek(max(0, size - _LONGEST_LINE))
         lines = file.read(size - start).split(b"\n")
     try:
-        return None if len(lines) < 2 or lines[-1] else json.loads(lines[-2])["step"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return None if len(lines) < 2 or lines[-1] else parse_json(lines[-2])["step"]
+    except (ValueError, LookupError, TypeError):
         return None
 
 
