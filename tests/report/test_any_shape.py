@@ -71,6 +71,7 @@ def test_runs_are_listed_and_shown(place: Path, name: str) -> None:
     ("key", "value"),
     [("update_relative", 3), ("update_relative", {"q": "x", "k": 1e300}), ("update_rms", [1]), ("loss", 10**400),
      ("update_rms", {"q": 1e300, "k": 10**400}), ("multipliers", 1), ("tokens", 10**400), ("lr", "x")],
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )  # fmt: skip
 def test_lines_of_any_shape(place: Path, key: str, value: Any) -> None:
     for name in ("metrics.jsonl", "timing.jsonl"):

@@ -274,7 +274,7 @@ def _at_least(least: float, where: str, value: float | None) -> None:
     if value is not None and not (least <= value < math.inf):
         raise ValueError(f"{where} must be at least {least}, got {value}")
     if value is not None and value >= 2**63:
-        raise ValueError(f"{where} must be below 2^63, got {str(value):.40}")
+        raise ValueError(f"{where} must be below 2^63, got {value!s:.40}")
 
 
 def steps_of(value: float, total: int) -> int:
