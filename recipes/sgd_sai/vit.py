@@ -2,7 +2,7 @@
 
     pip install scikit-learn
     python recipes/sgd_sai/vit.py        # writes data/digits
-    sharpwise compare --recipe sgd_sai/vit
+    sharpwise compare --recipe sgd_sai/vit --trust-code
 
 An example is the number of an image and its class. The images themselves are in the model, as a table that is not
 trained: so the loss that the harness takes, that of the next token, is that of the class alone.
