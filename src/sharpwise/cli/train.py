@@ -23,8 +23,8 @@ from rich.text import Text
 
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
-from sharpwise.installing import lacks
 from sharpwise.files import checked_name
+from sharpwise.installing import lacks
 
 if TYPE_CHECKING:
     from sharpwise.train.profile import Profile
