@@ -70,7 +70,7 @@ def test_a_study_by_flags_goes_from_arms_to_page(data: Path, tmp_path: Path) -> 
     assert places == sorted(places) and places[0] == 0
     # What was tuned is a configuration to train by.
     config = out / found["arms"][1]["final"][0]["folder"] / "config.toml"
-    assert _sharpwise("train", config, "--out", tmp_path / "alone").exit_code == 0
+    assert _sharpwise("train", config, "--trust-code", "--out", tmp_path / "alone").exit_code == 0
     # The same command, and the folder alone, go on with it: there is nothing left to do.
     before = (out / "study.db").read_bytes()
     for again in (

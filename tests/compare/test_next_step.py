@@ -36,15 +36,15 @@ def conducted(given: Mapping[str, Any], folder: Path, loss: Loss, **more: Any) -
 
 
 def words_of(result: Mapping[str, Any]) -> list[str]:
-    """The command, without the two words that it begins with."""
+    """The command, without the words that it begins with; the model of these studies is a function in a file."""
     words = shlex.split(result["next"]["command"])
-    assert words[:2] == ["sharpwise", "compare"]
-    return words[2:]
+    assert words[:3] == ["sharpwise", "compare", "--trust-code"]
+    return words[3:]
 
 
 def given_again(result: Mapping[str, Any], folder: Path) -> None:
     """The command is understood, and asks this very study for runs that it does not have."""
-    outcome = CliRunner().invoke(create_app(), ["compare", *words_of(result), "--so-far"])
+    outcome = CliRunner().invoke(create_app(), ["compare", "--trust-code", *words_of(result), "--so-far"])
     assert outcome.exit_code == 0, outcome.output
     assert words_of(result)[-2:] == ["--out", str(folder)]
     assert outcome.stdout.startswith("Unfinished")
@@ -54,6 +54,12 @@ def test_what_is_not_complete_goes_on(data: Path, tmp_path: Path) -> None:
     result = conducted(study(data), tmp_path / "a b", even, runs=5)
     assert words_of(result) == ["--out", str(tmp_path / "a b")]
     given_again(result, tmp_path / "a b")
+
+
+def test_a_model_that_is_no_function_needs_no_confirmation(data: Path, tmp_path: Path) -> None:
+    given = {**study(data), "run": {**study(data)["run"], "model": {"name": "gpt2-0.4m"}}}
+    command = conducted(given, tmp_path / "study", even, runs=5)["next"]["command"]
+    assert command.startswith("sharpwise compare --out ")
 
 
 def test_what_is_undecided_gets_the_seeds_that_decide_it(data: Path, tmp_path: Path) -> None:
@@ -103,8 +109,8 @@ def test_after_long_runs_there_is_a_best_arm_to_train_with(gap: float, best: str
     assert result["budget"]["tokens_per_parameter"] > 20
     words = shlex.split(result["next"]["command"])
     arm = next(arm for arm in result["arms"] if arm["name"] == best)
-    assert words[:2] == ["sharpwise", "train"]
-    assert Path(words[2]) == tmp_path / arm["final"][0]["folder"] / "config.toml"
+    assert words[:3] == ["sharpwise", "train", "--trust-code"]
+    assert Path(words[3]) == tmp_path / arm["final"][0]["folder"] / "config.toml"
 
 
 @pytest.mark.parametrize("lost", [{1}, {1, 2, 3}])

@@ -9,6 +9,7 @@ from sharpwise.block_lr import Ablation
 from sharpwise.compare.arms import block_lr_of
 from sharpwise.compare.statistics import seeds_needed
 from sharpwise.compare.study import TOKENS_PER_PARAMETER, Study
+from sharpwise.train.models import runs_code
 
 LONGER = 4
 """Times the tokens of the next study, where runs were short."""
@@ -27,10 +28,11 @@ def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str
         result: of `results`: its `complete`, `budget`, `seeds`, `arms` and `ablations`.
         folder: of the study, as a command has to name it.
     """
-    stored = f"sharpwise compare {shlex.quote(str(folder / 'study.toml'))}"
+    trust = "--trust-code " if runs_code(study.model) else ""
+    stored = f"sharpwise compare {trust}{shlex.quote(str(folder / 'study.toml'))}"
     here = f"--out {shlex.quote(str(folder))}"
     if not result["complete"]:
-        return _step("Runs are missing. This goes on with them:", f"sharpwise compare {here}")
+        return _step("Runs are missing. This goes on with them:", f"sharpwise compare {trust}{here}")
     candidates = [arm for arm in result["arms"] if arm["name"] != study.baseline]
     if lost := _unstable(study, result["arms"]):
         there = shlex.quote(f"{folder}-warmup")
@@ -69,7 +71,7 @@ def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str
     return _step(
         f"Nothing is left to decide here. To train with {best['name']} as it was tuned, from a configuration to change "
         "as you like:",
-        f"sharpwise train {shlex.quote(str(config))} --out {shlex.quote(f'{folder}-best')}",
+        f"sharpwise train {trust}{shlex.quote(str(config))} --out {shlex.quote(f'{folder}-best')}",
     )
 
 
