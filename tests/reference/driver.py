@@ -11,10 +11,11 @@ from reference.measured_lr import Follows
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def gradients(named, steps, seed=1):
+def gradients(named, steps, seed=1, missing=(3, 7)):
     """Recorded gradients: [{name: tensor or None}] per step, of widely different scale per parameter and step.
 
-    Some elements and rows are exactly zero, and now and then a parameter has no gradient at all.
+    Some elements and rows are exactly zero, and one parameter has no gradient at the steps `missing`. Not at the first
+    unless asked for: small tensors move together only as long as all have taken the same number of steps.
     """
     generator = torch.Generator().manual_seed(seed)
     recorded = []
@@ -25,11 +26,18 @@ def gradients(named, steps, seed=1):
             g *= 10.0 ** (number % 5 - 3) * (1 + math.cos(1.3 * t + number) * 0.9)
             if g.dim() > 1:
                 g[t % g.shape[0]] = 0  # tokens that do not occur
-            if number == 1 and t in (0, 4):
+            if number == 1 and t in missing:
                 g = None
             grads[name] = None if g is None else g.to(p.dtype)
         recorded.append(grads)
     return recorded
+
+
+def clipped(grads, max_norm):
+    """Gradients times min(1, max_norm / (norm of all of them + 1e-6)), in float64."""
+    whole = {name: g.double() for name, g in grads.items() if g is not None}
+    norm = math.sqrt(math.fsum(float((g * g).sum()) for g in whole.values()))
+    return {name: whole[name] * min(1.0, max_norm / (norm + 1e-6)) if name in whole else None for name in grads}
 
 
 def schedule(base, t):
@@ -149,11 +157,12 @@ class Twin:
                 )
 
 
-def run(optimizer, named, twin, lrs, *, steps=12, grads=None, tolerance=None):
+def run(optimizer, named, twin, lrs, *, steps=12, grads=None, tolerance=None, max_norm=None):
     """Steps both, and compares every parameter and every state tensor after every step.
 
     Args:
         lrs: function t -> [lr per group], t from 0; set on `param_groups`, as a scheduler does.
+        max_norm: the reference is given gradients that are clipped to it; the optimizer clips by itself.
     """
     dtype = named[0][1].dtype
     grads = grads or gradients(named, steps)
@@ -170,7 +179,7 @@ def run(optimizer, named, twin, lrs, *, steps=12, grads=None, tolerance=None):
                 if own is not None and own.dtype is torch.bfloat16:
                     twin.state[name][key] = as_array(own)
         optimizer.step()
-        twin.step(recorded, rates)
+        twin.step(recorded if max_norm is None else clipped(recorded, max_norm), rates)
         compare(optimizer, named, twin, f"step {t + 1}", tolerance or TOLERANCE.get(dtype, 1e-6))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import sharpwise
 from reference import adam_mini, cuts, driver, models
+from reference.test_rules import MAX_NORM
 
 HYPER = {"lr": 3e-3, "betas": (0.83, 0.961), "eps": 1e-4, "weight_decay": 0.23}
 
@@ -36,6 +37,14 @@ def test_adam_mini(model, dtype, compiled):
     optimizer, named, twin = setup(model, dtype, compile=compiled)
     driver.run(optimizer, named, twin, lambda t: [driver.schedule(HYPER["lr"], t)], steps=13)
     biases_are_elementwise(optimizer, named, twin)
+
+
+@pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
+@pytest.mark.parametrize("model", models.BUILD)
+def test_clipping(model, compiled):
+    """Block sums are taken before the factor is known, which they have twice."""
+    optimizer, named, twin = setup(model, max_grad_norm=MAX_NORM, compile=compiled)
+    driver.run(optimizer, named, twin, lambda t: [driver.schedule(HYPER["lr"], t)], max_norm=MAX_NORM)
 
 
 @pytest.mark.parametrize("model", models.BUILD)

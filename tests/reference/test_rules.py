@@ -14,6 +14,7 @@ from reference import adamw, driver, lion, models, sgd
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 COMPILE = [None, False]
+MAX_NORM = 250.0  # the recorded gradients have norms of 130 to 550
 
 # Lion's betas are not round: 0.88 m + 0.12 g cancels exactly for bf16 m = 3, g = -22, and its sign is then rounding's.
 CASES = {
@@ -57,6 +58,19 @@ def test_rule(case, dtype, compiled):
     optimizer = constructor(model, **hyper, compile=compiled)
     twin = driver.Twin(rule, named, [(driver.names_of(named), hyper)])
     driver.run(optimizer, named, twin, lambda t: [driver.schedule(hyper["lr"], t)], steps=13)
+
+
+@pytest.mark.parametrize("compiled", COMPILE, ids=lambda c: f"compile={c}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["adamw", "lion", "sgd, momentum", "sgd, decoupled"])
+def test_clipping(case, dtype, compiled):
+    """Some steps are clipped, each by a factor of its own, and some are not."""
+    rule, constructor, hyper = CASES[case]
+    model = models.build("nanogpt", dtype)
+    named = list(model.named_parameters())
+    optimizer = constructor(model, **hyper, max_grad_norm=MAX_NORM, compile=compiled)
+    twin = driver.Twin(rule, named, [(driver.names_of(named), hyper)])
+    driver.run(optimizer, named, twin, lambda t: [driver.schedule(hyper["lr"], t)], max_norm=MAX_NORM)
 
 
 @pytest.mark.parametrize("case", ["adamw", "lion", "sgd, momentum", "sgd, decoupled"])
@@ -170,13 +184,22 @@ def test_any_shape_any_gradient(shapes, seed, case, zeros, exponent):
 
 
 def test_references_at_their_limits():
-    """The references themselves, against numbers worked out by hand."""
+    """The references themselves, against numbers worked out by hand, and torch's."""
     p, g = np.array([2.0, -1.0]), np.array([0.5, -4.0])
     rates = {"lr": 0.1, "decay_lr": 0.1}
     got, _ = adamw.step(p, g, adamw.init(p), **rates, betas=(0.9, 0.99), eps=0.0, weight_decay=0.5)
     assert np.allclose(got, p * 0.95 - 0.1 * np.sign(g), atol=1e-15)  # the first step of Adam is the sign
     got, state = lion.step(p, g, lion.init(p), **rates, betas=(0.9, 0.99), weight_decay=0.5)
     assert np.allclose(got, p * 0.95 - 0.1 * np.sign(g)) and np.allclose(state["exp_avg"], 0.01 * g)
+    for max_norm in (2.0, 50.0):
+        parameters = [nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2)]
+        grads = {str(i): torch.arange(3.0, dtype=torch.float64) - 4 * i for i in range(2)}
+        for parameter, own in zip(parameters, grads.values(), strict=True):
+            parameter.grad = own.clone()
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        got = driver.clipped({**grads, "none": None}, max_norm)
+        assert got["none"] is None
+        assert all(torch.allclose(got[str(i)], q.grad, rtol=1e-12) for i, q in enumerate(parameters))
     state = sgd.init(p)
     for t in range(3):
         p, state = sgd.step(p, g, state, **rates, momentum=0.5)
