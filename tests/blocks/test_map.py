@@ -202,6 +202,25 @@ def test_lookups() -> None:
     assert repr(part) == "BlockMap(2 parameters, 4 segments: q, k, v, norm)"
 
 
+@pytest.mark.parametrize(
+    ("segment", "expected"),
+    [
+        (Segment("w", ()), False),
+        (Segment("w", (6,)), False),
+        (Segment("w", (6, 4)), True),
+        (Segment("w", (6, 4, 3)), True),  # a convolution
+        (Segment("w", (6, 4), bias=True), False),
+        (Segment("w", (2, 6), dim=1, stacked=True), False),  # vectors of two experts
+        (Segment("w", (2, 6), dim=1, stacked=True, bias=True), False),
+        (Segment("w", (2, 6, 4), dim=1, stacked=True), True),
+        (Segment("w", (2, 6, 4), dim=2, stacked=True), True),
+    ],
+    ids=str,
+)
+def test_what_is_a_matrix(segment: Segment, expected: bool) -> None:
+    assert segment.is_matrix == expected
+
+
 def test_equality_copy_and_pickle() -> None:
     block_map = BlockMap.of(causal(neox_config()))
     assert block_map == BlockMap.of(causal(neox_config()))

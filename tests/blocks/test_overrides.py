@@ -57,6 +57,8 @@ def test_a_role_alone_keeps_what_the_family_found() -> None:
     assert (now.role, now.heads, now.layer, now.source) == (Role.V, 2, 1, "override")
     assert (was.role, was.source) == (Role.K, "llama")
     assert BlockMap.of(model, overrides={"*.k_proj.*": "up"})[name][0].heads is None  # an MLP has no heads
+    fused = BlockMap.of(causal(gpt2_config()), overrides={"*.attn.c_attn.*": "q"})
+    assert rows(fused, "transformer.h.0.attn.c_attn.weight") == [("q", "all", None)]  # those of a third of it
     conv1d = BlockMap.of(causal(gpt2_config()), overrides={"*.mlp.c_fc.*": "gate"})
     assert conv1d["transformer.h.0.mlp.c_fc.weight"][0].dim == 1
     assert conv1d["transformer.h.0.mlp.c_fc.bias"][0].bias

@@ -134,4 +134,22 @@ def _largest(g: Tensor) -> Tensor:
     return g.abs().amax().view(1) if g.numel() else g.new_zeros(1)
 
 
+@dataclass(frozen=True)
+class Unit(_OfMatrices):
+    """The gradient over its norm: p <- p - lr g / |g|."""
+
+    name: ClassVar[str] = "test-unit"
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {}
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        return (Round("square", lambda g, state, hyper, part: g.double().square().sum().view(1), degree=2),)
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return {}, g, state["square"].sqrt().to(g.dtype)
+
+
 RULES: dict[str, Rule] = {"low rank": LowRank(), "orthogonal": Orthogonal(), "largest": Largest()}

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from first_contact.tiny import assert_same_weights, assert_trained, gpt2, plain_loop
+from reference import models
 
 import sharpwise
 
@@ -42,3 +43,24 @@ def test_adam_mini_trains_adapters_with_the_roles_of_their_matrices(block_lr: st
     before = dict(start.named_parameters())
     for name, parameter in model.named_parameters():
         assert name in trainable or torch.equal(parameter, before[name])
+
+
+def test_adam_mini_cuts_the_factors_of_an_adapter() -> None:
+    """The rows of B are the matrix's: by head (q, k), by row (v). Those of A belong to no head: q and k are one block.
+
+    Four heads of 6, two of them for keys and values.
+    """
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(models.llama(), config)
+    optimizer = sharpwise.AdamMini(model, lr=1e-2, betas=(0.9, 0.75))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in trainable.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    blocks = {"q_proj": {"A": 1, "B": 4}, "k_proj": {"A": 1, "B": 2}, "v_proj": {"A": 3, "B": 12}}
+    assert len(trainable) == 2 * 6
+    for name, p in trainable.items():
+        site, part = next((site, part) for site in blocks for part in "AB" if f"{site}.lora_{part}." in name)
+        want = 0.25 * p.grad.view(blocks[site][part], -1).square().mean(1)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], want, msg=lambda m, name=name: f"{name}: {m}")

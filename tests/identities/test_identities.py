@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from distributed.rules import LowRank, Unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import driver, models
@@ -14,6 +15,8 @@ from reference.rig import ADAMW, BARE, Bag, bit_equal, both, named, near, same_s
 from torch import nn
 
 import sharpwise
+from sharpwise.engine import BlockOptimizer
+from sharpwise.engine.options import Options
 
 
 @pytest.mark.parametrize("hyper", [ADAMW, {}, {**ADAMW, "betas": (0.0, 0.0)}], ids=["set", "default", "no memory"])
@@ -224,6 +227,22 @@ def test_clipping_is_clipping_by_hand(rule, compiled):
     for (name, p), (_, q) in zip(named(first), named(second), strict=True):
         for key, value in one.state[p].items():
             assert driver.error(value, driver.as_array(two.state[q][key])) <= 1e-6, (name, key)
+
+
+@every_path
+@pytest.mark.parametrize("rule", [LowRank(), Unit()], ids=lambda rule: rule.name)
+def test_clipping_of_sums_over_a_matrix(rule, compiled):
+    """Sums that a rule asks for are taken of the gradient as it is; of degree 1 and 2 in the factor on it."""
+    first, second = models.build("gpt2"), models.build("gpt2")
+    grads = driver.gradients(named(first), 6)
+    options = [Options(max_grad_norm=max_norm, compile=compiled) for max_norm in (250.0, None)]
+    one, two = (
+        BlockOptimizer(model, rule, lr=1e-2, weight_decay=0.1, options=own)
+        for model, own in zip((first, second), options, strict=True)
+    )
+    steps(one, named(first), grads)
+    clipped_by_torch(second, two, grads, 250.0)
+    near(first, second)
 
 
 @every_path

@@ -83,6 +83,25 @@ def test_resumed_before_the_first_step():
     bit_equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", RESUMABLE)
+def test_an_empty_state_is_a_fresh_one(case, dtype):
+    """As in torch: what an optimizer has kept so far goes when a state dict is loaded that has nothing of it."""
+    constructor, hyper = RESUMABLE[case]
+    first, second = models.build("gpt2", dtype), models.build("gpt2", dtype)
+    grads = driver.gradients(named(first), 8)
+    fresh, stepped = constructor(first, **hyper), constructor(second, **hyper)
+    groups = through_disk(stepped.state_dict())["param_groups"]
+    steps(stepped, named(second), grads[:3])
+    second.load_state_dict(first.state_dict())
+    stepped.load_state_dict({"state": {}, "param_groups": groups})
+    steps(fresh, named(first), grads[3:])
+    steps(stepped, named(second), grads[3:])
+    bit_equal(first, second)
+    for (name, p), (_, q) in zip(named(first), named(second), strict=True):
+        assert all(torch.equal(value, stepped.state[q][key]) for key, value in fresh.state[p].items()), name
+
+
 @pytest.mark.parametrize("with_names", [False, True], ids=["by position", "param_names"])
 @pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
 def test_switching_from_torch_in_mid_run(compiled, with_names):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sharpwise
-from reference import ablations, cuts, driver, gradient_snr, heavy_tail_lr, layer_decay, models, sharpness_lr
+from reference import ablations, adamw, cuts, driver, gradient_snr, heavy_tail_lr, layer_decay, models, sharpness_lr
 from reference.measured_lr import Follows, in_steps, matrix_of
 from reference.test_ablations import ARMS, LAYERS
 from reference.test_block_lr import RULES, setup
@@ -175,6 +175,25 @@ def test_heavy_tail_phases(schedule):
     beside(
         "gpt2", "adam-mini", block_lr, lambda p: heavy_tail_lr.HeavyTail(p, least=4), soft=2, total_steps=total, **steps
     )
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", "lm_head", "layers.1", "mlp"])
+def test_what_is_frozen_counts_for_nothing(frozen):
+    """Neither in the geometric mean, nor as the lightest or heaviest tail: as if it were not there."""
+    model = models.build("llama")
+    named = [(name, p) for name, p in model.named_parameters() if frozen not in name]
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen not in name)
+    block_lr = sharpwise.HeavyTailLR(least=4, normalize="geometric", stop=0, soft=0)
+    optimizer = sharpwise.AdamW(model, lr=1e-3, block_lr=block_lr)
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    pieces = {name: own for name, own in pieces_of("llama").items() if frozen not in name}
+    policy = Follows(pieces, heavy_tail_lr.HeavyTail(pieces, least=4, normalize="geometric"))
+    policy.source.look(driver.Twin(adamw, named, [(driver.names_of(named), {})]))
+    optimizer.step()
+    found = {row["name"]: row["multiplier"] for row in optimizer.lr_multipliers()}
+    assert [found[name] for name, _ in named] == pytest.approx(list(policy.targets()), rel=1e-5)
 
 
 @pytest.mark.parametrize("by", ["matrix", "type"])
