@@ -215,7 +215,6 @@ def test_lookups() -> None:
         (Segment("w", (2, 6, 4), dim=1, stacked=True), True),
         (Segment("w", (2, 6, 4), dim=2, stacked=True), True),
     ],
-    ids=str,
 )
 def test_what_is_a_matrix(segment: Segment, expected: bool) -> None:
     assert segment.is_matrix == expected

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from probes.exact import CONTEXT, VOCAB, cover, exact, gpt2, label_gradients, tokens
@@ -147,10 +148,21 @@ def test_batches_weigh_by_their_tokens():
     each = [true_value(part) for part in parts]
     assert found.value(by="model", **SHARPNESS) == pytest.approx((each[0] + 3 * each[1]) / 4)
     assert "5 to 15 tokens" in found.warnings[0]
-    draws = Draws()
-    for x in (1.0, 4.0, 2.5):  # not skewed
+    draws, values = Draws(), (1.0, 4.0, 2.5)  # not skewed
+    for x in values:
         draws.add(np.array([x]), 3.0)
-    assert [float(x[0]) for x in draws.interval()] == pytest.approx(t_interval([1.0, 4.0, 2.5]))
+    mean, error = (float(x[0]) for x in draws.interval())
+    assert (mean, error) == pytest.approx((2.5, stats.t.ppf(0.975, 2) * stats.sem(values)))
+
+
+@pytest.mark.parametrize("freedom", range(1, 201))
+def test_intervals_are_students(freedom):
+    """To 1.1e-4 at 5 degrees of freedom, where the series begins, and better by the fifth power beyond."""
+    values = np.sqrt(np.arange(freedom + 1))
+    mean, error = t_interval(values)
+    assert mean == pytest.approx(values.mean())
+    want = stats.t.ppf(0.975, freedom) * stats.sem(values)
+    assert error == pytest.approx(want, rel=1e-10 + (freedom > 4) * 1.2e-4 * (5 / freedom) ** 5)
 
 
 def test_geometric_mean_leaves_rounding_out():
@@ -161,6 +173,31 @@ def test_geometric_mean_leaves_rounding_out():
         geometric = found.select(by="type", of=kind, quantity="sharpness, geometric mean")[0]
         assert geometric.value == pytest.approx(expected)
         assert 0 < geometric.value < found.value(by="type", of=kind, **SHARPNESS) and geometric.error > 0
+
+
+def test_the_error_of_a_geometric_mean_is_the_delta_methods():
+    """Derivatives by the weight of each batch, in place of those by each sharpness; the wider side of the logarithm."""
+    e = exact()
+    parts = [tokens(n, seed) for seed, n in enumerate((1, 3, 2, 4))]
+    own = [probes.sharpness(e.model, part, blocks=e.blocks, labels="true").select(by="segment") for part in parts]
+    values = np.array([[estimate.value for estimate in one] for one in own])
+    sizes = np.array([estimate.elements for estimate in own[0]])
+    kinds = np.array([s.block_type for s in e.selection.segments])
+    weights = np.array([1.0, 3.0, 2.0, 4.0])
+    found = probes.sharpness(e.model, parts, blocks=e.blocks, labels="true")
+    for kind in ("QK", "VO", "FFN", "Norm", "Emb", "model"):
+        counts = (values.mean(0) > 1e-12) & ((kinds == kind) | (kind == "model"))
+
+        def geometric(weights, counts=counts):
+            mean = np.average(values[:, counts], axis=0, weights=weights)
+            return np.exp(np.average(np.log(mean), weights=sizes[counts]))
+
+        value, h = geometric(weights), 1e-5
+        slopes = [(geometric(weights + h * d) - geometric(weights - h * d)) / (2 * h) for d in np.eye(4)]
+        spread = np.sqrt(4 / 3 * np.sum((weights * np.array(slopes)) ** 2))
+        got = found.select(of=kind, quantity="sharpness, geometric mean")[0]
+        assert got.value == pytest.approx(value, rel=1e-9)
+        assert got.error == pytest.approx(value * np.expm1(stats.t.ppf(0.975, 3) * spread / value), rel=1e-6)
 
 
 def labels_of(kind):

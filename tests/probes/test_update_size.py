@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import models
+from reference import driver, models
 from torch import nn
 
 from sharpwise.blocks import BlockMap, Segment
@@ -238,6 +238,42 @@ def test_rrc_of_a_part_of_the_tokens():
     assert few.value == pytest.approx(every.value, abs=few.error + every.error)
     single = sizes.rrc({"input": batch[0]})[0]
     assert (single.unit, single.samples) == ("per token", 16)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize(
+    ("sequences", "length", "tokens", "which"),
+    [
+        (3, 16, 12, [(s, t) for s in range(3) for t in (0, 4, 8, 12)]),
+        (3, 16, 17, [(s, t) for s in range(3) for t in (0, 3, 6, 9, 12)]),
+        (2, 5, 8, [(s, t) for s in range(2) for t in (0, 1, 2, 3)]),
+        (12, 4, 3, [(0, 0), (4, 0), (8, 0)]),
+        (2, 5, 1000, [(s, t) for s in range(2) for t in range(5)]),
+    ],
+)
+def test_tokens_are_spaced_evenly(kind, sequences, length, tokens, which):
+    """Tokens late in a sequence are moved more, and later sequences less: other tokens have another RRC."""
+    random = np.random.default_rng(0)
+    strength = 1.3 ** (np.arange(length)[None, :] - 2 * np.arange(sequences)[:, None])
+    if kind == "linear":
+        model = nn.Sequential(nn.Linear(2, 6, bias=False)).double()
+        batch = torch.from_numpy(np.stack([np.ones_like(strength), strength], -1))
+    else:  # each token once
+        model = nn.Sequential(nn.Embedding(sequences * length, 6)).double()
+        batch = torch.arange(sequences * length).view(sequences, length)
+    before = driver.as_array(model[0].weight)
+    change = random.standard_normal(before.shape) * (
+        np.array([0.01, 1.0]) if kind == "linear" else strength.reshape(-1, 1)
+    )
+    sizes = UpdateSize(model)
+    sizes.before()
+    with torch.no_grad():
+        model[0].weight += torch.from_numpy(change)
+    found = sizes.rrc(batch, tokens=tokens)[0]
+    rows = np.stack([batch[at].numpy() for at in which])
+    moved, had = (rows @ W.T if kind == "linear" else W[rows] for W in (change, before))
+    assert found.value == pytest.approx(np.linalg.norm(moved) / np.linalg.norm(had), rel=1e-9)
+    assert found.samples == len({s for s, _ in which})
 
 
 def test_the_error_of_rrc_is_right_as_often_as_it_says():
