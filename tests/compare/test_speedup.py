@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize, stats
 
 from sharpwise.compare.speedup import pool, speedup
 from sharpwise.compare.statistics import paired_difference
@@ -197,6 +198,51 @@ def test_pooling_is_the_nearest_sequence_that_does_not_rise(means):
     for i in range(n):
         best = min(max(np.mean(means[j : k + 1]) for k in range(i, n)) for j in range(i + 1))
         assert pooled[i] == pytest.approx(best, abs=1e-9)
+
+
+# --- the ends of the interval ----------------------------------------------------------------------------------------
+
+
+def _curve(means, u):
+    """The law through three means at the position u, and the straight lines."""
+    l = math.log((means[1] - means[2]) / (means[0] - means[1]))  # noqa: E741
+    return means[0] - (means[0] - means[1]) * math.expm1(l * u) / math.expm1(l), np.interp(u, [0, 1, 2], means)
+
+
+def _excess(arm, baseline, u, level):
+    """|mean contrast| beyond what the seeds and the interpolation allow: negative inside the interval.
+
+    What the curve takes from each mean is a difference quotient here.
+    """
+    means, h = baseline.mean(1), 1e-6
+    if len(means) == 2:
+        weights, disagreement = np.array([1 - u, u]), 0.0
+    else:
+        law, lines = _curve(means, u)
+        weights = [(_curve(means + h * e, u)[0] - _curve(means - h * e, u)[0]) / (2 * h) for e in np.eye(3)]
+        disagreement = abs(law - lines)
+    contrast = arm - weights @ baseline
+    allowed = stats.t.ppf((1 + level) / 2, len(arm) - 1) * stats.sem(contrast)
+    return abs(contrast.mean()) - allowed - disagreement
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("horizons", [(1.0, 2.0), (0.5, 1.0, 2.0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ends_are_where_the_seeds_begin_to_reject(seed, horizons, level):
+    """Rounded outwards to a thousandth of the way between two horizons: never inside, and never further."""
+    arm, baseline = _study(np.random.default_rng(seed), 4, 1.4, curve=lambda d: _law(d, 1.0, 0.5), sd=0.006)
+    found = speedup(arm, 1000, {1000 * h: baseline[h] for h in horizons}, level)
+    losses, one = np.array([baseline[h] for h in horizons]), horizons.index(1.0)
+
+    def excess(log2):
+        return _excess(np.array(arm), losses, one + log2, level)
+
+    estimate = math.log2(found.value)
+    outwards = optimize.brentq(excess, 0, estimate) - math.log2(found.low)
+    assert -1e-7 <= outwards <= 1.0001e-3
+    outwards = math.log2(found.high) - optimize.brentq(excess, estimate, 1)
+    assert -1e-7 <= outwards <= 1.0001e-3
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
