@@ -136,6 +136,18 @@ def test_language_model_of_a_multimodal_model() -> None:
     assert rows(block_map, "model.language_model.layers.0.self_attn.k_proj.weight") == [("k", "all", 2)]
 
 
+def test_a_model_inside_a_model_knows_better() -> None:
+    """OPT's names for its decoder are llama's too: here it is a llama, with two heads of its own for keys."""
+    model = TINY["opt"]()
+    assert rows(by_name(model), "model.decoder.layers.0.self_attn.k_proj.weight") == [("k", "all", 4)]
+    model.model.decoder = TINY["llama"]().model
+    block_map = by_name(model)
+    inner = [name for name in block_map.names() if name.startswith("model.decoder.")]
+    assert {segment.source for name in inner for segment in block_map[name]} == {"llama"}
+    assert rows(block_map, "model.decoder.layers.0.self_attn.k_proj.weight") == [("k", "all", 2)]
+    assert rows(block_map, "model.decoder.norm.weight") == [("norm", "all", None)]
+
+
 def adapted(family: str, **options: Any) -> Any:
     with warnings.catch_warnings():
         # PEFT asks transformers for a name that is on its way out.

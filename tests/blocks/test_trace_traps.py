@@ -222,3 +222,56 @@ def test_another_default_device() -> None:
     model = two_layers()
     with torch.device("meta"):
         assert said(model) == TWO_LAYERS
+
+
+# -- one matrix after another -----------------------------------------------------------------------------------------
+
+
+class Attended(nn.Module):
+    """A matrix that reads what an attention made; `beside` adds that to the stream as well. GLU where it is wider."""
+
+    def __init__(self, size: int, beside: bool) -> None:
+        super().__init__()
+        self.mixer, self.more, self.beside = Attention(), nn.Linear(SIZE, size, bias=False), beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.mixer(x)
+        more = self.more(made)
+        more = F.glu(more) if more.shape[-1] > SIZE else more
+        return made + more if self.beside else more
+
+
+@pytest.mark.parametrize(
+    ("size", "beside", "role"),
+    [
+        (2 * SIZE, False, "0: o all"),  # the second factor of a product of rank SIZE
+        (2 * SIZE, True, "other all"),  # o is read for more than that
+        (SIZE, False, "other all"),  # as wide as o, which is no factor of lower rank
+        (SIZE, True, "other all"),
+    ],
+)
+def test_what_reads_the_output_projection(size: int, beside: bool, role: str) -> None:
+    found = said(Watched(Attended(size, beside)))
+    assert (found["inner.mixer.o.weight"], found["inner.more.weight"]) == ("0: o all", role)
+
+
+class Two(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(SIZE, hidden, bias=False), nn.Linear(hidden, SIZE, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).flip(-1))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "first", "second"),
+    [
+        (SIZE // 3, "other all", "other all"),  # a product of low rank
+        (SIZE, "other all", "other all"),
+        (SIZE + 1, "up all", "down all"),  # more units than a linear map could use: there is an activation somewhere
+    ],
+)
+def test_two_matrices_without_a_known_activation(hidden: int, first: str, second: str) -> None:
+    found = said(Watched(Two(hidden)))
+    assert (found["inner.first.weight"], found["inner.second.weight"]) == (first, second)
