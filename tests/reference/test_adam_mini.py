@@ -61,6 +61,28 @@ def test_number_of_blocks_is_the_state():
     assert optimizer.state_bytes() == want
 
 
+@pytest.mark.parametrize("model", models.BUILD)
+def test_the_explanation_is_what_happens(model):
+    """Rule, cut, blocks, decay and bytes, which add up to what the state takes without the counters."""
+    optimizer, named, twin = setup(model, no_decay=("norm", "bias"))
+    optimizer.init_state()
+    table = list(optimizer.explain())
+    assert sum(row["bytes"] for row in table) + 4 * len(named) == optimizer.state_bytes()
+    for name, _ in named:
+        rows = [row for row in table if row["name"] == name]
+        pieces = driver.pieces_of(model, named)[name]
+        assert sum(row["blocks"] for row in rows) == len(twin.blocks[name])
+        assert [row["role"] for row in rows] == [piece.role for piece in pieces]
+        for row, piece in zip(rows, pieces, strict=True):
+            cut = "element" if piece.bias else {"q": "head", "k": "head", "norm": "tensor", "pos_emb": "tensor"}
+            assert row["cut"] == (cut if piece.bias else cut.get(piece.role, "row"))
+            assert row["rule"] == ("adamw" if piece.bias else "adam-mini")
+            assert row["decay"] == (0.0 if piece.bias or piece.role == "norm" else HYPER["weight_decay"])
+            assert (row["multiplier"], row["storage"]) == (1.0, "fp32")
+    plain = sharpwise.Lion(models.build(model), lr=1e-3)
+    assert {(row["rule"], row["cut"]) for row in plain.explain()} == {("lion", "element")}
+
+
 def test_state_of_gpt2_124m_on_meta():
     """475.5 MiB, exactly as computed."""
     from transformers import GPT2Config, GPT2LMHeadModel

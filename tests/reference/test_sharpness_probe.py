@@ -139,6 +139,14 @@ def test_calibrate(name):
     assert got == {float(f"{r:.3g}") for r in want}
 
 
+def test_calibrate_on_a_map_of_more_than_is_trained():
+    model = models.build("llama")
+    blocks = sharpwise.BlockMap.of(model)
+    model.model.embed_tokens.requires_grad_(False)
+    fixed = sharpwise.SharpnessLR.calibrate(model, BATCHES, blocks=blocks)
+    assert fixed == sharpwise.SharpnessLR.calibrate(model, BATCHES) and fixed.emb == 1.0
+
+
 def test_calibrate_keeps_the_decay():
     model = models.build("llama")
     assert sharpwise.SharpnessLR.calibrate(model, BATCHES, decay="base").decay == "base"
