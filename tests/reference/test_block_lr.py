@@ -162,6 +162,34 @@ def test_multipliers_are_the_ratios(model):
         assert [row["layer"] for row in rows] == [piece.layer for piece in twin.pieces[name]]
 
 
+@pytest.mark.parametrize("decay", ["scaled", "base"])
+@pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
+def test_matrices_of_one_shape_that_are_cut_differently(compiled, decay):
+    """The same multipliers on other rows: halves, thirds by turns, and columns."""
+    model = torch.nn.Module()
+    for name in "abc":
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(12, 12)))
+    halves = [{"role": "q", "length": 6}, {"role": "k", "start": 6, "length": 6}]
+    turns = [
+        {"role": "q", "length": 3, "stride": 6, "count": 2},
+        {"role": "k", "start": 3, "length": 3, "stride": 6, "count": 2},
+    ]
+    blocks = {"a": halves, "b": turns, "c": [{**part, "dim": 1} for part in halves]}
+    block_lr = sharpwise.PerRole({"q": 2, "k": 3}, decay=decay)
+    hyper = {"lr": 0.125, "weight_decay": 0.5, "decoupled_weight_decay": True}
+    optimizer = sharpwise.SGD(model, **hyper, blocks=blocks, block_lr=block_lr, compile=compiled)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    m = {name: torch.empty(12) for name in "abc"}
+    m["a"][:6], m["a"][6:] = 2.0, 3.0
+    m["b"] = torch.tensor([2.0, 2, 2, 3, 3, 3, 2, 2, 2, 3, 3, 3])
+    m["c"] = m["a"]
+    for name, p in model.named_parameters():
+        want = (1 - 0.0625 * (m[name] if decay == "scaled" else 1.0) - 0.5 * m[name]).expand(12, 12)
+        assert torch.equal(p, want if name == "c" else want.T), name
+
+
 def test_defaults_are_the_papers():
     optimizer, named, twin, (lr,) = setup(
         "nanogpt", "adamw", block_lr="blockwise", reference=lambda: blockwise_lr.BlockwiseLR({})
