@@ -124,6 +124,22 @@ def test_multipliers_of_one_are_the_bare_rule(model, rule, block_lr, compiled):
 
 
 @every_path
+@pytest.mark.parametrize("rule", BARE)
+def test_a_tensor_is_its_number(rule, compiled):
+    """A learning rate and a decay that are 0-d tensors round as numbers do."""
+    constructor, hyper = BARE[rule]
+    tensors = {key: torch.tensor(hyper[key], dtype=torch.float64) for key in ("lr", "weight_decay")}
+    first, second, _, _ = both(
+        lambda m: constructor(m, **{**hyper, **tensors}, compile=compiled),
+        lambda m: constructor(m, **hyper, compile=compiled),
+        build=lambda: models.build("gpt2"),
+        n=6,
+        lr=None,
+    )
+    bit_equal(first, second)
+
+
+@every_path
 @pytest.mark.parametrize("power", [-8, -1, 1, 5])
 @pytest.mark.parametrize("rule", ["adamw", "adam-mini", "lion"])
 def test_gradient_scale_does_not_matter(rule, power, compiled):

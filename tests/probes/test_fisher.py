@@ -10,7 +10,7 @@ from probes.exact import CONTEXT, VOCAB, cover, exact, gpt2, label_gradients, to
 from sharpwise import probes
 from sharpwise.blocks import BlockMap
 from sharpwise.probes.draws import Draws
-from sharpwise.probes.estimate import t_interval
+from sharpwise.probes.estimate import Cost, t_interval
 from sharpwise.probes.fisher import loss_direction
 
 SHARPNESS = {"quantity": "sharpness"}
@@ -261,6 +261,34 @@ def test_separate_and_stacked_rows():
     for role, rows in zip("qkv", (q, k, v), strict=True):
         value = found.value(by="segment", of=f"{name}[{role}]")
         assert value == pytest.approx(10 * float(rows.square().mean()), rel=1e-10)
+
+
+def test_a_measurement_comes_back_from_json():
+    """Whatever its values are, and with all that is said of it."""
+    nan, inf = float("nan"), float("inf")
+    pairs = [(1.5, 0.25), (inf, None), (-inf, nan), (nan, inf), (0.0, 0.0)]
+    notes = {"role": "q", "rows": 3}
+    measured = probes.Measurement(
+        "test",
+        [probes.Estimate("x", "segment", f"w[{i}]", v, e, layer=i, notes=notes) for i, (v, e) in enumerate(pairs)],
+        settings={"seed": 1},
+        cost=Cost(2.0, 3.0),
+        step=7,
+        warnings=["few"],
+        arrays={"w": [1.0, 2.0]},
+    )
+    back = probes.Measurement.from_json(measured.to_json())
+    for got, (value, error) in zip(back, pairs, strict=True):
+        assert got.value == pytest.approx(value, nan_ok=True)
+        assert got.error is None if error is None else got.error == pytest.approx(error, nan_ok=True)
+        assert (got.layer, got.notes["role"], got.notes["rows"]) == (int(got.of[2]), "q", 3)
+    assert (back.probe, back.settings, back.cost, back.step) == ("test", {"seed": 1}, Cost(2.0, 3.0), 7)
+    assert (back.warnings, back.arrays) == (("few",), {"w": [1.0, 2.0]})
+    assert [row["of"] for row in back.table()] == [row["of"] for row in back.rows()] == [e.of for e in measured]
+    assert back.rows()[0] | {"step": 7, "note_role": "q", "value": 1.5, "samples": 1} == back.rows()[0]
+    assert next(iter(back.table())) == {
+        "quantity": "x", "of": "w[0]", "layer": 0, "value": 1.5, "error": 0.25, "samples": 1, "unit": "",
+    }  # fmt: skip
 
 
 class Broken(nn.Module):
