@@ -58,6 +58,8 @@ def test_adam_mini_cuts_the_factors_of_an_adapter() -> None:
     for p in trainable.values():
         p.grad = torch.randn_like(p)
     optimizer.step()
+    cuts = {row["name"].rpartition(".lora_")[2][0]: row["cut"] for row in optimizer.explain() if row["role"] == "q"}
+    assert cuts == {"A": "tensor", "B": "head"}
     blocks = {"q_proj": {"A": 1, "B": 4}, "k_proj": {"A": 1, "B": 2}, "v_proj": {"A": 3, "B": 12}}
     assert len(trainable) == 2 * 6
     for name, p in trainable.items():

@@ -17,6 +17,7 @@ from torch import nn
 import sharpwise
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.options import Options
+from sharpwise.storage.dense import mix
 
 
 @pytest.mark.parametrize("hyper", [ADAMW, {}, {**ADAMW, "betas": (0.0, 0.0)}], ids=["set", "default", "no memory"])
@@ -385,6 +386,15 @@ def test_stochastic_rounding_is_unbiased():
     assert moved[False] == 0.0
     deviation = np.sqrt(20 * 1e-4 * 2.0**-8 / 4096)  # of the mean of 4096 sums of 20 roundings
     assert abs(moved[True] - 20e-4) < 6 * deviation
+
+
+def test_the_hash_of_rounding_loses_nothing():
+    """Different numbers of 32 bits have different hashes, half of whose bits are ones, in every place."""
+    numbers = torch.from_numpy(np.random.default_rng(0).choice(2**32, 2**20, replace=False))
+    hashes = mix(numbers)
+    assert len(hashes.unique()) == len(numbers) and hashes.min() >= 0 and hashes.max() < 2**32
+    ones = torch.stack([(mix(torch.arange(2**16)) >> bit & 1).double().mean() for bit in range(32)])
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / 2**8
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adam-mini", "lion", "sgd"])

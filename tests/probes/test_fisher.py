@@ -1,5 +1,7 @@
 """Block sharpness against the exact Fisher matrix, its options, and what it leaves alone."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,26 @@ def test_batches_weigh_by_their_tokens():
         draws.add(np.array([x]), 3.0)
     mean, error = (float(x[0]) for x in draws.interval())
     assert (mean, error) == pytest.approx((2.5, stats.t.ppf(0.975, 2) * stats.sem(values)))
+
+
+def test_intervals_of_skewed_draws_are_wider():
+    """Johnson's for any draws, that of the logarithm for positive ones, and for their root."""
+    values = np.array([0.5, 1.0, 1.25, 6.0, 2.0])
+    mean, n, t = values.mean(), 5, stats.t.ppf(0.975, 4)
+    half, cube = t * stats.sem(values), abs(np.mean((values - mean) ** 3))
+    wanted = {
+        "mean": (mean, half + cube * (1 + 2 * t**2) / (6 * values.var(ddof=1) * n)),
+        "positive": (mean, mean * math.expm1(half / mean)),
+        "root": (math.sqrt(mean), math.sqrt(mean) * math.expm1(half / mean / 2)),
+    }
+    for of, want in wanted.items():
+        draws = Draws(of)
+        for x in values:
+            draws.add(np.array([x, 3.0]))
+        mean, error = draws.interval()
+        assert (mean[0], error[0]) == pytest.approx(want)
+        assert error[1] == 0 and mean[1] == pytest.approx(3.0**0.5 if of == "root" else 3.0)
+        assert draws.relative_error([0, 1]) == pytest.approx(want[1] / want[0])
 
 
 @pytest.mark.parametrize("freedom", range(1, 201))

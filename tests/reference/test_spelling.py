@@ -245,6 +245,7 @@ REFUSED = [
     ("per_role(ratios={q: -1})", "the ratio of 'q' must be a finite number > 0, got -1"),
     ("per_role(ratios={**x})", "is no number, name or text"),
     ("per_role(ratios=q)", "ratios must be a mapping"),
+    ("per_role(ratios={q: 2}, default=0)", "'default' must be a finite number > 0, got 0"),
     ({"name": "product", "factors": ["llr"]}, "two factors or more, got 1"),
     ({"name": "product", "factors": "llr"}, "product takes factors, a list of block_lrs, and nothing else"),
     ({"name": "product", "factors": ["llr", "x"]}, "no block_lr is called 'x'"),
