@@ -204,6 +204,14 @@ def test_defaults_are_the_papers():
     driver.run(optimizer, named, twin, lambda t: [driver.schedule(lr, t)], steps=3)
 
 
+def test_layer_decay_without_layers():
+    """An embedding and a head: one step apart."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5, bias=False))
+    blocks = {"0.weight": "tok_emb", "1.weight": "head"}
+    optimizer = sharpwise.SGD(model, lr=1.0, block_lr=sharpwise.LayerDecay(rate=0.5), blocks=blocks)
+    assert [row["multiplier"] for row in optimizer.lr_multipliers()] == [0.5, 1.0]
+
+
 def test_reference_of_the_floor():
     """The formula at its corners, by hand: peak 1, floor 0.25, ratio 8."""
     reference = blockwise_lr.BlockwiseLR({"qk": 8}, floor=0.25)
