@@ -28,8 +28,13 @@ def origin(monkeypatch):
             assert name == "direct_url.json"
             return None if self.note is None else json.dumps(self.note)
 
-    def pretend(note):
-        monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution(note))
+    def pretend(note, pip=True):
+        def distribution(name):
+            if name == "pip" and not pip:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return Distribution(note)
+
+        monkeypatch.setattr(importlib.metadata, "distribution", distribution)
 
     return pretend
 
@@ -77,9 +82,8 @@ def test_from_a_path_that_is_not_installed(monkeypatch):
     assert shlex.split(install_line("hf"))[-2:] == ["-e", f"{ROOT}[hf]"]
 
 
-def test_without_pip(origin, monkeypatch):
-    origin(None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_without_pip(origin):
+    origin(None, pip=False)
     words = shlex.split(install_line("hf"))
     assert words == ["uv", "pip", "install", "--python", sys.executable, "sharpwise[hf]"]
 

@@ -26,7 +26,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its place at the end of the block, or leaves no trace if that raises."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")  # which nobody can foresee
+    aside = path.with_name(f".writing-{path.name}.{secrets.token_hex(6)}")  # which nobody can foresee
     try:
         with _open_held(aside) as file:
             yield file

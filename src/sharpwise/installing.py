@@ -59,9 +59,11 @@ def install_line(extra: str) -> str:
 def pip_install(what: str) -> str:
     """The command that installs something into this Python, for the shell."""
     python = shlex.quote(sys.executable or "python")
-    # What uv sets up has no pip of its own.
-    pip = f"{python} -m pip install" if importlib.util.find_spec("pip") else f"uv pip install --python {python}"
-    return f"{pip} {what}"
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:  # what uv sets up has none of its own
+        return f"uv pip install --python {python} {what}"
+    return f"{python} -m pip install {what}"
 
 
 def _requirement(extra: str) -> str:

@@ -66,8 +66,6 @@ COMMANDS = [
     ("run/config.toml", ["train", "run"]),
     ("run/config.toml", ["train", "--out", "run", "--profile", "1"]),
     ("run/config.toml", ["train", "run", "--set", "checkpoint.keep=3"]),
-    ("given.toml", ["train", "given.toml"]),
-    ("given.toml", ["train", "given.toml", "--set", "model.settings.width=7", "--lr", "1"]),
     ("run/config.toml", ["measure", "spectrum", "run"]),
     ("run/config.toml", ["measure", "sharpness", "run"]),
     ("run/config.toml", ["measure", "hessian", "run"]),
@@ -105,6 +103,13 @@ def test_a_function_that_was_typed_runs(here: Path) -> None:
         result = call(*command, "--model", "mine:build", "--data", "tokens")
         assert "mine, with 7" in result.stderr
     assert not (here / "ran").exists()
+
+
+def test_a_configuration_that_is_given_to_train_runs(here: Path) -> None:
+    """It is what the user asks for, as a script would be."""
+    result = call("train", "given.toml", "--lr", "1")
+    assert (here / "ran").exists(), result.output
+    assert "'width': 7" in result.stderr
 
 
 def test_the_same_in_python(here: Path) -> None:

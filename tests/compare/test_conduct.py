@@ -260,7 +260,7 @@ def test_a_locked_database_says_so(whole: Path) -> None:
     with closing(sqlite3.connect(whole / "study.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(ValueError, match=r"study.db is locked by another process, .*, the same command goes on"):
-            conduct(open_study(None, whole), whole)
+            conduct(open_study(None, whole, trust_code=True), whole)
 
 
 @pytest.mark.slow  # Optuna tries for half a minute
@@ -285,7 +285,7 @@ def test_a_damaged_database_says_so(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, folder)
     (folder / "study.db").write_bytes((whole / "study.db").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"study.db cannot be used: .*\. Bring it back from a copy"):
-        conduct(open_study(None, folder), folder)
+        conduct(open_study(None, folder, trust_code=True), folder)
 
 
 def test_every_trial_has_a_folder_of_its_own(whole: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_run_goes_on_whatever_its_environment_says(place: Path, shape: str) ->
         starts = json.loads((place / "environment.json").read_text())
         assert [start["step"] for start in starts] == [8]
     if shape in ("nan", "bytes", "deep table"):
-        for name in ("status.json", "facts.json", "metrics.jsonl", "timing.jsonl"):
+        for name in ("status.json", "facts.json", "metrics.jsonl"):
             before = (place / name).read_bytes()
             (place / name).write_bytes(SHAPES[shape])
             with pytest.raises(ValueError, match=r"the files of the run in .* are damaged"):

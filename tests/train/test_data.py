@@ -81,7 +81,7 @@ def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match="no such file or folder"):
         read_documents(tmp_path / "nowhere.txt")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"has no file with text that ends in \.jsonl, \.md, \.parquet, \.py"):
+    with pytest.raises(ValueError, match=r"has no file with text that ends in \.json, \.jsonl, \.md, \.ndjson, \.py"):
         read_documents(tmp_path)
 
 

@@ -84,7 +84,10 @@ class SharpnessLR(PhasedLR):
     def updated(self, before: float, now: float) -> float:
         if not 0.0 < now < math.inf:
             return before
-        return now if math.isnan(before) else math.exp(self.ema * math.log(before) + (1 - self.ema) * math.log(now))
+        if math.isnan(before):
+            return now
+        mean = before**self.ema * now ** (1 - self.ema)
+        return min(max(mean, min(before, now)), max(before, now))  # rounding may lead out of the range of floats
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         values = measured.get(self, [math.nan] * len(segments))

@@ -66,9 +66,7 @@ def train(
     ] = None,
     trust_code: Annotated[
         bool,
-        typer.Option(
-            "--trust-code", help="Run the function that a file has for its model (that of --model runs anyway)."
-        ),
+        typer.Option("--trust-code", help="Run the function that a stored run has for its model."),
     ] = False,
     profile: Annotated[
         int, typer.Option("--profile", min=0, metavar="STEPS", help="Train a few steps, show where their time goes.")
@@ -107,7 +105,7 @@ def train(
             given: dict[str, Any] | None = said
             if not assignments and (is_run or (what is None and (folder / "config.toml").exists())):
                 given = None  # and `run` reads what is stored
-            elif source is not None and not config_file.sets(assignments, "model.name"):
+            elif source is not None and is_run and not config_file.sets(assignments, "model.name"):
                 confirm_code(config_file.make_config(said).model, source, trust_code)
         if profile:
             _profile(log, given, folder, profile, trust_code)
