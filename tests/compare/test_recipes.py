@@ -15,7 +15,5 @@ def test_a_folder_with_several_studies_lists_each() -> None:
 
 
 def test_the_folder_alone_does_not_say_which() -> None:
-    with pytest.raises(
-        ValueError, match=r"no recipe is called 'sgd_sai'.* there are adam_mini, .*sgd_sai/vit"
-    ):
+    with pytest.raises(ValueError, match=r"no recipe is called 'sgd_sai'.* there are adam_mini, .*sgd_sai/vit"):
         find_recipe("sgd_sai")

@@ -76,6 +76,18 @@ def test_freezing_by_turns_with_a_save_at_every_turn():
     assert counts["transformer.wte.weight"] == 8
 
 
+@pytest.mark.parametrize("block_lr", ["sharpness(start=1, every=2, power=2)", "llr(every=2, stop=9, least=4)"])
+def test_what_is_measured_goes_by_what_is_frozen_now(block_lr):
+    """And not by what was frozen when the optimizer was built."""
+    ends = []
+    for frozen in (False, True):
+        model, optimizer = start("adamw", frozen=frozen, block_lr=block_lr, total_steps=20)
+        freeze(model, False)
+        run(model, optimizer, range(5))
+        ends.append(model)
+    assert same(*ends)
+
+
 def test_parameters_unfrozen_one_after_the_other_begin_with_their_first_step():
     whole, steady = start("adam-mini", frozen=True)
     run(whole, steady, range(2))

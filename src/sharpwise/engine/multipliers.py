@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ class Multipliers:
         """From where the factors are now, go to what follows from what was measured."""
         assert self.block_lr is not None
         shares = self._shares(taken)
-        found = factor_maps(self.block_lr, self.known, self._by_segment())
+        found = factor_maps(self.block_lr, self._known_now(), self._by_segment())
         switch = list(self._switch)
         for f, (factor, by_name) in enumerate(zip(self.block_lr.parts, found, strict=True)):
             measured = [source for source in factor.sources if source in due]
@@ -176,6 +177,11 @@ class Multipliers:
             group["lr_switch"] = tuple(switch)
         self._shown = []
         self._write()
+
+    def _known_now(self) -> list[Segment]:
+        """All segments of the model, frozen or not as they are now, and not as when the optimizer was built."""
+        frozen = {entry.name: not entry.param.requires_grad for entry in self.entries}
+        return [replace(s, frozen=frozen.get(s.name, s.frozen)) for s in self.known]
 
     def _by_segment(self) -> dict[MeasuredLR, list[float]]:
         """What was measured, in the order of all segments of the model."""
