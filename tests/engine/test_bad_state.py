@@ -83,6 +83,28 @@ def test_state_dict_without_one_entry(entry):
     refuse_state(ValueError, entry, optimizer, model, state)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.to("meta"), "map_location"),
+        (lambda t: t.to_sparse(), "dense"),
+        (lambda t: t.to(torch.complex64), "real"),
+    ],
+    ids=["meta", "sparse", "complex"],
+)
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq"])
+def test_values_that_cannot_be_copied(change, says, entry):
+    """Found before the first of them is: the state of the others stays as well."""
+    model = models.build("llama")
+    optimizer = stepped("adamw", model)
+    state = copy.deepcopy(optimizer.state_dict())
+    for own in state["state"].values():
+        own["exp_avg"].zero_()
+    last = state["state"][max(state["state"])]
+    last[entry] = change(last[entry])
+    refuse_state(ValueError, rf"{entry} of .*{says}", optimizer, model, state)
+
+
 def test_state_dict_of_something_else():
     model = models.build("llama")
     optimizer = stepped("adamw", model)

@@ -154,8 +154,18 @@ def _check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any],
                 f"{who}: the saved {key} of {name} has shape {shape}, here it is {tuple(own[key].shape)}: "
                 f"{of_other_shape(key, saved, own)}"
             )
+        if isinstance(value, Tensor):
+            _check_values(f"{who}: the saved {key} of {name}", local(value), local(own[key]))
         if isinstance(value, Tensor) and is_dtensor(value):
             _check_shards(f"{who}: the saved {key} of {name}", value, own[key])
+
+
+def _check_values(says: str, value: Tensor, own: Tensor) -> None:
+    """Raise ValueError for a tensor that cannot be copied, or not all of it: copying comes after all checks."""
+    if value.is_meta and not own.is_meta:
+        raise ValueError(f"{says} is on the meta device and holds no numbers; load the file with map_location='cpu'")
+    if value.layout != torch.strided or value.is_complex() or value.is_quantized:
+        raise ValueError(f"{says} must be a dense tensor of real numbers, got {value.layout} of {value.dtype}")
 
 
 def _check_shards(says: str, value: Any, own: Any) -> None:
