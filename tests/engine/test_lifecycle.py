@@ -200,6 +200,19 @@ def test_skipped_steps_are_counted_across_moved_state():
     assert optimizer.skipped_steps == 2
 
 
+def test_a_load_that_fails_leaves_the_count_of_skipped_steps():
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2, on_nonfinite="skip")
+    run(model, optimizer, range(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    next(iter(model.parameters())).grad[0, 0] = float("nan")
+    optimizer.step()
+    state["state"][0]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.load_state_dict(state)
+    assert optimizer.skipped_steps == 1
+
+
 @pytest.mark.parametrize(("key", "value"), [("lr", "1e-2"), ("weight_decay", "0.1"), ("lr", None)])
 def test_settings_that_are_no_numbers(key, value):
     with pytest.raises(TypeError, match=f"{key} must be a number"):

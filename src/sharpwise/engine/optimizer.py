@@ -315,6 +315,7 @@ class BlockOptimizer(Optimizer):
                 f"{sorted(map(str, state_dict))[:5]}"
             )
         self._bind()
+        self._note_skipped()
         saved = loading.read(state_dict, self.param_groups, self.rule.name, self.options.block_lr, self.who)
         for group, new in zip(self.param_groups, saved.groups, strict=True):
             self._validate({**group, **new})
