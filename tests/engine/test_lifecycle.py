@@ -213,6 +213,29 @@ def test_a_load_that_fails_leaves_the_count_of_skipped_steps():
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.parametrize("loads", ["never", "before", "inside"])
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_training_goes_on_from_state_made_in_inference_mode(name, loads):
+    """Validation loops save checkpoints there, also the first after a run was resumed."""
+    models = [tiny_model() for _ in range(2)]
+    optimizers = [sharpwise.create_optimizer(model, name, lr=1e-2) for model in models]
+    if loads != "never":
+        run(models[0], optimizers[0], range(2))
+        run(models[1], optimizers[1], range(2))
+    state = copy.deepcopy(optimizers[0].state_dict())
+    if loads == "before":
+        optimizers[0].load_state_dict(state)
+    with torch.inference_mode():
+        if loads == "inside":
+            optimizers[0].load_state_dict(state)
+        elif loads == "never":
+            optimizers[0] = sharpwise.create_optimizer(models[0], name, lr=1e-2)
+        optimizers[0].state_dict()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run(model, optimizer, range(2, 4))
+    assert same(*models)
+
+
 @pytest.mark.parametrize(("key", "value"), [("lr", "1e-2"), ("weight_decay", "0.1"), ("lr", None)])
 def test_settings_that_are_no_numbers(key, value):
     with pytest.raises(TypeError, match=f"{key} must be a number"):

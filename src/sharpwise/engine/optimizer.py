@@ -218,6 +218,12 @@ class BlockOptimizer(Optimizer):
         as_bound = variants == self._variants and self._marks.hold([p for _, p, _ in current], self.state)
         if stepper is not None and as_bound and not stepper.multipliers.overwritten():
             return stepper
+        self._stepper = self._bound(current)
+        self._marks, self._variants = Marks([p for _, p, _ in current], self.state), variants
+        return self._stepper
+
+    @torch.inference_mode(False)  # state that is made in a validation loop is trained with later
+    def _bound(self, current: list[tuple[str, Tensor, dict[str, Any]]]) -> Stepper:
         self._let_go_exchanged()
         named = [(n, p) for n, p, _ in current]
         check_shapes(named, self.blocks, self.who)
@@ -250,9 +256,7 @@ class BlockOptimizer(Optimizer):
         multipliers = Multipliers(
             entries, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
         )
-        self._stepper = Stepper(entries, self.state, self.options, self._compiler, multipliers)
-        self._marks, self._variants = Marks([e.param for e in entries], self.state), variants
-        return self._stepper
+        return Stepper(entries, self.state, self.options, self._compiler, multipliers)
 
     def _holds(self, param: Tensor) -> bool:
         """Whether state is allocated; others may have put theirs there before."""
@@ -294,6 +298,7 @@ class BlockOptimizer(Optimizer):
         self._note_skipped()
         return super().state_dict()
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state by parameter name (by order where it carries none, as plain torch's).
 
