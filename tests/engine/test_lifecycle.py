@@ -236,6 +236,20 @@ def test_training_goes_on_from_state_made_in_inference_mode(name, loads):
     assert same(*models)
 
 
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_a_schedule_may_miss_zero_by_rounding(name):
+    model = tiny_model()
+    optimizer = sharpwise.create_optimizer(model, name, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, end_factor=0.0, total_iters=7)
+    for t in range(7):
+        run(model, optimizer, range(t, t + 1))
+        schedule.step()
+    assert -1e-15 < schedule.get_last_lr()[0] < 0
+    before = copy.deepcopy(model)
+    run(model, optimizer, range(7, 8))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(("key", "value"), [("lr", "1e-2"), ("weight_decay", "0.1"), ("lr", None)])
 def test_settings_that_are_no_numbers(key, value):
     with pytest.raises(TypeError, match=f"{key} must be a number"):

@@ -52,6 +52,8 @@ _COMPILES_ITSELF = (
     "the step of a sharpwise optimizer compiles itself (compile=True, or by itself where it pays), and stays out of "
     "torch.compile: compile the model, or forward and backward, and call optimizer.step() outside"
 )
+_ROUNDING = 1e-12
+"""By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
 
 
@@ -168,7 +170,7 @@ class BlockOptimizer(Optimizer):
                 raise ValueError(f"{self.who}: {key} must be a number or a 0-d tensor, got {tuple(value.shape)}")
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 continue  # reading it would wait for the device
-            if not 0.0 <= float(value) < math.inf:
+            if not (-_ROUNDING if key == "lr" else 0.0) <= float(value) < math.inf:
                 raise ValueError(f"{self.who}: {key} must be a finite number >= 0, got {float(value)}")
         self.rule.validate(group)
 
