@@ -72,6 +72,38 @@ def test_groups_whose_rules_differ_do_not_share_what_is_compiled(dtype):
     assert optimizer.compiled_graphs == 3  # the flag, the power, and all others
 
 
+def one_step(optimizer, p, **settings):
+    """How far a parameter moves per unit of learning rate, on a gradient of ones."""
+    optimizer.param_groups[0].update(settings)
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    return (before - p.detach()).mean().item() / optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("compile", [False, None, True])
+def test_a_number_that_direction_reads_off_its_rule_is_read_at_every_step(compile):
+    model = nn.Linear(300, 300, bias=False)
+    optimizer = BlockOptimizer(model, Flagged(), lr=0.5, weight_decay=0.0, options=Options(compile=compile))
+    moved = [one_step(optimizer, model.weight, power=power) for power in (1.0, 2.0, 2.0, 0.5)]
+    momenta = [1.0, 1.9, 2.71, 3.439]
+    assert moved == pytest.approx([m * power for m, power in zip(momenta, (1.0, 2.0, 2.0, 0.5), strict=True)], rel=1e-5)
+
+
+@pytest.mark.parametrize("taken", ["step", "decay", "clip", "ok", "weight_decay", "multiplier"])
+def test_scalars_that_are_called_as_the_engines_own_are_refused(taken):
+    class Taking(Flagged):
+        def scalars(self, t, group):
+            return {"mu": group["mu"], taken: 1.0}
+
+    model = nn.Linear(3, 3)
+    optimizer = BlockOptimizer(model, Taking(), lr=0.5, weight_decay=0.0, options=Options(compile=False))
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=taken):
+        one_step(optimizer, model.weight)
+    assert torch.equal(before, model.weight)
+
+
 CHANGES = {
     "adamw": {"betas": (0.7, 0.8), "eps": 1e-3},
     "adam-mini": {"betas": (0.7, 0.8), "eps": 1e-3},

@@ -168,12 +168,12 @@ class Own(Rule):
         return {"p": "element", "i": "element"}
 
     def scalars(self, t, group):
-        return {"step": 0.3, "s": 0.7, "float": 0.1}
+        return {"rows": 0.3, "s": 0.7, "float": 0.1}
 
     def direction(self, g, state, s):
         p = state["p"] * s["s"] + g * 0.1
         i = 0.9 * state["i"] - g / 3.7
-        return {"p": p, "i": i}, p * s["step"] + i.abs() * s["float"], None
+        return {"p": p, "i": i}, p * s["rows"] + i.abs() * s["float"], None
 
 
 class Cubed(AdamMini):

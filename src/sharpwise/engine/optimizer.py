@@ -40,7 +40,7 @@ from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.mesh import local
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
-from sharpwise.engine.plan import Entry, Layouts, build_entry, rehearse
+from sharpwise.engine.plan import Entry, Layouts, build_entry, constant, rehearse
 from sharpwise.engine.stepper import Stepper
 from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
@@ -111,6 +111,7 @@ class BlockOptimizer(Optimizer):
         self._marks = Marks([], {})
         self._compiler = Compiler()
         self._variants: list[tuple[Any, ...]] = []
+        self._read: set[str] = set()
         self._agreed = False
         self._said: set[str] = set()
 
@@ -216,12 +217,12 @@ class BlockOptimizer(Optimizer):
     def _bind(self, loading: Collection[str] = ()) -> Stepper:
         """The stepper of the parameters as they are now, with state allocated; also of frozen ones that are loaded."""
         current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or self._holds(p) or n in loading]
-        stepper, variants = self._stepper, [self.rule.variant(group) for group in self.param_groups]
-        as_bound = variants == self._variants and self._marks.hold([p for _, p, _ in current], self.state)
+        stepper = self._stepper
+        as_bound = self._variants_now() == self._variants and self._marks.hold([p for _, p, _ in current], self.state)
         if stepper is not None and as_bound and not stepper.multipliers.overwritten():
             return stepper
         self._stepper = self._bound(current)
-        self._marks, self._variants = Marks([p for _, p, _ in current], self.state), variants
+        self._marks, self._variants = Marks([p for _, p, _ in current], self.state), self._variants_now()
         return self._stepper
 
     @torch.inference_mode(False)  # state that is made in a validation loop is trained with later
@@ -233,7 +234,7 @@ class BlockOptimizer(Optimizer):
         layouts: Layouts = {}
         entries = [build_entry(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
         for rule, group in {(e.rule, id(e.group)): (e.rule, e.group) for e in entries}.values():
-            rehearse(rule, group)
+            self._read |= rehearse(rule, group)
         block_lr = self.options.block_lr
         factors = [] if block_lr is None else factor_maps(block_lr, self._known.segments)
         positive = all(m > 0 for by_name in factors for own in by_name.values() for m in own)
@@ -259,6 +260,11 @@ class BlockOptimizer(Optimizer):
             entries, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
         )
         return Stepper(entries, self.state, self.options, self._compiler, multipliers)
+
+    def _variants_now(self) -> list[tuple[Any, ...]]:
+        """Of the rule in every group: the operations it takes, and the numbers in them that are no scalars."""
+        groups = self.param_groups
+        return [(*self.rule.variant(g), *(constant(g.get(name)) for name in sorted(self._read))) for g in groups]
 
     def _holds(self, param: Tensor) -> bool:
         """Whether state is allocated; others may have put theirs there before."""

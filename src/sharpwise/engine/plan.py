@@ -6,7 +6,7 @@ Built once, when parameters and state are bound; a step only reads it.
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from sharpwise.blocks import Cut, Segment
 from sharpwise.engine.kernels import compute_dtype
 from sharpwise.engine.mesh import Shard, local
 from sharpwise.rules.base import Rule
+
+OWN_SCALARS = {"step", "decay", "clip", "ok", "weight_decay", "multiplier"}
+"""Names of scalars that the engine adds to those of a rule."""
 
 
 class Run(NamedTuple):
@@ -167,25 +170,55 @@ def build_entry(
     return entry
 
 
-def rehearse(rule: Rule, group: Mapping[str, Any]) -> None:
+def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
     """Run a rule on a number, so that what fails in it fails before a step has written anything.
 
+    Returns:
+        The hyperparameters that its arithmetic reads off the rule, not off its scalars: at another value of one of
+        these it is another rule.
+
     Raises:
-        ValueError: for arithmetic that raises, or does not return what the rule says it keeps.
+        ValueError: for arithmetic that raises, or does not return what the rule says it keeps; for scalars that are
+            called as the engine's own.
     """
     if rule.rounds or any(isinstance(group[k], Tensor) and group[k].device.type != "cpu" for k in rule.defaults):
-        return  # its elements take a step with what the rounds find; reading a device would wait for it
+        return set()  # its elements take a step with what the rounds find; reading a device would wait for it
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     state = {kind: {n: one for n, k in rule.state.items() if k == kind} for kind in ("element", "block")}
+    twin, read = _watched(rule)
     try:
-        s = rule.scalars(1, {k: group[k] for k in rule.defaults})
-        found = dict(rule.direction(one, state["element"], s)[0])
+        s = twin.scalars(1, {k: group[k] for k in rule.defaults})
+        found = dict(twin.direction(one, state["element"], s)[0])
         if rule.has_blocks:
-            found |= rule.block_phase(state["block"], one, s)[0]
+            found |= twin.block_phase(state["block"], one, s)[0]
     except Exception as error:
         raise ValueError(f"rule {rule.name!r} fails on a single number: {type(error).__name__}: {error}") from error
     if set(found) != set(rule.state):
         raise ValueError(f"rule {rule.name!r} keeps {sorted(rule.state)}, and its arithmetic returns {sorted(found)}")
+    if taken := sorted(OWN_SCALARS & set(s)):
+        raise ValueError(f"rule {rule.name!r} calls scalars {taken}: these names are the engine's; take others")
+    return read & set(rule.defaults)
+
+
+def constant(value: Any) -> Any:
+    """What a hyperparameter is compared by: tensors by their values, on a device not at all, as that would wait."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.device.type == "cpu" else None
+    return tuple(map(constant, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _watched(rule: Rule) -> tuple[Rule, set[str]]:
+    """A copy of a rule, and the names of what is read of it from now on."""
+    read: set[str] = set()
+
+    class Watched(type(rule)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    twin: Rule = Watched(**{f.name: getattr(rule, f.name) for f in fields(rule) if f.init})  # type: ignore[arg-type]
+    read.clear()
+    return twin, read
 
 
 @dataclass(frozen=True)

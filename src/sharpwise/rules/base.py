@@ -69,6 +69,8 @@ class Rule:
     `state` says of each state tensor whether it has one number per element of the parameter, one per block of it, or
     (`whole`) a shape of its own, `shape_of`; the latter is the same in every process.
     Hyperparameters are fields of the rule; they live in the optimizer's param_groups and are read there at every step.
+    `scalars` hands numbers to the arithmetic. One that `direction` or `block_phase` read off the rule itself becomes a
+    part of what is compiled: with every new value the engine builds the rule anew, which is slow under a schedule.
     """
 
     name: ClassVar[str]
@@ -112,7 +114,10 @@ class Rule:
         return self, "element"
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The scalars of step t (from 1; a float or a tensor of steps), `bias_correction` among them if not 1."""
+        """The scalars of step t (from 1; a float or a tensor of steps), `bias_correction` among them if not 1.
+
+        The engine's own are called step, decay, clip, ok, weight_decay and multiplier: other names are free.
+        """
         raise NotImplementedError
 
     def block_phase(self, blocks: State, mean_square: Tensor, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
