@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -248,6 +249,32 @@ def test_a_schedule_may_miss_zero_by_rounding(name):
     before = copy.deepcopy(model)
     run(model, optimizer, range(7, 8))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("compile", [False, None, True])
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_numbers_of_numpy_are_numbers(name, compile):
+    models = [tiny_model() for _ in range(2)]
+    optimizers = [sharpwise.create_optimizer(model, name, lr=1e-2, compile=compile) for model in models]
+    for model, optimizer, number in zip(models, optimizers, (float, np.float32), strict=True):
+        run(model, optimizer, range(1))
+        own = {"momentum": number(0.5)} if "sgd" in name else {"betas": (number(0.5), number(0.75))}
+        optimizer.param_groups[0].update({"lr": number(0.25), "weight_decay": number(0.5), **own})
+        run(model, optimizer, range(1, 3))
+    assert same(*models)
+
+
+@pytest.mark.parametrize("step", [3, torch.tensor(3)], ids=["number", "int64"])
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_a_step_that_cannot_be_counted_on_moves_nothing(name, step):
+    model = tiny_model()
+    optimizer = sharpwise.create_optimizer(model, name, lr=1e-2)
+    run(model, optimizer, range(1))
+    optimizer.state[list(model.parameters())[-1]]["step"] = step
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"'step' of .* must be a floating point tensor"):
+        run(model, optimizer, range(1, 2))
+    assert same(model, before)
 
 
 @pytest.mark.parametrize(("key", "value"), [("lr", "1e-2"), ("weight_decay", "0.1"), ("lr", None)])

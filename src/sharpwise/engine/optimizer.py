@@ -40,7 +40,7 @@ from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.mesh import local
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
-from sharpwise.engine.plan import Entry, Layouts, build_entry, constant, rehearse
+from sharpwise.engine.plan import Entry, Layouts, build_entry, live, rehearse
 from sharpwise.engine.stepper import Stepper
 from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
@@ -264,7 +264,7 @@ class BlockOptimizer(Optimizer):
     def _variants_now(self) -> list[tuple[Any, ...]]:
         """Of the rule in every group: the operations it takes, and the numbers in them that are no scalars."""
         groups = self.param_groups
-        return [(*self.rule.variant(g), *(constant(g.get(name)) for name in sorted(self._read))) for g in groups]
+        return [(*self.rule.variant(g), *(live(g.get(name)) for name in sorted(self._read))) for g in groups]
 
     def _holds(self, param: Tensor) -> bool:
         """Whether state is allocated; others may have put theirs there before."""

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -187,7 +188,7 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
     state = {kind: {n: one for n, k in rule.state.items() if k == kind} for kind in ("element", "block")}
     twin, read = _watched(rule)
     try:
-        s = twin.scalars(1, {k: group[k] for k in rule.defaults})
+        s = twin.scalars(1, {k: live(group[k]) for k in rule.defaults})
         found = dict(twin.direction(one, state["element"], s)[0])
         if rule.has_blocks:
             found |= twin.block_phase(state["block"], one, s)[0]
@@ -200,11 +201,13 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
     return read & set(rule.defaults)
 
 
-def constant(value: Any) -> Any:
-    """What a hyperparameter is compared by: tensors by their values, on a device not at all, as that would wait."""
+def live(value: Any) -> Any:
+    """A hyperparameter as it is now: tensors on the CPU as floats, on a device left there."""
     if isinstance(value, Tensor):
-        return value.tolist() if value.device.type == "cpu" else None
-    return tuple(map(constant, value)) if isinstance(value, (list, tuple)) else value
+        return value.item() if value.device.type == "cpu" else value.detach().double()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(live, value))
+    return float(value) if isinstance(value, Real) and not isinstance(value, Integral) else value  # NumPy's too
 
 
 def _watched(rule: Rule) -> tuple[Rule, set[str]]:

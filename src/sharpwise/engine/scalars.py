@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpwise.engine.items import Item, into_buffer
 from sharpwise.engine.mesh import is_dtensor
-from sharpwise.engine.plan import Entry
+from sharpwise.engine.plan import Entry, live
 
 
 class Rates(NamedTuple):
@@ -139,17 +139,17 @@ class Clock:
 
     def hyper(self, entry: Entry) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
-        return {k: _live(v) for k, v in entry.group.items() if k in entry.rule.defaults}
+        return {k: live(v) for k, v in entry.group.items() if k in entry.rule.defaults}
 
     def rates(self, entry: Entry) -> Rates:
         """The numbers of this step."""
         key = id(entry.group), entry.rule, any(entry.decays), self.t(entry) if self.on_host else id(entry)
         if key not in self._rates:
             group, t = entry.group, self.t(entry)
-            wd = _live(group["weight_decay"])
+            wd = live(group["weight_decay"])
             off = not any(entry.decays) or (not isinstance(wd, Tensor) and wd == 0)
             scalars = entry.rule.scalars(t if self.on_host else t.double(), self.hyper(entry))
-            self._rates[key] = Rates(_live(group["lr"]), None if off else wd, scalars)
+            self._rates[key] = Rates(live(group["lr"]), None if off else wd, scalars)
         return self._rates[key]
 
 
@@ -161,13 +161,6 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
 def rounded(value: Any, dtype: torch.dtype) -> Tensor:
     """A number as a 0-d tensor: on the CPU if it is known there."""
     return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
-
-
-def _live(value: Any) -> Any:
-    """A hyperparameter as it is now: tensors on the CPU as floats, on a device left there."""
-    if isinstance(value, Tensor):
-        return value.item() if value.device.type == "cpu" else value.detach().double()
-    return tuple(_live(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 def _pack(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

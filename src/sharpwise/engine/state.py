@@ -55,11 +55,13 @@ def zeros(entry: Entry, name: str, storage: Dense) -> Tensor:
 def check_held(entry: Entry, own: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the state that a step is going to use has the shape and the place of its parameter."""
     shape, device = tuple(entry.param.shape), local(entry.param).device
-    for name, kind in entry.rule.state.items():
+    for name in ("step", *entry.rule.state):
         tensor = own[name]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{who}: state {name!r} of {entry.name} must be a floating point tensor, got {what}")
+    for name, kind in entry.rule.state.items():
+        tensor = own[name]
         fit = shape if kind == "element" else (entry.n_blocks,) if kind == "block" else None
         fit = entry.rule.shape_of(name, shape) if fit is None else fit
         if tuple(tensor.shape) != tuple(fit):
