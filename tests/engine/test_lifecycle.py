@@ -291,6 +291,20 @@ def test_keywords_of_torch_are_answered():
         sharpwise.AdamW([{"params": list(model.parameters()), "maximize": True}], model=model)
 
 
+def test_a_group_that_is_refused_leaves_nothing():
+    """Neither the group nor what its names were: another tensor may be called so."""
+    weight, other, taken = (nn.Parameter(torch.zeros(3, n)) for n in (3, 4, 5))
+    optimizer = sharpwise.AdamW([("weight", weight)], lr=1e-2)
+    for wrong in ([("x", taken), ("y", taken)], [("x", taken), ("y", weight)], [("x", taken * 2)]):
+        with pytest.raises(ValueError, match=r"twice|more than one|non-leaf"):
+            optimizer.add_param_group({"params": wrong})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [("x", other)]})
+    other.grad = torch.ones_like(other)
+    optimizer.step()
+    assert (other < 0).all()
+
+
 def test_a_group_added_later_is_checked_as_the_first():
     model = tiny_model()
     optimizer = sharpwise.AdamMini(model, lr=1e-2)

@@ -60,7 +60,7 @@ def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple
     for group in groups:
         group["params"] = [_named(item, names, model, who) for item in group["params"]]
     named = [pair for group in groups for pair in group["params"]]
-    _check_unique(named, who)
+    check_unique(named, who)
     check_tensors(named, who)
     return groups, _block_map(named, model, blocks, who), model
 
@@ -151,7 +151,8 @@ def _named(item: Any, names: Mapping[int, str], model: nn.Module | None, who: st
     return known, tensor
 
 
-def _check_unique(named: Sequence[tuple[str, Tensor]], who: str) -> None:
+def check_unique(named: Sequence[tuple[str, Tensor]], who: str) -> None:
+    """Raise ValueError for a tensor or a name that is given twice."""
     seen_names: set[str] = set()
     seen_tensors: dict[int, str] = {}
     for name, tensor in named:

@@ -27,6 +27,7 @@ from sharpwise.engine.binding import (
     check_no_decay,
     check_ordered,
     check_shapes,
+    check_unique,
     is_pair,
     names_of,
     no_heads,
@@ -129,6 +130,7 @@ class BlockOptimizer(Optimizer):
         own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = names_of(self._model())
         group["params"] = [i if is_pair(i) else (self._name_of(i, names), i) for i in own]
+        check_unique(group["params"], self.who)
         present = {n for g in self.param_groups for n in g["param_names"]}
         new = [(name, tensor) for name, tensor in group["params"] if name not in self._known]
         for name, _ in group["params"]:
@@ -137,14 +139,19 @@ class BlockOptimizer(Optimizer):
         for key, value in self.defaults.items():
             group.setdefault(key, value)
         self._validate(group)
-        if new:
-            more = BlockMap.unknown(new)
-            self._check_roles(more, new=True)
-            self._known = BlockMap((*self._known.segments, *more.segments))
-        self._check_roles(self._known.subset([name for name, _ in group["params"]]))
-        if not group["params"]:
-            group["param_names"] = []  # torch sets it from the parameters, and then misses it
-        super().add_param_group(group)
+        before = self._known
+        try:
+            if new:
+                more = BlockMap.unknown(new)
+                self._check_roles(more, new=True)
+                self._known = BlockMap((*self._known.segments, *more.segments))
+            self._check_roles(self._known.subset([name for name, _ in group["params"]]))
+            if not group["params"]:
+                group["param_names"] = []  # torch sets it from the parameters, and then misses it
+            super().add_param_group(group)
+        except Exception:
+            self._known = before
+            raise
         self.blocks = self._known.subset([n for g in self.param_groups for n in g["param_names"]])
         self._note_skipped()
         self._stepper = None
