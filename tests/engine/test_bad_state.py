@@ -105,6 +105,27 @@ def test_values_that_cannot_be_copied(change, says, entry):
     refuse_state(ValueError, rf"{entry} of .*{says}", optimizer, model, state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["param_groups"][0].pop("params"),
+        lambda s: s.update(state=[]),
+        lambda s: s.update(param_groups=None),
+        lambda s: s["state"].update({0: 5}),
+        lambda s: s.update(state={str(i): own for i, own in s["state"].items()}),
+        lambda s: s["state"].update({10_000: s["state"][0]}),
+    ],
+    ids=["no params", "a list of state", "no groups", "a number for state", "numbers as text", "of no parameter"],
+)
+@every_rule
+def test_damaged_state_dict(rule, change):
+    model = models.build("llama")
+    optimizer = stepped(rule, model)
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    refuse_state(ValueError, "is damaged", optimizer, model, state)
+
+
 def test_state_dict_of_something_else():
     model = models.build("llama")
     optimizer = stepped("adamw", model)

@@ -42,8 +42,9 @@ def read(
     """Match a state dict with the groups of an optimizer, by name.
 
     Raises:
-        ValueError: for names that are missing, unknown or there twice, and for another rule.
+        ValueError: for what is no state dict, for names that are missing, unknown or there twice, and for another rule.
     """
+    _check_form(state_dict, who)
     current = [(n, p) for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)]
     ids = _saved_names(state_dict, current, who)
     state = {name: _begun(state_dict["state"].get(ids[name], {})) for name, _ in current}
@@ -53,6 +54,15 @@ def read(
     if anew:
         state = {n: {k: v for k, v in own.items() if k not in OF_BLOCK_LR} for n, own in state.items()}
     return Saved(state, new, ours, anew)
+
+
+def _check_form(saved: Mapping[str, Any], who: str) -> None:
+    """Raise ValueError unless state goes by parameter, and groups hold some."""
+    state, groups = saved["state"], saved["param_groups"]
+    fits = isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())
+    fits = fits and isinstance(groups, Sequence) and all(isinstance(g, Mapping) and "params" in g for g in groups)
+    if not fits:
+        raise ValueError(f"{who}: the state dict is damaged: state goes by parameter, and groups hold 'params'")
 
 
 def _is_of_another(block_lr: BlockLR | None, theirs: Collection[str | None], who: str) -> bool:
@@ -105,6 +115,9 @@ def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]]
         twice = sorted({str(one) for one in given if given.count(one) > 1}) if len(set(given)) < len(given) else []
         if twice:
             raise ValueError(f"{who}: the state dict {what} a parameter twice: {_few(twice)}; it is damaged")
+    lost = sorted(map(str, set(saved["state"]) - set(ids)))
+    if lost:
+        raise ValueError(f"{who}: the state dict is damaged: no group has the parameters {_few(lost)} of its state")
     by_name = dict(zip(map(canonical_name, names), ids, strict=True))
     mine = {name for name, _ in current}
     missing, unknown = sorted(mine - set(by_name)), sorted(set(by_name) - mine)
