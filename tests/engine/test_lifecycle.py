@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -185,6 +186,18 @@ def test_seed_and_skipped_steps_are_saved():
     run(models[0], first, range(3))
     run(models[1], second, range(3))
     assert same(*models)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_has_the_count_of_skipped_steps(copied):
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2, on_nonfinite="skip")
+    run(model, optimizer, range(1))
+    next(iter(model.parameters())).grad[0, 0] = float("nan")
+    optimizer.step()
+    assert copied(optimizer).skipped_steps == 1 == optimizer.skipped_steps
 
 
 def test_skipped_steps_are_counted_across_moved_state():

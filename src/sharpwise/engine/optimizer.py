@@ -362,6 +362,7 @@ class BlockOptimizer(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._note_skipped()
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
