@@ -89,6 +89,7 @@ def block_lr(load: Load) -> Iterator[str]:
         f"ViT sees {vit['budget']['tokens_per_parameter']:.2f} images per parameter)"
     )
     yield from of_blockwise(blockwise, sharp)
+    yield from of_adam_mini(load("recipes/adam_mini/result.json"))
     yield from of_llr(llr)
     yield from of_sgd_sai(gpt, vit, blockwise)
 
@@ -111,6 +112,12 @@ def of_costs(found: dict[str, Any]) -> Iterator[str]:
         f"layout, whose fused QKV has two, and {more[2]} and {more[3]} in the Linear one (`benchmarks/block_lr.py`, "
         f"GPT-2 124M, one process, on {found['environment']['date'][:10]} before the loops in C++)."
     )
+
+
+def of_adam_mini(study: dict[str, Any]) -> Iterator[str]:
+    tokens = f"{study['budget']['tokens'] / 1e6:.2f}M"
+    plain = compared(study)["adam-mini"]
+    yield f"| `adam_mini`, {tokens} | `adam-mini`, one rate for all blocks | {row(plain, 'undecided')}"
 
 
 def of_blockwise(study: dict[str, Any], sharp: dict[str, Any]) -> Iterator[str]:

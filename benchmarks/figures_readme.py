@@ -29,6 +29,7 @@ SMALL = [  # the columns of the table of small models
 def readme(load: Callable[[str], Any]) -> Iterator[str]:
     yield from of_blocks(load("benchmarks/results/architectures.json"))
     yield from of_studies(load("recipes/blockwise_lr/result.json"))
+    yield from of_plain_adam_mini(load("recipes/adam_mini/result.json"))
     yield from of_steps(load("benchmarks/results/step_time.json"))
     yield from of_versions(load("benchmarks/results/versions.json"))
     meshes = load("benchmarks/results/distributed.json")
@@ -72,6 +73,15 @@ def of_blocks(found: dict[str, Any]) -> Iterator[str]:
         f"Of the {decoders['types']} decoder-only architectures that transformers {version} lists as causal language "
         f"models it maps {decoders['complete']} completely and {decoders['with other']} with parameters of role "
         f"`other`; {decoders['not built']} cannot be built here"
+    )
+
+
+def of_plain_adam_mini(study: dict[str, Any]) -> Iterator[str]:
+    plain = compared(study)["adam-mini"]
+    assert plain["verdict"] == "undecided" and plain["low"] < 0 < plain["high"]
+    yield (
+        f"Plain Adam-mini, in `recipes/adam_mini` under the same settings, ended {plain['mean']:.3f} above AdamW, "
+        f"which is undecided too ({-plain['low']:.3f} below to {plain['high']:.3f} above)."
     )
 
 
