@@ -184,19 +184,21 @@ def _remove_unless_held(path: Path) -> None:
 
 
 @contextmanager
-def held(path: Path, taken: str) -> Iterator[None]:
+def held(path: Path, taken: str) -> Iterator[IO[bytes]]:
     """Hold a file that one process at a time may hold; the system lets go of it when the process ends, however it does.
+
+    It is made where it is missing, and open to read and to append to.
 
     Raises:
         ValueError: another process holds it, with `taken` as the message.
     """
-    with path.open("a") as file:
+    with open(path, "ab+", opener=no_link) as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(taken) from None
-        yield
+        yield file
 
 
 def printable(name: str | Path) -> str:

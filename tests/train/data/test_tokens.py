@@ -126,6 +126,9 @@ def test_folders_that_are_not_prepared_are_refused(folder: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"no such folder: .*nowhere; make it with: sharpwise prepare"):
         open_tokens(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty has no manifest.json: it is no folder that sharpwise prepare wrote"):
+        open_tokens(tmp_path / "empty")
+    (tmp_path / "empty" / "progress.jsonl").touch()
     with pytest.raises(
         ValueError, match=r"has no manifest.json: prepare was not finished; run sharpwise prepare .* again"
     ):

@@ -1,14 +1,13 @@
 """What a folder of prepared tokens says of itself: the journal while it is made, the manifest when it is finished."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sharpwise.files import no_link, sync, write_whole
+from sharpwise.files import held, sync, write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -62,8 +61,8 @@ def journal(folder: Path) -> Iterator["Journal"]:
         ValueError: another process writes into the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / JOURNAL, "ab+", opener=no_link) as file:
-        _lock(file, folder)
+    taken = f"another process prepares tokens in {folder}; wait for it, or name another --out"
+    with held(folder / JOURNAL, taken) as file:
         yield Journal(file)
 
 
@@ -140,14 +139,3 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 def _plain(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _lock(file: IO[bytes], folder: Path) -> None:
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"another process prepares tokens in {folder}; wait for it, or name another --out") from error

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from sharpwise.installing import needs
+
 PACKED = (".bz2", ".gz", ".xz", ".zst")
 
 
@@ -54,9 +56,7 @@ def _inside(raw: IO[bytes], packing: str) -> Any:
         case ".xz":
             return lzma.open(raw)
         case ".zst":
-            try:
+            with needs("reading .zst", "train"):
                 import pyarrow as pa
-            except ImportError as error:
-                raise ImportError("reading .zst needs pyarrow: pip install 'sharpwise[train]'") from error
             return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
     return raw

@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from sharpwise.files import check_name
-from sharpwise.train.data.manifest import FORMAT, MANIFEST, TOKENIZER, TYPES, again
+from sharpwise.train.data.manifest import FORMAT, JOURNAL, MANIFEST, TOKENIZER, TYPES, again
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -192,7 +192,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if not folder.is_dir():
             raise ValueError(f"no such folder: {folder}; make it with: sharpwise prepare --out {folder}")
-        raise ValueError(f"{folder} has no {MANIFEST}: prepare was not finished; {again(folder)}")
+        if (folder / JOURNAL).is_file():
+            raise ValueError(f"{folder} has no {MANIFEST}: prepare was not finished; {again(folder)}")
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: it is no folder that sharpwise prepare wrote (data/stdlib by default); one "
+            f"with the text in it is prepared with: sharpwise prepare {folder} --out OTHER_FOLDER"
+        )
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         known = manifest["format"]
