@@ -232,7 +232,7 @@ def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
         TypeError: for a model or a constructor in place of the name.
     """
     given: Any = name
-    if callable(given):
+    if callable(given) or (isinstance(first, str) and not isinstance(given, str)):
         do = f": the model comes first, create_optimizer(model, {first!r})" if isinstance(first, str) else ""
         raise TypeError(f"create_optimizer: name must be text, such as 'adamw', got {kind_of(given)}{do}")
     settings = split_arm({**kwargs, "name": name})
@@ -256,7 +256,9 @@ def parse_arm(text: str) -> dict[str, str]:
     name, block_lr = before.strip(), after.strip()
     if not isinstance(text, str) or name not in OPTIMIZERS:
         called = f"{name!r}{nearest(name, OPTIMIZERS)}" if isinstance(text, str) else repr(text)
-        raise ValueError(f"no optimizer is called {called}; there are {', '.join(list_optimizers())}")
+        alone = not plus and name.partition("(")[0] in {*BLOCK_LRS, *ABLATIONS}
+        hint = f"; it is a learning rate per block, for instance of adamw: adamw+{name}" if alone else ""
+        raise ValueError(f"no optimizer is called {called}; there are {', '.join(list_optimizers())}{hint}")
     if not plus:
         return {"name": name}
     if not block_lr:

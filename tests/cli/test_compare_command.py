@@ -121,6 +121,14 @@ def test_what_cannot_be_meant_ends_with_a_message(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_of_a_study_is_no_arm(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").touch()
+    outcome = _sharpwise("compare", tmp_path)
+    assert outcome.exit_code == 2
+    said = "is the folder of a study; to go on with it: sharpwise compare --out"
+    assert said in outcome.stderr.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("text", "budget"),
     [

@@ -178,6 +178,7 @@ def test_names_of_roles_and_types(make, says):
         (lambda m: sharpwise.AdamW(m, seed="x"), "seed must be a whole number, got 'x'$"),
         (lambda m: sharpwise.AdamW(m, blocks=["q"]), r"blocks must be a BlockMap, or roles by name .* got list$"),
         (lambda m: sharpwise.create_optimizer("adamw", m), r"got LlamaForCausalLM: .*optimizer\(model, 'adamw'\)$"),
+        (lambda m: sharpwise.create_optimizer("lion", m.parameters()), r"got generator: .*optimizer\(model, 'lion'\)$"),
         (lambda m: sharpwise.create_optimizer(m, sharpwise.AdamW), "name must be text, .* got the function AdamW$"),
         (lambda m: sharpwise.AdamW("adamw"), "expected a model, .* got str$"),
         (lambda m: sharpwise.AdamW(m.named_parameters), "got the method named_parameters, not called$"),
@@ -207,6 +208,7 @@ def test_wrong_kinds(make, says):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (lambda m: sharpwise.BlockwiseLR(m), r"got LlamaForCausalLM; .* by name, BlockwiseLR\(emb=\.\.\.\)$"),
         (lambda m: sharpwise.BlockwiseLR(10), r"got 10; arguments are given by name, BlockwiseLR\(emb=10\)"),
         (
             lambda m: sharpwise.AdamW(m, block_lr="blockwise+llr"),

@@ -307,7 +307,11 @@ def test_arms(text, meant):
         ("adamv", r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\); there are adam-mini, adamw, lion, sgd"),
         ("", "no optimizer is called ''; there are adam-mini"),
         ("+blockwise", "no optimizer is called ''"),
-        ("blockwise", "no optimizer is called 'blockwise'"),
+        (
+            "blockwise",
+            r"no optimizer is called 'blockwise'; .*; it is a learning rate per .*: adamw\+blockwise$",
+        ),
+        ("reversed(llr)", r": adamw\+reversed\(llr\)$"),
         (3, "no optimizer is called 3"),
         ("adamw+", r"'adamw\+' names no block_lr after the \+; write adamw, or for instance adamw\+blockwise"),
         ("adamw+lion", "no block_lr is called 'lion'"),

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sharpwise.blocks import Segment
+from sharpwise.hints import kind_of
 
 if TYPE_CHECKING:
     from sharpwise.block_lr.measured import MeasuredLR
@@ -36,10 +37,11 @@ class BlockLR:
         if self.decay not in ("scaled", "base"):
             # `decay` comes first, where most expect the argument that matters.
             first = next((f.name for f in fields(self) if f.init and f.name != "decay"), "decay")
-            hint = f"; arguments are given by name, {type(self).__name__}({first}={self.decay!r})"
+            meant = repr(self.decay) if is_number(self.decay) else "..."
+            hint = f"; arguments are given by name, {type(self).__name__}({first}={meant})"
+            got = repr(self.decay) if isinstance(self.decay, str) or is_number(self.decay) else kind_of(self.decay)
             raise ValueError(
-                f"{self.name}: decay must be 'scaled' or 'base', got {self.decay!r}"
-                f"{'' if isinstance(self.decay, str) else hint}"
+                f"{self.name}: decay must be 'scaled' or 'base', got {got}{'' if isinstance(self.decay, str) else hint}"
             )
 
     def __str__(self) -> str:

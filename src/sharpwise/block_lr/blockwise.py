@@ -73,7 +73,7 @@ class BlockwiseLR(BlockLR):
                 raise ValueError(f"{self.name}: {field.name} must be a finite number {sign} 0, got {value!r}")
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
-        return [float(getattr(self, kind_of(segment))) for segment in segments]
+        return [float(getattr(self, argument_of(segment))) for segment in segments]
 
     def effective(self, multiplier: float, lr: float, peak: float) -> float:
         if self.floor is None or lr >= peak > 0:
@@ -88,6 +88,6 @@ class BlockwiseLR(BlockLR):
         return self.floor is not None
 
 
-def kind_of(segment: Segment) -> str:
+def argument_of(segment: Segment) -> str:
     """Which of the arguments of BlockwiseLR a segment goes by: its block type, or "pos_emb"."""
     return "pos_emb" if segment.role == Role.POS_EMB else BY_TYPE[segment.block_type]

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from sharpwise.block_lr.base import NOTHING, Measured, is_number
-from sharpwise.block_lr.blockwise import BY_TYPE, KINDS, BlockwiseLR, kind_of
+from sharpwise.block_lr.blockwise import BY_TYPE, KINDS, BlockwiseLR, argument_of
 from sharpwise.block_lr.measured import PhasedLR, Source
 from sharpwise.blocks import BlockType, Segment
 from sharpwise.blocks.map import Blocks, blocks_for
@@ -91,7 +91,7 @@ class SharpnessLR(PhasedLR):
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         values = measured.get(self, [math.nan] * len(segments))
-        kinds = [kind_of(segment) for segment in segments]
+        kinds = [argument_of(segment) for segment in segments]
         known = [
             (kind, value, segment)
             for kind, value, segment in zip(kinds, values, segments, strict=True)
@@ -147,7 +147,7 @@ class SharpnessLR(PhasedLR):
         found = [own.updated(math.nan, value) for per_segment in values for value in per_segment]
         segments = [segment for name in known.names() for segment in known[name]]
         ratios = own.multipliers(segments, {own: found})
-        by_kind = {kind_of(segment): ratio for segment, ratio in zip(segments, ratios, strict=True)}
+        by_kind = {argument_of(segment): ratio for segment, ratio in zip(segments, ratios, strict=True)}
         rounded: dict[str, Any] = {kind: float(f"{by_kind.get(kind, 1.0):.3g}") for kind in KINDS}
         return BlockwiseLR(**rounded, decay=own.decay)
 

@@ -137,6 +137,8 @@ def _study(
         path = find_recipe(recipe)
     elif len(arms) == 1 and (arms[0].endswith(".toml") or Path(arms[0]).is_file()):
         path = Path(arms[0])
+    elif len(arms) == 1 and (Path(arms[0]) / "study.toml").is_file():
+        raise ValueError(f"{arms[0]} is the folder of a study; to go on with it: sharpwise compare --out {arms[0]}")
     if path is not None:
         given = {"name": recipe or path.stem, **read_given(path, "study")}
     elif arms:
