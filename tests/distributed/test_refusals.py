@@ -221,7 +221,7 @@ def test_checkpoints_of_another_model(group: None, sharded: bool) -> None:
     before = [own["exp_avg"].clone() for own in optimizer.state.values()]
     deeper, wider = place(nanogpt(layers=3)), place(nanogpt(width=36))
     for other, message in (
-        (deeper, r"of another model: it lacks nothing and has 'transformer.h.2"),
+        (deeper, r"has 'transformer.h.2.*, which is not here. It is of another model; or"),
         (wider, r"exp_avg of transformer.wte.weight has shape \(65, 36\), here it is \(65, 33\)"),
     ):
         theirs = build("adam-mini", other)

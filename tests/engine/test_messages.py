@@ -361,3 +361,20 @@ def test_blocks_cut_in_another_way():
     state = stepped("adam-mini", model).state_dict()
     message = said(ValueError, lambda: sharpwise.AdamMini(model, cut="tensor").load_state_dict(state))
     assert "its blocks were cut in another way; give cut=, v_by= and blocks= as they were" in message
+
+
+def test_what_was_frozen_between_saving_and_loading():
+    """AdamW(model) takes what requires a gradient; what the message says to do instead loads."""
+    model = models.build("llama")
+    state = stepped("adamw", model).state_dict()
+    model.lm_head.weight.requires_grad_(False)
+    fewer = sharpwise.AdamW(model)
+    message = said(ValueError, lambda: fewer.load_state_dict(state))
+    assert "has 'lm_head.weight', which is not here" in message and "frozen when this optimizer was built" in message
+    assert "AdamW(model.parameters(), model=model) takes all" in message
+    sharpwise.AdamW(model.parameters(), model=model).load_state_dict(state)
+    state = fewer.state_dict()
+    model.lm_head.weight.requires_grad_(True)
+    message = said(ValueError, lambda: sharpwise.AdamW(model).load_state_dict(state))
+    assert "lacks 'lm_head.weight', which is here" in message
+    assert "frozen when the optimizer that saved it was built" in message

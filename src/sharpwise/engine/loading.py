@@ -108,7 +108,7 @@ def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]]
         if len(ids) != len(current):
             raise ValueError(
                 f"{who}: the state dict holds {len(ids)} parameters without names, this optimizer {len(current)}: "
-                f"it is of another model"
+                f"it is of another model, or other parameters were frozen when the optimizer was built"
             )
         names = [name for name, _ in current]
     for what, given in (("names", list(map(canonical_name, names))), ("numbers", ids)):
@@ -122,11 +122,23 @@ def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]]
     mine = {name for name, _ in current}
     missing, unknown = sorted(mine - set(by_name)), sorted(set(by_name) - mine)
     if missing or unknown:
-        raise ValueError(
-            f"{who}: the state dict is of another model: it lacks {_few(missing)} and has {_few(unknown)} "
-            f"that is not here. Parameters are matched by name"
-        )
+        raise ValueError(f"{who}: {_apart(missing, unknown, len(mine) - len(missing), who)}")
     return by_name
+
+
+def _apart(missing: list[str], unknown: list[str], shared: int, who: str) -> str:
+    """How the names of a state dict differ from those here, and what may have come between."""
+    if not shared or (missing and unknown):
+        return (
+            f"the state dict is of another model: it lacks {_few(missing)} and has {_few(unknown)} that is not here. "
+            "Parameters are matched by name"
+        )
+    which = f"lacks {_few(missing)}, which is here" if missing else f"has {_few(unknown)}, which is not here"
+    when = "the optimizer that saved it" if missing else "this optimizer"
+    return (
+        f"the state dict {which}. It is of another model; or this was frozen when {when} was built: {who}(model) takes "
+        f"what requires a gradient at that time, {who}(model.parameters(), model=model) takes all"
+    )
 
 
 def _begun(saved: Mapping[str, Any]) -> dict[str, Any]:
