@@ -49,6 +49,7 @@ def here(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "planted" / "inner.py").write_text(PLANTED)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(MODEL + DATA)
+    (tmp_path / "run" / "metrics.jsonl").touch()
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "study.toml").write_text(STUDY)
     (tmp_path / "given.toml").write_text(MODEL + DATA)
@@ -66,6 +67,7 @@ COMMANDS = [
     ("run/config.toml", ["train", "run"]),
     ("run/config.toml", ["train", "--out", "run", "--profile", "1"]),
     ("run/config.toml", ["train", "run", "--set", "checkpoint.keep=3"]),
+    ("run/config.toml", ["train", "run/config.toml", "--out", "mine"]),
     ("run/config.toml", ["measure", "spectrum", "run"]),
     ("run/config.toml", ["measure", "sharpness", "run"]),
     ("run/config.toml", ["measure", "hessian", "run"]),

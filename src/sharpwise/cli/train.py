@@ -105,7 +105,11 @@ def train(
             given: dict[str, Any] | None = said
             if not assignments and (is_run or (what is None and (folder / "config.toml").exists())):
                 given = None  # and `run` reads what is stored
-            elif source is not None and is_run and not config_file.sets(assignments, "model.name"):
+            elif (
+                source is not None
+                and (is_run or source.with_name("metrics.jsonl").exists())  # what a run wrote, its file by itself too
+                and not config_file.sets(assignments, "model.name")
+            ):
                 confirm_code(config_file.make_config(said).model, source, trust_code)
         if profile:
             _profile(log, given, folder, profile, trust_code)
