@@ -37,11 +37,12 @@ class BlockLR:
         if self.decay not in ("scaled", "base"):
             # `decay` comes first, where most expect the argument that matters.
             first = next((f.name for f in fields(self) if f.init and f.name != "decay"), "decay")
-            meant = repr(self.decay) if is_number(self.decay) else "..."
+            given: Any = self.decay
+            meant = repr(given) if is_number(given) else "..."
             hint = f"; arguments are given by name, {type(self).__name__}({first}={meant})"
-            got = repr(self.decay) if isinstance(self.decay, str) or is_number(self.decay) else kind_of(self.decay)
+            got = repr(given) if isinstance(given, str) or is_number(given) else kind_of(given)
             raise ValueError(
-                f"{self.name}: decay must be 'scaled' or 'base', got {got}{'' if isinstance(self.decay, str) else hint}"
+                f"{self.name}: decay must be 'scaled' or 'base', got {got}{'' if isinstance(given, str) else hint}"
             )
 
     def __str__(self) -> str:
