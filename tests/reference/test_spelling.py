@@ -4,7 +4,7 @@ import copy
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sharpwise
@@ -167,6 +167,7 @@ nested = st.recursive(
 
 
 @given(nested)
+@example(PerRole({"\N{MICRO SIGN}": 1.0}))
 def test_any_goes_round(block_lr):
     text = str(block_lr)
     assert make_block_lr(text) == block_lr

@@ -106,7 +106,9 @@ def spelled(value: Any) -> str:
         parts = [spelled(part) for part in value]
         return parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
     if isinstance(value, str):
-        return value if value.isidentifier() and not keyword.iskeyword(value) else repr(str(value))
+        # Python reads names beyond ASCII in their normal form, which may be another text.
+        bare = value.isascii() and value.isidentifier() and not keyword.iskeyword(value)
+        return value if bare else repr(str(value))
     if not is_number(value) or isinstance(value, Integral):
         return str(value)
     mantissa, e, exponent = repr(float(value)).removesuffix(".0").partition("e")
