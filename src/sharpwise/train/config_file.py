@@ -137,7 +137,8 @@ def _make(kind: Any, given: Any, where: str) -> Any:
         full = f"{where}.{key}" if where else key
         if key not in hints:
             kinds = ", ".join(hints)
-            raise ValueError(f"no setting is called {full!r}{nearest(key, hints)}; there are {kinds}")
+            study = "; a file with arms is a study, for sharpwise compare" if full == "arms" else ""
+            raise ValueError(f"no setting is called {full!r}{nearest(key, hints)}; there are {kinds}{study}")
         values[key] = _make(hints[key], value, full) if is_dataclass(hints[key]) else _fit(value, hints[key], full)
     return kind(**values)
 
