@@ -267,12 +267,14 @@ def check_gradient(name: str, param: Tensor) -> None:
     """Raise for a gradient no rule can use. One placed in another way, as a partial sum, is placed as the parameter."""
     grad = param.grad
     assert grad is not None
-    if grad.layout != torch.strided:
+    if grad.layout is not torch.strided:
         raise TypeError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
     if grad.is_complex():
         raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")
-    place_gradient(param)
-    own, whole = local(param.grad), local(param)  # type: ignore[arg-type]
+    own, whole = grad, param
+    if is_dtensor(param) or is_dtensor(grad):
+        place_gradient(param)
+        own, whole = local(param.grad), local(param)  # type: ignore[arg-type]
     if own.shape != whole.shape or own.device != whole.device:
         raise ValueError(
             f"{name}: the gradient has shape {tuple(own.shape)} on {own.device}, the parameter {tuple(whole.shape)} on "
@@ -300,7 +302,8 @@ class Marks:
 
 
 def _tensors_of(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> list[Tensor]:
-    return [value for p in params for value in state[p].values() if isinstance(value, Tensor)]
+    # isinstance of a Tensor takes its time, and is asked of every tensor at every step.
+    return [v for p in params for v in state[p].values() if type(v) is Tensor or isinstance(v, Tensor)]
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -85,6 +85,9 @@ class Clock:
         self._step = {id(e): state[e.param]["step"] for e in entries}
         self.on_host = all(t.device.type == "cpu" for t in self._step.values())
         self._rates: dict[Any, Rates] = {}
+        # Entries of one kind have the same scalars as long as they have taken the same number of steps.
+        kinds: dict[Any, int] = {}
+        self._kind = {id(e): kinds.setdefault((id(e.group), e.rule, any(e.decays)), len(kinds)) for e in entries}
         self._steps = list(self._step.values())
         alike = len({(type(t), t.dtype, t.device) for t in self._steps}) == 1 and not is_dtensor(self._steps[0])
         self._buffer = into_buffer(self._steps) if alike else None
@@ -112,9 +115,10 @@ class Clock:
         self._rates.clear()
         if not self.on_host:
             return  # they follow the counts on the device
+        counts, kinds = self._counts, self._kind
         for entry in active:
-            self._counts[id(entry)] += 1
-        for entry in active:
+            counts[id(entry)] += 1
+        for entry in {(kinds[id(e)], counts[id(e)]): e for e in active}.values():
             self.rates(entry)
 
     def advance(self, active: Sequence[Entry], ok: Any) -> None:
@@ -143,7 +147,7 @@ class Clock:
 
     def rates(self, entry: Entry) -> Rates:
         """The numbers of this step."""
-        key = id(entry.group), entry.rule, any(entry.decays), self.t(entry) if self.on_host else id(entry)
+        key = (self._kind[id(entry)], self.t(entry)) if self.on_host else id(entry)
         if key not in self._rates:
             group, t = entry.group, self.t(entry)
             wd = live(group["weight_decay"])
