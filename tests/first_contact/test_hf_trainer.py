@@ -55,3 +55,26 @@ def test_factory_equals_the_optimizer_passed_in_and_a_resumed_run_the_whole_one(
     second = trainer(tmp_path / "b", resumed, optimizer_cls_and_kwargs=(Factory, kwargs))
     second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-10"))
     assert_same_weights(resumed, passed)
+
+
+class Freezes(transformers.TrainerCallback):
+    """Freezes the first layer at one step and lets it go at another."""
+
+    def __init__(self, layer: torch.nn.Module, begin: int, end: int) -> None:
+        self.layer, self.begin, self.end = layer, begin, end
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.layer.requires_grad_(not self.begin <= state.global_step < self.end)
+
+
+def test_a_run_resumed_while_a_layer_is_frozen_is_the_whole_one(tmp_path: Path) -> None:
+    def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return sharpwise.AdamW(list(model.parameters()), lr=1e-2, model=model)
+
+    whole, resumed = gpt2(), gpt2()
+    callbacks = [Freezes(model.transformer.h[0], 7, 13) for model in (whole, resumed)]
+    trainer(tmp_path / "a", whole, optimizers=(optimizer_of(whole), None), callbacks=callbacks[:1]).train()
+    resumed.transformer.h[0].requires_grad_(False)
+    second = trainer(tmp_path / "b", resumed, optimizers=(optimizer_of(resumed), None), callbacks=callbacks[1:])
+    second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    assert_same_weights(resumed, whole)
