@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.kill_rig import settings
-from train.run_rig import ADAMW, prepare, stop_after
+from train.run_rig import half_a_run, stop_after
 from typer.testing import CliRunner
 
 from sharpwise.cli.main import create_app
@@ -34,10 +33,7 @@ SHAPES: dict[str, bytes] = {
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after 7 of 24 steps."""
-    folder = tmp_path_factory.mktemp("half")
-    run(settings(prepare(folder), ADAMW), folder / "run", **stop_after(7))
-    return folder / "run"
+    return half_a_run(tmp_path_factory.mktemp("half"))
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sharpwise.train.data import prepare_tokens
+from sharpwise.train.run import run
+from train.kill_rig import settings
 
 ADAMW = {"name": "adamw", "block_lr": "blockwise"}
 
@@ -44,3 +46,9 @@ def assert_same(folder: Path, reference: Path) -> None:
     for name in ("metrics.jsonl", "sample.txt", "final/model.safetensors", "blocks.json", "facts.json"):
         assert mine[name] == other[name], name
     assert [line["step"] for line in lines(folder, "timing.jsonl")] == [line["step"] for line in lines(reference)]
+
+
+def half_a_run(folder: Path) -> Path:
+    """A run that was stopped after 7 of its steps."""
+    run(settings(prepare(folder), ADAMW), folder / "run", **stop_after(7))
+    return folder / "run"

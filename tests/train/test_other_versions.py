@@ -19,18 +19,14 @@ from sharpwise.cli.main import create_app
 from sharpwise.measure.subject import open_subject
 from sharpwise.train.checkpoint import read_checkpoint
 from sharpwise.train.run import run
-from train.kill_rig import settings
-from train.run_rig import ADAMW, content, prepare, stop_after
+from train.run_rig import content, half_a_run
 
 STEP = "step-00000007"
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after 7 of 24 steps."""
-    folder = tmp_path_factory.mktemp("half")
-    run(settings(prepare(folder), ADAMW), folder / "run", **stop_after(7))
-    return folder / "run"
+    return half_a_run(tmp_path_factory.mktemp("half"))
 
 
 @pytest.fixture

@@ -290,7 +290,7 @@ def _group_of_saved(
         {
             k: v
             for k, v in saved["param_groups"][i].items()
-            if k not in TORCH_ONLY | {"params", "param_names", *FIXED[:2]}
+            if k not in TORCH_ONLY | {"params", "param_names"} | set(FIXED) - {"block_lr"}
         }
         for i in indices
     ]
