@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import sharpwise
-from sharpwise.engine.mesh import like, local
+from sharpwise.shards import like, local
 
 HERE = Path(__file__).parent
 REFERENCE = "AdamW"

@@ -22,8 +22,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import sharpwise
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.engine.mesh import Shard
 from sharpwise.engine.options import Options
+from sharpwise.shards import Shard
 from sharpwise.testing import EXAMPLES
 
 from .cases import Case

@@ -1,4 +1,4 @@
-"""Rules that use what no rule of the library does yet: two rounds of sums, a maximum, a matrix in one piece."""
+"""Rules that use what no rule of the library does yet: two reductions of sums, a maximum, a matrix in one piece."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.rules import SGD
-from sharpwise.rules.base import Kind, Part, Round, Rule, Scalars, State
+from sharpwise.rules.base import Kind, Reduction, Rule, Scalars, State
+from sharpwise.shards import Part
 
 RANK = 2
 
@@ -49,8 +50,8 @@ class LowRank(_OfMatrices):
         return (shape[0], RANK) if name == "left" else (RANK, shape[1])
 
     @property
-    def rounds(self) -> tuple[Round, ...]:
-        return (Round("g_right", self._times_right), Round("basis_g", self._times_basis))
+    def reductions(self) -> tuple[Reduction, ...]:
+        return (Reduction("g_right", self._times_right), Reduction("basis_g", self._times_basis))
 
     def _start(self, right: Tensor) -> Tensor:
         """The right factor, or where there is none yet anything that is the same everywhere."""
@@ -73,12 +74,12 @@ class LowRank(_OfMatrices):
         whole[:, columns] = self._basis(state, hyper["momentum"])[rows].mT @ g.double()
         return whole
 
-    def settle(self, state: State, s: Scalars) -> dict[str, Tensor]:
+    def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
         basis, left, right = self._basis(state, s["momentum"]), state["left"].double(), state["right"].double()
         right = s["momentum"] * (basis.mT @ left) @ right + state["basis_g"]
         return {"left": basis.to(state["left"].dtype), "right": right.to(state["left"].dtype)}
 
-    def locate(self, state: State, part: Part) -> dict[str, Tensor]:
+    def local_slice(self, state: State, part: Part) -> dict[str, Tensor]:
         rows, columns = part.region
         return {"left": state["left"][rows], "right": state["right"][:, columns]}
 
@@ -97,8 +98,8 @@ class Orthogonal(_OfMatrices):
         return {"momentum_buffer": "element"}
 
     @property
-    def rounds(self) -> tuple[Round, ...]:
-        return (Round("orthogonal", self._momentum, "whole", _orthogonal),)
+    def reductions(self) -> tuple[Reduction, ...]:
+        return (Reduction("orthogonal", self._momentum, "whole", _orthogonal),)
 
     def _momentum(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
         return hyper["momentum"] * state["momentum_buffer"] + g
@@ -123,8 +124,8 @@ class Largest(_OfMatrices):
         return {}
 
     @property
-    def rounds(self) -> tuple[Round, ...]:
-        return (Round("largest", lambda g, state, hyper, part: _largest(g), "max"),)
+    def reductions(self) -> tuple[Reduction, ...]:
+        return (Reduction("largest", lambda g, state, hyper, part: _largest(g), "max"),)
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         return {}, g, state["largest"]
@@ -145,8 +146,8 @@ class Unit(_OfMatrices):
         return {}
 
     @property
-    def rounds(self) -> tuple[Round, ...]:
-        return (Round("square", lambda g, state, hyper, part: g.double().square().sum().view(1), degree=2),)
+    def reductions(self) -> tuple[Reduction, ...]:
+        return (Reduction("square", lambda g, state, hyper, part: g.double().square().sum().view(1), degree=2),)
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         return {}, g, state["square"].sqrt().to(g.dtype)

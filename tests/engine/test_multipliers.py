@@ -13,7 +13,7 @@ import sharpwise
 from sharpwise import testing
 from sharpwise.block_lr import PerRole
 from sharpwise.engine import kernels
-from sharpwise.engine.mesh import Exchange, Team
+from sharpwise.engine.mesh import OwnerExchange, ReduceGroup
 from sharpwise.testing import run, tiny_model
 
 
@@ -104,8 +104,8 @@ def test_all_processes_deal_out_the_same_owners() -> None:
     def shard(*holders: int) -> Any:
         return SimpleNamespace(shape=(8, 8), holders=holders, cut=(0,))
 
-    here = Exchange(Team(), [shard(0, 2), shard(0, 1, 2, 3), shard(0, 1, 2, 3)]).owners
-    there = Exchange(Team(), [shard(1, 3), shard(0, 1, 2, 3), shard(0, 1, 2, 3)]).owners
+    here = OwnerExchange(ReduceGroup(), [shard(0, 2), shard(0, 1, 2, 3), shard(0, 1, 2, 3)]).owners
+    there = OwnerExchange(ReduceGroup(), [shard(1, 3), shard(0, 1, 2, 3), shard(0, 1, 2, 3)]).owners
     assert here[1:] == there[1:]
     assert (here[0], there[0]) in {(0, 1), (2, 3)}
 

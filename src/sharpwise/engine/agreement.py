@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpwise.engine.mesh import is_dtensor, local
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
+from sharpwise.shards import is_dtensor, local
 
 
 def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> None:

@@ -14,8 +14,8 @@ from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.blocks.names import canonical_path, collapse
 from sharpwise.blocks.roles import meant
 from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
-from sharpwise.engine.mesh import is_dtensor, local, place_gradient
 from sharpwise.hints import kind_of
+from sharpwise.shards import is_dtensor, local, place_gradient
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.kernels import CHUNK
-from sharpwise.engine.mesh import local
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.scalars import Clock
 from sharpwise.rules import AdamW
+from sharpwise.shards import local
 
 SCRATCH = 1 << 19
 """Elements of gradients that are scaled at a time, so that the copies take little memory."""

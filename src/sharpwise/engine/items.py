@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.kernels import Noise
-from sharpwise.engine.mesh import local
 from sharpwise.engine.plan import Entry, gathers_of
+from sharpwise.shards import local
 
 SMALL = 1 << 14
 """Tensors up to this many elements are gathered."""
@@ -161,7 +161,7 @@ def gather_small(entries: Sequence[Entry], state: Any, small: int = SMALL) -> li
     for entry in entries:
         tensor = local(entry.param)
         blocked = entry.rule.has_blocks and (entry.n_blocks > 1 or entry.param.ndim > 1)
-        blocked = blocked or bool(entry.rule.rounds)
+        blocked = blocked or bool(entry.rule.reductions)
         # The size of the whole parameter decides, not of the shard: all processes must sum in the same order.
         if entry.param.numel() > small or blocked or not tensor.is_contiguous() or tensor.device.type == "meta":
             items.append(_single(entry, state))

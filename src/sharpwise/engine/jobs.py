@@ -13,9 +13,9 @@ from torch import Tensor
 from sharpwise.engine.items import Item
 from sharpwise.engine.kernels import COMPILE_EACH, Compiler
 from sharpwise.engine.loops import TYPES, Job, Step
-from sharpwise.engine.mesh import local
 from sharpwise.engine.plan import Entry, Run
 from sharpwise.engine.scalars import Numbers
+from sharpwise.shards import local
 
 ONE_THREAD = 1 << 20
 """Elements up to which one thread may do it all: a position embedding, one block."""
@@ -104,7 +104,7 @@ def one_pass(item: Item, compiler: Compiler) -> OnePass | None:
 def elements(item: Item, compiler: Compiler) -> Step | None:
     """The loop that moves the elements of an item; None if there is none."""
     rule = item.layout.rule
-    if rule.rounds or not _is_ours(item, item.stored):
+    if rule.reductions or not _is_ours(item, item.stored):
         return None
     return compiler.step(rule, item.parts[0].param.dtype, _types(item), with_blocks=False)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
 from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
-from sharpwise.engine.mesh import is_dtensor, local
 from sharpwise.engine.plan import Entry
 from sharpwise.engine.state import FIXED, OF_BLOCK_LR, TORCH_ONLY, refuse_variants, zeros
+from sharpwise.shards import is_dtensor, local
 from sharpwise.storage import Dense
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.engine.items import SMALL
 from sharpwise.engine.kernels import CHUNK, row_sums
-from sharpwise.engine.mesh import Bucket, Exchange, Shard, Team, local
+from sharpwise.engine.mesh import Bucket, OwnerExchange, ReduceGroup
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
 from sharpwise.rules.base import Rule
+from sharpwise.shards import Shard, local
 
 SECOND_MOMENT = "exp_avg_sq"
 Found = list[list[float]]
@@ -58,7 +59,7 @@ def measure(
     source: MeasuredLR,
     entries: Sequence[Entry],
     state: Any,
-    team: Team,
+    team: ReduceGroup,
     probe: Callable[[], Sequence[Sequence[float]]],
     exact: bool = True,
 ) -> Found:
@@ -87,7 +88,7 @@ def _rounded(value: float) -> float:
 # --- second moments --------------------------------------------------------------------------------------------------
 
 
-def second_moments(entries: Sequence[Entry], state: Any, team: Team, exact: bool = True) -> Found:
+def second_moments(entries: Sequence[Entry], state: Any, team: ReduceGroup, exact: bool = True) -> Found:
     """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step.
 
     exact: in fp64 throughout; else rows are added in fp32, at the speed of memory, before the sums left in fp64.
@@ -140,7 +141,7 @@ def _by_segment(entry: Entry, rows: Tensor) -> Tensor:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def gradient_snr(entries: Sequence[Entry], team: Team) -> Found:
+def gradient_snr(entries: Sequence[Entry], team: ReduceGroup) -> Found:
     """||g|| / std(g) of each segment; NaN where there is no gradient, or it is zero or not finite.
 
     Two collectives, in units of the largest element: squares of large or tiny ones have no double.
@@ -192,10 +193,10 @@ def _sums(entry: Entry, scales: Tensor) -> Tensor:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def spectra(source: HeavyTailLR, entries: Sequence[Entry], team: Team) -> Found:
+def spectra(source: HeavyTailLR, entries: Sequence[Entry], team: ReduceGroup) -> Found:
     """Of each matrix what its spectrum says, worked out by one owner and told to all; NaN of all else."""
     read = [entry for entry in entries if any(source.reads(segment) for segment in entry.segments)]
-    exchange = Exchange(team, [entry.shard for entry in read])
+    exchange = OwnerExchange(team, [entry.shard for entry in read])
     answers = exchange.ask(
         [local(entry.param) for entry in read],
         [lambda whole, entry=entry: _alphas(source, entry, whole) for entry in read],

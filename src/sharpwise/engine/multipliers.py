@@ -12,10 +12,11 @@ from torch import Tensor
 from sharpwise.block_lr import BlockLR, HeavyTailLR, MeasuredLR, SharpnessLR
 from sharpwise.blocks import Segment
 from sharpwise.engine.measuring import measure
-from sharpwise.engine.mesh import Team, is_dtensor, local
+from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry, multiplier_map
 from sharpwise.engine.scalars import versions_of
+from sharpwise.shards import is_dtensor, local
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Multipliers:
         lr, peak = float(entry.group["lr"]), float(entry.group["peak_lr"])
         return tuple(block_lr.effective(m, lr, max(peak, lr)) for m in entry.multipliers)
 
-    def advance(self, active: Sequence[Entry], ok: Any, team: Team) -> bool:
+    def advance(self, active: Sequence[Entry], ok: Any, team: ReduceGroup) -> bool:
         """Bring them to the step that is being taken, measuring what is due; returns whether any may have changed.
 
         Args:
@@ -139,7 +140,9 @@ class Multipliers:
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def _measure(self, source: MeasuredLR, entries: Sequence[Entry], taken: int, team: Team) -> dict[str, list[float]]:
+    def _measure(
+        self, source: MeasuredLR, entries: Sequence[Entry], taken: int, team: ReduceGroup
+    ) -> dict[str, list[float]]:
         """What a source makes of what it knew and finds now, by name."""
 
         def probe() -> list[list[float]]:

@@ -38,13 +38,13 @@ from sharpwise.engine.binding import (
 from sharpwise.engine.describe import explanation, lr_table
 from sharpwise.engine.kernels import Compiler
 from sharpwise.engine.measuring import check_sources
-from sharpwise.engine.mesh import local
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry, Layouts, build_entry, live, rehearse
 from sharpwise.engine.stepper import Stepper
 from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
+from sharpwise.shards import local
 from sharpwise.storage import FP32, Dense
 from sharpwise.table import Table
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.engine.kernels import compute_dtype
-from sharpwise.engine.mesh import Shard, local
 from sharpwise.rules.base import Rule
+from sharpwise.shards import Shard, local
 
 OWN_SCALARS = {"step", "decay", "clip", "ok", "weight_decay", "multiplier"}
 """Names of scalars that the engine adds to those of a rule."""
@@ -155,7 +155,7 @@ def build_entry(
     if len(kinds) != 1:
         raise ValueError(f"{name}: its segments would need {len(kinds)} different rules, which is not supported")
     entry = Entry(name, param, group, segments, assigned[0][0], tuple(c for _, c in assigned), Shard.of(param))
-    if entry.rule.rounds and param.ndim != 2:
+    if entry.rule.reductions and param.ndim != 2:
         raise ValueError(f"{name}: rule {entry.rule.name!r} is for matrices, got the shape {tuple(param.shape)}")
     _lay_out_view(entry)
     if len(segments) > 1 or entry.rule.has_blocks:
@@ -182,8 +182,8 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
         ValueError: for arithmetic that raises, or does not return what the rule says it keeps; for scalars that are
             called as the engine's own.
     """
-    if rule.rounds or any(isinstance(group[k], Tensor) and group[k].device.type != "cpu" for k in rule.defaults):
-        return set()  # its elements take a step with what the rounds find; reading a device would wait for it
+    if rule.reductions or any(isinstance(group[k], Tensor) and group[k].device.type != "cpu" for k in rule.defaults):
+        return set()  # its elements take a step with what the reductions find; reading a device would wait for it
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     state = {kind: {n: one for n, k in rule.state.items() if k == kind} for kind in ("element", "block")}
     twin, read = _watched(rule)

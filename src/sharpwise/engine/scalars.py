@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.items import Item, into_buffer
-from sharpwise.engine.mesh import is_dtensor
 from sharpwise.engine.plan import Entry, live
+from sharpwise.shards import is_dtensor
 
 
 class Rates(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
-from sharpwise.engine.mesh import like, local
 from sharpwise.engine.plan import Entry
+from sharpwise.shards import like, local
 from sharpwise.storage import Dense
 
 OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_after", "lr_measured"}

@@ -14,13 +14,14 @@ from sharpwise.engine.fused import Fused, exactly
 from sharpwise.engine.items import SMALL, Item, Pool, gather_small, pool_blocks
 from sharpwise.engine.jobs import Jobs, OnePass, elements, one_pass
 from sharpwise.engine.loops import Step
-from sharpwise.engine.mesh import Bucket, Team, local
+from sharpwise.engine.mesh import Bucket, ReduceGroup
 from sharpwise.engine.multipliers import Multipliers
 from sharpwise.engine.options import Options
 from sharpwise.engine.plan import Entry
-from sharpwise.engine.rounds import Rounds
+from sharpwise.engine.reductions import Reductions
 from sharpwise.engine.scalars import Clock, Numbers, rounded
 from sharpwise.engine.sums import SquareSum, Sums
+from sharpwise.shards import local
 
 
 class Ready(NamedTuple):
@@ -95,9 +96,9 @@ class Stepper:
 
     # Made at the first step, not when state is bound: every process has to take part where a group has to be made.
     @cached_property
-    def team(self) -> Team:
+    def team(self) -> ReduceGroup:
         """The processes that hold parts of these parameters."""
-        return Team.of(e.shard for e in self.entries)
+        return ReduceGroup.of(e.shard for e in self.entries)
 
     @cached_property
     def sums(self) -> Sums:
@@ -121,8 +122,8 @@ class Stepper:
         fused = [e for e in self.fused.entries if id(e) in ids]
         sums: list[SquareSum | None] = [None] * len(items)
         ok, clip = True, None
-        rounds, bucket = Rounds(self.team, items, grads, self.state, self.clock.hyper), Bucket(self.team)
-        rounds.begin(bucket)
+        reductions, bucket = Reductions(self.team, items, grads, self.state, self.clock.hyper), Bucket(self.team)
+        reductions.begin(bucket)
         left = [i for i, item in enumerate(items) if self._way(item, grads[i]) is None]
         found, self.squares = self.sums.of([items[i] for i in left], [grads[i] for i in left], fused, bucket)
         for i, squares in zip(left, found, strict=True):
@@ -131,7 +132,7 @@ class Stepper:
             ok, clip = self._guard(self.squares, active)
             if ok is False:
                 return
-        rounds.finish(clip)
+        reductions.run(clip)
         together = {id(pool) for pool in self.pools if self.clock.together([e for i in pool.items for e in i.parts])}
         # What can be wrong shows up to here. From here on things are written: first counts, then all else.
         self.clock.begin(active)
@@ -146,7 +147,7 @@ class Stepper:
         jobs.go()
         rates = self._block_phase(items, sums, together, ok, clip)
         jobs = Jobs()
-        moves = [self._move(items[i], grads[i], rates[i], rounds, jobs, ok, clip) for i in left]
+        moves = [self._move(items[i], grads[i], rates[i], reductions, jobs, ok, clip) for i in left]
         for ready in filter(None, moves):
             ready.go()
         jobs.go()
@@ -236,7 +237,7 @@ class Stepper:
     # -- moving ----------------------------------------------------------------------------------------------------
 
     def _move(
-        self, item: Item, g: Tensor, block_rate: Tensor | None, rounds: Rounds, jobs: Jobs, ok: Any, clip: Any
+        self, item: Item, g: Tensor, block_rate: Tensor | None, reductions: Reductions, jobs: Jobs, ok: Any, clip: Any
     ) -> Ready | None:
         """Add what moves a matrix to the jobs of loops, or return what moves it by a graph, made ready; whatever else
         there is has been moved when this returns.
@@ -259,7 +260,7 @@ class Stepper:
         if self.options.stochastic_rounding:
             noise = item.noise(int(item.parts[0].group["seed"]), self.clock.t(item.parts[0]))
         p = item.parameter()
-        located = rounds.settle(item, now.scalars, ok)
+        located = reductions.localized(item, now.scalars, ok)
         if located is not None:
             kernels.update(located, now.scalars, p, g, item.stored, row_step, row_decay, noise)
             item.scatter(p)

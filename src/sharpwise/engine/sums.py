@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sharpwise.engine import kernels, loops
 from sharpwise.engine.items import SMALL, Item
-from sharpwise.engine.mesh import Bucket, Shard, Share, Team, local
+from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.plan import Entry
+from sharpwise.shards import Shard, local
 
 LARGE = 2.0**480
 """From here on fp64 elements are squared in units of UNIT: what is smaller has finite sums of up to 2**60 squares."""
@@ -82,7 +83,7 @@ class Wanted(NamedTuple):
     large: bool = False
 
 
-Parts = dict[tuple[Any, bool], Share]
+Parts = dict[tuple[Any, bool], Partial]
 """Sums by what they are of, and whether of the large elements of fp64 gradients."""
 
 
@@ -95,7 +96,7 @@ class Sums:
         exact: in fp64 throughout; else fp32 squares are added in fp32 before the few sums left in fp64.
     """
 
-    def __init__(self, team: Team, compiler: kernels.Compiler | None, total: bool, exact: bool) -> None:
+    def __init__(self, team: ReduceGroup, compiler: kernels.Compiler | None, total: bool, exact: bool) -> None:
         self.team = team
         self.compiler = compiler
         self.wants_total = total
@@ -145,8 +146,8 @@ class Sums:
                 one.total.squares.append(squares)
             if one.item is not None:
                 layout = one.item.layout
-                blocks[id(one.item), one.large] = Share(layout.gather(squares), layout.shard)
-        return blocks, {key: Share(total.sum(), total.shard) for key, total in totals.items()}
+                blocks[id(one.item), one.large] = Partial(layout.gather(squares), layout.shard)
+        return blocks, {key: Partial(total.sum(), total.shard) for key, total in totals.items()}
 
     def _squares(self, wanted: Sequence[Wanted], exact: bool) -> list[Tensor]:
         """Sums of g*g over a dimension of matrices, as vectors."""
@@ -219,5 +220,5 @@ def _total(parts: Parts) -> SquareSum | None:
     by_size: Parts = {}
     for large in {large for _, large in parts}:
         values = torch.cat([share.values for (_, of), share in parts.items() if of == large]).sum()
-        by_size[None, large] = Share(values, next(iter(parts.values())).shard)
+        by_size[None, large] = Partial(values, next(iter(parts.values())).shard)
     return _joined(by_size, None)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, Segment, canonical_name
 from sharpwise.blocks.roles import meant
-from sharpwise.engine.mesh import is_dtensor
 from sharpwise.hints import kind_of
 from sharpwise.probes.estimate import By
+from sharpwise.shards import is_dtensor
 
 CHUNK = 2**22
 """Elements that are taken to fp64 at a time, so that a probe of a large matrix needs little memory beside it."""

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from sharpwise.blocks import BlockMap, Segment, canonical_name
 from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.blocks.names import canonical_path
-from sharpwise.engine.mesh import is_dtensor
 from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_quantile
 from sharpwise.probes.parts import CHUNK, about, labels, named_parameters
+from sharpwise.shards import is_dtensor
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ A rule works in three phases; a rule without block state has only the last.
 2. `block_phase`, once per block: block state and that mean -> new block state and the block's denominator;
 3. `direction`, once per element: gradient and element state -> new element state, numerator, denominator.
 
-A rule that has to know more of a whole matrix says so in `rounds`: sums and maxima over all of its elements, or the
+A rule that has to know more of a whole matrix says so in `reductions`: sums and maxima over all of its elements, or the
 matrix itself. It is written for the part that one process holds, and the engine completes what it finds.
 
 The engine then moves p by -lr * multiplier * numerator / (bias_correction * denominator). A fraction is returned in
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
+from sharpwise.shards import Part
 
 Scalars = Mapping[str, Any]
 """Named scalars of one step: floats, or 0-d tensors."""
@@ -34,21 +35,13 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Which part of a parameter of shape `shape` is at hand: a range per dimension."""
-
-    shape: tuple[int, ...]
-    region: tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class Round:
+class Reduction:
     """What a rule has to know of a whole matrix before its elements move.
 
     Args:
-        name: under which later rounds, `settle`, `locate` and `direction` find it in their state.
-        of_part: (gradient, state, hyperparameters, part) -> what the part at hand has to say. Gradient and element
-            state are those of the part, in the parameter's own layout; whole state and earlier rounds are complete.
+        name: under which later reductions, `finish`, `local_slice` and `direction` find it in their state.
+        local_term: (gradient, state, hyperparameters, part) -> what the part at hand has to say. Gradient and element
+            state are those of the part, in the parameter's own layout; whole state and earlier reductions are complete.
         op: "sum" or "max": all parts say something of one shape, and it is added up, or the maximum taken; "whole":
             a matrix, brought together at one process, which does the `work`; every part gets its own back.
         work: matrix -> matrix of the same shape, for "whole".
@@ -57,7 +50,7 @@ class Round:
     """
 
     name: str
-    of_part: Callable[[Tensor, State, Mapping[str, Any], Part], Tensor]
+    local_term: Callable[[Tensor, State, Mapping[str, Any], Part], Tensor]
     op: Literal["sum", "max", "whole"] = "sum"
     work: Callable[[Tensor], Tensor] | None = None
     degree: int = 1
@@ -132,7 +125,7 @@ class Rule:
         raise NotImplementedError
 
     @property
-    def rounds(self) -> tuple[Round, ...]:
+    def reductions(self) -> tuple[Reduction, ...]:
         """What has to be known of the whole matrix, in order. Such a rule moves matrices only."""
         return ()
 
@@ -140,12 +133,12 @@ class Rule:
         """Of whole state, for a parameter of this shape."""
         raise NotImplementedError(f"{self.name} has no whole state")
 
-    def settle(self, state: State, s: Scalars) -> dict[str, Tensor]:
-        """New whole state, from the old and what the rounds found; `direction` finds all of it in its state."""
+    def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
+        """New whole state, from the old and what the reductions found; `direction` finds all of it in its state."""
         return {}
 
-    def locate(self, state: State, part: Part) -> dict[str, Tensor]:
-        """Of whole state and what the rounds found, what concerns the part at hand."""
+    def local_slice(self, state: State, part: Part) -> dict[str, Tensor]:
+        """Of whole state and what the reductions found, what concerns the part at hand."""
         return dict(state)
 
     @property

@@ -25,8 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from sharpwise.engine.mesh import local
 from sharpwise.files import remove_folder, remove_leftovers, rename_folder, replace_folder, sync
+from sharpwise.shards import local
 from sharpwise.train.environment import version
 from sharpwise.train.world import ALONE, World
 

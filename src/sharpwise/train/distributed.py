@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from sharpwise.engine.mesh import is_dtensor, local, place_gradient
+from sharpwise.shards import is_dtensor, local, place_gradient
 from sharpwise.train.config import MeshConfig
 from sharpwise.train.parallel import check_same_logits, mesh_sizes, sample_logits, shard_model
 from sharpwise.train.world import World, is_marked, mark

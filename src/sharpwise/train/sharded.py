@@ -18,8 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from sharpwise.engine.mesh import Shard, is_dtensor, like, local
 from sharpwise.files import sync
+from sharpwise.shards import Shard, is_dtensor, like, local
 from sharpwise.train.distributed import Several
 from sharpwise.train.world import mark
 

@@ -156,7 +156,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_whole(model: nn.Module) -> None:
-    from sharpwise.engine.mesh import is_dtensor
+    from sharpwise.shards import is_dtensor
 
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter":

@@ -1,0 +1,117 @@
+"""Reductions: what rules have to know of whole matrices in a step, completed over the processes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sharpwise.engine.items import Item
+from sharpwise.engine.mesh import Bucket, OwnerExchange, Partial, ReduceGroup
+from sharpwise.rules.base import Reduction, Rule, Scalars, State
+
+
+@dataclass(eq=False)
+class _Pending:
+    """An item whose rule has reductions: its gradient, its hyperparameters, and what has been found so far.
+
+    `kept` is its whole state, `whole` a copy of what that was before the step.
+    """
+
+    item: Item
+    g: Tensor
+    kept: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    hyper: Mapping[str, Any]
+    found: dict[str, Tensor] = field(default_factory=dict)
+    first: Partial | None = None
+
+    @property
+    def rule(self) -> Rule:
+        return self.item.layout.rule
+
+    def term(self, asked: Reduction, clip: Any = None) -> Tensor:
+        """The contribution of the part at hand."""
+        dtype = self.item.layout.dtype
+        names = [name for name, kind in self.rule.state.items() if kind == "element"]
+        own = {name: tensor.to(dtype) for name, tensor in zip(names, self.item.stored, strict=True)}
+        g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
+        return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.item.layout.shard)
+
+
+class Reductions:
+    """The reductions of one step.
+
+    Args:
+        team: the processes that hold parts.
+        items, grads: all that move in this step; those whose rules have no reductions are passed over.
+        state: of the optimizer.
+        hyper: the hyperparameters of an entry as they are now.
+    """
+
+    def __init__(
+        self, team: ReduceGroup, items: Sequence[Item], grads: Sequence[Tensor], state: Any, hyper: Any
+    ) -> None:
+        self.team = team
+        self._pending: dict[int, _Pending] = {}
+        for item, g in zip(items, grads, strict=True):
+            if item.layout.rule.reductions:
+                own, kinds = state[item.parts[0].param], item.layout.rule.state
+                kept = {name: own[name] for name, kind in kinds.items() if kind == "whole"}
+                whole = {name: tensor.clone() for name, tensor in kept.items()}
+                self._pending[id(item)] = _Pending(item, g, kept, whole, hyper(item.parts[0]))
+
+    def begin(self, bucket: Bucket) -> None:
+        """Put first sums where the norm and the sums over blocks are: one collective serves them all."""
+        for one in self._pending.values():
+            first = one.rule.reductions[0]
+            if first.op == "sum":
+                one.first = bucket.add(one.term(first), one.item.layout.shard)
+
+    def run(self, clip: Any) -> None:
+        """Go through all reductions, a collective for each kind of question in each."""
+        for one in self._pending.values():
+            if one.first is not None:
+                first = one.rule.reductions[0]
+                one.found[first.name] = one.first.values if clip is None else one.first.values * clip**first.degree
+        for k in range(max((len(one.rule.reductions) for one in self._pending.values()), default=0)):
+            due = [one for one in self._pending.values() if k < len(one.rule.reductions) and not (k == 0 and one.first)]
+            for op in ("sum", "max"):
+                self._reduce([one for one in due if one.rule.reductions[k].op == op], k, op, clip)
+            self._gather([one for one in due if one.rule.reductions[k].op == "whole"], k, clip)
+
+    def _reduce(self, due: Sequence[_Pending], k: int, op: Any, clip: Any) -> None:
+        bucket = Bucket(self.team, op)
+        partials = [bucket.add(one.term(one.rule.reductions[k], clip), one.item.layout.shard) for one in due]
+        bucket.reduce()
+        for one, own in zip(due, partials, strict=True):
+            one.found[one.rule.reductions[k].name] = own.values
+
+    def _gather(self, due: Sequence[_Pending], k: int, clip: Any) -> None:
+        exchange = OwnerExchange(self.team, [one.item.layout.shard for one in due])
+        parts = [one.term(one.rule.reductions[k], clip) for one in due]
+        for one, part in zip(due, exchange.run(parts, [one.rule.reductions[k].work for one in due]), strict=True):
+            one.found[one.rule.reductions[k].name] = part
+
+    def localized(self, item: Item, s: Scalars, ok: Any) -> Rule | None:
+        """Write the whole state of an item, and give its rule as the kernel calls it; None if it has no reductions."""
+        one = self._pending.get(id(item))
+        if one is None:
+            return None
+        known = {**one.whole, **one.found}
+        known |= one.rule.finish(known, s)
+        for name, tensor in one.kept.items():
+            tensor.copy_(known[name] if ok is True else torch.where(ok, known[name], tensor))
+        return cast(Rule, _Localized(one.rule, one.rule.local_slice(known, item.layout.shard)))
+
+
+class _Localized:
+    """A rule with what its reductions found, for the part at hand."""
+
+    def __init__(self, rule: Rule, known: State) -> None:
+        self.rule, self.known = rule, known
+        self.state = rule.state
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return self.rule.direction(g, {**state, **self.known}, s)
