@@ -181,7 +181,7 @@ def test_a_probe_with_something_else_than_a_list(wrong):
         return
     steps(optimizer, named(model), driver.gradients(named(model), 1))
     segments = sharpness(model, wrong, seed=0).select(quantity="sharpness", by="segment")
-    own = [v for state in optimizer.state.values() for v in state["lr_measured"].view(-1).tolist()]
+    own = [v for state in optimizer.state.values() for v in state["block_lr_measured"].view(-1).tolist()]
     assert sorted(own) == pytest.approx(sorted(e.value for e in segments), rel=1e-5, abs=1e-12)
 
 
@@ -192,7 +192,7 @@ def test_a_probe_whose_batch_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="the input 110 is no token"):
         steps(optimizer, named(model), driver.gradients(named(model), 1))
     assert all(torch.equal(p, before[name]) for name, p in named(model))
-    assert optimizer.param_groups[0]["lr_step"] == 0
+    assert optimizer.param_groups[0]["block_lr_step"] == 0
 
 
 def test_too_few_eigenvalues_are_listed_once(caplog):

@@ -59,8 +59,8 @@ def test_state_of_another_block_lr_begins_anew(saved: str | None, loading: str, 
     assert multipliers(optimizer) == multipliers(fresh)
     assert all(own["step"] == 3 for own in optimizer.state.values())
     if fresh.options.varies:
-        assert {group["lr_step"] for group in optimizer.param_groups} == {3}
-        assert all(not own["lr_measured"].any() for own in optimizer.state.values())
+        assert {group["block_lr_step"] for group in optimizer.param_groups} == {3}
+        assert all(not own["block_lr_measured"].any() for own in optimizer.state.values())
     optimizer.load_state_dict(optimizer.state_dict())
     run(model, optimizer, range(3, 6))
 

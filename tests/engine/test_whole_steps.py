@@ -76,7 +76,7 @@ def everything(model, optimizer):
             if isinstance(v, torch.Tensor) and v.device.type != "meta"
         },
         "numbers": [
-            {k: v for k, v in g.items() if k in ("skipped_steps", "peak_lr", "lr_step", "lr_switch")}
+            {k: v for k, v in g.items() if k in ("skipped_steps", "peak_lr", "block_lr_step", "multiplier_ramp")}
             for g in optimizer.param_groups
         ],
     }

@@ -138,7 +138,7 @@ def test_finite_positive_and_bounded(case, dtype, weights, gradients, seed):
             m = row["multiplier"]
             assert math.isfinite(m) and low * (1 - 1e-6) <= m <= high * (1 + 1e-6), (segment, m, low, high)
         for own in optimizer.state.values():
-            assert own["lr_measured"].isfinite().all() and own["lr_multiplier"].isfinite().all()
+            assert own["block_lr_measured"].isfinite().all() and own["lr_multiplier"].isfinite().all()
 
 
 SEGMENTS = sharpwise.BlockMap.of(TinyGPT(width=4)).segments

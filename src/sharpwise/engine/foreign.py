@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sharpwise.engine.state import OF_BLOCK_LR
+
 _KEEPS = {
     "adam-mini": "one moment per element and one per block",
     "adamw": "element-wise Adam state, two moments per element",
@@ -48,7 +50,7 @@ def of_other_shape(key: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -
 
 def _rule_of(state: Mapping[str, Any]) -> str | None:
     """The rule that keeps such state, None for one of which nothing is known here."""
-    kept = {key for key in state if key != "step" and not key.startswith("lr_")}
+    kept = set(state) - {"step", *OF_BLOCK_LR}
     if kept == {"exp_avg", "exp_avg_sq"}:
         return "adamw" if _shape(state["exp_avg"]) == _shape(state["exp_avg_sq"]) else "adam-mini"
     return {(): "sgd", ("momentum_buffer",): "sgd", ("exp_avg",): "lion"}.get(tuple(sorted(kept)))

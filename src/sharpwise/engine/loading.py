@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,12 @@ from sharpwise.shards import is_dtensor, local
 from sharpwise.storage import Dense
 
 logger = logging.getLogger(__name__)
+
+OLD_NAMES = (
+    {"lr_before": "multiplier_from", "lr_after": "multiplier_to", "lr_measured": "block_lr_measured"},
+    {"lr_step": "block_lr_step", "lr_switch": "multiplier_ramp"},
+)
+"""Keys of a block_lr in state dicts of versions before the first release: in the state of a parameter, in a group."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,11 @@ def read(
         ValueError: for what is no state dict, for names that are missing, unknown or there twice, and for another rule.
     """
     _check_form(state_dict, who)
+    state_dict = {
+        **state_dict,
+        "state": {i: renamed(own) for i, own in state_dict["state"].items()},
+        "param_groups": [renamed(group) for group in state_dict["param_groups"]],
+    }
     current = [(n, p) for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)]
     ids = _saved_names(state_dict, current, who)
     state = {name: _begun(state_dict["state"].get(ids[name], {})) for name, _ in current}
@@ -54,6 +65,27 @@ def read(
     if anew:
         state = {n: {k: v for k, v in own.items() if k not in OF_BLOCK_LR} for n, own in state.items()}
     return Saved(state, new, ours, anew)
+
+
+def renamed(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of a parameter, or a group, with the keys of a block_lr under their present names.
+
+    Present names beside old ones are of the optimizer that loads: `set_optimizer_state_dict` merges both.
+    """
+    for names in OLD_NAMES:
+        if names.keys() <= held.keys():
+            held = {k: v for k, v in held.items() if k not in names.values()}
+            held = {names.get(k, k): v for k, v in held.items()}
+    return held
+
+
+def rename(held: Iterable[dict[str, Any]]) -> None:
+    """The same in place, of what a pickle holds."""
+    for own in held:
+        new = renamed(own)
+        if new is not own:
+            own.clear()
+            own.update(new)
 
 
 def _check_form(saved: Mapping[str, Any], who: str) -> None:
@@ -84,10 +116,10 @@ def begin_block_lr(state: Any, groups: Sequence[dict[str, Any]], defaults: Mappi
         for key in OF_BLOCK_LR & set(own):
             del own[key]
     for group in groups:
-        for key in ("lr_step", "lr_switch"):
+        for key in ("block_lr_step", "multiplier_ramp"):
             group.pop(key, None)
-        if "lr_step" in defaults:
-            group |= {"lr_step": taken, "lr_switch": defaults["lr_switch"]}
+        if "block_lr_step" in defaults:
+            group |= {"block_lr_step": taken, "multiplier_ramp": defaults["multiplier_ramp"]}
 
 
 def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]], who: str) -> dict[str, Any]:

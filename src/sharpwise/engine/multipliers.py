@@ -41,10 +41,10 @@ def product(factors: Sequence[Sequence[float]], segments: int) -> tuple[float, .
 class Multipliers:
     """Multipliers of entries whose state is allocated.
 
-    Where they follow measurements, state holds per parameter where each factor of the block_lr is going and where from,
-    `lr_after` and `lr_before` [segments, factors]; the product of where they go, `lr_multiplier` [segments]; and
-    `lr_measured` [segments, sources], 0 where there is nothing. Groups hold `lr_step`, the steps taken (on a device:
-    asked for, skipped or not), and `lr_switch`, for every factor since when it is going there and in how many steps.
+    State of a parameter whose multipliers follow measurements: `multiplier_from` and `multiplier_to`, both ends of the
+    ramp of every factor of the block_lr [segments, factors]; `lr_multiplier`, the product of the ends [segments];
+    `block_lr_measured` [segments, sources], 0 where there is nothing. Groups hold `block_lr_step`, the steps taken (on
+    a device: asked for, skipped or not), and `multiplier_ramp`, first step and length of the ramp of every factor.
 
     Args:
         groups: all of the optimizer.
@@ -76,7 +76,13 @@ class Multipliers:
                 f"block_lr {self.block_lr} probes the model, and {entries[0].name} is sharded; source='second_moment' "
                 f"works on any mesh"
             )
-        kept = ("lr_before", "lr_after", "lr_measured") if self.sources else ("lr_multiplier",) if self.block_lr else ()
+        kept = (
+            ("multiplier_from", "multiplier_to", "block_lr_measured")
+            if self.sources
+            else ("lr_multiplier",)
+            if self.block_lr
+            else ()
+        )
         self._kept = [local(state[e.param][key]) for e in self.entries for key in kept]
         self._versions = versions_of(self._kept)
         if self.sources:
@@ -90,7 +96,7 @@ class Multipliers:
     @property
     def taken(self) -> int:
         """Steps taken so far, as block_lrs count them."""
-        return max((int(group["lr_step"]) for group in self.groups), default=0)
+        return max((int(group["block_lr_step"]) for group in self.groups), default=0)
 
     def now(self, entry: Entry) -> tuple[float, ...]:
         """Multipliers of an entry's segments at the current learning rate."""
@@ -126,7 +132,7 @@ class Multipliers:
         if due:
             self._set_out(due, taken)
         for group in self.groups:
-            group["lr_step"] = taken + 1
+            group["block_lr_step"] = taken + 1
         return self._go(taken)
 
     def _waiting(self, source: MeasuredLR, active: Sequence[Entry]) -> list[Entry]:
@@ -177,7 +183,7 @@ class Multipliers:
                 before[f], after[f] = _between(before[f], after[f], shares[f]), by_name[entry.name]
             switch[2 * f : 2 * f + 2] = taken, max(source.smooth for source in measured)
         for group in self.groups:
-            group["lr_switch"] = tuple(switch)
+            group["multiplier_ramp"] = tuple(switch)
         self._shown = []
         self._write()
 
@@ -227,10 +233,10 @@ class Multipliers:
     def _read(self) -> None:
         for entry in self.entries:
             own = self.state[entry.param]
-            self._before[entry.name] = [tuple(column) for column in own["lr_before"].T.tolist()]
-            self._after[entry.name] = [tuple(column) for column in own["lr_after"].T.tolist()]
+            self._before[entry.name] = [tuple(column) for column in own["multiplier_from"].T.tolist()]
+            self._after[entry.name] = [tuple(column) for column in own["multiplier_to"].T.tolist()]
             for i, source in enumerate(self.sources):
-                self._measured[source][entry.name] = [v or math.nan for v in own["lr_measured"][:, i].tolist()]
+                self._measured[source][entry.name] = [v or math.nan for v in own["block_lr_measured"][:, i].tolist()]
 
     def _write(self) -> None:
         kept: list[Tensor] = []
@@ -239,9 +245,9 @@ class Multipliers:
             own, name = self.state[entry.param], entry.name
             measured = [self._measured[source][name] for source in self.sources]
             for key, columns in (
-                ("lr_before", self._before[name]),
-                ("lr_after", self._after[name]),
-                ("lr_measured", measured),
+                ("multiplier_from", self._before[name]),
+                ("multiplier_to", self._after[name]),
+                ("block_lr_measured", measured),
                 ("lr_multiplier", [product(self._after[name], len(entry.segments))]),
             ):
                 kept.append(local(own[key]))
@@ -256,7 +262,7 @@ class Multipliers:
     def _switch(self) -> tuple[int, ...]:
         assert self.block_lr is not None
         nothing = (0, 0) * len(self.block_lr.parts)
-        return max((tuple(group["lr_switch"]) for group in self.groups), default=nothing)
+        return max((tuple(group["multiplier_ramp"]) for group in self.groups), default=nothing)
 
     def _shares(self, taken: int) -> list[float]:
         """How far each factor has come on its way."""

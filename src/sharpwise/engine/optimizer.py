@@ -100,7 +100,7 @@ class BlockOptimizer(Optimizer):
         if options.block_lr is not None:
             defaults["block_lr"] = str(options.block_lr)
             if options.varies:
-                defaults |= {"lr_step": 0, "lr_switch": (0, 0) * len(options.block_lr.parts)}
+                defaults |= {"block_lr_step": 0, "multiplier_ramp": (0, 0) * len(options.block_lr.parts)}
                 check_sources(options, rule, self._model() is not None, who)
         super().__init__(groups, defaults)
         self._warn_if_frozen()
@@ -367,6 +367,7 @@ class BlockOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        loading.rename([*self.state.values(), *self.param_groups, self.defaults])
         self._model = _no_model
         self._reset()
 

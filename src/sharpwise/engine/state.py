@@ -11,7 +11,7 @@ from sharpwise.engine.plan import Entry
 from sharpwise.shards import like, local
 from sharpwise.storage import Dense
 
-OF_BLOCK_LR = {"lr_multiplier", "lr_before", "lr_after", "lr_measured"}
+OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
 FIXED = ("rule", "decoupled_weight_decay", "block_lr")
 """What groups say of the whole optimizer: settled when it is built."""
@@ -79,10 +79,10 @@ def of_block_lr(
     """What a block_lr needs of one parameter, before anything is measured; see `engine.multipliers`."""
     state = {"lr_multiplier": torch.tensor(entry.multipliers, dtype=torch.float64, device=device)}
     if block_lr.sources:
-        state["lr_after"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
-        state["lr_before"] = state["lr_after"].clone()
+        state["multiplier_to"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
+        state["multiplier_from"] = state["multiplier_to"].clone()
         shape = len(entry.segments), len(block_lr.sources)
-        state["lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
+        state["block_lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
     return state
 
 

@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from sharpwise.engine.loading import OLD_NAMES
 from sharpwise.files import sync
 from sharpwise.shards import Shard, is_dtensor, like, local
 from sharpwise.train.distributed import Several
@@ -69,7 +70,9 @@ def read_parts(folder: Path, into: Mapping[str, Any], *, alone: bool) -> dict[st
     """
     reader = _Reader(folder)
     target = _named(into)
-    there, here = set(reader.read_metadata().state_dict_metadata), set(_keys(target))
+    there = set(reader.read_metadata().state_dict_metadata)
+    target["optimizer"] = _under_names_of(there, target["optimizer"])
+    here = set(_keys(target))
     if there != here:
         few = [", ".join(sorted(names)[:3]) or "nothing" for names in (there - here, here - there)]
         raise ValueError(f"it holds {few[0]} that is not in the model, and lacks {few[1]}")
@@ -192,6 +195,22 @@ def _unnamed(state: Mapping[str, Any]) -> dict[str, Any]:
 def _names(optimizer: Mapping[str, Any]) -> dict[int, str]:
     groups = optimizer["param_groups"]
     return {i: name for group in groups for i, name in zip(group["params"], group["param_names"], strict=True)}
+
+
+def _under_names_of(there: Collection[str], optimizer: dict[str, Any]) -> dict[str, Any]:
+    """State and groups of an optimizer under the names that a folder has for them; loading them knows the old ones."""
+    old_names = {new: old for names in OLD_NAMES for old, new in names.items()}
+
+    def under(prefix: str, held: dict[str, Any]) -> dict[str, Any]:
+        old = {new: old for new, old in old_names.items() if f"{prefix}.{old}" in there}
+        return {old.get(key, key): value for key, value in held.items()}
+
+    return {
+        "state": {name: under(f"optimizer.state.{name}", own) for name, own in optimizer["state"].items()},
+        "param_groups": [
+            under(f"optimizer.param_groups.{n}", group) for n, group in enumerate(optimizer["param_groups"])
+        ],
+    }
 
 
 def _keys(tree: Mapping[str, Any]) -> Iterator[str]:
