@@ -18,7 +18,7 @@ from sharpwise.block_lr.spelling import ABLATIONS as ABLATIONS
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap, Cut
 from sharpwise.engine import BlockOptimizer
-from sharpwise.engine.measuring import without_second_moment
+from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options
 from sharpwise.hints import kind_of, nearest
 from sharpwise.storage import BF16, FP32, Dense
@@ -398,7 +398,7 @@ def _check_combination(who: str, block_lr: BlockLR | None, storage: str) -> None
     if not known or storage not in storages:
         for part in _parts(block_lr):
             if isinstance(part, SharpnessLR) and not known:
-                raise ValueError(f"{who}: {without_second_moment(part, name)}")
+                raise ValueError(f"{who}: {no_second_moment_message(part, name)}")
             if isinstance(part, GradientSNR) and not known and part.name in BLOCK_LRS:
                 raise ValueError(
                     f"{who}: it scales by the first gradient already, got block_lr={block_lr}; leave that out"

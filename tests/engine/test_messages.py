@@ -360,7 +360,7 @@ def test_blocks_cut_in_another_way():
     model = models.build("llama")
     state = stepped("adam-mini", model).state_dict()
     message = said(ValueError, lambda: sharpwise.AdamMini(model, cut="tensor").load_state_dict(state))
-    assert "its blocks were cut in another way; give cut=, v_by= and blocks= as they were" in message
+    assert "its blocks were cut differently; give cut=, v_by= and blocks= as they were" in message
 
 
 def test_what_was_frozen_between_saving_and_loading():

@@ -98,7 +98,7 @@ def test_nothing_is_compiled_when_a_multiplier_leaves_1(name: str) -> None:
     assert len({graphs for _, graphs in seen}) == 1, seen
 
 
-def test_all_processes_deal_out_the_same_owners() -> None:
+def test_all_processes_assign_the_same_owners() -> None:
     """A matrix that is cut along one dimension of a mesh has other holders in other processes."""
 
     def shard(*holders: int) -> Any:

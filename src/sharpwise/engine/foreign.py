@@ -1,4 +1,4 @@
-"""Why the state of one rule is none of another, and what can be done about it: for messages."""
+"""Messages for state of another rule: how the two differ, and what to do."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,14 @@ _ANEW = "start anew, without load_state_dict"
 
 
 def of_another_rule(saved: str, own: str) -> str:
-    """What the two keep, and what to do."""
+    """Message: what the two rules keep, and what to do."""
     theirs, ours = (f"{rule!r} keeps {_KEEPS.get(rule, 'something else')}" for rule in (saved, own))
     convert = f", or convert: {_CONVERT[saved, own]}" if (saved, own) in _CONVERT else ""
     return f"{theirs}, {ours}; {_ANEW}{convert}"
 
 
 def of_other_keys(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The same of the state of one parameter, from what it consists of."""
+    """The same for the state of one parameter, whose rule is recognized by its keys."""
     theirs, ours = _rule_of(saved), _rule_of(own)
     if theirs is None or ours is None or theirs == ours:
         return f"it was saved by another rule, or is not whole; {_ANEW}"
@@ -36,12 +36,12 @@ def of_other_keys(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def of_other_shape(key: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """What it means that the saved state `key` of a parameter has another shape."""
+    """Message: why the saved state `key` of a parameter may have another shape."""
     theirs, ours = _rule_of(saved), _rule_of(own)
     if key == "exp_avg_sq" and _shape(saved["exp_avg"]) == _shape(own["exp_avg"]):
         if theirs != ours:
             return of_another_rule(str(theirs), str(ours))
-        return f"its blocks were cut in another way; give cut=, v_by= and blocks= as they were, or {_ANEW}"
+        return f"its blocks were cut differently; give cut=, v_by= and blocks= as they were, or {_ANEW}"
     return (
         f"it is of another model, or of this one before it was resized (resize_token_embeddings); {_ANEW}, or load it "
         f"before the model is resized"
@@ -49,7 +49,7 @@ def of_other_shape(key: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -
 
 
 def _rule_of(state: Mapping[str, Any]) -> str | None:
-    """The rule that keeps such state, None for one of which nothing is known here."""
+    """The rule that keeps such state; None if no rule here does."""
     kept = set(state) - {"step", *OF_BLOCK_LR}
     if kept == {"exp_avg", "exp_avg_sq"}:
         return "adamw" if _shape(state["exp_avg"]) == _shape(state["exp_avg_sq"]) else "adam-mini"

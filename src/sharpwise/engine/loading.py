@@ -1,4 +1,4 @@
-"""A state dict is loaded: by name, checked as a whole before anything is copied."""
+"""Loading of state dicts: by name, checked as a whole before anything is copied."""
 
 import copy
 import logging
@@ -33,7 +33,7 @@ class Saved:
 
     Attributes:
         state: by parameter name; `groups`: new hyperparameters, in the order of the optimizer's groups.
-        ours: whether it says that this rule wrote it; `anew`: whether the multipliers in it are of another block_lr.
+        ours: whether this rule wrote it, by its own account; `anew`: whether its multipliers are of another block_lr.
     """
 
     state: dict[str, dict[str, Any]]
@@ -89,7 +89,7 @@ def rename(held: Iterable[dict[str, Any]]) -> None:
 
 
 def _check_form(saved: Mapping[str, Any], who: str) -> None:
-    """Raise ValueError unless state goes by parameter, and groups hold some."""
+    """Raise ValueError unless state is by parameter, and groups hold parameters."""
     state, groups = saved["state"], saved["param_groups"]
     fits = isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())
     fits = fits and isinstance(groups, Sequence) and all(isinstance(g, Mapping) and "params" in g for g in groups)
@@ -98,9 +98,9 @@ def _check_form(saved: Mapping[str, Any], who: str) -> None:
 
 
 def _is_of_another(block_lr: BlockLR | None, theirs: Collection[str | None], who: str) -> bool:
-    """Whether the multipliers of a state dict, saved under `theirs`, are to be left alone; says so if they are.
+    """Whether the multipliers of a state dict, saved under `theirs`, are to be ignored; warns if they are.
 
-    Those of a fixed one may come without its name.
+    Those of a fixed block_lr may come without its name.
     """
     if block_lr is None or set(theirs) <= ({str(block_lr)} if block_lr.sources else {str(block_lr), None}):
         return False
@@ -110,7 +110,7 @@ def _is_of_another(block_lr: BlockLR | None, theirs: Collection[str | None], who
 
 
 def begin_block_lr(state: Any, groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Forget multipliers and what was measured; the steps of a block_lr are counted from those that were taken."""
+    """Drop multipliers and measured values; the step of the block_lr becomes the largest step of a parameter."""
     taken = max((int(own["step"]) for own in state.values() if "step" in own), default=0)
     for own in state.values():
         for key in OF_BLOCK_LR & set(own):
@@ -131,7 +131,7 @@ def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]]
     groups = saved["param_groups"]
     ids = [i for group in groups for i in group["params"]]
     if ids and all(isinstance(i, str) for i in ids):
-        # `get_optimizer_state_dict` goes by name, and `set_optimizer_state_dict` puts `params` into the order of the
+        # `get_optimizer_state_dict` saves by name, and `set_optimizer_state_dict` puts `params` into the order of the
         # optimizer while `param_names` stay in the order in which they were saved.
         names = ids
     else:
@@ -159,7 +159,7 @@ def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]]
 
 
 def _apart(missing: list[str], unknown: list[str], shared: int, who: str) -> str:
-    """How the names of a state dict differ from those here, and what may have come between."""
+    """Message: how the names of a state dict differ from those here, and what may have caused it."""
     if not shared or (missing and unknown):
         return (
             f"the state dict is of another model: it lacks {_few(missing)} and has {_few(unknown)} that is not here. "
@@ -183,7 +183,7 @@ def _check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any],
     """Raise unless the saved state of one parameter fits the allocated one.
 
     Args:
-        ours: whether the file says that this rule wrote it: what it holds besides was then put there by others.
+        ours: whether this rule wrote the file, by its own account: other keys in it were then put there by others.
 
     Raises:
         ValueError: for state of another rule, another shape, or shards of another mesh.
@@ -217,31 +217,31 @@ def _check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any],
             _check_shards(f"{who}: the saved {key} of {name}", value, own[key])
 
 
-def _check_values(says: str, value: Tensor, own: Tensor) -> None:
-    """Raise ValueError for a tensor that cannot be copied, or not all of it: copying comes after all checks."""
+def _check_values(what: str, value: Tensor, own: Tensor) -> None:
+    """Raise ValueError for a tensor that cannot be copied as a whole: copying comes after all checks."""
     if value.is_meta and not own.is_meta:
-        raise ValueError(f"{says} is on the meta device and holds no numbers; load the file with map_location='cpu'")
+        raise ValueError(f"{what} is on the meta device and holds no numbers; load the file with map_location='cpu'")
     if value.layout != torch.strided or value.is_complex() or value.is_quantized:
-        raise ValueError(f"{says} must be a dense tensor of real numbers, got {value.layout} of {value.dtype}")
+        raise ValueError(f"{what} must be a dense tensor of real numbers, got {value.layout} of {value.dtype}")
 
 
-def _check_shards(says: str, value: Any, own: Any) -> None:
+def _check_shards(what: str, value: Any, own: Any) -> None:
     do = (
         "Save with torch.distributed.checkpoint, or the whole: "
         "get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))"
     )
     if not torch.distributed.is_initialized():
-        raise RuntimeError(f"{says} is a shard (a DTensor), and no process group is there to reach the others. {do}")
+        raise RuntimeError(f"{what} is a shard (a DTensor), and no process group is there to reach the others. {do}")
     if is_dtensor(own) and value.device_mesh != own.device_mesh:
-        raise ValueError(f"{says} is a shard of {value.device_mesh}, here it lies on {own.device_mesh}. {do}")
+        raise ValueError(f"{what} is a shard of {value.device_mesh}, here it lies on {own.device_mesh}. {do}")
 
 
 def prepared(
     entry: Entry, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """(allocated, new value) for one parameter's state, local parts; what was not saved is zero.
+    """Pairs (allocated, new value) for the state of one parameter, local parts; what was not saved is zero.
 
-    Nothing is copied yet. What others put there is exchanged for what they saved, as torch does with all state.
+    Nothing is copied yet. Keys of others are replaced by those they saved, as torch does with all state.
 
     Raises:
         ValueError, RuntimeError: as `_check_entry`.
@@ -274,7 +274,7 @@ def prepared(
 
 @contextmanager
 def undone_on_error(optimizer: Any) -> Iterator[None]:
-    """Give groups and state of an optimizer back as they were, should what is inside raise."""
+    """Restore groups and state of an optimizer if the body raises."""
     groups = [dict(group) for group in optimizer.param_groups]
     held = {param: dict(own) for param, own in optimizer.state.items()}
     try:
@@ -293,7 +293,7 @@ def undone_on_error(optimizer: Any) -> Iterator[None]:
 
 
 def _placed_like(value: Any, target: Any) -> Tensor:
-    """A DTensor placed as `target`, from a DTensor placed in another way or from the whole tensor."""
+    """A DTensor placed as `target`, from a DTensor with other placements or from the whole tensor."""
     from torch.distributed.tensor import distribute_tensor
 
     if is_dtensor(value):
@@ -353,9 +353,9 @@ def _check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) ->
 
 
 def check_decay(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
-    """Raise ValueError if a saved group decays, and not in the way of this optimizer."""
+    """Raise ValueError if a saved group has the other kind of weight decay than this optimizer."""
     ours = group["decoupled_weight_decay"]
-    # torch's SGD, which alone has a dampening, does not say that it couples.
+    # torch's SGD, the only one with a dampening, has coupled decay and no key for it.
     theirs = saved.get("decoupled_weight_decay", ours if "rule" in saved or "dampening" not in saved else False)
     if theirs != ours and saved.get("weight_decay"):
         how = {True: "decoupled (shrinks the parameter)", False: "coupled (added to the gradient)"}

@@ -1,7 +1,7 @@
-"""What block_lrs ask for, of every segment: from second moments, gradients, weights, or by a probe of the model.
+"""Measurements for block_lrs, a number per segment: of second moments, gradients, weights, or by a probe of the model.
 
-Everything is brought together over the processes that hold parts, so that all of them find the same numbers. Those are
-rounded to 24 bits: the order in which processes sum does not show in them.
+Sums are reduced over the processes that hold parts, so that all find the same numbers. Those are rounded to 24 bits:
+the order in which processes sum does not show in them.
 """
 
 import itertools
@@ -30,10 +30,10 @@ Found = list[list[float]]
 
 
 def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> None:
-    """Raise ValueError unless what the block_lr measures can be measured, and it is known when."""
+    """Raise ValueError unless every source of the block_lr can be measured, and its phase is known."""
     for source in () if options.block_lr is None else options.block_lr.sources:
         if source.measures == "second_moment" and SECOND_MOMENT not in rule.state:
-            raise ValueError(f"{who}: {without_second_moment(source, rule.name)}")
+            raise ValueError(f"{who}: {no_second_moment_message(source, rule.name)}")
         if source.measures == "probe" and (options.probe_batches is None or not has_model):
             batches = "probe_batches=, a list of batches as sharpwise.probes.sharpness takes them"
             lacks = [] if has_model else [("the model", "the model, first or as model=")]
@@ -47,8 +47,8 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
                 raise ValueError(f"{who}: {error}") from None
 
 
-def without_second_moment(source: MeasuredLR, rule: str) -> str:
-    """What to say of a rule that keeps none."""
+def no_second_moment_message(source: MeasuredLR, rule: str) -> str:
+    """Message for a rule that keeps no second moment."""
     return (
         f"block_lr {source.name!r} goes by the second moment, which {rule!r} does not keep; AdamW and AdamMini do, and "
         f"source='probe' needs none"
@@ -59,18 +59,18 @@ def measure(
     source: MeasuredLR,
     entries: Sequence[Entry],
     state: Any,
-    team: ReduceGroup,
+    group: ReduceGroup,
     probe: Callable[[], Sequence[Sequence[float]]],
     exact: bool = True,
 ) -> Found:
-    """What `source` asks for, of these entries. Collective: every process has to call it at the same time."""
+    """Measure what `source` asks for, of these entries. Collective: every process calls it at the same time."""
     if source.measures == "gradient":
-        found = gradient_snr(entries, team)
+        found = gradient_snr(entries, group)
     elif source.measures == "second_moment":
         found = [[total / max(s.numel, 1) for total, s in zip(own, entry.segments, strict=True)]
-                 for entry, own in zip(entries, second_moments(entries, state, team, exact), strict=True)]  # fmt: skip
+                 for entry, own in zip(entries, second_moments(entries, state, group, exact), strict=True)]  # fmt: skip
     elif isinstance(source, HeavyTailLR):
-        found = spectra(source, entries, team)
+        found = spectra(source, entries, group)
     elif source.measures == "probe":
         found = [list(own) for own in probe()]
     else:
@@ -88,17 +88,17 @@ def _rounded(value: float) -> float:
 # --- second moments --------------------------------------------------------------------------------------------------
 
 
-def second_moments(entries: Sequence[Entry], state: Any, team: ReduceGroup, exact: bool = True) -> Found:
+def second_moments(entries: Sequence[Entry], state: Any, group: ReduceGroup, exact: bool = True) -> Found:
     """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step.
 
     exact: in fp64 throughout; else rows are added in fp32, at the speed of memory, before the sums left in fp64.
     """
     if not entries:
         return []
-    bucket = Bucket(team)
-    shares = [bucket.add(*_moments(entry, state[entry.param], exact)) for entry in entries]
+    bucket = Bucket(group)
+    partials = [bucket.add(*_moments(entry, state[entry.param], exact)) for entry in entries]
     bucket.reduce()
-    sums = iter(torch.cat([share.values for share in shares]).tolist())
+    sums = iter(torch.cat([partial.values for partial in partials]).tolist())
     result = []
     for entry, t in zip(entries, steps_taken(entries, state), strict=True):
         correction = 1 - float(entry.group["betas"][1]) ** t if t else math.inf
@@ -112,7 +112,7 @@ def steps_taken(entries: Sequence[Entry], state: Any) -> list[float]:
 
 
 def _moments(entry: Entry, own: dict[str, Tensor], exact: bool) -> tuple[Tensor, Shard]:
-    """Sums of v over the elements of each segment, fp64 [segments], of what this process holds."""
+    """Sums of v over the local elements of each segment, fp64 [segments]."""
     v = own[SECOND_MOMENT]
     if entry.rule.state[SECOND_MOMENT] == "block":  # every process has those of all blocks
         assert entry.counts is not None
@@ -141,20 +141,20 @@ def _by_segment(entry: Entry, rows: Tensor) -> Tensor:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def gradient_snr(entries: Sequence[Entry], team: ReduceGroup) -> Found:
+def gradient_snr(entries: Sequence[Entry], group: ReduceGroup) -> Found:
     """||g|| / std(g) of each segment; NaN where there is no gradient, or it is zero or not finite.
 
     Two collectives, in units of the largest element: squares of large or tiny ones have no double.
     """
     active = [entry for entry in entries if entry.param.grad is not None]
-    largest, sums = Bucket(team, "max"), Bucket(team)
+    largest, sums = Bucket(group, "max"), Bucket(group)
     scales = [largest.add(_largest(entry), entry.shard) for entry in active]
     largest.reduce()
-    shares = [sums.add(_sums(entry, scale.values), entry.shard) for entry, scale in zip(active, scales, strict=True)]
+    partials = [sums.add(_sums(entry, scale.values), entry.shard) for entry, scale in zip(active, scales, strict=True)]
     sums.reduce()
     found = {}
-    for entry, share in zip(active, shares, strict=True):
-        totals, squares = share.values.tolist()
+    for entry, partial in zip(active, partials, strict=True):
+        totals, squares = partial.values.tolist()
         parts = zip(entry.segments, totals, squares, strict=True)
         found[id(entry)] = [signal_to_noise(s.numel, total, square) for s, total, square in parts]
     return [found.get(id(entry), [math.nan] * len(entry.segments)) for entry in entries]
@@ -178,7 +178,7 @@ def _largest(entry: Entry) -> Tensor:
 
 
 def _sums(entry: Entry, scales: Tensor) -> Tensor:
-    """Sums of g and of g*g by segment, in units of `scales`: fp64 [2, segments], of what this process holds."""
+    """Sums of g and of g*g over the local elements of each segment, in units of `scales`: fp64 [2, segments]."""
     g = _gradient(entry)
     unit = torch.where(scales > 0, scales, 1.0).to(g.device)
     by_row = unit.view(1) if entry.segment_of_row is None else unit[entry.segment_of_row].view(entry.row_shape)
@@ -193,11 +193,11 @@ def _sums(entry: Entry, scales: Tensor) -> Tensor:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def spectra(source: HeavyTailLR, entries: Sequence[Entry], team: ReduceGroup) -> Found:
-    """Of each matrix what its spectrum says, worked out by one owner and told to all; NaN of all else."""
+def spectra(source: HeavyTailLR, entries: Sequence[Entry], group: ReduceGroup) -> Found:
+    """The tail exponent of each matrix, computed by one owner and sent to all; NaN of all else."""
     read = [entry for entry in entries if any(source.reads(segment) for segment in entry.segments)]
-    exchange = OwnerExchange(team, [entry.shard for entry in read])
-    answers = exchange.ask(
+    exchange = OwnerExchange(group, [entry.shard for entry in read])
+    answers = exchange.reduce(
         [local(entry.param) for entry in read],
         [lambda whole, entry=entry: _alphas(source, entry, whole) for entry in read],
         [len(entry.segments) for entry in read],

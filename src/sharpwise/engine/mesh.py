@@ -1,4 +1,4 @@
-"""What is worked out together with the processes that hold the other parts of a parameter: reductions and exchanges.
+"""Collectives over the processes that hold parts of parameters: reductions, and exchanges of whole matrices.
 
 `torch.distributed` is never imported here; it is there already if a DTensor is.
 """
@@ -17,7 +17,7 @@ Op = Literal["sum", "max"]
 
 @dataclass(eq=False)
 class Partial:
-    """What this process has to say about a whole parameter; after `Bucket.reduce`, what all of them say together."""
+    """This process's term of a sum or maximum over a whole parameter; after `Bucket.reduce`, the complete one."""
 
     values: Tensor
     shard: Shard
@@ -25,19 +25,19 @@ class Partial:
 
 @dataclass(frozen=True)
 class ReduceGroup:
-    """All processes that hold parts of some parameters: what they work out together takes one collective.
+    """All processes that hold parts of some parameters: one collective serves them all.
 
     Attributes:
-        group: None if nothing is cut.
+        process_group: torch's; None if nothing is cut.
         ranks: of the group, in its order.
     """
 
-    group: Any = None
+    process_group: Any = None
     ranks: tuple[int, ...] = ()
 
     @staticmethod
     def of(shards: Iterable[Shard]) -> "ReduceGroup":
-        """The smallest group that holds them all. Every process of the mesh has to ask at the same time.
+        """The smallest group that holds them all. Collective over the mesh.
 
         Raises:
             ValueError: for meshes of which none spans the others.
@@ -61,54 +61,54 @@ class ReduceGroup:
         return ReduceGroup(group, tuple(torch.distributed.get_process_group_ranks(group)))
 
     def counts(self, shard: Shard) -> bool:
-        """Whether what this process holds is counted. Of copies within the team one is: that of the first process."""
+        """Whether the part here enters a sum: of replicas within the group, that of the first process does."""
         return not shard.cut or min(self.ranks) in shard.holders
 
     def reduce(self, values: Tensor, op: Op) -> Tensor:
         """The sum or the maximum over the processes, in place: one collective, none if nothing is cut."""
-        if self.group is not None:
+        if self.process_group is not None:
             how = torch.distributed.ReduceOp.SUM if op == "sum" else torch.distributed.ReduceOp.MAX
-            torch.distributed.all_reduce(values, op=how, group=self.group)
+            torch.distributed.all_reduce(values, op=how, group=self.process_group)
         return values
 
 
 class Bucket:
-    """Shares that are summed up, or of which the maximum is taken, over the processes: one collective for all."""
+    """Sums or maxima over the processes, reduced in one collective."""
 
-    def __init__(self, team: ReduceGroup, op: Op = "sum") -> None:
-        self.team, self.op = team, op
-        self._shares: list[Partial] = []
+    def __init__(self, group: ReduceGroup, op: Op = "sum") -> None:
+        self.group, self.op = group, op
+        self._partials: list[Partial] = []
 
     def add(self, values: Tensor, shard: Shard) -> Partial:
-        """Put in what this process has to say; of the same shape in every process."""
-        share = Partial(values, shard)
+        """Add this process's term, of the same shape in every process."""
+        partial = Partial(values, shard)
         if shard.cut:  # else it is complete as it is
-            self._shares.append(share)
-        return share
+            self._partials.append(partial)
+        return partial
 
     def reduce(self) -> None:
-        """Complete all shares."""
-        if not self._shares:
+        """Complete all of them."""
+        if not self._partials:
             return
-        counted = [self.op == "max" or self.team.counts(share.shard) for share in self._shares]
-        values = [s.values if c else torch.zeros_like(s.values) for s, c in zip(self._shares, counted, strict=True)]
-        flat = self.team.reduce(torch.cat([v.reshape(-1).double() for v in values]), self.op)
-        for share, piece in zip(self._shares, flat.split([v.numel() for v in values]), strict=True):
-            share.values = piece.view(share.values.shape).to(share.values.dtype)
+        counted = [self.op == "max" or self.group.counts(partial.shard) for partial in self._partials]
+        values = [p.values if c else torch.zeros_like(p.values) for p, c in zip(self._partials, counted, strict=True)]
+        flat = self.group.reduce(torch.cat([v.reshape(-1).double() for v in values]), self.op)
+        for partial, piece in zip(self._partials, flat.split([v.numel() for v in values]), strict=True):
+            partial.values = piece.view(partial.values.shape).to(partial.values.dtype)
 
 
 class OwnerExchange:
-    """Whole matrices at one owner each, and back. Owners are dealt out by size, so that none has much more than others.
+    """Whole matrices at one owner each, and back. Owners are assigned by size, so that their loads are alike.
 
     Where nothing is cut every process holds the whole: it does the work itself.
     """
 
-    def __init__(self, team: ReduceGroup, shards: Sequence[Shard]) -> None:
-        self.team, self.shards = team, shards
-        self.owners = self._deal()
+    def __init__(self, group: ReduceGroup, shards: Sequence[Shard]) -> None:
+        self.group, self.shards = group, shards
+        self.owners = self._assigned()
 
-    def _deal(self) -> list[int]:
-        """The rank of the owner of each. Copies in other processes have owners there, at the same place."""
+    def _assigned(self) -> list[int]:
+        """The rank of the owner of each. Replicas on other processes have owners there, at the same place."""
         # By place among the holders: other processes of the mesh, with holders of their own, have to find the same.
         load: dict[int, int] = {}
         owners = [-1] * len(self.shards)
@@ -130,23 +130,23 @@ class OwnerExchange:
         results = [part if self.shards[i].cut else work[i](part) for i, part in enumerate(parts)]
         if not cut:
             return results
-        wholes, incoming, outgoing = self._bring(parts, cut)
+        wholes, incoming, outgoing = self._gather(parts, cut)
         done = {i: work[i](whole) for i, whole in wholes.items()}
         back = [[done[i][self.shards[i].region_at(rank)] for i in own] for rank, own in self._by_rank(incoming)]
-        returned = self._trade(back, [[tuple(t.shape) for t in tensors] for tensors in outgoing])
-        for rank, tensors in zip(self.team.ranks, returned, strict=True):
+        returned = self._all_to_all(back, [[tuple(t.shape) for t in tensors] for tensors in outgoing])
+        for rank, tensors in zip(self.group.ranks, returned, strict=True):
             for i, tensor in zip([i for i in cut if self.owners[i] == rank], tensors, strict=True):
                 results[i] = tensor
         return results
 
-    def ask(self, parts: Sequence[Tensor], work: Sequence[Any], sizes: Sequence[int]) -> list[Tensor]:
+    def reduce(self, parts: Sequence[Tensor], work: Sequence[Any], sizes: Sequence[int]) -> list[Tensor]:
         """`work[i]` of every whole matrix: fp64 [sizes[i]], the same in every process.
 
         Two collectives for all of them, if any is cut.
         """
         cut = [i for i, shard in enumerate(self.shards) if shard.cut]
-        wholes = self._bring(parts, cut)[0] if cut else {}
-        bucket, shares = Bucket(self.team), []
+        wholes = self._gather(parts, cut)[0] if cut else {}
+        bucket, partials = Bucket(self.group), []
         for i, (part, shard) in enumerate(zip(parts, self.shards, strict=True)):
             if not shard.cut:
                 values = work[i](part)
@@ -154,21 +154,22 @@ class OwnerExchange:
                 values = work[i](wholes[i])
             else:
                 values = part.new_zeros(sizes[i], dtype=torch.float64)
-            shares.append(bucket.add(values, shard))
+            partials.append(bucket.add(values, shard))
         bucket.reduce()
-        return [share.values for share in shares]
+        return [partial.values for partial in partials]
 
-    def _bring(
+    def _gather(
         self, parts: Sequence[Tensor], cut: Sequence[int]
     ) -> tuple[dict[int, Tensor], list[list[int]], list[list[Tensor]]]:
-        """The whole matrices that this process owns; which parts came from every process, and what went there."""
+        """The whole matrices owned here; by rank, indices of the parts received, and the tensors sent."""
         me = torch.distributed.get_rank()
         self._nothing = parts[cut[0]].new_empty(0)
         mine = [i for i in cut if self.owners[i] == me]
         # To every owner the parts of what it owns, in the order of the list; from every holder its parts of mine.
-        outgoing = [[parts[i] for i in cut if self.owners[i] == rank] for rank in self.team.ranks]
-        incoming = [[i for i in mine if rank in self.shards[i].holders] for rank in self.team.ranks]
-        received = self._trade(outgoing, [[self._shape(i, rank) for i in own] for rank, own in self._by_rank(incoming)])
+        outgoing = [[parts[i] for i in cut if self.owners[i] == rank] for rank in self.group.ranks]
+        incoming = [[i for i in mine if rank in self.shards[i].holders] for rank in self.group.ranks]
+        shapes = [[self._shape(i, rank) for i in own] for rank, own in self._by_rank(incoming)]
+        received = self._all_to_all(outgoing, shapes)
         wholes = {i: parts[i].new_empty(self.shards[i].shape) for i in mine}
         for (rank, own), tensors in zip(self._by_rank(incoming), received, strict=True):
             for i, tensor in zip(own, tensors, strict=True):
@@ -176,21 +177,25 @@ class OwnerExchange:
         return wholes, incoming, outgoing
 
     def _by_rank(self, lists: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
-        return list(zip(self.team.ranks, lists, strict=True))
+        return list(zip(self.group.ranks, lists, strict=True))
 
     def _shape(self, i: int, rank: int) -> tuple[int, ...]:
         return tuple(part.stop - part.start for part in self.shards[i].region_at(rank))
 
-    def _trade(
+    def _all_to_all(
         self, outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[Tensor]]:
-        """Tensors to every process of the team, and those of these shapes from every one: one collective."""
+        """Send tensors to every process of the group, receive those of these shapes from every one: one collective."""
         sent = [[t.reshape(-1) for t in tensors] for tensors in outgoing]
         sizes = [[torch.Size(shape).numel() for shape in own] for own in shapes]
         flat = torch.cat([self._nothing, *(t for tensors in sent for t in tensors)])
         into = flat.new_empty(sum(map(sum, sizes)))
         torch.distributed.all_to_all_single(
-            into, flat, list(map(sum, sizes)), [sum(len(t) for t in own) for own in sent], group=self.team.group
+            into,
+            flat,
+            list(map(sum, sizes)),
+            [sum(len(t) for t in own) for own in sent],
+            group=self.group.process_group,
         )
         found = []
         for piece, own, named in zip(into.split(list(map(sum, sizes))), sizes, shapes, strict=True):

@@ -1,4 +1,4 @@
-"""The multiplier of every segment as it is now: fixed, following the learning rate, or following a measurement."""
+"""Multipliers of all segments: fixed, following the learning rate, or ramping to measured targets."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from sharpwise.shards import is_dtensor, local
 logger = logging.getLogger(__name__)
 
 Probe = Callable[[int], dict[str, list[float]]]
-"""Steps taken -> what a probe of the model found, by name of the parameter, per segment."""
+"""Steps taken -> sharpness by a probe of the model, by name of the parameter, per segment."""
 Factors = list[tuple[float, ...]]
 """Multipliers of one parameter: per factor of the block_lr, per segment."""
 
@@ -49,7 +49,7 @@ class Multipliers:
     Args:
         groups: all of the optimizer.
         known: all segments of the model, also of what is not here.
-        said: what was said once and is not said again.
+        warned: warnings that were given once and are not repeated.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Multipliers:
         state: Any,
         options: Options,
         probe: Probe,
-        said: set[str],
+        warned: set[str],
     ) -> None:
         self.entries, self.known, self.state, self.options = list(entries), known, state, options
-        self.probe, self.said = probe, said
+        self.probe, self.warned = probe, warned
         self.block_lr = options.block_lr
         self.sources: tuple[MeasuredLR, ...] = () if self.block_lr is None else self.block_lr.sources
         self.groups = groups
-        self._before: dict[str, Factors] = {}
-        self._after: dict[str, Factors] = {}
+        self._from: dict[str, Factors] = {}
+        self._to: dict[str, Factors] = {}
         self._measured: dict[MeasuredLR, dict[str, list[float]]] = {source: {} for source in self.sources}
-        self._shown: list[float] = []
+        self._applied: list[float] = []
         if any(source.measures == "probe" for source in self.sources) and any(is_dtensor(e.param) for e in entries):
             raise ValueError(
                 f"block_lr {self.block_lr} probes the model, and {entries[0].name} is sharded; source='second_moment' "
@@ -87,10 +87,10 @@ class Multipliers:
         self._versions = versions_of(self._kept)
         if self.sources:
             self._read()
-            self._go(self.taken)
+            self._apply(self.taken)
 
     def overwritten(self) -> bool:
-        """Whether somebody wrote their state in place since it was read: a rollback, a distributed checkpoint."""
+        """Whether their state was written in place since it was read: by a rollback, a distributed checkpoint."""
         return versions_of(self._kept) != self._versions
 
     @property
@@ -106,20 +106,20 @@ class Multipliers:
         lr, peak = float(entry.group["lr"]), float(entry.group["peak_lr"])
         return tuple(block_lr.effective(m, lr, max(peak, lr)) for m in entry.multipliers)
 
-    def advance(self, active: Sequence[Entry], ok: Any, team: ReduceGroup) -> bool:
-        """Bring them to the step that is being taken, measuring what is due; returns whether any may have changed.
+    def advance(self, active: Sequence[Entry], ok: Any, reduce_group: ReduceGroup) -> bool:
+        """Advance to the step that is being taken, measuring what is due; returns whether any may have changed.
 
         Args:
             active: entries that have gradients.
             ok: whether the step is taken: True, or a tensor on a device, which is read where gradients are measured.
-            team: the processes that hold parts.
+            reduce_group: the processes that hold parts.
         """
         taken = self.taken if self.sources else 0
         waiting = {source: self._waiting(source, active) for source in self.sources if source.waits}
         if any(waiting.values()) and not bool(ok):
             waiting = {}
         due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
-        found = [self._measure(source, waiting.get(source, self.entries), taken, team) for source in due]
+        found = [self._measure(source, waiting.get(source, self.entries), taken, reduce_group) for source in due]
         # A measurement may fail; nothing is written before the last is there.
         for source, values in zip(due, found, strict=True):
             self._measured[source] |= values
@@ -130,10 +130,10 @@ class Multipliers:
         if not self.sources:
             return False
         if due:
-            self._set_out(due, taken)
+            self._retarget(due, taken)
         for group in self.groups:
             group["block_lr_step"] = taken + 1
-        return self._go(taken)
+        return self._apply(taken)
 
     def _waiting(self, source: MeasuredLR, active: Sequence[Entry]) -> list[Entry]:
         """Entries with gradients, some elements of which have no value yet."""
@@ -147,16 +147,16 @@ class Multipliers:
     # -- measuring -------------------------------------------------------------------------------------------------
 
     def _measure(
-        self, source: MeasuredLR, entries: Sequence[Entry], taken: int, team: ReduceGroup
+        self, source: MeasuredLR, entries: Sequence[Entry], taken: int, reduce_group: ReduceGroup
     ) -> dict[str, list[float]]:
-        """What a source makes of what it knew and finds now, by name."""
+        """The values of a source, updated by a measurement now, by name."""
 
         def probe() -> list[list[float]]:
             found = self.probe(taken)
             return [found.get(e.name, [math.nan] * len(e.segments)) for e in entries]
 
         exact = self.options.compile is False
-        measured = measure(source, entries, self.state, team, probe, exact)
+        measured = measure(source, entries, self.state, reduce_group, probe, exact)
         return {
             entry.name: [source.updated(*pair) for pair in zip(self._measured[source][entry.name], values, strict=True)]
             for entry, values in zip(entries, measured, strict=True)
@@ -168,23 +168,23 @@ class Multipliers:
         elif isinstance(source, SharpnessLR):
             self._check_reference(source)
 
-    def _set_out(self, due: Sequence[MeasuredLR], taken: int) -> None:
-        """From where the factors are now, go to what follows from what was measured."""
+    def _retarget(self, due: Sequence[MeasuredLR], taken: int) -> None:
+        """Ramp from the current factors to the measured targets."""
         assert self.block_lr is not None
-        shares = self._shares(taken)
+        progress = self._progress(taken)
         found = factor_maps(self.block_lr, self._known_now(), self._by_segment())
-        switch = list(self._switch)
+        ramps = list(self._ramps)
         for f, (factor, by_name) in enumerate(zip(self.block_lr.parts, found, strict=True)):
             measured = [source for source in factor.sources if source in due]
-            if not measured or all(by_name[e.name] == self._after[e.name][f] for e in self.entries):
+            if not measured or all(by_name[e.name] == self._to[e.name][f] for e in self.entries):
                 continue
             for entry in self.entries:
-                before, after = self._before[entry.name], self._after[entry.name]
-                before[f], after[f] = _between(before[f], after[f], shares[f]), by_name[entry.name]
-            switch[2 * f : 2 * f + 2] = taken, max(source.smooth for source in measured)
+                start, target = self._from[entry.name], self._to[entry.name]
+                start[f], target[f] = _interpolated(start[f], target[f], progress[f]), by_name[entry.name]
+            ramps[2 * f : 2 * f + 2] = taken, max(source.smooth for source in measured)
         for group in self.groups:
-            group["multiplier_ramp"] = tuple(switch)
-        self._shown = []
+            group["multiplier_ramp"] = tuple(ramps)
+        self._applied = []
         self._write()
 
     def _known_now(self) -> list[Segment]:
@@ -193,7 +193,7 @@ class Multipliers:
         return [replace(s, frozen=frozen.get(s.name, s.frozen)) for s in self.known]
 
     def _by_segment(self) -> dict[MeasuredLR, list[float]]:
-        """What was measured, in the order of all segments of the model."""
+        """Measured values, in the order of all segments of the model."""
         result = {}
         for source, by_name in self._measured.items():
             rest = {name: iter(values) for name, values in by_name.items()}
@@ -201,7 +201,7 @@ class Multipliers:
         return result
 
     def _list_missing(self, source: HeavyTailLR) -> None:
-        """Say once which matrices have no spectrum to go by."""
+        """Warn once of matrices without a tail exponent."""
         own = self._measured[source]
         none = [
             entry.name
@@ -211,30 +211,30 @@ class Multipliers:
         ]
         if none:
             names = ", ".join(dict.fromkeys(none))
-            self._say(source, f"multiplier 1 for what has too few eigenvalues, or no tail: {names}")
+            self._warn(source, f"multiplier 1 for what has too few eigenvalues, or no tail: {names}")
 
     def _check_reference(self, source: SharpnessLR) -> None:
-        """Say once that there is nothing to compare with."""
+        """Warn once if no value of the reference is known."""
         values = [v for e in self.entries for v in self._measured[source][e.name]]
         segments = [segment for entry in self.entries for segment in entry.segments]
         known = {s.block_type for s, value in zip(segments, values, strict=True) if not math.isnan(value)}
         if known and source.reference not in known:
             there = ", ".join(sorted(map(str, known)))
-            self._say(source, f"all multipliers are 1: the optimizer moves no {source.reference}; reference={there}?")
+            self._warn(source, f"all multipliers are 1: the optimizer moves no {source.reference}; reference={there}?")
 
-    def _say(self, source: MeasuredLR, what: str) -> None:
+    def _warn(self, source: MeasuredLR, message: str) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if str(source) not in self.said and (not distributed or torch.distributed.get_rank() == 0):
-            logger.warning("block_lr %s: %s", source, what)
-        self.said.add(str(source))
+        if str(source) not in self.warned and (not distributed or torch.distributed.get_rank() == 0):
+            logger.warning("block_lr %s: %s", source, message)
+        self.warned.add(str(source))
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         for entry in self.entries:
             own = self.state[entry.param]
-            self._before[entry.name] = [tuple(column) for column in own["multiplier_from"].T.tolist()]
-            self._after[entry.name] = [tuple(column) for column in own["multiplier_to"].T.tolist()]
+            self._from[entry.name] = [tuple(column) for column in own["multiplier_from"].T.tolist()]
+            self._to[entry.name] = [tuple(column) for column in own["multiplier_to"].T.tolist()]
             for i, source in enumerate(self.sources):
                 self._measured[source][entry.name] = [v or math.nan for v in own["block_lr_measured"][:, i].tolist()]
 
@@ -245,10 +245,10 @@ class Multipliers:
             own, name = self.state[entry.param], entry.name
             measured = [self._measured[source][name] for source in self.sources]
             for key, columns in (
-                ("multiplier_from", self._before[name]),
-                ("multiplier_to", self._after[name]),
+                ("multiplier_from", self._from[name]),
+                ("multiplier_to", self._to[name]),
                 ("block_lr_measured", measured),
-                ("lr_multiplier", [product(self._after[name], len(entry.segments))]),
+                ("lr_multiplier", [product(self._to[name], len(entry.segments))]),
             ):
                 kept.append(local(own[key]))
                 flat += [value for row in zip(*columns, strict=True) for value in row]
@@ -259,29 +259,32 @@ class Multipliers:
             self._versions = versions_of(self._kept)
 
     @property
-    def _switch(self) -> tuple[int, ...]:
+    def _ramps(self) -> tuple[int, ...]:
+        """First step and length of the ramp of every factor, one after the other."""
         assert self.block_lr is not None
-        nothing = (0, 0) * len(self.block_lr.parts)
-        return max((tuple(group["multiplier_ramp"]) for group in self.groups), default=nothing)
+        none = (0, 0) * len(self.block_lr.parts)
+        return max((tuple(group["multiplier_ramp"]) for group in self.groups), default=none)
 
-    def _shares(self, taken: int) -> list[float]:
-        """How far each factor has come on its way."""
-        ways = zip(self._switch[::2], self._switch[1::2], strict=True)
-        return [1.0 if length <= 1 else min((taken - begin + 1) / length, 1.0) for begin, length in ways]
+    def _progress(self, taken: int) -> list[float]:
+        """The fraction of its ramp that each factor has covered, in (0, 1]."""
+        ramps = zip(self._ramps[::2], self._ramps[1::2], strict=True)
+        return [1.0 if length <= 1 else min((taken - begin + 1) / length, 1.0) for begin, length in ramps]
 
-    def _go(self, taken: int) -> bool:
-        """Set the multipliers of all entries for the step after so many; whether they differ from what they were."""
-        shares, changed = self._shares(taken), False
-        if shares == self._shown:
+    def _apply(self, taken: int) -> bool:
+        """Set the multipliers of all entries for the step after `taken` steps; returns whether any changed."""
+        progress, changed = self._progress(taken), False
+        if progress == self._applied:
             return False
-        self._shown = shares
+        self._applied = progress
         for entry in self.entries:
-            ways = zip(self._before[entry.name], self._after[entry.name], shares, strict=True)
-            now = product([_between(*way) for way in ways], len(entry.segments))
+            factors = zip(self._from[entry.name], self._to[entry.name], progress, strict=True)
+            now = product([_interpolated(*factor) for factor in factors], len(entry.segments))
             changed = changed or now != entry.multipliers
             entry.multipliers = now
         return changed
 
 
-def _between(before: Sequence[float], after: Sequence[float], share: float) -> tuple[float, ...]:
-    return tuple(after) if share >= 1.0 else tuple(a + (b - a) * share for a, b in zip(before, after, strict=True))
+def _interpolated(start: Sequence[float], target: Sequence[float], progress: float) -> tuple[float, ...]:
+    if progress >= 1.0:
+        return tuple(target)
+    return tuple(a + (b - a) * progress for a, b in zip(start, target, strict=True))

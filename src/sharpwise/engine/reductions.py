@@ -1,4 +1,4 @@
-"""Reductions: what rules have to know of whole matrices in a step, completed over the processes."""
+"""Reductions of rules over whole matrices in a step, completed over the processes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from sharpwise.rules.base import Reduction, Rule, Scalars, State
 
 @dataclass(eq=False)
 class _Pending:
-    """An item whose rule has reductions: its gradient, its hyperparameters, and what has been found so far.
+    """An item whose rule has reductions: its gradient, hyperparameters, and the reductions completed so far.
 
     `kept` is its whole state, `whole` a copy of what that was before the step.
     """
@@ -44,16 +44,16 @@ class Reductions:
     """The reductions of one step.
 
     Args:
-        team: the processes that hold parts.
-        items, grads: all that move in this step; those whose rules have no reductions are passed over.
+        group: the processes that hold parts.
+        items, grads: all that move in this step; those whose rules have no reductions are skipped.
         state: of the optimizer.
         hyper: the hyperparameters of an entry as they are now.
     """
 
     def __init__(
-        self, team: ReduceGroup, items: Sequence[Item], grads: Sequence[Tensor], state: Any, hyper: Any
+        self, group: ReduceGroup, items: Sequence[Item], grads: Sequence[Tensor], state: Any, hyper: Any
     ) -> None:
-        self.team = team
+        self.group = group
         self._pending: dict[int, _Pending] = {}
         for item, g in zip(items, grads, strict=True):
             if item.layout.rule.reductions:
@@ -63,14 +63,14 @@ class Reductions:
                 self._pending[id(item)] = _Pending(item, g, kept, whole, hyper(item.parts[0]))
 
     def begin(self, bucket: Bucket) -> None:
-        """Put first sums where the norm and the sums over blocks are: one collective serves them all."""
+        """Add the first sums to the bucket of the norm and the sums over blocks: one collective serves them all."""
         for one in self._pending.values():
             first = one.rule.reductions[0]
             if first.op == "sum":
                 one.first = bucket.add(one.term(first), one.item.layout.shard)
 
     def run(self, clip: Any) -> None:
-        """Go through all reductions, a collective for each kind of question in each."""
+        """Complete all reductions, with one collective per stage and operation."""
         for one in self._pending.values():
             if one.first is not None:
                 first = one.rule.reductions[0]
@@ -82,20 +82,20 @@ class Reductions:
             self._gather([one for one in due if one.rule.reductions[k].op == "whole"], k, clip)
 
     def _reduce(self, due: Sequence[_Pending], k: int, op: Any, clip: Any) -> None:
-        bucket = Bucket(self.team, op)
+        bucket = Bucket(self.group, op)
         partials = [bucket.add(one.term(one.rule.reductions[k], clip), one.item.layout.shard) for one in due]
         bucket.reduce()
         for one, own in zip(due, partials, strict=True):
             one.found[one.rule.reductions[k].name] = own.values
 
     def _gather(self, due: Sequence[_Pending], k: int, clip: Any) -> None:
-        exchange = OwnerExchange(self.team, [one.item.layout.shard for one in due])
+        exchange = OwnerExchange(self.group, [one.item.layout.shard for one in due])
         parts = [one.term(one.rule.reductions[k], clip) for one in due]
         for one, part in zip(due, exchange.run(parts, [one.rule.reductions[k].work for one in due]), strict=True):
             one.found[one.rule.reductions[k].name] = part
 
     def localized(self, item: Item, s: Scalars, ok: Any) -> Rule | None:
-        """Write the whole state of an item, and give its rule as the kernel calls it; None if it has no reductions."""
+        """Write the whole state of an item; returns its rule as the kernel calls it, None if it has no reductions."""
         one = self._pending.get(id(item))
         if one is None:
             return None
@@ -107,7 +107,7 @@ class Reductions:
 
 
 class _Localized:
-    """A rule with what its reductions found, for the part at hand."""
+    """A rule with its completed reductions, for the part at hand."""
 
     def __init__(self, rule: Rule, known: State) -> None:
         self.rule, self.known = rule, known

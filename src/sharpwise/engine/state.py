@@ -14,7 +14,7 @@ from sharpwise.storage import Dense
 OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
 FIXED = ("rule", "decoupled_weight_decay", "block_lr")
-"""What groups say of the whole optimizer: settled when it is built."""
+"""Keys of groups that hold for the whole optimizer: fixed when it is built."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
 """Keys of torch's groups that are no hyperparameters here."""
 
@@ -22,10 +22,10 @@ TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", 
 def complete(
     entry: Entry, own: dict[str, Any], storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
 ) -> None:
-    """Allocate what the state of one parameter lacks: `step`, the rule's tensors, and what a block_lr needs.
+    """Allocate missing state of one parameter: `step`, the rule's tensors, and those of a block_lr.
 
-    `factors` are its multipliers, by factor and segment. What is there is kept, also what others put there. A rule
-    that needs a tensor only now (momentum raised from 0) counts its steps from there.
+    `factors` are its multipliers, by factor and segment. Present state is kept, also that of others. A rule that needs
+    a tensor only now (momentum raised from 0) counts its steps from there.
     """
     inner = local(entry.param)
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
@@ -41,7 +41,7 @@ def complete(
 
 
 def zeros(entry: Entry, name: str, storage: Dense) -> Tensor:
-    """One of the rule's tensors, as it is before the first step."""
+    """One of the rule's tensors before the first step."""
     inner, kind = local(entry.param), entry.rule.all_state[name]
     if kind == "block":
         return torch.zeros(entry.n_blocks, dtype=entry.dtype, device=inner.device)
@@ -53,7 +53,7 @@ def zeros(entry: Entry, name: str, storage: Dense) -> Tensor:
 
 
 def check_held(entry: Entry, own: Mapping[str, Any], who: str) -> None:
-    """Raise ValueError unless the state that a step is going to use has the shape and the place of its parameter."""
+    """Raise ValueError unless the state that a step uses has the shape and the device of its parameter."""
     shape, device = tuple(entry.param.shape), local(entry.param).device
     for name in ("step", *entry.rule.state):
         tensor = own[name]
@@ -76,7 +76,7 @@ def check_held(entry: Entry, own: Mapping[str, Any], who: str) -> None:
 def of_block_lr(
     entry: Entry, block_lr: BlockLR, factors: Sequence[Sequence[float]], device: torch.device
 ) -> dict[str, Tensor]:
-    """What a block_lr needs of one parameter, before anything is measured; see `engine.multipliers`."""
+    """State of a block_lr for one parameter before the first measurement; see `engine.multipliers`."""
     state = {"lr_multiplier": torch.tensor(entry.multipliers, dtype=torch.float64, device=device)}
     if block_lr.sources:
         state["multiplier_to"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
@@ -94,15 +94,15 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], who: str)
     for key in FIXED:
         if key in defaults and group[key] != defaults[key]:
             raise ValueError(
-                f"{who}: {key} is settled when the optimizer is built, here as {defaults[key]!r}; a group has "
+                f"{who}: {key} is fixed when the optimizer is built, here as {defaults[key]!r}; a group has "
                 f"{group[key]!r}. Build another optimizer, and load the state of this one if it fits"
             )
     if "seed" in defaults and type(group["seed"]) is not int:
         raise TypeError(f"{who}: seed must be a whole number, got {group['seed']!r}")
 
 
-def refuse_variants(settings: Mapping[str, Any], says: str) -> None:
+def refuse_variants(settings: Mapping[str, Any], prefix: str) -> None:
     """Raise ValueError for a variant of torch's that no rule here has."""
     for key in ("amsgrad", "maximize"):
         if settings.get(key):
-            raise ValueError(f"{says} {key}=True, which this optimizer does not do")
+            raise ValueError(f"{prefix} {key}=True, which this optimizer does not do")
