@@ -105,7 +105,6 @@ def test_every_part_has_a_rung(package: Imports) -> None:
 
 
 KNOWN = {
-    "sharpwise.block_lr.heavy_tail": "probes",
     "sharpwise.block_lr.sharpness": "probes",
     "sharpwise.engine.measuring": "probes",
     "sharpwise.engine.optimizer": "probes",

@@ -2,7 +2,7 @@
 
     m_W = s1 + (s2 - s1) (alpha_W - min alpha) / (max alpha - min alpha)        over all matrices W of the model
 
-alpha is PL_Alpha_Hill of the eigenvalues of W^T W (`sharpwise.probes.spectrum`): a light tail, a large alpha, a large
+alpha is PL_Alpha_Hill of the eigenvalues of W^T W (`sharpwise.block_lr.tail`): a light tail, a large alpha, a large
 learning rate. Embeddings and the output head have s2 without a spectrum, norms and biases 1. Measured from the first
 step on, every 100 steps until a fifth of the training; there in 50 steps each, and frozen at the end.
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from sharpwise.block_lr.base import NOTHING, Measured, is_number
 from sharpwise.block_lr.measured import PhasedLR, Source
+from sharpwise.block_lr.tail import Convention, Spectrum, alpha_hill, alpha_of_random
 from sharpwise.blocks import BlockType, Segment
 
 
@@ -46,7 +47,7 @@ class HeavyTailLR(PhasedLR):
         normalize: "none" (as published: no multiplier is below `low`), or "geometric": divided by the geometric mean of
             those of matrices, embeddings and head, so that it is 1.
         by: one multiplier per "matrix", or per "type", by the mean of its alphas.
-        convention: of alpha, "hill" or "published"; see `sharpwise.probes.spectrum`.
+        convention: of alpha, "hill" or "published"; see `sharpwise.block_lr.tail`.
         least: eigenvalues that a matrix needs to have an alpha, >= 2.
         start, stop, every, soft: when; see `PhasedLR`. stop=0: the weights as they are initialized, for ever.
         decay: see `BlockLR`.
@@ -57,7 +58,7 @@ class HeavyTailLR(PhasedLR):
     shape_corrected: bool = False
     normalize: Literal["none", "geometric"] = "none"
     by: Literal["matrix", "type"] = "matrix"
-    convention: Literal["hill", "published"] = "hill"
+    convention: Convention = "hill"
     least: int = 50
     stop: float | None = 0.2
     soft: int | None = 50
@@ -91,8 +92,6 @@ class HeavyTailLR(PhasedLR):
 
     def of_matrices(self, matrices: Iterable[Tensor]) -> float:
         """Mean alpha of the matrices of a segment, less those of random ones if asked for; NaN where one has none."""
-        from sharpwise.probes.spectrum import Spectrum, alpha_hill, alpha_of_random
-
         found = []
         for matrix in matrices:
             spectrum = Spectrum.of(matrix) if min(matrix.shape) >= self.least else None
