@@ -106,7 +106,6 @@ def test_every_part_has_a_rung(package: Imports) -> None:
 
 KNOWN = {
     "sharpwise.block_lr.sharpness": "probes",
-    "sharpwise.engine.measuring": "probes",
     "sharpwise.engine.optimizer": "probes",
     "sharpwise.probes.subject": "train",
 }

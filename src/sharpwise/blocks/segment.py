@@ -1,6 +1,7 @@
 """A segment: the part of one parameter that has one role, and how it is cut into blocks."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -113,6 +114,36 @@ class Segment:
         begin = self.start + self.stride * torch.arange(self.count, device=device)
         return (begin[:, None] + torch.arange(self.length, device=device)[None, :]).reshape(-1)
 
+    # -- of tensors of the whole parameter --------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[int]:
+        """Dimensions of the parameter that are neither output rows nor stacked copies."""
+        return [d for d in range(len(self.shape)) if d != self.dim and not (self.stacked and d == 0)]
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of the segment out of the whole parameter, a view where they lie at equal distances."""
+        if not self.shape or (self.whole and self.count == 1):
+            return tensor
+        if self.count == 1 or self.stride == self.length:
+            return tensor.narrow(self.dim, self.start, self.rows)
+        return tensor.index_select(self.dim, self.row_index(tensor.device))
+
+    def matrices(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The matrices [rows, inputs] of the segment, one for each stacked copy, out of the whole parameter."""
+        rows = self.take(tensor)
+        for i in range(self.copies):
+            one = rows[i] if self.stacked else rows
+            yield one.movedim(self.dim - self.stacked, 0).flatten(1)
+
+    def row_sums(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums over everything but the output rows of the whole parameter: fp64 [copies, output rows]."""
+        others = self.inputs
+        sums = tensor.sum(others, dtype=torch.float64) if others else tensor.double()
+        return sums.reshape(self.copies, self.output_size)
+
+    # -- blocks -----------------------------------------------------------------------------------------------------
+
     def blocks(self, cut: Cut) -> int:
         """How many blocks `cut` makes of this segment."""
         return self.copies * {"element": self.numel // self.copies, "row": self.rows}.get(cut, self._units(cut))
@@ -145,3 +176,11 @@ class Segment:
         if self.count == 1:
             return f"{self.start}:{self.start + self.length}"
         return f"{self.count} x {self.length} from {self.start} every {self.stride}"
+
+
+def segment_sums(tensor: torch.Tensor, segments: Sequence[Segment]) -> list[torch.Tensor]:
+    """The sum of each segment of one parameter, fp64 0-d, out of the whole parameter."""
+    if len(segments) == 1 and segments[0].whole:
+        return [tensor.sum(dtype=torch.float64)]
+    sums = segments[0].row_sums(tensor)
+    return [sums.index_select(1, segment.row_index(sums.device)).sum() for segment in segments]

@@ -207,10 +207,5 @@ def spectra(source: HeavyTailLR, entries: Sequence[Entry], group: ReduceGroup) -
 
 
 def _alphas(source: HeavyTailLR, entry: Entry, whole: Tensor) -> Tensor:
-    from sharpwise.probes.parts import matrices  # probes stand on the engine
-
-    own = [
-        source.of_matrices(matrix for _, matrix in matrices(s, whole)) if source.reads(s) else math.nan
-        for s in entry.segments
-    ]
+    own = [source.of_matrices(s.matrices(whole)) if source.reads(s) else math.nan for s in entry.segments]
     return torch.tensor(own, dtype=torch.float64, device=whole.device)

@@ -35,7 +35,7 @@ class Selection:
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors of whole parameters, by name -> the vector [dim]."""
         pieces = zip(self.segments, self.names, strict=True)
-        return torch.cat([rows_of(tensors[name], segment).reshape(-1) for segment, name in pieces])
+        return torch.cat([segment.take(tensors[name]).reshape(-1) for segment, name in pieces])
 
     def scatter(self, flat: Tensor) -> dict[str, Tensor]:
         """The vector -> tensors of whole parameters, by name, zero where nothing is selected."""
@@ -45,7 +45,7 @@ class Selection:
                 whole[name] = piece.view(segment.shape)
                 continue
             own = whole.setdefault(name, flat.new_zeros(segment.shape))
-            shape = rows_of(own, segment).shape
+            shape = segment.take(own).shape
             own.index_copy_(segment.dim, segment.row_index(flat.device), piece.view(shape))
         return whole
 
@@ -71,15 +71,6 @@ class Selection:
         """Of a vector [dim], the sum per segment, float64 [segments]."""
         pieces = flat.split(self.sizes)
         return torch.stack([piece.sum(dtype=torch.float64) for piece in pieces]).cpu().numpy()
-
-
-def rows_of(tensor: Tensor, segment: Segment) -> Tensor:
-    """The rows of a segment out of its whole parameter."""
-    if not segment.shape or (segment.whole and segment.count == 1):
-        return tensor
-    if segment.count == 1 or segment.stride == segment.length:
-        return tensor.narrow(segment.dim, segment.start, segment.rows)
-    return tensor.index_select(segment.dim, segment.row_index(tensor.device))
 
 
 def piece_shape(segment: Segment) -> tuple[int, ...]:

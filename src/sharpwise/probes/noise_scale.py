@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap
 from sharpwise.blocks.map import Blocks, blocks_for
+from sharpwise.blocks.segment import segment_sums
 from sharpwise.probes.estimate import By, Cost, Estimate, Measurement, t_quantile
-from sharpwise.probes.parts import Group, groups, named_parameters, segment_sums, whole
+from sharpwise.probes.parts import Group, groups, named_parameters, whole
 
 Gradients = Mapping[str, Tensor]
 

@@ -1,10 +1,9 @@
 """What probes share: which segments of which parameters, what they are called, and groups of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from sharpwise.blocks import BlockMap, Segment, canonical_name
@@ -87,36 +86,6 @@ def whole(tensor: Tensor) -> Tensor:
     """The tensor without its graph, gathered from all processes where they hold parts of it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def matrices(segment: Segment, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The matrices [rows, inputs] of a segment, one for each stacked copy, and what to add to its label."""
-    rows = tensor
-    if not (segment.whole and segment.count == 1):
-        rows = tensor.index_select(segment.dim, segment.row_index(tensor.device))
-    for i in range(segment.copies):
-        one = rows[i] if segment.stacked else rows
-        yield f"[{i}]" if segment.stacked else "", one.movedim(segment.dim - segment.stacked, 0).flatten(1)
-
-
-def inputs_of(segment: Segment) -> list[int]:
-    """Dimensions of the parameter that are neither output rows nor stacked copies."""
-    return [d for d in range(len(segment.shape)) if d != segment.dim and not (segment.stacked and d == 0)]
-
-
-def row_sums(product: Tensor, segment: Segment) -> Tensor:
-    """Sums in fp64 over everything but the output rows of the whole parameter: [copies, output rows]."""
-    others = inputs_of(segment)
-    sums = product.sum(others, dtype=torch.float64) if others else product.double()
-    return sums.reshape(segment.copies, segment.output_size)
-
-
-def segment_sums(product: Tensor, parts: Sequence[Segment]) -> list[Tensor]:
-    """The sum in fp64 of each segment of one parameter, 0-d."""
-    if len(parts) == 1 and parts[0].whole:
-        return [product.sum(dtype=torch.float64)]
-    sums = row_sums(product, parts[0])
-    return [sums.index_select(1, segment.row_index(sums.device)).sum() for segment in parts]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sharpwise.block_lr.tail import (
 from sharpwise.blocks import Segment
 from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
-from sharpwise.probes.parts import about, choose, labels, matrices, named_parameters, whole
+from sharpwise.probes.parts import about, choose, labels, named_parameters, whole
 
 LEAST = 50
 
@@ -68,8 +68,8 @@ def spectrum(
     warnings: list[str] = []
     arrays: dict[str, Any] = {}
     for segment in chosen:
-        for copy, matrix in matrices(segment, whole(parameters[segment.name])):
-            label = names[segment] + copy
+        for copy, matrix in enumerate(segment.matrices(whole(parameters[segment.name]))):
+            label = f"{names[segment]}[{copy}]" if segment.stacked else names[segment]
             spec = Spectrum.of(matrix)
             if eigenvalues and spec is not None:
                 arrays[label] = spec.eigenvalues.tolist()
