@@ -106,7 +106,6 @@ def test_every_part_has_a_rung(package: Imports) -> None:
 
 KNOWN = {
     "sharpwise.block_lr.sharpness": "probes",
-    "sharpwise.engine.optimizer": "probes",
     "sharpwise.probes.subject": "train",
 }
 """What still points up: a file, and the part that it imports. To be emptied."""

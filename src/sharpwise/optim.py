@@ -21,6 +21,7 @@ from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options
 from sharpwise.hints import kind_of, nearest
+from sharpwise.probes.fisher import sharpness_by_name
 from sharpwise.storage import BF16, FP32, Dense
 
 T = TypeVar("T")
@@ -336,6 +337,7 @@ def _build(
         compile,
         total_steps,
         _batches_of(who, probe_batches),
+        sharpness_by_name,
     )
     return BlockOptimizer(
         first,

@@ -1,6 +1,7 @@
 """SharpnessLR by the probe: the multipliers that its equation gives for what `sharpwise.probes.sharpness` finds."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -172,3 +173,10 @@ def test_the_reference_type_has_1():
     block_lr = sharpwise.SharpnessLR(reference="Emb")
     multipliers = block_lr.multipliers(blocks.segments, {block_lr: S})
     assert dict(zip([str(s.role) for s in blocks.segments], multipliers, strict=True))["tok_emb"] == 1.0
+
+
+def test_the_probe_goes_with_a_pickle():
+    model = models.gpt2()
+    optimizer = sharpwise.Lion(model, lr=1e-4, block_lr="sharpness(source=probe, start=0)", probe_batches=BATCHES)
+    for other in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert other.options.probe is optimizer.options.probe is not None

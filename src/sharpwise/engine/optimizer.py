@@ -210,10 +210,9 @@ class BlockOptimizer(Optimizer):
         model = self._model()
         if model is None:
             raise RuntimeError(f"{self.who}: the model that the block_lr measures is gone; build the optimizer anew")
-        from sharpwise.probes.fisher import sharpness_by_name  # probes stand on the engine
-
+        assert self.options.probe is not None
         with torch.enable_grad():
-            return sharpness_by_name(model, self.options.probe_batches, self._known, seed=taken)
+            return self.options.probe(model, self.options.probe_batches, self._known, seed=taken)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

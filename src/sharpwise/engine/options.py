@@ -1,10 +1,14 @@
 """What holds for a whole optimizer, whatever its rule."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sharpwise.block_lr import BlockLR
+
+ModelProbe = Callable[..., dict[str, list[float]]]
+"""(model, batches, blocks, seed=) -> the sharpness of what is trained now: by name, one value per segment. Pickled with
+the optimizer, so that it has to be a function of a module."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Options:
     compile: bool | None = None
     total_steps: int | None = None
     probe_batches: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+    probe: ModelProbe | None = field(default=None, repr=False, compare=False)
 
     @property
     def varies(self) -> bool:

@@ -1,7 +1,4 @@
-"""Probes: what a block's curvature, spectrum, updates and noise are, each with its uncertainty and cost.
-
-Nothing here is imported by `import sharpwise`; write `from sharpwise import probes`.
-"""
+"""Probes: what a block's curvature, spectrum, updates and noise are, each with its uncertainty and cost."""
 
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.fisher import sharpness
