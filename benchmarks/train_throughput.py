@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.cli.train import View
+from sharpwise.model_facts import count_parameters, flops_per_token
 from sharpwise.train.build import cpu_multiplies_bf16
 from sharpwise.train.data import prepare_tokens
-from sharpwise.train.model_facts import count_parameters, flops_per_token
 from sharpwise.train.models import load_model
 from sharpwise.train.run import Start, run
 from sharpwise.train.steps import Step

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 RUNGS = (
-    ("_version", "files", "hints", "installing", "processes", "table"),
+    ("_version", "files", "hints", "installing", "model_facts", "processes", "table"),
     ("shards",),
     ("blocks",),
     ("rules", "storage", "controls", "block_lr"),
@@ -106,7 +106,6 @@ def test_every_part_has_a_rung(package: Imports) -> None:
 
 KNOWN = {
     "sharpwise.block_lr.sharpness": "probes",
-    "sharpwise.probes.subject": "train",
 }
 """What still points up: a file, and the part that it imports. To be emptied."""
 

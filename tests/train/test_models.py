@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharpwise.model_facts import count_parameters, max_context, vocabulary_of
 from sharpwise.train import presets
-from sharpwise.train.model_facts import count_parameters, max_context, vocabulary_of
 from sharpwise.train.models import PRESETS, load_model, usable_settings
 
 # All parameters, embedding and head included, tied ones once: so count all of these sources.

@@ -21,9 +21,9 @@ from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Stu
 from sharpwise.compare.tuning import Losses, Trial, tried
 from sharpwise.compare.workers import Workers
 from sharpwise.files import check_name, held, remove_leftovers, write_whole
+from sharpwise.model_facts import count_parameters
 from sharpwise.train.build import Built, build, validation_every
 from sharpwise.train.config_file import make_config, read_given
-from sharpwise.train.model_facts import count_parameters
 from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import train_steps
 

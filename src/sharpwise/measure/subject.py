@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpwise.model_facts import max_context, vocabulary_of
 from sharpwise.train.build import Built, build
 from sharpwise.train.checkpoint import OtherVersion, read_checkpoint, saved_steps
 from sharpwise.train.config import Config, MeshConfig
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.data import Prepared, Tokens, open_tokens, window_starts
 from sharpwise.train.environment import environment
-from sharpwise.train.model_facts import max_context, vocabulary_of
 from sharpwise.train.models import confirm_code, load_pretrained
 
 LONGEST = 1024  # tokens of context, where nobody says

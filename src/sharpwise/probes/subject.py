@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sharpwise.blocks import BlockMap, Segment, canonical_name
 from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.hints import kind_of
+from sharpwise.model_facts import logits_of, vocabulary_of
 from sharpwise.probes.batches import Batch, as_batches
 from sharpwise.shards import is_dtensor
-from sharpwise.train.model_facts import logits_of, vocabulary_of
 
 
 class Subject:

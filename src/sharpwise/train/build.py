@@ -14,12 +14,12 @@ from sharpwise.blocks import BlockMap
 from sharpwise.blocks.unclear import without_options
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import nearest
+from sharpwise.model_facts import enable_activation_checkpointing, logits_of, max_context, vocabulary_of
 from sharpwise.optim import create_optimizer
 from sharpwise.train.config import Config, OptimizerConfig, steps_of
 from sharpwise.train.config_file import as_flat
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
-from sharpwise.train.model_facts import enable_activation_checkpointing, logits_of, max_context, vocabulary_of
 from sharpwise.train.models import load_model, load_pretrained, tokenizer_of, usable_settings
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.steps import Plan, step_starts

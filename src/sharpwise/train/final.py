@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sharpwise.files import replace_folder, write_whole
 from sharpwise.installing import needs
+from sharpwise.model_facts import logits_of
 from sharpwise.train.build import Built
 from sharpwise.train.data import END_OF_TEXT
 from sharpwise.train.folder import RunFolder
-from sharpwise.train.model_facts import logits_of
 
 logger = logging.getLogger("sharpwise.train")
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from sharpwise.blocks import BlockMap
 from sharpwise.blocks.names import canonical_name
+from sharpwise.model_facts import head_counts, logits_of
 from sharpwise.train.config import MeshConfig
-from sharpwise.train.model_facts import head_counts, logits_of
 
 STYLES: dict[str, ParallelStyle] = {
     "colwise": ColwiseParallel(),

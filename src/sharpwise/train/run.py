@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from sharpwise.files import write_whole
+from sharpwise.model_facts import count_parameters
 from sharpwise.probes.callbacks import Probes
 from sharpwise.train.build import Built, as_code, build
 from sharpwise.train.checkpoint import Checkpoint, Checkpoints, OtherVersion
@@ -21,7 +22,6 @@ from sharpwise.train.config_file import Given, differences, flat, make_config, t
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder, changed_lines, read_starts
-from sharpwise.train.model_facts import count_parameters
 from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points

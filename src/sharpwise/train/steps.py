@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
+from sharpwise.model_facts import logits_of
 from sharpwise.probes.callbacks import Notes, Probes
 from sharpwise.train.data import Tokens, even_starts, window_starts
 from sharpwise.train.diagnostics import multipliers_by_role
-from sharpwise.train.model_facts import logits_of
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.world import ALONE, World, passes_of, share_of
 

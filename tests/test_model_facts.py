@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sharpwise.train.model_facts import (
+from sharpwise.model_facts import (
     count_parameters,
     enable_activation_checkpointing,
     flops_per_token,
