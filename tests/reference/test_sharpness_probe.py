@@ -12,7 +12,7 @@ import sharpwise
 from reference import driver, models, sharpness_lr
 from reference.blockwise_lr import RATIO_OF_ROLE
 from reference.rig import BARE, named, steps
-from sharpwise.probes import sharpness
+from sharpwise.probes import calibrate, sharpness
 
 BATCHES = [torch.randint(0, 13, (2, 7), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
@@ -127,7 +127,7 @@ def test_calibrate(name):
     overrides = TINY if name == "tiny" else None
     before = copy.deepcopy(model.state_dict())
     S, blocks = found(copy.deepcopy(model), 0, overrides)
-    fixed = sharpwise.SharpnessLR.calibrate(model, BATCHES, blocks=blocks, power=0.4, max_ratio=6.0)
+    fixed = calibrate(model, BATCHES, blocks=blocks, power=0.4, max_ratio=6.0)
     want = ratios(S, blocks, power=0.4, max_ratio=6.0)
     kinds = {RATIO_OF_ROLE[str(s.role)]: r for s, r in zip(blocks.segments, want, strict=True)}
     for kind in ("emb", "qk", "ffn", "vo", "norm", "head", "pos_emb", "other"):
@@ -144,13 +144,13 @@ def test_calibrate_on_a_map_of_more_than_is_trained():
     model = models.build("llama")
     blocks = sharpwise.BlockMap.of(model)
     model.model.embed_tokens.requires_grad_(False)
-    fixed = sharpwise.SharpnessLR.calibrate(model, BATCHES, blocks=blocks)
-    assert fixed == sharpwise.SharpnessLR.calibrate(model, BATCHES) and fixed.emb == 1.0
+    fixed = calibrate(model, BATCHES, blocks=blocks)
+    assert fixed == calibrate(model, BATCHES) and fixed.emb == 1.0
 
 
 def test_calibrate_keeps_the_decay():
     model = models.build("llama")
-    assert sharpwise.SharpnessLR.calibrate(model, BATCHES, decay="base").decay == "base"
+    assert calibrate(model, BATCHES, decay="base").decay == "base"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_calibrate_keeps_the_decay():
 )
 def test_calibrate_refuses(settings, says):
     with pytest.raises(ValueError, match=says):
-        sharpwise.SharpnessLR.calibrate(models.build("llama"), BATCHES, **settings)
+        calibrate(models.build("llama"), BATCHES, **settings)
 
 
 def test_the_reference_type_has_1():

@@ -17,21 +17,19 @@ S_b of a type is the mean over the elements of what its segments then have.
 | r_b | multipliers |
 
 Departs: the paper measures once, by hand, and takes five fixed ratios. The position embedding is a type of its own.
-The order of the S_b settles after about 2% of the steps only, so that nothing is measured before.
+The order of the S_b settles after about 2% of the steps only, so that nothing is measured before. Five fixed ratios of
+a model of one's own: `sharpwise.probes.calibrate`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-from torch import nn
+from typing import ClassVar, Literal
 
 from sharpwise.block_lr.base import NOTHING, Measured, is_number
-from sharpwise.block_lr.blockwise import BY_TYPE, KINDS, BlockwiseLR, argument_of
+from sharpwise.block_lr.blockwise import BY_TYPE, argument_of
 from sharpwise.block_lr.measured import PhasedLR, Source
 from sharpwise.blocks import BlockType, Segment
-from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.blocks.roles import meant
 
 
@@ -117,39 +115,6 @@ class SharpnessLR(PhasedLR):
                 f"{self.name}: ratios are relative to the sharpness of {self.reference}, which no trained parameter "
                 f"of this model is; reference must be one of {', '.join(there)}"
             )
-
-    @classmethod
-    def calibrate(cls, model: nn.Module, batches: Any, *, blocks: Blocks = None, **settings: Any) -> BlockwiseLR:
-        """Fixed ratios from a measurement on this model now.
-
-        Args:
-            model: it is left as it was.
-            batches: as `sharpwise.probes.sharpness` takes them.
-            blocks: the map of its segments, or overrides for the one that is made.
-            **settings: of SharpnessLR, such as `power` and `max_ratio`.
-
-        Returns:
-            `BlockwiseLR` with the ratios, to three digits; 1 for types that the model has not.
-
-        Raises:
-            ValueError: for settings, or batches that the probe refuses.
-        """
-        from sharpwise.probes.fisher import sharpness_by_name  # probes stand on the engine, that on this
-
-        own = cls(**settings)
-        if own.by != "type":
-            raise ValueError(f"{own.name}: calibrate gives one ratio per type, got by={own.by!r}")
-        known = blocks_for(model, blocks, "SharpnessLR.calibrate")
-        own.check(known.segments)
-        by_name = sharpness_by_name(model, batches, known)
-        nothing = [math.nan]
-        values = [by_name.get(name, nothing * len(known[name])) for name in known.names()]
-        found = [own.updated(math.nan, value) for per_segment in values for value in per_segment]
-        segments = [segment for name in known.names() for segment in known[name]]
-        ratios = own.multipliers(segments, {own: found})
-        by_kind = {argument_of(segment): ratio for segment, ratio in zip(segments, ratios, strict=True)}
-        rounded: dict[str, Any] = {kind: float(f"{by_kind.get(kind, 1.0):.3g}") for kind in KINDS}
-        return BlockwiseLR(**rounded, decay=own.decay)
 
 
 def _mean(values: Sequence[tuple[float, Segment]]) -> float:

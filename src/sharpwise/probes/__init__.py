@@ -1,5 +1,6 @@
 """Probes: what a block's curvature, spectrum, updates and noise are, each with its uncertainty and cost."""
 
+from sharpwise.probes.calibrate import calibrate
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.fisher import sharpness
 from sharpwise.probes.hessian import Diagonal, diagonal, frobenius, norm_11, trace
@@ -24,6 +25,7 @@ __all__ = [
     "UpdateSize",
     "alpha_hill",
     "alpha_of_random",
+    "calibrate",
     "density",
     "diagonal",
     "eigenvalues",
