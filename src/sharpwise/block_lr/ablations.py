@@ -37,8 +37,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from sharpwise.block_lr.base import NOTHING, BlockLR, Measured
-from sharpwise.block_lr.measured import MeasuredLR
+from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, MeasuredLR
 from sharpwise.blocks import BlockType, Role, Segment
 from sharpwise.blocks.roles import meant
 from sharpwise.hints import kind_of

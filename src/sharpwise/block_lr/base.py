@@ -1,20 +1,24 @@
-"""How far, per block: a multiplier of the learning rate for every segment."""
+"""How far, per block: a multiplier of the learning rate for every segment, and products of several.
+
+m_s = product of the m_s of all factors, `SharpnessLR() * LayerDecay(rate=0.9)`
+"""
 
 from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from math import isnan, prod
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sharpwise.blocks import Segment
 from sharpwise.hints import kind_of
 
-if TYPE_CHECKING:
-    from sharpwise.block_lr.measured import MeasuredLR
-
+Source = Literal["second_moment", "gradient", "matrix", "probe"]
+"""Of each segment: the mean of the second moment that the rule keeps; ||g|| / std(g); a function of the weights; the
+sharpness by a probe of the model."""
 Measured = Mapping["MeasuredLR", Sequence[float]]
 """What was measured for each block_lr that asks: one number per segment of the model, NaN where none is known."""
 NOTHING: Measured = MappingProxyType({})
@@ -47,18 +51,16 @@ class BlockLR:
 
     def __str__(self) -> str:
         said = []
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, BlockLR):
                 said.append(str(value))
-            elif field.init and value != field.default:
-                said.append(f"{field.name}={spelled(value)}")
+            elif each.init and value != each.default:
+                said.append(f"{each.name}={spelled(value)}")
         return f"{self.name}({', '.join(said)})" if said else self.name
 
     def __mul__(self, other: object) -> BlockLR:
         """Both: the product of their multipliers."""
-        from sharpwise.block_lr.product import Product
-
         return Product((self, other)) if isinstance(other, BlockLR) else NotImplemented
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
@@ -91,6 +93,102 @@ class BlockLR:
     def follows_lr(self) -> bool:
         """Whether `effective` depends on the learning rate."""
         return False
+
+
+@dataclass(frozen=True)
+class MeasuredLR(BlockLR):
+    """Base of block_lrs that need a measurement; as long as there is none, multipliers are 1."""
+
+    @property
+    def measures(self) -> Source:
+        """What is measured."""
+        raise NotImplementedError
+
+    @property
+    def sources(self) -> tuple[MeasuredLR, ...]:
+        return (self,)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is measured at every step until all segments have a value."""
+        return False
+
+    @property
+    def smooth(self) -> int:
+        """Steps over which multipliers go where a measurement leads them; 0 or 1: at once."""
+        return 0
+
+    def due(self, taken: int, total_steps: int | None) -> bool:
+        """Whether to measure after so many steps."""
+        return False
+
+    def updated(self, before: float, now: float) -> float:
+        """What to keep, of what was kept before and what has been found now; NaN where there is nothing."""
+        return before if isnan(now) else now
+
+
+@dataclass(frozen=True)
+class Product(BlockLR):
+    """The product of the multipliers of two or more; usually written `a * b`.
+
+    Decay is scaled with the product, unless one of them keeps it as it is ("base"). A floor holds for the product.
+
+    Args:
+        factors: block_lrs; products among them are taken apart.
+
+    Raises:
+        ValueError: less than two factors, or two with a floor.
+    """
+
+    decay: Literal["scaled", "base"] = field(init=False, repr=False)
+    factors: tuple[BlockLR, ...]
+
+    name: ClassVar[str] = "product"
+
+    def __post_init__(self) -> None:
+        given = self.factors if isinstance(self.factors, (tuple, list)) else (self.factors,)
+        wrong = [factor for factor in given if not isinstance(factor, BlockLR)]
+        if wrong:
+            raise TypeError(f"{self.name}: expected BlockLRs, such as BlockwiseLR(), got {wrong[0]!r}")
+        flat = [part for factor in given for part in (factor.factors if isinstance(factor, Product) else (factor,))]
+        if len(flat) < 2:
+            raise ValueError(f"{self.name}: it takes two factors or more, got {len(flat)}")
+        if len(floors := [part for part in flat if part.follows_lr]) > 1:
+            raise ValueError(f"{self.name}: one factor at most has a floor, got {', '.join(map(str, floors))}")
+        object.__setattr__(self, "factors", tuple(flat))
+        object.__setattr__(self, "decay", "base" if any(part.decay == "base" for part in flat) else "scaled")
+
+    def __str__(self) -> str:
+        return "*".join(map(str, self.factors))
+
+    def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
+        own = [factor.multipliers(segments, measured) for factor in self.factors]
+        return [prod(values) for values in zip(*own, strict=True)]
+
+    def effective(self, multiplier: float, lr: float, peak: float) -> float:
+        for factor in self.factors:
+            multiplier = factor.effective(multiplier, lr, peak) if factor.follows_lr else multiplier
+        return multiplier
+
+    @property
+    def by_role(self) -> bool:
+        return any(factor.by_role for factor in self.factors)
+
+    @property
+    def parts(self) -> tuple[BlockLR, ...]:
+        return self.factors
+
+    @property
+    def follows_lr(self) -> bool:
+        return any(factor.follows_lr for factor in self.factors)
+
+    @property
+    def sources(self) -> tuple[MeasuredLR, ...]:
+        return tuple(dict.fromkeys(source for factor in self.factors for source in factor.sources))
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        for factor in self.factors:
+            factor.check(segments)
 
 
 def is_number(value: object) -> bool:

@@ -24,8 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sharpwise.block_lr.base import NOTHING, Measured
-from sharpwise.block_lr.measured import MeasuredLR, Source
+from sharpwise.block_lr.base import NOTHING, Measured, MeasuredLR, Source
 from sharpwise.blocks import Segment
 
 CAP = 10.0

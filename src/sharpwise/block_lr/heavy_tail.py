@@ -31,8 +31,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sharpwise.block_lr.base import NOTHING, Measured, is_number
-from sharpwise.block_lr.measured import PhasedLR, Source
+from sharpwise.block_lr.base import NOTHING, Measured, Source, is_number
+from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.block_lr.tail import Convention, Spectrum, alpha_hill, alpha_of_random
 from sharpwise.blocks import BlockType, Segment
 

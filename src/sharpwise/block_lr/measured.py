@@ -10,49 +10,11 @@ an ablation of a product it is that of what was measured last, and the longest o
 is saved, so that a resumed run has the same multipliers at every step.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from sharpwise.block_lr.base import BlockLR, is_number
-
-Source = Literal["second_moment", "gradient", "matrix", "probe"]
-"""Of each segment: the mean of the second moment that the rule keeps; ||g|| / std(g); a function of the weights; the
-sharpness by a probe of the model."""
-
-
-@dataclass(frozen=True)
-class MeasuredLR(BlockLR):
-    """Base of block_lrs that need a measurement; as long as there is none, multipliers are 1."""
-
-    @property
-    def measures(self) -> Source:
-        """What is measured."""
-        raise NotImplementedError
-
-    @property
-    def sources(self) -> tuple[MeasuredLR, ...]:
-        return (self,)
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is measured at every step until all segments have a value."""
-        return False
-
-    @property
-    def smooth(self) -> int:
-        """Steps over which multipliers go where a measurement leads them; 0 or 1: at once."""
-        return 0
-
-    def due(self, taken: int, total_steps: int | None) -> bool:
-        """Whether to measure after so many steps."""
-        return False
-
-    def updated(self, before: float, now: float) -> float:
-        """What to keep, of what was kept before and what has been found now; NaN where there is nothing."""
-        return before if math.isnan(now) else now
+from sharpwise.block_lr.base import MeasuredLR, is_number
 
 
 @dataclass(frozen=True, kw_only=True)

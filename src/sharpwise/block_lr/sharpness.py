@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sharpwise.block_lr.base import NOTHING, Measured, is_number
+from sharpwise.block_lr.base import NOTHING, Measured, Source, is_number
 from sharpwise.block_lr.blockwise import BY_TYPE, argument_of
-from sharpwise.block_lr.measured import PhasedLR, Source
+from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.blocks import BlockType, Segment
 from sharpwise.blocks.roles import meant
 

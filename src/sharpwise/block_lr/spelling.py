@@ -16,13 +16,12 @@ from dataclasses import fields
 from typing import Any, overload
 
 from sharpwise.block_lr.ablations import Ablation, MeanMatched, Only, Reversed, Shuffled
-from sharpwise.block_lr.base import BlockLR, is_number
+from sharpwise.block_lr.base import BlockLR, Product, is_number
 from sharpwise.block_lr.blockwise import BlockwiseLR
 from sharpwise.block_lr.gradient_snr import GradientSNR
 from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.layer_decay import LayerDecay
 from sharpwise.block_lr.per_role import PerRole
-from sharpwise.block_lr.product import Product
 from sharpwise.block_lr.sharpness import SharpnessLR
 from sharpwise.hints import nearest
 
