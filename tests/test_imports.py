@@ -19,7 +19,7 @@ RUNGS = (
     ("rules", "storage", "controls", "block_lr"),
     ("engine",),
     ("probes",),
-    ("optim",),
+    ("arms", "combinations", "optim"),
     ("",),  # what `import sharpwise` gives
     ("train",),
     ("compare", "measure", "report"),

@@ -179,7 +179,7 @@ def test_names_of_roles_and_types(make, says):
         (lambda m: sharpwise.AdamW(m, blocks=["q"]), r"blocks must be a BlockMap, or roles by name .* got list$"),
         (lambda m: sharpwise.create_optimizer("adamw", m), r"got LlamaForCausalLM: .*optimizer\(model, 'adamw'\)$"),
         (lambda m: sharpwise.create_optimizer("lion", m.parameters()), r"got generator: .*optimizer\(model, 'lion'\)$"),
-        (lambda m: sharpwise.create_optimizer(m, sharpwise.AdamW), "name must be text, .* got the function AdamW$"),
+        (lambda m: sharpwise.create_optimizer(m, sharpwise.AdamW), "name must be text, .* got the class AdamW$"),
         (lambda m: sharpwise.AdamW("adamw"), "expected a model, .* got str$"),
         (lambda m: sharpwise.AdamW(m.named_parameters), "got the method named_parameters, not called$"),
         (lambda m: sharpwise.AdamW(type(m)), "got the class LlamaForCausalLM$"),

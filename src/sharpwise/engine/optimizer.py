@@ -39,7 +39,7 @@ from sharpwise.engine.describe import explanation, lr_table
 from sharpwise.engine.kernels import Compiler
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
-from sharpwise.engine.options import Options
+from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.plan import Entry, Layouts, build_entry, live, rehearse
 from sharpwise.engine.stepper import Stepper
 from sharpwise.hints import kind_of
@@ -58,7 +58,7 @@ _ROUNDING = 1e-12
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
 
 
-class BlockOptimizer(Optimizer):
+class BlockOptimizer(KnownOptions, Optimizer):
     """Runs a rule over the blocks of a model. Use the named constructors (`sharpwise.AdamW`, ...), which document the
     arguments; this class adds nothing but the machinery.
 
@@ -359,6 +359,16 @@ class BlockOptimizer(Optimizer):
         self._stepper = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def __repr__(self) -> str:
+        """The groups as torch shows them, but their parameters counted and not named."""
+        lines = [f"{type(self).__name__} ("]
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            shown = {**group, "params": f"{len(params)}, of {sum(p.numel() for p in params):,} elements"}
+            shown.pop("param_names", None)
+            lines += [f"Parameter Group {number}", *(f"    {key}: {shown[key]}" for key in sorted(shown))]
+        return "\n".join([*lines, ")"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._note_skipped()

@@ -1,10 +1,12 @@
 """What holds for a whole optimizer, whatever its rule."""
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sharpwise.block_lr import BlockLR
+from sharpwise.hints import nearest
 
 ModelProbe = Callable[..., dict[str, list[float]]]
 """(model, batches, blocks, seed=) -> the sharpness of what is trained now: by name, one value per segment. Pickled with
@@ -35,3 +37,22 @@ class Options:
     def guarded(self) -> bool:
         """Whether the gradients are read once before the step."""
         return self.max_grad_norm is not None or self.on_nonfinite != "ignore"
+
+
+class KnownOptions:
+    """Refuses options that the signature lacks, and says which it has, before Python names the first of them alone."""
+
+    # A base of its own: `inspect.signature` takes the first of __new__ and __init__ in the order of classes.
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        parameters = inspect.signature(cls).parameters
+        unknown = sorted(set(options) - set(parameters))
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise TypeError(f"{cls.__name__}: {_unknown(unknown, [*parameters][1:])}")
+        return super().__new__(cls)
+
+
+def _unknown(names: Sequence[str], known: Sequence[str]) -> str:
+    torchs = [name for name in names if name in ("foreach", "fused", "capturable", "differentiable")]
+    hint = f"; {', '.join(torchs)}: leave out, the fastest kernel is chosen by itself" if torchs else ""
+    called = ", ".join(f"{name}{'' if name in torchs else nearest(name, known)}" for name in names)
+    return f"no option is called {called}{hint}; options are {', '.join(known)}"

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from sharpwise.combinations import COMMON
 from sharpwise.hints import nearest
 from sharpwise.installing import needs
-from sharpwise.optim import OPTIMIZERS, Common, split_arm
+from sharpwise.optim import OPTIMIZERS, split_arm
 from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block_lr
 
 Given = Mapping[str, Any]
@@ -96,15 +97,16 @@ def _gather_options(table: Any) -> Any:
     table = _apart({"name": OptimizerConfig.name, **table})
     name = table["name"]
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
-    allowed = (set(parameters) | set(Common.__annotations__)) - {"first", "options", *_OF_A_RUN, *own}
+    allowed = set(parameters) - {"first", *_OF_A_RUN, *own}
     for key in table.keys() - own:
         if key not in allowed:
             raise ValueError(
                 f"optimizer.{key}: {name} has no such setting{nearest(key, {*allowed, *own})}; "
                 f"there are {', '.join(sorted({*allowed, *own}))}"
             )
-    # Defaults of the constructor are written down too: those of another version may differ.
-    defaults = {key: _as_toml(p.default) for key, p in parameters.items() if p.default not in (p.empty, None)}
+    # Defaults of its own are written down too: those of another version may differ.
+    defaults = {key: _as_toml(parameters[key].default) for key in parameters if key not in ("first", *COMMON)}
+    defaults = {key: value for key, value in defaults.items() if value is not None}
     options = {**defaults, **{key: _as_toml(value) for key, value in table.items()}}
     return {
         "lr": options["lr"],

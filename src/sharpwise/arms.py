@@ -1,0 +1,52 @@
+"""Arms of a comparison by name: an optimizer, or an optimizer + a block_lr, such as "adam-mini+blockwise"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sharpwise.block_lr import make_block_lr
+from sharpwise.block_lr.spelling import ABLATIONS, BLOCK_LRS
+from sharpwise.combinations import COMBINES
+from sharpwise.hints import nearest
+
+
+def parse_arm(text: str) -> dict[str, str]:
+    """What one arm of a comparison is, from its name: an optimizer, or an optimizer + a block_lr.
+
+    Returns:
+        `name` and, where there is one, `block_lr` in its canonical spelling: for `create_optimizer`, or the table
+        [optimizer] of a configuration.
+
+    Raises:
+        ValueError: for an unknown optimizer, or a block_lr that `make_block_lr` refuses.
+
+    >>> parse_arm("adam-mini+reversed(blockwise)")
+    {'name': 'adam-mini', 'block_lr': 'reversed(blockwise)'}
+    """
+    before, plus, after = str(text).partition("+")
+    name, block_lr = before.strip(), after.strip()
+    if not isinstance(text, str) or name not in COMBINES:
+        called = f"{name!r}{nearest(name, COMBINES)}" if isinstance(text, str) else repr(text)
+        alone = not plus and name.partition("(")[0] in {*BLOCK_LRS, *ABLATIONS}
+        hint = f"; it is a learning rate per block, for instance of adamw: adamw+{name}" if alone else ""
+        raise ValueError(f"no optimizer is called {called}; there are {', '.join(sorted(COMBINES))}{hint}")
+    if not plus:
+        return {"name": name}
+    if not block_lr:
+        raise ValueError(f"{text!r} names no block_lr after the +; write {name}, or for instance {name}+blockwise")
+    return {"name": name, "block_lr": str(make_block_lr(block_lr))}
+
+
+def split_arm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an optimizer, by `name`, which may be a whole arm: with its name and its block_lr apart.
+
+    Raises:
+        ValueError: as `parse_arm`; or where `block_lr` is given too, and is another one.
+    """
+    arm = parse_arm(settings["name"])
+    given = settings.get("block_lr")
+    if "block_lr" in arm and given not in (None, "") and make_block_lr(given) != make_block_lr(arm["block_lr"]):
+        raise ValueError(
+            f"two different block_lrs are given: {arm['block_lr']} in {settings['name']!r}, and "
+            f"block_lr={make_block_lr(given)}; leave out one of them"
+        )
+    return {**settings, **arm}
