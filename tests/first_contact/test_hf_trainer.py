@@ -57,6 +57,22 @@ def test_factory_equals_the_optimizer_passed_in_and_a_resumed_run_the_whole_one(
     assert_same_weights(resumed, passed)
 
 
+def test_a_class_with_the_model_equals_the_optimizer_passed_in(tmp_path: Path) -> None:
+    passed, built = gpt2(), gpt2()
+    trainer(tmp_path / "a", passed, optimizers=(sharpwise.AdamMini(passed, lr=1e-2), None)).train()
+    made = trainer(tmp_path / "b", built, optimizer_cls_and_kwargs=(sharpwise.AdamMini, {"model": built, "lr": 1e-2}))
+    made.train()
+    assert isinstance(made.optimizer.optimizer, sharpwise.AdamMini)
+    assert_same_weights(built, passed)
+    assert_trained(built, gpt2())
+
+
+def test_a_class_without_the_model_is_told_what_it_lacks(tmp_path: Path) -> None:
+    made = trainer(tmp_path, gpt2(), optimizer_cls_and_kwargs=(sharpwise.AdamMini, {"lr": 1e-2}))
+    with pytest.raises(TypeError, match=r"AdamMini: tensors have no names.*model=model"):
+        made.create_optimizer()
+
+
 class Freezes(transformers.TrainerCallback):
     """Freezes the first layer at one step and lets it go at another."""
 

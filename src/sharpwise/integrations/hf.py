@@ -1,8 +1,9 @@
 """Hugging Face `Trainer`: the form in which it takes an optimizer that has to see the model.
 
 `Trainer(optimizer_cls_and_kwargs=(cls, kwargs))` calls an Optimizer subclass with its own two parameter groups, which
-carry no names and no model. Anything else it takes for a factory class, and calls `cls()(model, **kwargs)`
-(transformers 5.23, `Trainer.create_optimizer`).
+carry no names and no model; a `model` among the kwargs it passes in their place, so that `(sharpwise.AdamMini,
+{"model": model, "lr": 6e-4})` works on one process. Anything else it takes for a factory class, and calls
+`cls()(model, **kwargs)` (transformers 5.23, `Trainer.create_optimizer`).
 """
 
 from typing import Any
