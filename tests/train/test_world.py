@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from sharpwise.train import joining
+from sharpwise.train import launch
 from sharpwise.train.config import MeshConfig
+from sharpwise.train.launch import Launch, joined
 from sharpwise.train.parallel import layers_of, mesh_sizes
-from sharpwise.train.world import ALONE, Launch, joined, passes_of, share_of
+from sharpwise.train.world import ALONE, passes_of, share_of
 from train.distributed.rig import build
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,7 +64,7 @@ def test_an_environment_that_makes_no_sense(monkeypatch, said: dict[str, str], m
 def test_a_timeout_that_makes_no_sense(monkeypatch, seconds: str) -> None:
     monkeypatch.setenv("SHARPWISE_TIMEOUT", seconds)
     with pytest.raises(ValueError, match="expected seconds, between 1 and 86400"):
-        joining._timeout()
+        launch._timeout()
 
 
 def test_others_that_do_not_come(monkeypatch, unused_port: int) -> None:

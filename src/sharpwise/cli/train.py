@@ -279,9 +279,9 @@ def _to_confirm(run: Path) -> str:
 def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: int, trust_code: bool) -> None:
     from sharpwise.train.build import build
     from sharpwise.train.config_file import make_config, read_given
+    from sharpwise.train.launch import Launch
     from sharpwise.train.models import confirm_code
     from sharpwise.train.profile import profile_steps
-    from sharpwise.train.world import Launch
 
     if Launch.of_environment().size > 1:
         raise ValueError("--profile is for one process; leave out torchrun, or --profile")

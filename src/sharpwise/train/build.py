@@ -20,11 +20,12 @@ from sharpwise.train.config import Config, OptimizerConfig, steps_of
 from sharpwise.train.config_file import as_flat
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
+from sharpwise.train.launch import Launch
 from sharpwise.train.models import load_model, load_pretrained, tokenizer_of, usable_settings
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.steps import Plan, step_starts
 from sharpwise.train.tracking import check_trackers, has_tensorboard
-from sharpwise.train.world import ALONE, Launch, World
+from sharpwise.train.world import ALONE, World
 
 LONGEST = 1024  # tokens of context, where nobody says
 EAGER_UP_TO = 1024  # tokens of context: where written-out attention is quicker than torch's fused one on a CPU

@@ -22,10 +22,11 @@ from sharpwise.train.config_file import Given, differences, flat, make_config, t
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder, changed_lines, read_starts
+from sharpwise.train.launch import joined
 from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points
-from sharpwise.train.world import World, is_everywhere, is_marked, joined, mark
+from sharpwise.train.world import World, is_everywhere, is_marked, mark
 
 logger = logging.getLogger("sharpwise.train")
 

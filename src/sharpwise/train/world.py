@@ -2,14 +2,11 @@
 
 Everything that a run asks of other processes goes through a `World`. The class itself is one process alone: it answers
 every question for itself, `torch.distributed` is not imported, and a run comes out to the bit as it would without. The
-other kind is `sharpwise.train.distributed.Several`.
+other kind is `sharpwise.train.distributed.Several`; `sharpwise.train.launch.joined` says which of them a process is in.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -115,58 +112,6 @@ class World:
 
 
 ALONE = World()
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launcher such as torchrun says in the environment: rank of this process, how many, rank on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @staticmethod
-    def of_environment() -> "Launch":
-        """One process where nothing is said.
-
-        Raises:
-            ValueError: a part is missing, or makes no sense.
-        """
-        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            return Launch()
-        said = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        try:
-            launch = Launch(*map(int, said.values()))
-        except ValueError:
-            raise ValueError(f"the environment says {said}, expected whole numbers, as torchrun sets them") from None
-        if launch.size == 1:
-            return Launch()
-        if not 0 <= launch.rank < launch.size:
-            raise ValueError(f"the environment says RANK={launch.rank} of WORLD_SIZE={launch.size} processes")
-        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise ValueError(
-                f"the environment says RANK={launch.rank} of WORLD_SIZE={launch.size} processes, but not "
-                f"{' and '.join(missing)}, where they meet: there is no process group. Start torchrun "
-                "--nproc-per-node N -m sharpwise train ..., or unset RANK and WORLD_SIZE to train in one process"
-            )
-        return launch
-
-
-@contextmanager
-def joined() -> Iterator[World]:
-    """This process among those that were launched with it, or alone.
-
-    Raises:
-        ValueError: the environment makes no sense, or the others cannot be reached.
-    """
-    launch = Launch.of_environment()
-    if launch.size == 1:
-        yield ALONE
-        return
-    from sharpwise.train.joining import join
-
-    with join(launch) as world:
-        yield world
 
 
 def mark(error: Exception, *, everywhere: bool) -> Exception:

@@ -1,25 +1,86 @@
-"""Finding the other processes that were launched: a process group for as long as a run lasts."""
+"""What was launched: which process this is, and a process group with the others for as long as a run lasts."""
 
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from sharpwise.train.distributed import Several
-from sharpwise.train.world import Launch
+from sharpwise.train.world import ALONE, World
 
 TIMEOUT = 300.0  # seconds
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher such as torchrun says in the environment: rank of this process, how many, rank on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @staticmethod
+    def of_environment() -> "Launch":
+        """One process where nothing is said.
+
+        Raises:
+            ValueError: a part is missing, or makes no sense.
+        """
+        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            return Launch()
+        said = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        try:
+            launch = Launch(*map(int, said.values()))
+        except ValueError:
+            raise ValueError(f"the environment says {said}, expected whole numbers, as torchrun sets them") from None
+        if launch.size == 1:
+            return Launch()
+        if not 0 <= launch.rank < launch.size:
+            raise ValueError(f"the environment says RANK={launch.rank} of WORLD_SIZE={launch.size} processes")
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ValueError(
+                f"the environment says RANK={launch.rank} of WORLD_SIZE={launch.size} processes, but not "
+                f"{' and '.join(missing)}, where they meet: there is no process group. Start torchrun "
+                "--nproc-per-node N -m sharpwise train ..., or unset RANK and WORLD_SIZE to train in one process"
+            )
+        return launch
+
+
 @contextmanager
-def join(launch: Launch) -> Iterator[Several]:
-    """The processes that were launched together, for as long as the block lasts; a group that is there already stays.
+def joined() -> Iterator[World]:
+    """This process among those that were launched with it, or alone.
+
+    Raises:
+        ValueError: the environment makes no sense, or the others cannot be reached.
+    """
+    launch = Launch.of_environment()
+    if launch.size == 1:
+        yield ALONE
+        return
+    with _group(launch) as timeout:
+        from sharpwise.train.distributed import Several  # one process alone does without torch's sharding
+
+        world = Several(timeout)
+        get_error_handler().initialize()
+        try:
+            yield world
+        except Exception as error:
+            found = world.explained(error)
+            _record(found)
+            if found is error:
+                raise
+            raise found from error
+
+
+@contextmanager
+def _group(launch: Launch) -> Iterator[timedelta]:
+    """A process group of all, and how long one waits for another; a group that is there already stays.
 
     Raises:
         ValueError: they cannot be reached.
@@ -40,16 +101,7 @@ def join(launch: Launch) -> Iterator[Several]:
                 f"{os.environ['MASTER_PORT']} ({error}); start all processes with torchrun, or with the same "
                 "MASTER_ADDR, MASTER_PORT and WORLD_SIZE and a RANK each"
             ) from error
-    world = Several(timeout)
-    get_error_handler().initialize()
-    try:
-        yield world
-    except Exception as error:
-        found = world.explained(error)
-        _record(found)
-        if found is error:
-            raise
-        raise found from error
+    yield timeout
     # After an error the others may be gone: the end of the process ends the group.
     if owned:
         dist.destroy_process_group()
