@@ -112,7 +112,6 @@ def test_parts_of_a_rung_do_not_import_each_other(package: Imports) -> None:
     assert not sideways(package)
 
 
-@pytest.mark.xfail(reason="five circles are still to be opened")
 def test_files_import_in_no_circle(package: Imports) -> None:
     assert not circle(package)
 

@@ -10,16 +10,18 @@ from torch.utils._pytree import tree_map
 
 from sharpwise.blocks.names import canonical_name
 from sharpwise.blocks.segment import Segment
-from sharpwise.blocks.trace.attention import flex_attention_seen
+from sharpwise.blocks.trace import attention, elementwise, matrices
 from sharpwise.blocks.trace.example import TOKENS, Example, make_example, untouched
 from sharpwise.blocks.trace.functions import opened_functions
 from sharpwise.blocks.trace.infer import Inference
 from sharpwise.blocks.trace.layers import find_layers
-from sharpwise.blocks.trace.recorder import Recorder
+from sharpwise.blocks.trace.recorder import Handlers, Recorder
 from sharpwise.blocks.trace.vectors import infer_vectors
 from sharpwise.blocks.trace.weights import tensors_in
 
 __all__ = ["Example", "Traced", "trace"]
+
+_HANDLERS = Handlers(attention.handle, matrices.handle, elementwise.handle)
 
 # Of the function that takes an example: others, as the constructors of optimizers, take the map that it makes.
 _GIVE = (
@@ -92,7 +94,7 @@ def trace(model: nn.Module, example: Example | None = None) -> Traced:
 
 def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Recorder, Any]:
     args, kwargs = _arguments(model, example, tokens)
-    record = Recorder(model)
+    record = Recorder(model, _HANDLERS)
     for tensor in tensors_in((args, kwargs)):
         if tensor.device != record.device:
             raise ValueError(
@@ -104,7 +106,7 @@ def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Record
     record.copies.update((id(tensor), i) for i, tensor in enumerate(tensors_in((args, kwargs))))
     with untouched(model), torch.compiler.set_stance("force_eager"):
         try:
-            with flex_attention_seen(), opened_functions(record), record:
+            with attention.flex_attention_seen(), opened_functions(record), record:
                 output = model(*args, **kwargs)
         except Exception as error:
             made = "the example" if example is not None else f"a made-up example ({_describe(kwargs or args)})"

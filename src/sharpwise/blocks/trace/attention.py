@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,9 +14,7 @@ from torch.nn import functional
 from sharpwise.blocks.trace.calls import Attention, Call
 from sharpwise.blocks.trace.graph import Leaf, Through
 from sharpwise.blocks.trace.products import Axes, Product
-
-if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Recorder
+from sharpwise.blocks.trace.recorder import Recorder
 
 
 @contextlib.contextmanager
@@ -39,7 +37,7 @@ def flex_attention_seen() -> Iterator[None]:
         yield
 
 
-def handle(record: "Recorder", call: Call, product: Product | None) -> Any:
+def handle(record: Recorder, call: Call, product: Product | None) -> Any:
     """The result of what belongs to an attention, None for any other call."""
     if call.name == "scaled_dot_product_attention":
         return _in_one_call(record, call)
@@ -52,7 +50,7 @@ def handle(record: "Recorder", call: Call, product: Product | None) -> Any:
     return None
 
 
-def _in_one_call(record: "Recorder", call: Call) -> Tensor:
+def _in_one_call(record: Recorder, call: Call) -> Tensor:
     q, k, v = (record.real(call.argument(i, name)) for i, name in enumerate(("query", "key", "value")))
     mask = call.argument(3, "attn_mask")
     bias = mask if isinstance(mask, Tensor) and mask.requires_grad else None
@@ -65,7 +63,7 @@ def _in_one_call(record: "Recorder", call: Call) -> Tensor:
     )
 
 
-def _attended(record: "Recorder", attention: Attention, computed: Tensor) -> Tensor:
+def _attended(record: Recorder, attention: Attention, computed: Tensor) -> Tensor:
     """A fresh leaf. If no matrix makes the keys, or they are the stream and no matrix makes the queries, this is a
     weighted mean and no attention: what was computed.
     """
@@ -80,7 +78,7 @@ def _attended(record: "Recorder", attention: Attention, computed: Tensor) -> Ten
     return record.graph.add(Leaf(out, "attention", record.graph.tick())).tensor.clone()
 
 
-def _multi_head(record: "Recorder", call: Call) -> tuple[Tensor, Tensor | None]:
+def _multi_head(record: Recorder, call: Call) -> tuple[Tensor, Tensor | None]:
     """The function inside nn.MultiheadAttention, from its equations: project, attend, project. Tokens come first."""
     bound = inspect.signature(call.func).bind(*call.args, **call.kwargs)
     bound.apply_defaults()
@@ -106,7 +104,7 @@ def _multi_head(record: "Recorder", call: Call) -> tuple[Tensor, Tensor | None]:
     return out, scores
 
 
-def _softmax(record: "Recorder", call: Call) -> Tensor | None:
+def _softmax(record: Recorder, call: Call) -> Tensor | None:
     """Weights of an attention if they come from a product of data; the graph behind them stays."""
     x = call.argument(0, "input")
     if not isinstance(x, Tensor) or record.weight(x) is not None or not x.requires_grad:
@@ -118,7 +116,7 @@ def _softmax(record: "Recorder", call: Call) -> Tensor | None:
     return out
 
 
-def _product_of_data(record: "Recorder", call: Call, product: Product) -> Tensor | None:
+def _product_of_data(record: Recorder, call: Call, product: Product) -> Tensor | None:
     if not (product.left.requires_grad or product.right.requires_grad):
         return None
     out: Tensor = call.mapped(record.real).run()
@@ -133,7 +131,7 @@ def _product_of_data(record: "Recorder", call: Call, product: Product) -> Tensor
     return out
 
 
-def _written_out(record: "Recorder", scores: Product, product: Product, values: Tensor) -> Attention:
+def _written_out(record: Recorder, scores: Product, product: Product, values: Tensor) -> Attention:
     """Heads are the axes that queries, keys and scores share. The last axis of the scores runs along the keys. Of the
     axes of the queries alone one runs along the tokens; where there are more, the others are heads that share keys.
     """
@@ -147,7 +145,7 @@ def _written_out(record: "Recorder", scores: Product, product: Product, values: 
     return Attention(_led(q, q_axes, [*heads, *heads_alone]), _led(k, k_axes, heads), _led(values, v_axes, v_heads))
 
 
-def _differ_along(record: "Recorder", tensor: Tensor, axis: int) -> bool:
+def _differ_along(record: Recorder, tensor: Tensor, axis: int) -> bool:
     """Whether other units make the first and the last slice of a tensor."""
     leaves = record.graph.matrices_behind(tensor)
     if not leaves:

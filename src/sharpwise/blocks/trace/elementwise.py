@@ -5,7 +5,7 @@ depend on everything.
 """
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,8 @@ from torch.utils._pytree import tree_map
 from sharpwise.blocks.trace.calls import Call, Use
 from sharpwise.blocks.trace.graph import Normed, Through
 from sharpwise.blocks.trace.matrices import add_bias
+from sharpwise.blocks.trace.recorder import Recorder
 from sharpwise.blocks.trace.weights import MOVES, Weight, tensors_in, words
-
-if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Recorder
-
 
 ACTIVATIONS = words(
     "relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ tanh tanh_ softplus erf mish hardswish hardsigmoid hardtanh elu "
@@ -38,7 +35,7 @@ _COPIES = MOVES | {"to", "long", "int", "pin_memory", "cpu", "cuda"}
 JOINS = words("cat concat concatenate stack where masked_fill lerp")
 
 
-def handle(record: "Recorder", call: Call, weights: list[Weight]) -> Any:
+def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
     """The result of any call on data."""
     if call.name in NORMS and (normed := _norm(record, call)) is not None:
         return normed
@@ -84,7 +81,7 @@ def _normed(x: Tensor) -> Tensor:
     return out
 
 
-def _activation(record: "Recorder", call: Call, x: Tensor) -> Any:
+def _activation(record: Recorder, call: Call, x: Tensor) -> Any:
     values = [*call.args[1:], *call.kwargs.values()]
     if any(t.requires_grad for t in tensors_in(values)):  # a power that is data, the slope of a prelu
         return call.run()
@@ -98,7 +95,7 @@ def _activation(record: "Recorder", call: Call, x: Tensor) -> Any:
     return _through(x, torch.where(result == 0, 0.5, result), record.graph.factor)
 
 
-def _norm(record: "Recorder", call: Call) -> Tensor | None:
+def _norm(record: Recorder, call: Call) -> Tensor | None:
     try:
         given = inspect.signature(getattr(functional, call.name)).bind(*call.args, **call.kwargs).arguments
     except (TypeError, ValueError):
@@ -120,7 +117,7 @@ def _norm(record: "Recorder", call: Call) -> Tensor | None:
     return out
 
 
-def _note_uses(record: "Recorder", call: Call, weights: list[Weight]) -> None:
+def _note_uses(record: Recorder, call: Call, weights: list[Weight]) -> None:
     kinds = {"scale": SCALES, "shift": SHIFTS, "join": JOINS}
     how = next((how for how, names in kinds.items() if call.name in names), "other")
     beside = next((t for t in call.tensors if record.weight(t) is None), None)
@@ -131,7 +128,7 @@ def _note_uses(record: "Recorder", call: Call, weights: list[Weight]) -> None:
             add_bias(record, leaf, weight)
 
 
-def _choice(record: "Recorder", call: Call, x: Tensor) -> Any:
+def _choice(record: Recorder, call: Call, x: Tensor) -> Any:
     """The largest, of numbers that are ours: spread so that every expert gets its tokens."""
     result = call.run()
     if call.name == "max" and not isinstance(result, tuple):

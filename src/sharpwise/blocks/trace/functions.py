@@ -6,15 +6,13 @@ it stands, without the gradient that comes with it. Any other such function coun
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 
 from sharpwise.blocks.trace.graph import Through
-
-if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Recorder
+from sharpwise.blocks.trace.recorder import Recorder
 
 _Function = torch.autograd.Function
 
@@ -29,7 +27,7 @@ class _Context:
 
 
 @contextlib.contextmanager
-def opened_functions(record: "Recorder") -> Iterator[None]:
+def opened_functions(record: Recorder) -> Iterator[None]:
     """Inside, functions of the model are seen from within where that tells something."""
     apply = _Function.apply.__func__  # type: ignore[attr-defined]
 
@@ -48,5 +46,5 @@ def opened_functions(record: "Recorder") -> Iterator[None]:
         yield
 
 
-def _seen(record: "Recorder") -> int:
+def _seen(record: Recorder) -> int:
     return sum(leaf.kind != "weight" for leaf in record.graph.leaves.values())

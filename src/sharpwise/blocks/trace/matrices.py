@@ -1,6 +1,6 @@
 """Products with weights, and lookups in them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +9,11 @@ from torch.utils._pytree import tree_map
 from sharpwise.blocks.trace.calls import Call
 from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.products import Product
+from sharpwise.blocks.trace.recorder import Recorder
 from sharpwise.blocks.trace.weights import Units, Weight, units_of
 
-if TYPE_CHECKING:
-    from sharpwise.blocks.trace.recorder import Recorder
 
-
-def handle(record: "Recorder", call: Call, product: Product | None) -> Tensor | None:
+def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | None:
     """A fresh leaf for a product of data with a weight or for a lookup, None for any other call."""
     if product is None:
         return _lookup(record, call)
@@ -47,7 +45,7 @@ def handle(record: "Recorder", call: Call, product: Product | None) -> Tensor | 
     return record.graph.add(leaf).tensor.clone()
 
 
-def add_bias(record: "Recorder", leaf: Leaf, bias: Weight, trailing: int = 0) -> None:
+def add_bias(record: Recorder, leaf: Leaf, bias: Weight, trailing: int = 0) -> None:
     """Note that numbers of a weight are added to the units of a product, which lie before so many trailing axes."""
     record.touch(bias)
     shape = leaf.tensor.shape
@@ -75,7 +73,7 @@ def _shape(product: Product, call: Call) -> tuple[int, ...]:
     return tuple(sizes[label] for label in product.out_axes)
 
 
-def _lookup(record: "Recorder", call: Call) -> Tensor | None:
+def _lookup(record: Recorder, call: Call) -> Tensor | None:
     """Rows of a table taken by numbers."""
     if call.name == "embedding":
         ids, table = call.argument(0, "input"), call.argument(1, "weight")

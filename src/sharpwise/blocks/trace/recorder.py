@@ -5,17 +5,17 @@ right shape in place of the result. So provenance stops at the nearest matrix: t
 these leaves says exactly which rows of which matrices made it. Weights are not read, may be on the meta device, and
 cost no time.
 
-Every call of torch passes through `Recorder`, which asks in turn `attention`, `matrices` and `elementwise` whether it
-is theirs.
+Every call of torch passes through `Recorder`, which asks in turn the handlers that it was given whether it is theirs:
+those of `attention`, `matrices` and `elementwise`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sharpwise.blocks.trace import attention, elementwise, matrices
 from sharpwise.blocks.trace.calls import Attention, Call, Use
 from sharpwise.blocks.trace.example import device_of
 from sharpwise.blocks.trace.graph import Graph, Leaf
@@ -32,6 +32,19 @@ _DEVICES = frozenset(("device", "is_meta", "is_cuda", "is_cpu", "get_device"))
 _LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
 
 
+class Handlers(NamedTuple):
+    """What becomes of the calls of a forward.
+
+    Attributes:
+        attention, matrices: (recorder, call, the product that it is) -> the result of a call of theirs, else None.
+        elementwise: (recorder, call, the weights among its arguments) -> the result of any other call.
+    """
+
+    attention: Callable[["Recorder", Call, Product | None], Any]
+    matrices: Callable[["Recorder", Call, Product | None], Any]
+    elementwise: Callable[["Recorder", Call, list[Weight]], Any]
+
+
 class Recorder(TorchFunctionMode):
     """Records one forward of `model`.
 
@@ -42,8 +55,9 @@ class Recorder(TorchFunctionMode):
         missed: how many times more tokens a routing would need to reach every expert.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, handlers: Handlers) -> None:
         super().__init__()
+        self.handlers = handlers
         self.parameters = list(model.parameters())
         self.weights = {id(p): Weight(p, number=n) for n, p in enumerate(self.parameters)}
         self.device = device_of(model)
@@ -80,8 +94,8 @@ class Recorder(TorchFunctionMode):
         if weights and call.name in _DEVICES:
             return getattr(torch.empty(0, device=self.device), call.name)
         product = as_product(call.name, call.args, call.kwargs)
-        for handler in (attention.handle, matrices.handle):
-            found = handler(self, call, product)
+        for handle in (self.handlers.attention, self.handlers.matrices):
+            found = handle(self, call, product)
             if found is not None:
                 return found
         if weights:
@@ -93,7 +107,7 @@ class Recorder(TorchFunctionMode):
                 t.requires_grad or self.is_marked("statistic", t) for t in data
             ):
                 return self._of_weights(call)
-        return elementwise.handle(self, call, weights)
+        return self.handlers.elementwise(self, call, weights)
 
     def _off_meta(self, call: Call, weights: bool) -> Call:
         """New tensors of a model on the meta device are real ones."""
