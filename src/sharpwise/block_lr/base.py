@@ -6,19 +6,21 @@ m_s = product of the m_s of all factors, `SharpnessLR() * LayerDecay(rate=0.9)`
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isnan, prod
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from sharpwise.blocks import Segment
 from sharpwise.hints import kind_of
 
 Source = Literal["second_moment", "gradient", "matrix", "probe"]
-"""Of each segment: the mean of the second moment that the rule keeps; ||g|| / std(g); a function of the weights; the
-sharpness by a probe of the model."""
+"""Of each segment: the mean of the second moment that the rule keeps; what `of_gradient` and `of_matrices` make of the
+gradient and the weights; the sharpness by a probe of the model."""
 Measured = Mapping["MeasuredLR", Sequence[float]]
 """What was measured for each block_lr that asks: one number per segment of the model, NaN where none is known."""
 NOTHING: Measured = MappingProxyType({})
@@ -122,9 +124,31 @@ class MeasuredLR(BlockLR):
         """Whether to measure after so many steps."""
         return False
 
+    def check_length(self, total_steps: int | None) -> None:
+        """Raise ValueError unless it is known when to measure in a training of so many steps (None: not known)."""
+
+    def reads(self, segment: Segment) -> bool:
+        """Whether this segment has a value; of matrices, where others are not even brought together."""
+        return True
+
+    def of_gradient(self, count: int, total: float, squares: float) -> float:
+        """The value of a segment, from the number, the sum, and the sum of squares of the elements of its gradient.
+
+        The unit of the gradient is any. NaN where there is no value.
+        """
+        raise NotImplementedError(f"block_lr {self.name!r} measures {self.measures!r}, and no gradients")
+
+    def of_matrices(self, matrices: Iterable[Tensor]) -> float:
+        """The value of a segment, from its matrices [rows, inputs], one per stacked copy; NaN where there is none."""
+        raise NotImplementedError(f"block_lr {self.name!r} measures {self.measures!r}, and no matrices")
+
     def updated(self, before: float, now: float) -> float:
         """What to keep, of what was kept before and what has been found now; NaN where there is nothing."""
         return before if isnan(now) else now
+
+    def remarks(self, segments: Sequence[Segment], values: Sequence[float]) -> str | None:
+        """What a user should know of the values of what the optimizer moves, NaN where there is none; said once."""
+        return None
 
 
 @dataclass(frozen=True)

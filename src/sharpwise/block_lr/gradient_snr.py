@@ -61,6 +61,9 @@ class GradientSNR(MeasuredLR):
     def waits(self) -> bool:
         return True
 
+    def of_gradient(self, count: int, total: float, squares: float) -> float:
+        return signal_to_noise(count, total, squares)
+
     def updated(self, before: float, now: float) -> float:
         return now if math.isnan(before) else before
 

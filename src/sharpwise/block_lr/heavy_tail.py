@@ -87,7 +87,6 @@ class HeavyTailLR(PhasedLR):
         return "matrix"
 
     def reads(self, segment: Segment) -> bool:
-        """Whether the spectrum of this segment counts."""
         return segment.is_matrix and segment.block_type not in (BlockType.EMB, BlockType.HEAD, BlockType.NORM)
 
     def of_matrices(self, matrices: Iterable[Tensor]) -> float:
@@ -104,6 +103,11 @@ class HeavyTailLR(PhasedLR):
 
     def updated(self, before: float, now: float) -> float:
         return now
+
+    def remarks(self, segments: Sequence[Segment], values: Sequence[float]) -> str | None:
+        none = [s.name for s, alpha in zip(segments, values, strict=True) if math.isnan(alpha) and self.reads(s)]
+        names = ", ".join(dict.fromkeys(none))
+        return f"multiplier 1 for what has too few eigenvalues, or no tail: {names}" if none else None
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         values = list(measured.get(self, [math.nan] * len(segments)))

@@ -55,6 +55,9 @@ class PhasedLR(MeasuredLR):
         start, stop = self.phase(total_steps)
         return start <= taken and (stop is None or taken <= stop) and (taken - start) % self.every == 0
 
+    def check_length(self, total_steps: int | None) -> None:
+        self.phase(total_steps)
+
     def phase(self, total_steps: int | None) -> tuple[int, int | None]:
         """First and last step of the phase.
 

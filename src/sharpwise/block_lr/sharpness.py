@@ -87,6 +87,13 @@ class SharpnessLR(PhasedLR):
         mean = before**self.ema * now ** (1 - self.ema)
         return min(max(mean, min(before, now)), max(before, now))  # rounding may lead out of the range of floats
 
+    def remarks(self, segments: Sequence[Segment], values: Sequence[float]) -> str | None:
+        known = {s.block_type for s, value in zip(segments, values, strict=True) if not math.isnan(value)}
+        if not known or self.reference in known:
+            return None
+        there = ", ".join(sorted(map(str, known)))
+        return f"all multipliers are 1: the optimizer moves no {self.reference}; reference={there}?"
+
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
         values = measured.get(self, [math.nan] * len(segments))
         kinds = [argument_of(segment) for segment in segments]

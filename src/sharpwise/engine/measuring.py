@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import MeasuredLR
-from sharpwise.block_lr.gradient_snr import signal_to_noise
-from sharpwise.block_lr.heavy_tail import HeavyTailLR
-from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.engine.items import SMALL
 from sharpwise.engine.kernels import CHUNK, row_sums
 from sharpwise.engine.mesh import Bucket, OwnerExchange, ReduceGroup
@@ -24,7 +21,6 @@ from sharpwise.engine.plan import Entry
 from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard, local
 
-SECOND_MOMENT = "exp_avg_sq"
 Found = list[list[float]]
 """Per entry, per segment; NaN where there is nothing."""
 
@@ -32,7 +28,7 @@ Found = list[list[float]]
 def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> None:
     """Raise ValueError unless every source of the block_lr can be measured, and its phase is known."""
     for source in () if options.block_lr is None else options.block_lr.sources:
-        if source.measures == "second_moment" and SECOND_MOMENT not in rule.state:
+        if source.measures == "second_moment" and rule.second_moment is None:
             raise ValueError(f"{who}: {no_second_moment_message(source, rule.name)}")
         if source.measures == "probe" and (options.probe_batches is None or not has_model):
             batches = "probe_batches=, a list of batches as sharpwise.probes.sharpness takes them"
@@ -40,11 +36,10 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
             lacks += [("batches to measure on", batches)] if options.probe_batches is None else []
             what, give = (" and ".join(words) for words in zip(*lacks, strict=True))
             raise ValueError(f"{who}: block_lr {source.name!r} with source='probe' lacks {what}; give {give}")
-        if isinstance(source, PhasedLR):
-            try:
-                source.phase(options.total_steps)
-            except ValueError as error:
-                raise ValueError(f"{who}: {error}") from None
+        try:
+            source.check_length(options.total_steps)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from None
 
 
 def no_second_moment_message(source: MeasuredLR, rule: str) -> str:
@@ -65,12 +60,12 @@ def measure(
 ) -> Found:
     """Measure what `source` asks for, of these entries. Collective: every process calls it at the same time."""
     if source.measures == "gradient":
-        found = gradient_snr(entries, group)
+        found = gradients(source, entries, group)
     elif source.measures == "second_moment":
         found = [[total / max(s.numel, 1) for total, s in zip(own, entry.segments, strict=True)]
                  for entry, own in zip(entries, second_moments(entries, state, group, exact), strict=True)]  # fmt: skip
-    elif isinstance(source, HeavyTailLR):
-        found = spectra(source, entries, group)
+    elif source.measures == "matrix":
+        found = matrices(source, entries, group)
     elif source.measures == "probe":
         found = [list(own) for own in probe()]
     else:
@@ -101,7 +96,7 @@ def second_moments(entries: Sequence[Entry], state: Any, group: ReduceGroup, exa
     sums = iter(torch.cat([partial.values for partial in partials]).tolist())
     result = []
     for entry, t in zip(entries, steps_taken(entries, state), strict=True):
-        correction = 1 - float(entry.group["betas"][1]) ** t if t else math.inf
+        correction = 1 - entry.rule.second_moment_decay(entry.group) ** t if t else math.inf
         result.append([next(sums) / correction for _ in entry.segments])
     return result
 
@@ -113,8 +108,10 @@ def steps_taken(entries: Sequence[Entry], state: Any) -> list[float]:
 
 def _moments(entry: Entry, own: dict[str, Tensor], exact: bool) -> tuple[Tensor, Shard]:
     """Sums of v over the local elements of each segment, fp64 [segments]."""
-    v = own[SECOND_MOMENT]
-    if entry.rule.state[SECOND_MOMENT] == "block":  # every process has those of all blocks
+    name = entry.rule.second_moment
+    assert name is not None
+    v = own[name]
+    if entry.rule.state[name] == "block":  # every process has those of all blocks
         assert entry.counts is not None
         blocks = v.double() * entry.counts
         if len(entry.segments) == 1:
@@ -141,8 +138,8 @@ def _by_segment(entry: Entry, rows: Tensor) -> Tensor:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def gradient_snr(entries: Sequence[Entry], group: ReduceGroup) -> Found:
-    """||g|| / std(g) of each segment; NaN where there is no gradient, or it is zero or not finite.
+def gradients(source: MeasuredLR, entries: Sequence[Entry], group: ReduceGroup) -> Found:
+    """What `source` makes of the gradient of each segment; NaN where there is none.
 
     Two collectives, in units of the largest element: squares of large or tiny ones have no double.
     """
@@ -156,7 +153,7 @@ def gradient_snr(entries: Sequence[Entry], group: ReduceGroup) -> Found:
     for entry, partial in zip(active, partials, strict=True):
         totals, squares = partial.values.tolist()
         parts = zip(entry.segments, totals, squares, strict=True)
-        found[id(entry)] = [signal_to_noise(s.numel, total, square) for s, total, square in parts]
+        found[id(entry)] = [source.of_gradient(s.numel, total, square) for s, total, square in parts]
     return [found.get(id(entry), [math.nan] * len(entry.segments)) for entry in entries]
 
 
@@ -193,19 +190,19 @@ def _sums(entry: Entry, scales: Tensor) -> Tensor:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def spectra(source: HeavyTailLR, entries: Sequence[Entry], group: ReduceGroup) -> Found:
-    """The tail exponent of each matrix, computed by one owner and sent to all; NaN of all else."""
+def matrices(source: MeasuredLR, entries: Sequence[Entry], group: ReduceGroup) -> Found:
+    """What `source` makes of the matrices of each segment, computed by one owner and sent to all; NaN of all else."""
     read = [entry for entry in entries if any(source.reads(segment) for segment in entry.segments)]
     exchange = OwnerExchange(group, [entry.shard for entry in read])
     answers = exchange.reduce(
         [local(entry.param) for entry in read],
-        [lambda whole, entry=entry: _alphas(source, entry, whole) for entry in read],
+        [lambda whole, entry=entry: _of_matrices(source, entry, whole) for entry in read],
         [len(entry.segments) for entry in read],
     )
     found = {id(entry): answer.tolist() for entry, answer in zip(read, answers, strict=True)}
     return [found.get(id(entry), [math.nan] * len(entry.segments)) for entry in entries]
 
 
-def _alphas(source: HeavyTailLR, entry: Entry, whole: Tensor) -> Tensor:
+def _of_matrices(source: MeasuredLR, entry: Entry, whole: Tensor) -> Tensor:
     own = [source.of_matrices(s.matrices(whole)) if source.reads(s) else math.nan for s in entry.segments]
     return torch.tensor(own, dtype=torch.float64, device=whole.device)

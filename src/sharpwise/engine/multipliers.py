@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpwise.block_lr import BlockLR, HeavyTailLR, MeasuredLR, SharpnessLR
+from sharpwise.block_lr import BlockLR, MeasuredLR
 from sharpwise.blocks import Segment
 from sharpwise.engine.measuring import measure
 from sharpwise.engine.mesh import ReduceGroup
@@ -123,7 +123,7 @@ class Multipliers:
         # A measurement may fail; nothing is written before the last is there.
         for source, values in zip(due, found, strict=True):
             self._measured[source] |= values
-            self._check(source)
+            self._warn(source)
         if self.block_lr is not None and self.block_lr.follows_lr:
             for group in {id(e.group): e.group for e in active}.values():
                 group["peak_lr"] = max(float(group["peak_lr"]), float(group["lr"]))
@@ -162,12 +162,6 @@ class Multipliers:
             for entry, values in zip(entries, measured, strict=True)
         }
 
-    def _check(self, source: MeasuredLR) -> None:
-        if isinstance(source, HeavyTailLR):
-            self._list_missing(source)
-        elif isinstance(source, SharpnessLR):
-            self._check_reference(source)
-
     def _retarget(self, due: Sequence[MeasuredLR], taken: int) -> None:
         """Ramp from the current factors to the measured targets."""
         assert self.block_lr is not None
@@ -200,33 +194,16 @@ class Multipliers:
             result[source] = [next(rest[s.name]) if s.name in rest else math.nan for s in self.known]
         return result
 
-    def _list_missing(self, source: HeavyTailLR) -> None:
-        """Warn once of matrices without a tail exponent."""
-        own = self._measured[source]
-        none = [
-            entry.name
-            for entry in self.entries
-            for segment, value in zip(entry.segments, own[entry.name], strict=True)
-            if math.isnan(value) and source.reads(segment)
-        ]
-        if none:
-            names = ", ".join(dict.fromkeys(none))
-            self._warn(source, f"multiplier 1 for what has too few eigenvalues, or no tail: {names}")
-
-    def _check_reference(self, source: SharpnessLR) -> None:
-        """Warn once if no value of the reference is known."""
-        values = [v for e in self.entries for v in self._measured[source][e.name]]
+    def _warn(self, source: MeasuredLR) -> None:
+        """Pass on, once, what the source has to remark of its values."""
         segments = [segment for entry in self.entries for segment in entry.segments]
-        known = {s.block_type for s, value in zip(segments, values, strict=True) if not math.isnan(value)}
-        if known and source.reference not in known:
-            there = ", ".join(sorted(map(str, known)))
-            self._warn(source, f"all multipliers are 1: the optimizer moves no {source.reference}; reference={there}?")
-
-    def _warn(self, source: MeasuredLR, message: str) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if str(source) not in self.warned and (not distributed or torch.distributed.get_rank() == 0):
-            logger.warning("block_lr %s: %s", source, message)
+        remarks = source.remarks(segments, [v for e in self.entries for v in self._measured[source][e.name]])
+        if remarks is None or str(source) in self.warned:
+            return
         self.warned.add(str(source))
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_rank() == 0:
+            logger.warning("block_lr %s: %s", source, remarks)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from sharpwise.engine.measuring import SECOND_MOMENT, second_moments, steps_taken
+from sharpwise.engine.measuring import second_moments, steps_taken
 from sharpwise.engine.optimizer import BlockOptimizer
 from sharpwise.engine.plan import Entry
 from sharpwise.probes.draws import check_count
@@ -63,7 +63,7 @@ def sharpness_from_optimizer(optimizer: BlockOptimizer, *, tokens: int | None = 
     found = Groups(segments)
     sums = np.array([total for own in totals for total in own])
     values = (tokens or 1) * found.means(sums)
-    samples = round(min(_worth(_b2(entry), steps[entry.name]) for entry in entries))
+    samples = round(min(_worth(entry.rule.second_moment_decay(entry.group), steps[entry.name]) for entry in entries))
     unit = "per token" if tokens else "per token, over the tokens of a step"
     settings = {"labels": "true", "rule": optimizer.rule.name, "tokens": tokens}
     settings["clipped"] = optimizer.options.max_grad_norm is not None
@@ -77,13 +77,9 @@ def _entries(optimizer: BlockOptimizer) -> list[Entry]:
         raise TypeError(
             f"{_WHO}: got {type(optimizer).__name__}, expected sharpwise.AdamW or sharpwise.AdamMini; {keeps}"
         )
-    if SECOND_MOMENT not in optimizer.rule.state:
-        raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment ({SECOND_MOMENT}); {keeps}")
+    if optimizer.rule.second_moment is None:
+        raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment; {keeps}")
     return optimizer._bind().entries
-
-
-def _b2(entry: Entry) -> float:
-    return float(entry.group["betas"][1])
 
 
 def _worth(b2: float, steps: float) -> float:

@@ -50,6 +50,7 @@ class AdamMini(Rule):
 
     name: ClassVar[str] = "adam-mini"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
+    second_moment: ClassVar[str | None] = "exp_avg_sq"
     hint: ClassVar[str] = "cut='tensor' for a model that is no transformer: one block per tensor"
 
     def __post_init__(self) -> None:
@@ -74,6 +75,9 @@ class AdamMini(Rule):
         if segment.role == Role.V:
             return self.v_by
         return "row" if segment.role in _BY_ROW else "tensor"
+
+    def second_moment_decay(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][1])
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         return AdamW().scalars(t, group)

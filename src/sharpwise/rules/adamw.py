@@ -36,10 +36,14 @@ class AdamW(Rule):
 
     name: ClassVar[str] = "adamw"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
+    second_moment: ClassVar[str | None] = "exp_avg_sq"
 
     @property
     def state(self) -> dict[str, Kind]:
         return {"exp_avg": "element", "exp_avg_sq": "element"}
+
+    def second_moment_decay(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][1])
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         b1, b2 = group["betas"]

@@ -68,6 +68,8 @@ class Rule:
 
     name: ClassVar[str]
     hyperparameters: ClassVar[tuple[str, ...]]
+    second_moment: ClassVar[str | None] = None
+    """The state that averages squares of gradients, v <- b2 v + (1-b2) g^2 from v = 0; None where none does."""
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
 
@@ -80,6 +82,10 @@ class Rule:
     def all_state(self) -> dict[str, Kind]:
         """`state` under any hyperparameters: what may be held of other times, and a file may bring."""
         return self.state
+
+    def second_moment_decay(self, group: Mapping[str, Any]) -> float:
+        """b2 of the second moment, under the hyperparameters of a group."""
+        raise NotImplementedError(f"{self.name} has no second moment")
 
     def variant(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What decides which tensors and operations it takes: the flags among its hyperparameters, and which are 0.
