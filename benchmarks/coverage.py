@@ -18,8 +18,8 @@ import numpy as np
 from environment import environment
 
 from sharpwise.compare.speedup import speedup
-from sharpwise.probes.draws import Draws
 from sharpwise.probes.estimate import t_interval
+from sharpwise.probes.monte_carlo import Draws
 
 HORIZONS = (0.5, 1.0, 2.0)
 SEEDS = (3, 4, 5)

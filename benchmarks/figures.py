@@ -29,7 +29,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/distributed.md": distributed,
     "docs/measure.md": measure,
     "src/sharpwise/compare/speedup.py": coverage_of_speedup,
-    "src/sharpwise/probes/draws.py": coverage_of_draws,
+    "src/sharpwise/probes/monte_carlo.py": coverage_of_draws,
     "src/sharpwise/probes/products.py": kept_graph,
 }
 

@@ -18,7 +18,7 @@ from sharpwise.cli.main import create_app
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.compare import demo
 from sharpwise.compare.recipes import find_recipe, list_recipes
-from sharpwise.compare.report.words import headline
+from sharpwise.compare.report.text import headline
 from sharpwise.compare.study import make_study
 from sharpwise.train.config_file import read_given
 from sharpwise.train.data import prepare_tokens

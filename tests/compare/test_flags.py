@@ -8,8 +8,8 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner, Result
 
-from compare.test_conduct import study
 from compare.test_results import fill
+from compare.test_runner import study
 from sharpwise.cli.compare import _budget, _study
 from sharpwise.cli.main import create_app
 from sharpwise.compare.study import make_study

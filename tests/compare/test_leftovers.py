@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from train.kill_rig import processes, settings
 
-from compare.test_conduct import study
-from sharpwise.compare.conduct import conduct, open_study
+from compare.test_runner import study
+from sharpwise.compare.runner import open_study, run_study
 from sharpwise.files import replacing
 from sharpwise.measure.results import add
 from sharpwise.train.run import run
@@ -33,7 +33,7 @@ def train(data: Path, folder: Path) -> None:
 
 def compare(data: Path, folder: Path) -> None:
     with pytest.raises(Enough):
-        conduct(open_study(study(data), folder), folder, on_budget=enough)
+        run_study(open_study(study(data), folder), folder, on_budget=enough)
 
 
 def measure(data: Path, folder: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner
 
-from compare.test_conduct import study
 from compare.test_results import Loss, even, fill, result_of
+from compare.test_runner import study
 from sharpwise.cli.main import create_app
-from sharpwise.compare.conduct import open_study
+from sharpwise.compare.runner import open_study
 
 LONG = 150_000  # more than 20 tokens for each parameter of the model
 
@@ -28,7 +28,7 @@ def apart(gaps: Mapping[str, float], noise: float = 0.001) -> Loss:
     return loss
 
 
-def conducted(given: Mapping[str, Any], folder: Path, loss: Loss, **more: Any) -> dict[str, Any]:
+def filled(given: Mapping[str, Any], folder: Path, loss: Loss, **more: Any) -> dict[str, Any]:
     """The result of a study with made-up runs, which the folder holds as a real one would."""
     found = fill(given, folder, loss, **more)
     (folder / "study.toml").write_text(tomli_w.dumps(found.given))
@@ -51,20 +51,20 @@ def given_again(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def test_what_is_not_complete_goes_on(data: Path, tmp_path: Path) -> None:
-    result = conducted(study(data), tmp_path / "a b", even, runs=5)
+    result = filled(study(data), tmp_path / "a b", even, runs=5)
     assert words_of(result) == ["--out", str(tmp_path / "a b")]
     given_again(result, tmp_path / "a b")
 
 
 def test_a_model_that_is_no_function_needs_no_confirmation(data: Path, tmp_path: Path) -> None:
     given = {**study(data), "run": {**study(data)["run"], "model": {"name": "gpt2-0.4m"}}}
-    command = conducted(given, tmp_path / "study", even, runs=5)["next"]["command"]
+    command = filled(given, tmp_path / "study", even, runs=5)["next"]["command"]
     assert command.startswith("sharpwise compare --out ")
 
 
 def test_what_is_undecided_gets_the_seeds_that_decide_it(data: Path, tmp_path: Path) -> None:
     loss = apart({"adamw+blockwise": -0.02}, noise=0.02)
-    result = conducted(study(data, seeds=3), tmp_path / "study", loss)
+    result = filled(study(data, seeds=3), tmp_path / "study", loss)
     assert result["arms"][1]["verdict"] == "undecided"
     assert "Undecided: adamw+blockwise." in result["next"]["reason"]
     given_again(result, tmp_path / "study")
@@ -72,13 +72,13 @@ def test_what_is_undecided_gets_the_seeds_that_decide_it(data: Path, tmp_path: P
     seeds = int(words[words.index("--seeds") + 1])
     assert 3 < seeds <= 20
     assert f"{(seeds - 3) * 4} runs more" in result["next"]["reason"]  # two arms, the baseline on two other horizons
-    more = conducted(study(data, seeds=seeds), tmp_path / "study", loss)
+    more = filled(study(data, seeds=seeds), tmp_path / "study", loss)
     assert more["arms"][1]["verdict"] == "better"
     assert "--seeds" not in words_of(more)
 
 
 def test_no_number_of_seeds_is_named_that_nobody_would_train(data: Path, tmp_path: Path) -> None:
-    result = conducted(study(data, seeds=3, margin=1e-6), tmp_path, apart({"adamw+blockwise": -1e-3}, noise=0.5))
+    result = filled(study(data, seeds=3, margin=1e-6), tmp_path, apart({"adamw+blockwise": -1e-3}, noise=0.5))
     assert result["arms"][1]["verdict"] == "undecided"
     assert "--seeds" not in words_of(result)
 
@@ -87,10 +87,10 @@ def test_a_per_block_learning_rate_that_was_better_is_ablated_and_then_trained_f
     data: Path, tmp_path: Path
 ) -> None:
     folder, loss = tmp_path / "study", apart({"adamw+blockwise": -0.5})
-    result = conducted(study(data, seeds=3), folder, loss)
+    result = filled(study(data, seeds=3), folder, loss)
     assert "--ablations" in words_of(result)
     given_again(result, folder)
-    whole = conducted(study(data, seeds=3, ablations=True), folder, loss)
+    whole = filled(study(data, seeds=3, ablations=True), folder, loss)
     words = words_of(whole)
     assert len(whole["arms"]) == 5
     assert words[1:] == ["--budget", "6400", "--out", f"{folder}-x4"]
@@ -99,13 +99,13 @@ def test_a_per_block_learning_rate_that_was_better_is_ablated_and_then_trained_f
 
 
 def test_where_nothing_was_better_the_next_runs_are_longer(data: Path, tmp_path: Path) -> None:
-    result = conducted(study(data), tmp_path / "study", apart({"adamw+blockwise": 0.5}, 1e-4))
+    result = filled(study(data), tmp_path / "study", apart({"adamw+blockwise": 0.5}, 1e-4))
     assert words_of(result)[1:] == ["--budget", "6400", "--out", f"{tmp_path / 'study'}-x4"]
 
 
 @pytest.mark.parametrize(("gap", "best"), [(-0.5, "lion"), (0.5, "adamw")])
 def test_after_long_runs_there_is_a_best_arm_to_train_with(gap: float, best: str, data: Path, tmp_path: Path) -> None:
-    result = conducted(study(data, arms=["adamw", "lion"], tokens=LONG), tmp_path, apart({"lion": gap}))
+    result = filled(study(data, arms=["adamw", "lion"], tokens=LONG), tmp_path, apart({"lion": gap}))
     assert result["budget"]["tokens_per_parameter"] > 20
     words = shlex.split(result["next"]["command"])
     arm = next(arm for arm in result["arms"] if arm["name"] == best)
@@ -118,7 +118,7 @@ def test_a_baseline_that_diverged_warms_up_for_longer(lost: set[int], data: Path
     def loss(trial: Any) -> float | None:
         return None if trial.arm == "adamw" and trial.stage == "final" and trial.seed in lost else even(trial)
 
-    result = conducted(study(data, seeds=3), tmp_path / "study", loss)
+    result = filled(study(data, seeds=3), tmp_path / "study", loss)
     assert result["next"]["reason"].startswith("adamw diverged")
     assert words_of(result)[1:] == ["--set", "schedule.warmup=0.3", "--out", f"{tmp_path / 'study'}-warmup"]
     notes = [note for note in result["caveats"] if note.startswith("adamw diverged in")]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from train.kill_rig import Tiny, processes, settings
 
-from compare.test_conduct import study
-from sharpwise.compare.conduct import conduct, open_study
+from compare.test_runner import study
+from sharpwise.compare.runner import open_study, run_study
 from sharpwise.compare.workers import Workers
 from sharpwise.train.data import prepare_tokens
 
@@ -37,7 +37,7 @@ def train(data: Path, folder: Path, ready: Path) -> None:
         if len(list(folder.glob("runs/*/*/metrics.jsonl"))) >= 2:
             ready.touch()
 
-    conduct(open_study(study(data), folder), folder, jobs=2, setup=slow, on_progress=note)
+    run_study(open_study(study(data), folder), folder, jobs=2, setup=slow, on_progress=note)
 
 
 def idle(data: Path, folder: Path, ready: Path) -> None:
@@ -117,4 +117,4 @@ def test_workers_end_with_a_main_process_that_is_killed(
                     os.kill(pid, signal.SIGKILL)
     if work is train:  # nobody holds a run: the same study goes on
         with pytest.raises(Enough):
-            conduct(open_study(study(data), folder), folder, on_progress=enough)
+            run_study(open_study(study(data), folder), folder, on_progress=enough)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from compare.test_conduct import study
+from compare.test_runner import study
 from sharpwise.block_lr.spelling import BLOCK_LRS
-from sharpwise.compare import conduct as conducting
+from sharpwise.compare import runner
 from sharpwise.compare.arms import INSTEAD, RULES, ablations, first_line, instead
-from sharpwise.compare.conduct import conduct, look, open_study, place_of, summary
 from sharpwise.compare.record import Record
 from sharpwise.compare.report.page import render
 from sharpwise.compare.results import results
+from sharpwise.compare.runner import look, open_study, place_of, run_study, summary
 from sharpwise.compare.statistics import holm, paired_difference
 from sharpwise.compare.storage import Storage
 from sharpwise.compare.study import Study, make_study
@@ -218,7 +218,7 @@ def test_larger_steps_are_one_caveat_for_all_arms(data: Path, tmp_path: Path) ->
 def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     found = fill(study(data), tmp_path)
     built: list[str] = []
-    real = conducting.build
+    real = runner.build
 
     def build(config: Any) -> Any:
         built.append(config.optimizer.block_lr)
@@ -227,25 +227,25 @@ def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this is not needed")
 
-    monkeypatch.setattr(conducting, "build", build)
-    monkeypatch.setattr(conducting, "train_steps", refuse)
-    conducted = conduct(found, tmp_path, on_budget=refuse)
-    assert conducted.complete
+    monkeypatch.setattr(runner, "build", build)
+    monkeypatch.setattr(runner, "train_steps", refuse)
+    state = run_study(found, tmp_path, on_budget=refuse)
+    assert state.complete
     assert built == [""]  # the baseline alone
-    assert conducted.budget.seconds is None
+    assert state.budget.seconds is None
 
 
 def test_the_estimate_is_of_what_is_left_and_of_validation(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def steps_of_32_ms(*_: object) -> Iterator[Any]:
         yield from (SimpleNamespace(seconds=seconds) for seconds in (9.0, 0.032, 0.032, 0.032))
 
-    monkeypatch.setattr(conducting, "train_steps", steps_of_32_ms)
+    monkeypatch.setattr(runner, "train_steps", steps_of_32_ms)
     budgets = []
     for runs in (0, 4):
         found = fill(study(data), tmp_path / str(runs), runs=runs)
         done = Storage(tmp_path / str(runs) / "study.db").losses
-        built = conducting.build_arms(found, found.arms)
-        budgets.append(conducting.work_out(found, built, done, timed=True))
+        built = runner.build_arms(found, found.arms)
+        budgets.append(runner.work_out(found, built, done, timed=True))
     assert [budget.done for budget in budgets] == [0, 4]
     assert budgets[0].seconds is not None and budgets[1].seconds is not None
     assert budgets[0].seconds[0] - budgets[1].seconds[0] == pytest.approx(4 * 1.6 * (1 + 8 / 100 / 3))
@@ -280,10 +280,10 @@ def test_what_was_not_tuned_is_told_for_those_for_whom_it_was_not(data: Path, tm
 
 def test_results_that_an_older_version_stored_can_be_read(data: Path, tmp_path: Path) -> None:
     found = fill(study(data), tmp_path)
-    conducted = look(found, tmp_path)
-    older = {trial: {k: v for k, v in r.items() if k != "jobs"} for trial, r in conducted.results.items()}
-    object.__setattr__(conducted, "results", older)
-    assert results(conducted)["complete"]
+    state = look(found, tmp_path)
+    older = {trial: {k: v for k, v in r.items() if k != "jobs"} for trial, r in state.results.items()}
+    object.__setattr__(state, "results", older)
+    assert results(state)["complete"]
 
 
 def test_there_is_nothing_to_look_at_before_the_first_run(data: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 from probes.exact import CONTEXT, VOCAB, cover, exact, gpt2, label_gradients, tokens
 from sharpwise import probes
 from sharpwise.blocks import BlockMap
-from sharpwise.probes.draws import Draws
 from sharpwise.probes.estimate import Cost, t_interval
 from sharpwise.probes.fisher import loss_direction
+from sharpwise.probes.monte_carlo import Draws
 
 SHARPNESS = {"quantity": "sharpness"}
 

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from report.canned import BLOCKWISE, write_run
 from report.parse import parse
-from sharpwise.report import run_charts, run_words
+from sharpwise.report import run_charts, run_text
 from sharpwise.report.run import RunData, read_run
 from sharpwise.report.run_blocks import factors, updates_by_type
 from sharpwise.report.run_page import render, write_run_page
@@ -76,8 +76,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
 def test_a_run_that_did_not_finish(settings: dict[str, Any], headline: str, status: str, tmp_path: Path) -> None:
     run = _run(tmp_path, steps=60, **settings)
     parser = parse(render(run))
-    assert headline in run_words.headline(run)
-    assert run_words.headline(run) in parser.text
+    assert headline in run_text.headline(run)
+    assert run_text.headline(run) in parser.text
     assert status in parser.text
     assert "The schedule has not ended" in parser.text
 
@@ -114,13 +114,13 @@ def test_short_runs_are_called_short(tokens: int, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=10)
     facts = json.loads((folder / "facts.json").read_text())
     (folder / "facts.json").write_text(json.dumps({**facts, "parameters": 10 * 2048 // tokens}))
-    notes = " ".join(run_words.caveats(read_run(folder)))
+    notes = " ".join(run_text.caveats(read_run(folder)))
     assert ("A short run: 19 tokens per parameter" in notes) == (tokens < 20)
     assert "One run, one seed" in notes
 
 
 def test_what_an_unfinished_run_has_seen_counts(tmp_path: Path) -> None:
-    notes = run_words.caveats(_run(tmp_path, steps=2000, until=200))
+    notes = run_text.caveats(_run(tmp_path, steps=2000, until=200))
     assert notes[0].startswith(
         "A short run: 2.4 tokens per parameter so far and 24 when it is done, where 20 are usual."
     )
@@ -130,7 +130,7 @@ def test_a_run_that_learned_nothing_is_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "tokens": 9, "loss": 7.0, "lr": 1.0, "validation_loss": 6.95}\n')
-    assert any("learned nothing" in note for note in run_words.caveats(read_run(folder)))
+    assert any("learned nothing" in note for note in run_text.caveats(read_run(folder)))
 
 
 # --- hostile input ---------------------------------------------------------------------------------------------------

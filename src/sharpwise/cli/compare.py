@@ -19,8 +19,8 @@ from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.files import checked_name
 
 if TYPE_CHECKING:
-    from sharpwise.compare.conduct import Budget
-    from sharpwise.compare.conduct import Progress as Progressed
+    from sharpwise.compare.runner import Budget
+    from sharpwise.compare.runner import Progress as Progressed
 
 
 def compare(
@@ -97,7 +97,7 @@ def compare(
             run = [f'{key}="{value}"' for key, value in (("model.name", model), ("data.path", data)) if value]
             assignments = [*run, *(settings or [])]
             given, folder = _study(arms or [], out, recipe, budget, said, assignments, search or [], trust_code)
-            result, page = conduct_and_write(log, given, folder, jobs, so_far=so_far, trust_code=trust_code)
+            result, page = run_and_write(log, given, folder, jobs, so_far=so_far, trust_code=trust_code)
     except KeyboardInterrupt:
         log.print("Stopped; what was trained is kept, and the same command goes on.")
         raise typer.Exit(130) from None
@@ -195,7 +195,7 @@ def _budget(text: str) -> dict[str, Any]:
     return {"tokens": round(value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit.lower()])}
 
 
-def conduct_and_write(
+def run_and_write(
     log: Console,
     given: Mapping[str, Any] | None,
     folder: Path,
@@ -204,11 +204,11 @@ def conduct_and_write(
     so_far: bool = False,
     trust_code: bool = False,
 ) -> tuple[dict[str, Any], Path]:
-    """Conduct a study with its progress on the terminal, or look at what there is `so_far`, and write its page."""
+    """Run a study with its progress on the terminal, or look at what there is `so_far`, and write its page."""
     with log.status("Building every arm once"):
-        from sharpwise.compare.conduct import conduct, look, open_study, place_of
         from sharpwise.compare.report.page import write_study_page
         from sharpwise.compare.results import results
+        from sharpwise.compare.runner import look, open_study, place_of, run_study
         from sharpwise.train.environment import available_cpus
 
         study = open_study(given, folder, trust_code=trust_code)
@@ -239,7 +239,7 @@ def conduct_and_write(
                 end = "diverged" if loss is None else f"loss {loss:.4f}"
                 log.print(f"{runs}: {place_of(trial)}, {end}{eta and f'; {eta}'}", soft_wrap=True)
 
-        conducted = conduct(
+        state = run_study(
             study,
             folder,
             jobs=jobs,
@@ -247,7 +247,7 @@ def conduct_and_write(
             on_budget=on_budget,
             on_progress=on_progress,
         )
-    result = results(conducted)
+    result = results(state)
     return result, write_study_page(result, folder)
 
 
@@ -293,7 +293,7 @@ def _duration(seconds: float) -> str:
 
 def _print(console: Console, result: Mapping[str, Any]) -> None:
     """The verdict, what to know before believing it, and what to do next: as on the page."""
-    from sharpwise.compare.report.words import headline
+    from sharpwise.compare.report.text import headline
 
     console.print(headline(result), style="bold")
     console.print()

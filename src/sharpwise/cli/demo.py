@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sharpwise.cli.compare import conduct_and_write, show
+from sharpwise.cli.compare import run_and_write, show
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
 
@@ -37,8 +37,8 @@ def demo(
     try:
         with user_errors():
             with log.status("Reading the text and learning its tokens"):
-                from sharpwise.compare.conduct import extends
                 from sharpwise.compare.demo import demo_data, demo_study
+                from sharpwise.compare.runner import extends
 
                 corpus = demo_data(data, out / "data")
             about = corpus.about
@@ -46,7 +46,7 @@ def demo(
                 f"{about['source']}: {about['documents']:,} documents, {about['train_tokens']:,} tokens to train on"
             )
             study = demo_study(corpus.folder, steps)
-            result, page = conduct_and_write(log, None if extends(out, study) else study, out, jobs)
+            result, page = run_and_write(log, None if extends(out, study) else study, out, jobs)
     except KeyboardInterrupt:
         log.print("Stopped; what was trained is kept, and the same command goes on.")
         raise typer.Exit(130) from None

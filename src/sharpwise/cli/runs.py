@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sharpwise.cli.errors import user_errors
 from sharpwise.report.listing import RunLine, list_runs
-from sharpwise.report.words import short
+from sharpwise.report.text import short
 
 DEFAULT = Path("runs")
 STYLES = {"finished": "green", "running": "cyan", "diverged": "red", "failed": "red"}

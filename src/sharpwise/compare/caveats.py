@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sharpwise.compare.conduct import Conducted
+from sharpwise.compare.runner import StudyState
 from sharpwise.compare.study import TOKENS_PER_PARAMETER
 
 FAR_APART = 0.2
@@ -13,9 +13,9 @@ LARGER = 1.05
 Arm = Mapping[str, Any]
 
 
-def caveats(conducted: Conducted, arms: Sequence[Arm]) -> list[str]:
+def caveats(state: StudyState, arms: Sequence[Arm]) -> list[str]:
     """What there is to say of the budget and of every arm."""
-    budget = conducted.budget
+    budget = state.budget
     notes = []
     if budget.tokens_per_parameter < TOKENS_PER_PARAMETER:
         notes.append(
@@ -74,9 +74,9 @@ def spread(losses: Iterable[float | None]) -> float:
     return max(ends) - min(ends) if ends else 0.0
 
 
-def of_horizons(conducted: Conducted, arms: Sequence[Arm], horizons: Sequence[Mapping[str, Any]]) -> list[str]:
+def of_horizons(state: StudyState, arms: Sequence[Arm], horizons: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where the curve that speed-ups are read off has holes, or rests on points that are unsure."""
-    study = conducted.study
+    study = state.study
     found = []
     for horizon in horizons:
         pairs = zip(horizon["seeds"], horizon["final_losses"], strict=True)
@@ -109,9 +109,9 @@ def of_places(places: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Not all runs were made alike: they differ in {', '.join(differ)}. Times can be compared with care only."]
 
 
-def not_tested(conducted: Conducted) -> list[str]:
+def not_tested(state: StudyState) -> list[str]:
     """What a reader might take for granted, and nobody looked at."""
-    built, arms = conducted.first, conducted.study.arms
+    built, arms = state.first, state.study.arms
     notes = [
         f"Other models than {built.config.model.name}, other data, other batch sizes and contexts, longer schedules.",
         "Quality beyond the validation loss: nothing was fine-tuned or evaluated on tasks.",
@@ -130,6 +130,6 @@ def not_tested(conducted: Conducted) -> list[str]:
         f"Not tuned: {', '.join([*left, 'gradient clipping'])} and the shape of the schedule. The arms as code say "
         "what each arm has; where nobody said so, an arm has the defaults of its optimizer."
     )
-    if conducted.study.horizons:
+    if state.study.horizons:
         notes.append("The baseline's setting was tuned at the full budget, not again for its other numbers of tokens.")
     return notes

@@ -9,9 +9,9 @@ import torch
 
 from sharpwise.compare.arms import OWN, ablations, block_lr_of, definitions, instead
 from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
-from sharpwise.compare.conduct import Conducted, expected, place_of
 from sharpwise.compare.next_step import next_step
 from sharpwise.compare.record import read_environment
+from sharpwise.compare.runner import StudyState, expected, place_of
 from sharpwise.compare.speedup import Speedup, speedup
 from sharpwise.compare.statistics import Difference, holm, mean_interval, paired_difference
 from sharpwise.compare.storage import losses_of
@@ -27,25 +27,25 @@ Result = dict[str, Any]
 LEVEL = 0.95
 
 
-def results(conducted: Conducted) -> Result:
+def results(state: StudyState) -> Result:
     """The result of a study, or what it has found so far, ready for `write_study_page`."""
-    study, budget, built = conducted.study, conducted.budget, conducted.first
-    arms = [_arm(conducted, arm) for arm in study.arms]
-    _compare(conducted, arms)
-    multipliers = {arm.name: _multipliers(conducted, arm) for arm in study.arms}
+    study, budget, built = state.study, state.budget, state.first
+    arms = [_arm(state, arm) for arm in study.arms]
+    _compare(state, arms)
+    multipliers = {arm.name: _multipliers(state, arm) for arm in study.arms}
     blocks = [
         {**describe(segment), "multipliers": {name: values[i] for name, values in multipliers.items()}}
         for i, segment in enumerate(built.optimizer.blocks.segments)
     ]
     said = definitions(study, blocks)
     for arm in arms:
-        mean = _mean_multiplier(conducted, multipliers[arm["name"]])
+        mean = _mean_multiplier(state, multipliers[arm["name"]])
         if _is_measured(study.arm(arm["name"])):
             mean = None
         lr = None if arm["setting"] is None or mean is None else arm["setting"]["optimizer.lr"] * mean
         arm |= {"definition": said[arm["name"]], "mean_multiplier": mean, "mean_lr": lr}
-    horizons = [_horizon(conducted, share) for share in study.horizons]
-    done, places = len(conducted.results), _places(conducted)
+    horizons = [_horizon(state, share) for share in study.horizons]
+    done, places = len(state.results), _places(state)
     shared = as_given(make_config(study.config(Trial(study.baseline, "tune", (), 0), budget.steps)))
     for name in ("optimizer", "seed"):
         del shared[name]
@@ -55,8 +55,8 @@ def results(conducted: Conducted) -> Result:
         "baseline": study.baseline,
         "margin": study.margin,
         "seeds": list(study.seed_numbers),
-        "complete": conducted.complete,
-        "progress": {"done": done, "expected": _expected(conducted)},
+        "complete": state.complete,
+        "progress": {"done": done, "expected": _expected(state)},
         "budget": {
             "tokens": budget.tokens,
             "steps": budget.steps,
@@ -74,33 +74,33 @@ def results(conducted: Conducted) -> Result:
         "environment": places[-1] if places else environment(built.config),
         "config": shared,
         "arms": arms,
-        "ablations": _ablations(conducted),
+        "ablations": _ablations(state),
         "horizons": horizons,
         "blocks": blocks,
-        "caveats": [*caveats(conducted, arms), *of_places(places), *of_horizons(conducted, arms, horizons)],
-        "not_tested": not_tested(conducted),
+        "caveats": [*caveats(state, arms), *of_places(places), *of_horizons(state, arms, horizons)],
+        "not_tested": not_tested(state),
     }
-    return {**result, "next": next_step(study, result, conducted.folder)}
+    return {**result, "next": next_step(study, result, state.folder)}
 
 
-def _expected(conducted: Conducted) -> int:
+def _expected(state: StudyState) -> int:
     """How many runs there will be: those that there are, where none is missing."""
-    done = losses_of(conducted.results)
-    return len(done) if conducted.complete else max(len(done), sum(expected(conducted.study, done).values()))
+    done = losses_of(state.results)
+    return len(done) if state.complete else max(len(done), sum(expected(state.study, done).values()))
 
 
-def _arm(conducted: Conducted, arm: Arm) -> Result:
-    losses = losses_of(conducted.results)
+def _arm(state: StudyState, arm: Arm) -> Result:
+    losses = losses_of(state.results)
     tuning = tried(arm.name, losses)
     chosen = best(arm.name, losses) if any(math.isfinite(loss) for loss in tuning.values()) else None
-    final = list(_runs(conducted, arm.name, "final").values())
-    records = [conducted.results[trial] for trial in final]
+    final = list(_runs(state, arm.name, "final").values())
+    records = [state.results[trial] for trial in final]
     mean = mean_interval([record["final_loss"] for record in records], LEVEL) if records else None
     diverged = [trial.lr for trial, loss in tuning.items() if math.isinf(loss)]
     setting = None if chosen is None else dict(chosen.setting)
     return {
         "name": arm.name,
-        "code": "" if chosen is None else _code(conducted, chosen),
+        "code": "" if chosen is None else _code(state, chosen),
         "setting": setting,
         "edge": "" if chosen is None else at_edge(arm.name, losses),
         "state_bytes": next((r["state_bytes"] for r in records if r["state_bytes"] is not None), None),
@@ -110,33 +110,33 @@ def _arm(conducted: Conducted, arm: Arm) -> Result:
                 "setting": dict(trial.setting),
                 "lr": trial.lr,
                 "stage": trial.stage,
-                "final_loss": conducted.results[trial]["final_loss"],
-                "stopped_at": conducted.results[trial]["stopped_at"],
+                "final_loss": state.results[trial]["final_loss"],
+                "stopped_at": state.results[trial]["stopped_at"],
                 "folder": place_of(trial),
             }
             for trial in tuning
         ],
-        "final": [_run(conducted, trial) for trial in final],
+        "final": [_run(state, trial) for trial in final],
         "mean": None if mean is None else mean.mean,
         "interval": None if mean is None or mean.low is None else [mean.low, mean.high],
     }
 
 
-def _runs(conducted: Conducted, arm: str, stage: Stage, share: float = 1.0) -> dict[int, Trial]:
+def _runs(state: StudyState, arm: str, stage: Stage, share: float = 1.0) -> dict[int, Trial]:
     """The runs of an arm's best setting that are done, by seed.
 
     There may be others, of what was best before another arm was added, and with it trials for all.
     """
-    losses = losses_of(conducted.results)
+    losses = losses_of(state.results)
     if not tried(arm, losses):
         return {}
     setting = best(arm, losses).setting
-    trials = {seed: Trial(arm, stage, setting, seed, share) for seed in conducted.study.seed_numbers}
+    trials = {seed: Trial(arm, stage, setting, seed, share) for seed in state.study.seed_numbers}
     return {seed: trial for seed, trial in trials.items() if trial in losses}
 
 
-def _run(conducted: Conducted, trial: Trial) -> Result:
-    record, per_step = conducted.results[trial], conducted.budget.tokens_per_step
+def _run(state: StudyState, trial: Trial) -> Result:
+    record, per_step = state.results[trial], state.budget.tokens_per_step
     return {
         "seed": trial.seed,
         "final_loss": record["final_loss"],
@@ -152,27 +152,27 @@ def _run(conducted: Conducted, trial: Trial) -> Result:
     }
 
 
-def _code(conducted: Conducted, trial: Trial) -> str:
-    own = make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer
-    return as_code(own, conducted.budget.steps)
+def _code(state: StudyState, trial: Trial) -> str:
+    own = make_config(state.study.config(trial, state.budget.steps)).optimizer
+    return as_code(own, state.budget.steps)
 
 
 ByLosses = dict[int, float | None]
 """End losses by seed of runs that are done, None where a run diverged."""
 
 
-def _losses(conducted: Conducted, arm: str) -> ByLosses:
-    return {seed: conducted.results[trial]["final_loss"] for seed, trial in _runs(conducted, arm, "final").items()}
+def _losses(state: StudyState, arm: str) -> ByLosses:
+    return {seed: state.results[trial]["final_loss"] for seed, trial in _runs(state, arm, "final").items()}
 
 
-def _horizon(conducted: Conducted, share: float) -> Result:
+def _horizon(state: StudyState, share: float) -> Result:
     """The runs of the baseline on another number of tokens, in the order of the seeds."""
-    runs = _runs(conducted, conducted.study.baseline, "horizon", share)
-    records = [conducted.results[trial] for trial in runs.values()]
-    steps = max(1, round(conducted.budget.steps * share))
+    runs = _runs(state, state.study.baseline, "horizon", share)
+    records = [state.results[trial] for trial in runs.values()]
+    steps = max(1, round(state.budget.steps * share))
     return {
         "share": share,
-        "tokens": steps * conducted.budget.tokens_per_step,
+        "tokens": steps * state.budget.tokens_per_step,
         "seeds": list(runs),
         "final_losses": [record["final_loss"] for record in records],
         "stopped_at": [record["stopped_at"] for record in records],
@@ -180,10 +180,10 @@ def _horizon(conducted: Conducted, share: float) -> Result:
     }
 
 
-def _compare(conducted: Conducted, arms: list[Result]) -> None:
+def _compare(state: StudyState, arms: list[Result]) -> None:
     """Difference, verdict, sentence and speed-up of every arm against the baseline."""
-    study = conducted.study
-    found = {arm.name: _difference(conducted, arm.name, study.baseline) for arm in study.arms}
+    study = state.study
+    found = {arm.name: _difference(state, arm.name, study.baseline) for arm in study.arms}
     del found[study.baseline]
     adjusted = _adjusted(found)
     for arm in arms:
@@ -192,22 +192,22 @@ def _compare(conducted: Conducted, arms: list[Result]) -> None:
             arm |= {"difference": None, "verdict": "baseline", "sentence": "", "speedup": None}
             continue
         difference = found[name]
-        gain = _speedup(conducted, name) if difference and difference.n else None
+        gain = _speedup(state, name) if difference and difference.n else None
         arm |= _judged(study, study.baseline, difference, adjusted[name], gain)
         arm["speedup"] = None if gain is None else _plain(gain)
 
 
-def _ablations(conducted: Conducted) -> list[Result]:
+def _ablations(state: StudyState) -> list[Result]:
     """Every arm with a block_lr against its ablations.
 
     Their p are adjusted among themselves: whether it matters which block has which multiplier is another question than
     whether the arm is better than the baseline, and is asked by other pairs.
     """
-    pairs = {(arm.name, other.name): instead(other) for arm, other in ablations(conducted.study)}
-    found = {pair: _difference(conducted, *pair) for pair in pairs}
+    pairs = {(arm.name, other.name): instead(other) for arm, other in ablations(state.study)}
+    found = {pair: _difference(state, *pair) for pair in pairs}
     adjusted = _adjusted(found)
     return [
-        {"arm": pair[0], "ablation": pair[1], **_judged(conducted.study, words, found[pair], adjusted[pair])}
+        {"arm": pair[0], "ablation": pair[1], **_judged(state.study, words, found[pair], adjusted[pair])}
         for pair, words in pairs.items()
     ]
 
@@ -232,18 +232,18 @@ def _judged(
     }
 
 
-def _difference(conducted: Conducted, arm: str, baseline: str) -> Difference | None:
+def _difference(state: StudyState, arm: str, baseline: str) -> Difference | None:
     """Over the seeds at which both are done; None where there is none yet."""
-    mine, other = _losses(conducted, arm), _losses(conducted, baseline)
+    mine, other = _losses(state, arm), _losses(state, baseline)
     seeds = [seed for seed in mine if seed in other]
     return paired_difference([mine[s] for s in seeds], [other[s] for s in seeds], LEVEL) if seeds else None
 
 
-def _speedup(conducted: Conducted, arm: str) -> Speedup | None:
+def _speedup(state: StudyState, arm: str) -> Speedup | None:
     """Over the seeds at which all are done; None where there is none yet, or no other horizon."""
-    tokens, mine = conducted.budget.tokens, _losses(conducted, arm)
-    horizons = [_horizon(conducted, share) for share in conducted.study.horizons]
-    curve: dict[float, ByLosses] = {tokens: _losses(conducted, conducted.study.baseline)}
+    tokens, mine = state.budget.tokens, _losses(state, arm)
+    horizons = [_horizon(state, share) for share in state.study.horizons]
+    curve: dict[float, ByLosses] = {tokens: _losses(state, state.study.baseline)}
     curve |= {h["tokens"]: dict(zip(h["seeds"], h["final_losses"], strict=True)) for h in horizons}
     seeds = [seed for seed in mine if all(seed in losses for losses in curve.values())]
     if len(curve) < 2 or not seeds:
@@ -257,13 +257,11 @@ def _plain(gain: Speedup) -> Result:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _multipliers(conducted: Conducted, arm: Arm) -> list[float]:
+def _multipliers(state: StudyState, arm: Arm) -> list[float]:
     """Multiplier of the learning rate of every segment."""
     trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
-    own = make_config(conducted.study.config(trial, conducted.budget.steps)).optimizer
-    found = build_optimizer(
-        own, conducted.first.model, None, conducted.budget.steps, [torch.zeros(1, 2, dtype=torch.int64)]
-    )
+    own = make_config(state.study.config(trial, state.budget.steps)).optimizer
+    found = build_optimizer(own, state.first.model, None, state.budget.steps, [torch.zeros(1, 2, dtype=torch.int64)])
     return [float(row["multiplier"]) for row in found.lr_multipliers()]
 
 
@@ -273,16 +271,16 @@ def _is_measured(arm: Arm) -> bool:
     return arm.optimizer["name"] in OWN or (block_lr is not None and bool(block_lr.sources))
 
 
-def _mean_multiplier(conducted: Conducted, multipliers: list[float]) -> float | None:
-    sizes = [segment.numel for segment in conducted.first.optimizer.blocks.segments]
+def _mean_multiplier(state: StudyState, multipliers: list[float]) -> float | None:
+    sizes = [segment.numel for segment in state.first.optimizer.blocks.segments]
     return sum(m * size for m, size in zip(multipliers, sizes, strict=True)) / sum(sizes)
 
 
-def _places(conducted: Conducted) -> list[Result]:
+def _places(state: StudyState) -> list[Result]:
     """Where each run was made, the latest last."""
     found = []
-    for trial, record in conducted.results.items():
-        place = read_environment(conducted.folder / place_of(trial))
+    for trial, record in state.results.items():
+        place = read_environment(state.folder / place_of(trial))
         if place is not None:
             found.append({**place, **({"runs_at_a_time": record["jobs"]} if "jobs" in record else {})})
     return sorted(found, key=lambda place: str(place.get("date")))

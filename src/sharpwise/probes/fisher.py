@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from sharpwise.blocks import BlockMap
 from sharpwise.blocks.map import Blocks
 from sharpwise.probes.batches import IGNORED, Batch, check_micro
-from sharpwise.probes.draws import Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.gather import Groups, square_sums
+from sharpwise.probes.monte_carlo import Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.parts import labels as labels_of
 from sharpwise.probes.parts import named_parameters
 from sharpwise.probes.second_moment import sharpness_from_optimizer

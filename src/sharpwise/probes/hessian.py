@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpwise.probes.draws import Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_quantile
 from sharpwise.probes.gather import Groups
+from sharpwise.probes.monte_carlo import Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.products import Operator
 
 _ROUND = 10

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpwise.probes.draws import FEWEST, Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.estimate import Cost, Estimate, Measurement, t_quantile
+from sharpwise.probes.monte_carlo import FEWEST, Draws, check_count, check_rtol, not_reached
 from sharpwise.probes.products import Operator
 
 Which = Literal["largest", "smallest", "both", "magnitude"]

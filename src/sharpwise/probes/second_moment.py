@@ -23,9 +23,9 @@ import numpy as np
 from sharpwise.engine.measuring import second_moments, steps_taken
 from sharpwise.engine.optimizer import BlockOptimizer
 from sharpwise.engine.plan import Entry
-from sharpwise.probes.draws import check_count
 from sharpwise.probes.estimate import Cost, Measurement
 from sharpwise.probes.gather import Groups
+from sharpwise.probes.monte_carlo import check_count
 
 _WHO = "sharpness_from_optimizer"
 

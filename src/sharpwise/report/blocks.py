@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from sharpwise.blocks import Segment
 from sharpwise.blocks.names import number_ranges
-from sharpwise.report import figures, skeleton
+from sharpwise.report import figures, html
 
 # Lines of single layers in one band; of more layers, as many evenly chosen ones.
 MAX_LAYER_LINES = 16
@@ -41,7 +41,7 @@ def block_table(blocks: Iterable[Mapping[str, Any]], factors: Mapping[str, str])
         factors: columns with such factors: their names, and the titles of the columns.
     """
     head = "".join(
-        f'<th scope="col"{css}>{skeleton.breakable(text)}</th>'
+        f'<th scope="col"{css}>{html.breakable(text)}</th>'
         for text, css in (
             ("parameter", ""),
             ("role", ""),
@@ -67,7 +67,7 @@ def block_table(blocks: Iterable[Mapping[str, Any]], factors: Mapping[str, str])
             f'<td class="roomy">{escape(block["rows"])}</td><td class="number roomy">{heads}</td>'
             f'<td class="roomy">{shape}</td><td class="number">{block["parameters"] * len(members):,}</td>{cells}</tr>'
         )
-    return skeleton.table(head, lines, "Block map")
+    return html.table(head, lines, "Block map")
 
 
 def code(name: str) -> str:

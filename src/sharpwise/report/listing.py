@@ -9,7 +9,7 @@ from typing import Any
 
 from sharpwise.report import reading
 from sharpwise.report.run import State, lookup, read_status, whole
-from sharpwise.report.run_words import last_name, optimizer_name
+from sharpwise.report.run_text import last_name, optimizer_name
 
 DEPTH = 5  # levels of folders below the one that is asked about
 # A validation may lie this far back. Scanning it for one takes milliseconds.

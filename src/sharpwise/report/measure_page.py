@@ -12,9 +12,9 @@ from sharpwise.files import write_whole
 from sharpwise.probes.estimate import Estimate, Measurement
 from sharpwise.report import measure
 from sharpwise.report.blocks import code
+from sharpwise.report.html import card, chart, document, facts, notes, table
 from sharpwise.report.measure_density import density_curve, has_density
-from sharpwise.report.skeleton import card, chart, document, facts, notes, table
-from sharpwise.report.words import duration
+from sharpwise.report.text import duration
 
 T = TypeVar("T")
 WARNINGS = 5  # so many are told at the top, the rest where the probe's facts are

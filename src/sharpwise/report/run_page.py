@@ -8,13 +8,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from sharpwise.files import write_whole
-from sharpwise.report import run_charts, run_words
+from sharpwise.report import run_charts, run_text
 from sharpwise.report.blocks import block_table, describe
+from sharpwise.report.html import PAGE_NAME, card, chart, document, facts, notes, table
 from sharpwise.report.reading import METRICS, TIMING
 from sharpwise.report.run import RunData, read_run
 from sharpwise.report.run_blocks import factors
-from sharpwise.report.skeleton import PAGE_NAME, card, chart, document, facts, notes, table
-from sharpwise.report.words import moment
+from sharpwise.report.text import moment
 
 
 def write_run_page(folder: str | Path) -> Path:
@@ -36,28 +36,28 @@ def render(run: RunData) -> str:
         for part in (
             "<header>",
             f'<p class="kicker">sharpwise run {escape(_name(run))}</p>',
-            f"<h1>{escape(run_words.headline(run))}</h1>",
-            f'<p class="lead">{escape(run_words.lead(run))}</p>',
+            f"<h1>{escape(run_text.headline(run))}</h1>",
+            f'<p class="lead">{escape(run_text.lead(run))}</p>',
             f'<p class="state {run.status.state}"><strong>{run.status.state}</strong> '
-            f"{escape(run_words.status_words(run))}</p>",
-            notes(run_words.caveats(run)),
+            f"{escape(run_text.status_words(run))}</p>",
+            notes(run_text.caveats(run)),
             "</header>",
             '<div class="grid">',
             *_charts(run),
             '<div class="stack">',
-            card("What came out", "", facts(run_words.results(run)) + _links(run)),
+            card("What came out", "", facts(run_text.results(run)) + _links(run)),
             _starts(run.starts),
             "</div>",
-            card("What was run", "", facts(run_words.setup(run), code=("optimizer",))),
+            card("What was run", "", facts(run_text.setup(run), code=("optimizer",))),
             _blocks(run),
             _sample(run),
             _config(run),
             "</div>",
-            f'<p class="hint foot">{escape(run_words.footer(run))}</p>',
+            f'<p class="hint foot">{escape(run_text.footer(run))}</p>',
         )
         if part
     )
-    return document(f"{_name(run)}: {run_words.headline(run)}", body)
+    return document(f"{_name(run)}: {run_text.headline(run)}", body)
 
 
 def _name(run: RunData) -> str:

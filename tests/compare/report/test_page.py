@@ -18,7 +18,7 @@ from report.parse import Parser, parse
 from compare.report import canned
 from sharpwise.compare.report import page, tables
 from sharpwise.compare.report.runs import csv_text, runs_of
-from sharpwise.compare.report.words import headline, together
+from sharpwise.compare.report.text import headline, together
 
 CHARTS = {f"chart-{name}" for name in ("difference", "final", "speedup", "loss", "gap", "sensitivity")}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharpwise.report.figures import text
-from sharpwise.report.skeleton import breakable
+from sharpwise.report.html import breakable
 
 Result = Mapping[str, Any]
 Arm = Mapping[str, Any]

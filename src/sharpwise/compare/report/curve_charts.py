@@ -23,7 +23,7 @@ from sharpwise.compare.report.arms import varied as varied_run
 from sharpwise.report import figures
 from sharpwise.report.blocks import TypeLine, type_figure, type_lines
 from sharpwise.report.curves import averaged, rounded
-from sharpwise.report.words import mebibytes
+from sharpwise.report.text import mebibytes
 
 POINTS = 80  # of a loss curve, and of one of learning rates
 SYMBOLS_PER_LINE = 7

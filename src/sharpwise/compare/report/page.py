@@ -8,13 +8,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sharpwise.compare.report import curve_charts, row_charts, tables, words
+from sharpwise.compare.report import curve_charts, row_charts, tables, text
 from sharpwise.compare.report.arms import Result, html_name, looks
 from sharpwise.compare.report.runs import csv_text
 from sharpwise.compare.report.sensitivity import sensitivity
 from sharpwise.files import write_whole
-from sharpwise.report.skeleton import PAGE_NAME, bullets, card, chart, command, document, facts
-from sharpwise.report.words import moment
+from sharpwise.report.html import PAGE_NAME, bullets, card, chart, command, document, facts
+from sharpwise.report.text import moment
 
 JSON_NAME, CSV_NAME = "result.json", "result.csv"
 RESULTS_HINT = "Loss in nats per token, on the same held-out tokens for every run. In bold: the lowest mean."
@@ -56,10 +56,10 @@ def render(result: Result) -> str:
     parts = (
         "<header>",
         f'<p class="kicker">Comparison of optimizers: {escape(result["name"])}</p>',
-        f"<h1>{escape(words.headline(result))}</h1>",
+        f"<h1>{escape(text.headline(result))}</h1>",
         ""
         if result["complete"]
-        else f'<p class="state running"><strong>unfinished</strong> {escape(words.status(result))}</p>',
+        else f'<p class="state running"><strong>unfinished</strong> {escape(text.status(result))}</p>',
         "</header>",
         '<div class="grid">',
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
@@ -88,7 +88,7 @@ def render(result: Result) -> str:
         f'<p class="hint foot">Written from results of {escape(moment(str(result["environment"].get("date", "-"))))}. '
         "This file needs no network.</p>",
     )
-    return document(f"{result['name']}: {words.headline(result)}", "\n".join(part for part in parts if part))
+    return document(f"{result['name']}: {text.headline(result)}", "\n".join(part for part in parts if part))
 
 
 def _caveats(result: Result) -> str:
@@ -106,7 +106,7 @@ def _next(result: Result) -> str:
 
 
 def _method(result: Result) -> str:
-    paragraphs = "".join(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in words.method(result))
+    paragraphs = "".join(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in text.method(result))
     return paragraphs + tables.definitions(result)
 
 
@@ -131,7 +131,7 @@ def _charts(result: Result) -> list[str]:
             "final",
             "Final losses",
             f"Filled: the mean over seeds, with its 95% interval; open: single seeds. Dashed: the mean of {baseline}. "
-            f"{words.together(result)}",
+            f"{text.together(result)}",
             row_charts.final_losses(result),
         ),
         (
@@ -240,9 +240,9 @@ def _links() -> str:
 def _setup(result: Result) -> list[str]:
     budget, model = result["budget"], result["model"]
     items = [
-        *((f"model: {key}", text) for key, text in tables.flat(model)),
-        *((f"data: {key}", text) for key, text in tables.flat(result["data"])),
-        *((f"run: {key}", text) for key, text in tables.flat(budget)),
+        *((f"model: {key}", value) for key, value in tables.flat(model)),
+        *((f"data: {key}", value) for key, value in tables.flat(result["data"])),
+        *((f"run: {key}", value) for key, value in tables.flat(budget)),
         ("seeds", ", ".join(map(str, result["seeds"]))),
     ]
     config = facts(tables.flat(result["config"]))

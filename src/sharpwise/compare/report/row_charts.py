@@ -18,7 +18,7 @@ from sharpwise.compare.report.arms import (
     paired,
     short_name,
 )
-from sharpwise.compare.report.words import VERDICTS, speedup_high
+from sharpwise.compare.report.text import VERDICTS, speedup_high
 from sharpwise.report import figures
 
 ROW = 62  # pixels of a row: its name on top, below it the mean, below that the seeds

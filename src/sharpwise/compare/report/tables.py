@@ -18,10 +18,10 @@ from sharpwise.compare.report.arms import (
     value_words,
 )
 from sharpwise.compare.report.runs import STAGES, Run, runs_of
-from sharpwise.compare.report.words import VERDICTS, interval, speedup_words
+from sharpwise.compare.report.text import VERDICTS, interval, speedup_words
 from sharpwise.report.blocks import block_table
-from sharpwise.report.skeleton import facts, table
-from sharpwise.report.words import mebibytes, moment, number
+from sharpwise.report.html import facts, table
+from sharpwise.report.text import mebibytes, moment, number
 
 
 def definitions(result: Result) -> str:

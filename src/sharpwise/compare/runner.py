@@ -70,7 +70,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Conducted:
+class StudyState:
     """A study with what it has found so far. `first` is a run of the baseline, ready to start."""
 
     study: Study
@@ -116,7 +116,7 @@ def extends(folder: Path, given: Mapping[str, Any]) -> bool:
     return path.exists() and not differences(make_study(given), make_study(read_given(path, "study")))
 
 
-def conduct(
+def run_study(
     study: Study,
     folder: Path,
     *,
@@ -124,7 +124,7 @@ def conduct(
     setup: Callable[[], object] | None = None,
     on_budget: Callable[[Budget], object] = lambda budget: None,
     on_progress: Callable[[Progress], object] = lambda progress: None,
-) -> Conducted:
+) -> StudyState:
     """Run all that a study needs and does not have; what is complete is looked at alone.
 
     Args:
@@ -149,18 +149,18 @@ def conduct(
     built = build_arms(study, study.arms)
     budget = work_out(study, built, done, jobs, timed=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / "study.lock", f"another process conducts the study in {folder}"):
+    with held(folder / "study.lock", f"another process runs the study in {folder}"):
         remove_leftovers(folder)
         on_budget(budget)
         write_whole(folder / "study.toml", tomli_w.dumps(study.given))
         storage = Storage(folder / "study.db")
-        conductor = _Conductor(study, folder, budget, storage, on_progress)
-        with Workers(jobs, threads=study.threads, setup=setup, on_step=conductor.note) as workers:
-            conductor.go(workers)
-    return Conducted(study, folder, budget, storage.results, built)
+        runner = _Runner(study, folder, budget, storage, on_progress)
+        with Workers(jobs, threads=study.threads, setup=setup, on_step=runner.note) as workers:
+            runner.run(workers)
+    return StudyState(study, folder, budget, storage.results, built)
 
 
-def look(study: Study, folder: Path) -> Conducted:
+def look(study: Study, folder: Path) -> StudyState:
     """What a study has found so far. Nothing is trained, and another process may be at work there.
 
     Raises:
@@ -170,7 +170,7 @@ def look(study: Study, folder: Path) -> Conducted:
         raise ValueError(f"{folder} holds no runs yet")
     results = Storage(folder / "study.db").results
     built = build_arms(study, [study.arm(study.baseline)])
-    return Conducted(study, folder, work_out(study, built, losses_of(results)), results, built)
+    return StudyState(study, folder, work_out(study, built, losses_of(results)), results, built)
 
 
 def build_arms(study: Study, arms: Collection[Arm]) -> Built:
@@ -244,7 +244,7 @@ def _seconds_per_token(study: Study, built: Built, steps: int) -> float | None:
     return statistics.median(seconds) / built.plan.tokens_per_step * (1 + validated / 3) if seconds else None
 
 
-class _Conductor:
+class _Runner:
     """The loop of a study."""
 
     def __init__(
@@ -267,7 +267,7 @@ class _Conductor:
         """A run has taken a step."""
         self._steps[key] = step
 
-    def go(self, workers: Workers) -> None:
+    def run(self, workers: Workers) -> None:
         """Train until nothing is needed."""
         study = self.study
         while True:

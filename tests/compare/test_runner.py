@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from train.kill_rig import processes
 
-from sharpwise.compare import conduct as conducting
-from sharpwise.compare.conduct import conduct, open_study, place_of
+from sharpwise.compare import runner
 from sharpwise.compare.record import read_record
 from sharpwise.compare.results import results
+from sharpwise.compare.runner import open_study, place_of, run_study
 from sharpwise.compare.storage import Storage
 
 
@@ -46,14 +46,14 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was never stopped, in this process."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     seen = []
-    conducted = conduct(open_study(study(data), folder), folder, on_progress=seen.append)
-    assert seen[-1].done == len(conducted.results) == seen[-1].expected
+    state = run_study(open_study(study(data), folder), folder, on_progress=seen.append)
+    assert seen[-1].done == len(state.results) == seen[-1].expected
     return folder
 
 
 def test_a_study_has_what_it_should_have(whole: Path, data: Path) -> None:
-    conducted = conduct(open_study(None, whole, trust_code=True), whole)  # it is complete: nothing is trained
-    found = results(conducted)
+    state = run_study(open_study(None, whole, trust_code=True), whole)  # it is complete: nothing is trained
+    found = results(state)
     assert [arm["name"] for arm in found["arms"]] == ["adamw", "adamw+blockwise"]
     assert len({len(arm["tuning"]) for arm in found["arms"]}) == 1
     for arm in found["arms"]:
@@ -81,12 +81,12 @@ def test_a_busy_machine_does_not_change_what_is_found(whole: Path, tmp_path: Pat
 
 
 def test_two_processes_find_the_same(whole: Path, data: Path, tmp_path: Path) -> None:
-    conduct(open_study(study(data), tmp_path), tmp_path, jobs=2)
+    run_study(open_study(study(data), tmp_path), tmp_path, jobs=2)
     assert losses(tmp_path) == losses(whole)
 
 
-def _conduct_and_die(given: dict[str, Any], folder: str, after: int) -> None:
-    """Conduct a study and die when so many runs are stored."""
+def _run_and_die(given: dict[str, Any], folder: str, after: int) -> None:
+    """Run a study and die when so many runs are stored."""
     real = Storage.add
 
     def add(self: Storage, trial: Any, result: Any) -> None:
@@ -95,34 +95,34 @@ def _conduct_and_die(given: dict[str, Any], folder: str, after: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Storage.add = add  # type: ignore[method-assign]
-    conduct(open_study(given, Path(folder)), Path(folder))
+    run_study(open_study(given, Path(folder)), Path(folder))
 
 
 def test_a_study_that_was_killed_goes_on_and_loses_nothing(whole: Path, data: Path, tmp_path: Path) -> None:
     for after in (1, 4):
-        process = processes.Process(target=_conduct_and_die, args=(study(data), str(tmp_path), after))
+        process = processes.Process(target=_run_and_die, args=(study(data), str(tmp_path), after))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
         assert len(losses(tmp_path)) == after
-    conduct(open_study(study(data), tmp_path), tmp_path)
+    run_study(open_study(study(data), tmp_path), tmp_path)
     assert losses(tmp_path) == losses(whole)
     left = [{str(p.relative_to(folder)) for p in folder.glob("runs/*/*/*")} for folder in (tmp_path, whole)]
     assert left[0] == left[1]  # no checkpoints of the run that was stored and not tidied up
 
 
-def _conduct(given: dict[str, Any], folder: str) -> None:
-    conduct(open_study(given, Path(folder)), Path(folder))
+def _run_study(given: dict[str, Any], folder: str) -> None:
+    run_study(open_study(given, Path(folder)), Path(folder))
 
 
 def test_killed_at_any_time_nothing_is_counted_twice(whole: Path, data: Path, tmp_path: Path) -> None:
     for seconds in (0.7, 1.1, 0.9):
-        process = processes.Process(target=_conduct, args=(study(data), str(tmp_path)))
+        process = processes.Process(target=_run_study, args=(study(data), str(tmp_path)))
         process.start()
         time.sleep(seconds)
         process.kill()
         process.join(60)
-    conduct(open_study(study(data), tmp_path), tmp_path)
+    run_study(open_study(study(data), tmp_path), tmp_path)
     assert losses(tmp_path) == losses(whole)
 
 
@@ -138,7 +138,7 @@ def test_a_process_that_is_killed_is_replaced(whole: Path, data: Path, tmp_path:
                     killed.append(pid)
                     break
 
-    conduct(open_study(study(data), tmp_path), tmp_path, jobs=2, on_progress=kill_one)
+    run_study(open_study(study(data), tmp_path), tmp_path, jobs=2, on_progress=kill_one)
     assert killed
     assert losses(tmp_path) == losses(whole)
 
@@ -152,13 +152,13 @@ def _children(pid: int) -> list[str]:
 
 def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    conduct(open_study(study(data), folder), folder)
+    run_study(open_study(study(data), folder), folder)
     before = losses(folder)
     more = study(data, arms=["adamw", "adamw+blockwise", "adam-mini"], seeds=3)
-    conducted = conduct(open_study(more, folder), folder)
+    state = run_study(open_study(more, folder), folder)
     after = losses(folder)
     assert before.items() <= after.items()
-    found = results(conducted)
+    found = results(state)
     assert [len(arm["final"]) for arm in found["arms"]] == [3, 3, 3]
     with pytest.raises(ValueError, match=r"holds another study:\n  arms: the study has adam-mini, now it is missing"):
         open_study(study(data, seeds=3), folder)
@@ -226,20 +226,20 @@ def test_ablations_are_of_block_lrs_and_not_of_ablations(data, tmp_path) -> None
 
 def test_a_budget_that_says_nothing_is_refused_with_the_number_that_would_do(data, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"640 tokens has 20 steps of 32: too few .* 1,600 tokens are the least"):
-        conduct(open_study(study(data, tokens=640), tmp_path / "study"), tmp_path / "study")
+        run_study(open_study(study(data, tokens=640), tmp_path / "study"), tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
 
 def test_an_arm_that_cannot_be_built_is_named_before_anything_is_trained(data, tmp_path) -> None:
     given = study(data, arms={"adamw": {}, "lion": {"settings": {"optimizer.betas": [2.0, 0.9]}}})
     with pytest.raises(ValueError, match="arm 'lion' cannot be built"):
-        conduct(open_study(given, tmp_path / "study"), tmp_path / "study")
+        run_study(open_study(given, tmp_path / "study"), tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
 
 def test_a_full_disk_keeps_what_was_recorded(whole: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     calls = [0]
-    real = conducting.read_record
+    real = runner.read_record
 
     def read(folder: Path) -> Any:
         calls[0] += 1
@@ -247,12 +247,12 @@ def test_a_full_disk_keeps_what_was_recorded(whole: Path, data: Path, tmp_path: 
             raise OSError(28, "No space left on device")
         return real(folder)
 
-    monkeypatch.setattr(conducting, "read_record", read)
+    monkeypatch.setattr(runner, "read_record", read)
     with pytest.raises(OSError, match="No space left"):
-        conduct(open_study(study(data), tmp_path), tmp_path)
+        run_study(open_study(study(data), tmp_path), tmp_path)
     assert len(losses(tmp_path)) == 2
     monkeypatch.undo()
-    conduct(open_study(study(data), tmp_path), tmp_path)
+    run_study(open_study(study(data), tmp_path), tmp_path)
     assert losses(tmp_path) == losses(whole)
 
 
@@ -260,7 +260,7 @@ def test_a_locked_database_says_so(whole: Path) -> None:
     with closing(sqlite3.connect(whole / "study.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(ValueError, match=r"study.db is locked by another process, .*, the same command goes on"):
-            conduct(open_study(None, whole, trust_code=True), whole)
+            run_study(open_study(None, whole, trust_code=True), whole)
 
 
 @pytest.mark.slow  # Optuna tries for half a minute
@@ -275,8 +275,8 @@ def test_a_database_that_is_locked_meanwhile_says_so(whole: Path, data: Path, tm
                 locks.append(other)
 
         with pytest.raises(ValueError, match=r"study.db is locked by another process, .*, the same command goes on"):
-            conduct(open_study(study(data), tmp_path), tmp_path, on_progress=lock)
-    conduct(open_study(study(data), tmp_path), tmp_path)
+            run_study(open_study(study(data), tmp_path), tmp_path, on_progress=lock)
+    run_study(open_study(study(data), tmp_path), tmp_path)
     assert losses(tmp_path) == losses(whole)
 
 
@@ -285,7 +285,7 @@ def test_a_damaged_database_says_so(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, folder)
     (folder / "study.db").write_bytes((whole / "study.db").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"study.db cannot be used: .*\. Bring it back from a copy"):
-        conduct(open_study(None, folder, trust_code=True), folder)
+        run_study(open_study(None, folder, trust_code=True), folder)
 
 
 def test_every_trial_has_a_folder_of_its_own(whole: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sharpwise.compare.report.arms import Arm, Result, baseline_of, candidates, diverged
-from sharpwise.report.words import short
+from sharpwise.report.text import short
 
 VERDICTS = {
     "baseline": "baseline",

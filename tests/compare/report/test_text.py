@@ -10,7 +10,7 @@ from report.parse import parse
 from compare.report import canned
 from sharpwise.compare.report import page
 from sharpwise.compare.report.runs import runs_of
-from sharpwise.compare.report.words import headline, method, speedup_words
+from sharpwise.compare.report.text import headline, method, speedup_words
 
 
 @pytest.mark.parametrize(

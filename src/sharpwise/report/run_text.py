@@ -10,7 +10,7 @@ import numpy as np
 
 from sharpwise.report.reading import METRICS
 from sharpwise.report.run import RunData
-from sharpwise.report.words import USUAL_TOKENS_PER_PARAMETER, duration, mebibytes, number, perplexity, short
+from sharpwise.report.text import USUAL_TOKENS_PER_PARAMETER, duration, mebibytes, number, perplexity, short
 
 Items = list[tuple[str, str]]
 
