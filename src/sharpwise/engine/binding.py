@@ -291,7 +291,9 @@ class Marks:
     def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         self._params, self._kinds = params, _kinds_of(params)
         self._tensors = _tensors_of(params, state)
-        self._askers = [local(tensor).data_ptr for tensor in self._tensors]
+        own = [local(tensor) for tensor in self._tensors]
+        # Fake tensors, as those on meta, lie nowhere.
+        self._askers = [t.data_ptr for t in own if t.untyped_storage().device.type != "meta"]
         self._places = [ask() for ask in self._askers]
 
     def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:

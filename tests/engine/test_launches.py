@@ -1,0 +1,178 @@
+"""What a step asks of a CUDA device, counted on one that computes nothing (`benchmarks/fake_device.py`).
+
+The bounds only go down. `python benchmarks/launches.py --bounds` prints them as they would be now.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharpwise.optim import COMBINES, OPTIMIZERS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+OWN = ("environment", "fake_device", "launches", "shapes")
+
+BOUNDS = {
+    "tiny": """
+                       adamw  adam-mini  lion  sgd  sgd-sai
+plain                  8      244        27    37   45
+clip                   22     272        41    51   59
+clip-skip              32     327        57    67   75
+raise                  15     251        34    44   52
+bf16-weights           59     328        33    43   51
+bf16-state-stochastic  265    1173       151   161  169
+bf16-all-stochastic    331    1602       217   227  235
+fp64-weights           67     476        41    51   57
+eager                  645    617        281   421  437
+blockwise              30     276        41    45   45
+blockwise-clip         52     310        55    59   59
+sharpness              120    313        -     -    -
+sharpness-moving       120    316        -     -    -
+llr                    61     266        41    45   45
+llr-moving             61     268        43    47   47
+gradient_snr           43     265        35    45   -
+""",
+    # Asked of the engine by issue: plain adamw 8, with a block_lr 16, bf16 weights 90, adam-mini 320.
+    "gpt2": """
+                adamw  adam-mini  lion
+plain           8      1164       127
+clip            972    1232       441
+clip-skip       1032   1297       507
+bf16-weights    959    1218       133
+blockwise       282    1264       201
+""",
+}
+"""Launches of a step by option and optimizer; "-" where these do not combine."""
+READS = {"raise": 1}
+"""Host reads of a step, by option. All others have none."""
+
+
+def table(model: str) -> dict[tuple[str, str], int | None]:
+    head, *rows = [line.split() for line in BOUNDS[model].strip().splitlines()]
+    return {
+        (name, row[0]): None if cell == "-" else int(cell)
+        for row in rows
+        for name, cell in zip(head, row[1:], strict=True)
+    }
+
+
+CASES = [(model, *key) for model in BOUNDS for key in table(model)]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fake_device
+    import launches
+
+    try:
+        fake_device.provide_guard()
+    except fake_device.CannotFake as error:
+        pytest.skip(str(error))
+    yield launches
+    for name in OWN:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def cuda(launches):
+    import fake_device
+
+    with fake_device.FakeCuda() as device:
+        yield device
+
+
+@pytest.mark.parametrize(("model", "name", "option"), CASES)
+def test_a_step_launches_no_more_than_it_may(launches, model, name, option):
+    bound, case = table(model)[name, option], launches.Case(model, name, option)
+    if bound is None:
+        with pytest.raises(ValueError, match="block_lr"):
+            launches.counted(case, 1)
+        return
+    begin = 2 if option.startswith(("sharpness", "llr")) else 1  # measured in the second step: read there
+    for counts in launches.counted(case, begin + 2)[begin:]:
+        assert counts.launches.total() <= bound, counts.lines.most_common(10)
+        assert counts.reads.total() == READS.get(option, 0), counts.reads
+        assert not counts.blocking, counts.blocking
+        assert not counts.downloads, counts.downloads
+
+
+def test_every_combination_has_a_bound(launches):
+    for model in BOUNDS:
+        assert {c[1:] for c in CASES if c[0] == model} == {tuple(c)[1:] for c in launches.cases(model)}
+    assert set(launches.OPTIMIZERS) == set(OPTIMIZERS)
+    for name, (block_lrs, _) in COMBINES.items():
+        for option in ("sharpness", "llr", "gradient_snr"):
+            assert (table("tiny")[name, option] is None) == (option not in block_lrs)
+
+
+def test_devices_do_not_mix(launches):
+    """The device raises by itself: nothing else would tell that a step mixes two."""
+    from fake_device import FakeCuda
+
+    with FakeCuda(), pytest.raises(RuntimeError, match="device"):
+        torch.ones(2, device="cuda") + torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda x, c: x + 1, {"launches": 1}),
+        (lambda x, c: x.view(2, 2)[1:].T, {}),
+        (lambda x, c: x * torch.tensor(2.0), {"launches": 1}),
+        (lambda x, c: torch._foreach_add_([x, x], 1.0), {"launches": 1}),
+        (lambda x, c: x.clone(), {"launches": 1}),
+        (lambda x, c: x.add_(1).sum().item(), {"launches": 2, "reads": 1}),
+        (lambda x, c: bool((x > 0).any()), {"launches": 2, "reads": 1}),
+        (lambda x, c: x.tolist(), {"reads": 1}),
+        (lambda x, c: x.cpu(), {"reads": 1}),
+        (lambda x, c: c.copy_(x), {"reads": 1}),
+        (lambda x, c: x.nonzero(), {"launches": 1, "reads": 1}),
+        (lambda x, c: x[x > 0], {"launches": 2, "reads": 1}),
+        (lambda x, c: torch.equal(x, x), {"reads": 1}),
+        (lambda x, c: c.to("cuda"), {"blocking": 1}),
+        (lambda x, c: torch.tensor([1.0], device="cuda"), {"blocking": 1}),
+        (lambda x, c: x.copy_(c), {"blocking": 1}),
+        (lambda x, c: torch._foreach_copy_([x, x], [c, x]), {"launches": 1, "blocking": 1}),
+        (lambda x, c: x[torch.tensor([0, 1])], {"launches": 1, "blocking": 1}),
+        (lambda x, c: c.to("cuda", non_blocking=True), {"uploads": 1}),
+        (lambda x, c: c.pin_memory().to("cuda", non_blocking=True), {"uploads": 1}),
+        (lambda x, c: torch.empty(4, pin_memory=True).copy_(x, non_blocking=True), {"downloads": 1}),
+        (lambda x, c: torch.ones(4, device="cuda"), {"launches": 1}),
+        (lambda x, c: torch.ones(4) + 1, {}),
+    ],
+)
+def test_the_device_counts(cuda, run, expected):
+    x, c = torch.ones(4, device="cuda"), torch.ones(4)
+    before = cuda.counts = type(cuda.counts)()
+    run(x, c)
+    kinds = ("launches", "reads", "blocking", "uploads", "downloads")
+    assert {kind: n for kind in kinds if (n := getattr(before, kind).total())} == expected
+
+
+def test_small_tensors_of_the_device_have_values(cuda):
+    step = torch.zeros((), device="cuda")
+    torch._foreach_add_([step], 1.0)
+    table = torch.tensor([1.0, 10.0]).to("cuda")[torch.tensor([1, 0, 1], device="cuda")]
+    table[0] += step
+    assert table.tolist() == [11.0, 1.0, 10.0]
+    assert torch.arange(5, device="cuda").remainder(2).nonzero().view(-1).tolist() == [1, 3]
+    assert torch.ones(1 << 30, device="cuda").sum().item() == 1.0  # not known
+
+
+def test_counts_that_are_on_the_device_go_up(launches):
+    """What the host reads back after four steps is what it would be on a device that computes."""
+    from fake_device import FakeCuda
+
+    from sharpwise import AdamMini
+    from sharpwise.testing import tiny_model
+
+    with FakeCuda() as cuda:
+        model, blocks = cuda.model(tiny_model)
+        optimizer = AdamMini(model, lr=1e-3, blocks=blocks, block_lr="blockwise")
+        for _ in range(4):
+            cuda.step(model, optimizer)
+        assert {float(own["step"]) for own in optimizer.state_dict()["state"].values()} == {4.0}
+        assert len({row["multiplier"] for row in optimizer.lr_multipliers()}) > 2
