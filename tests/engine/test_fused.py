@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine import fused, kernels
+from sharpwise.engine.backends import fused
+from sharpwise.engine.norms import RUN, quick_row_squares, row_squares
 from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
 
 
@@ -51,7 +52,7 @@ def test_no_clipping_needed_is_no_clipping():
 
 
 @pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("sizes", [[(0,), (1,)], [(kernels.RUN,)], [(777,), (70, 500)], [(300, 1024), (5, 3000)]])
+@pytest.mark.parametrize("sizes", [[(0,), (1,)], [(RUN,)], [(777,), (70, 500)], [(300, 1024), (5, 3000)]])
 def test_norm_keeps_its_digits(sizes, constant):
     """fp32 squares are added in fp32 in short runs only: equal addends are the worst case."""
     model = model_of(sizes)
@@ -68,8 +69,8 @@ def test_norm_keeps_its_digits(sizes, constant):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_quick_sums_are_the_exact_ones(shape, dim):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact = kernels.row_squares(g, dim)
-    assert ((kernels.quick_row_squares(g, dim) - exact).abs() <= 1e-6 * exact).all()
+    exact = row_squares(g, dim)
+    assert ((quick_row_squares(g, dim) - exact).abs() <= 1e-6 * exact).all()
 
 
 @pytest.mark.parametrize(

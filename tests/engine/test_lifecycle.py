@@ -329,25 +329,28 @@ def test_a_group_added_later_is_checked_as_the_first():
 
 def test_temporaries_stay_small():
     """A matrix of 8 chunks: no eager path holds more than a chunk's worth of fp64 at a time."""
-    from sharpwise.engine import kernels
+    from sharpwise.engine.backends.reference import CHUNK
+    from sharpwise.engine.norms import row_squares
 
-    g = torch.randn(8 * 2048, kernels.CHUNK // 2048)
+    g = torch.randn(8 * 2048, CHUNK // 2048)
     exact = (g.double() ** 2).sum(1)
-    assert torch.equal(kernels.row_squares(g, 1), exact)
-    assert torch.allclose(kernels.row_squares(g, 0), (g.double() ** 2).sum(0), rtol=1e-14)
+    assert torch.equal(row_squares(g, 1), exact)
+    assert torch.allclose(row_squares(g, 0), (g.double() ** 2).sum(0), rtol=1e-14)
 
 
 def test_rounding_follows_the_global_element():
     """Row and column parts of the element numbers, for every layout, add up to the place in memory."""
-    from sharpwise.engine.plan import build_entry
+    from sharpwise.engine.layout import Layouts
+    from sharpwise.engine.view import views_of
     from sharpwise.rules import AdamW
 
     shapes = [((), 0, False), ((5,), 0, False), ((5, 7), 0, False), ((5, 7), 1, False), ((4, 3, 2), 0, False)]
     shapes += [((3, 5, 7), 1, True), ((3, 5, 7), 2, True)]
     for shape, dim, stacked in shapes:
         segment = sharpwise.blocks.Segment("w", shape, dim=dim, stacked=stacked)
-        entry = build_entry("w", torch.zeros(shape), {"betas": (0.9, 0.99), "eps": 0.0}, (segment,), AdamW(), {})
-        row, column = entry.element_index(torch.device("cpu"))
-        whole = (row + column).expand(entry.shape).reshape(-1)
+        group = {"betas": (0.9, 0.99), "eps": 0.0}
+        (view,) = views_of("w", torch.zeros(shape), group, (segment,), AdamW(), Layouts())
+        row, column = view.element_index(torch.device("cpu"))
+        whole = (row + column).expand(view.shape).reshape(-1)
         assert torch.equal(whole, torch.arange(whole.numel())), (shape, dim)
         assert row.numel() + column.numel() <= max(2, 2 * max(shape, default=1) ** 2)

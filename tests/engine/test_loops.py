@@ -9,15 +9,15 @@ from torch import nn
 
 import sharpwise
 from sharpwise.blocks import BlockMap, Role, Segment
-from sharpwise.engine import kernels
-from sharpwise.engine.loops import Squares, Step
+from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.backends.loops import Kernel, Squares
 from sharpwise.engine.optimizer import BlockOptimizer
 from sharpwise.engine.options import Options
 from sharpwise.rules import AdamMini
 from sharpwise.rules.base import Rule
 from sharpwise.testing import fill_gradients
 
-pytestmark = pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
 
 SHAPES = [(1, 1), (7, 5), (5, 700), (700, 5), (64, 256), (130, 2001), (1, 70000), (70000, 1), (129, 16), (2000, 33)]
 
@@ -94,7 +94,7 @@ def test_a_step_is_the_equations(shape, dim, cut, n, threads):
         state = optimizer.state[model.w]
         for mine, expected in ((model.w.detach(), p), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
             assert (mine.double() - expected).norm() <= 1e-6 * expected.norm(), t
-    assert len(optimizer._stepper.one_pass) == 1
+    assert [row["backend"] for row in optimizer.explain()] == ["cpp (one pass)"]
 
 
 def assert_alike(optimizers, params):
@@ -133,7 +133,7 @@ def test_elements_are_the_eager_ones(build, options, transposed):
         for t in range(4):
             fill_gradients(model, t)
             optimizers[-1].step()
-    assert len(optimizers[0]._stepper.elements) == 1
+    assert {row["backend"] for row in optimizers[0].explain()} == {"cpp"}
     assert_alike(optimizers, [model.w for model in models])
 
 
@@ -151,7 +151,7 @@ def test_whatever_the_default_type():
             two.step()
         finally:
             torch.set_default_dtype(torch.float32)
-        assert two._stepper.one_pass
+        assert two.explain()[0]["backend"] == "cpp (one pass)"
         models.append(model)
     assert torch.equal(models[0].weight, models[1].weight)
 
@@ -197,7 +197,7 @@ def test_a_rule_of_ones_own():
         for model, optimizer in zip(models, optimizers, strict=True):
             fill_gradients(model, t)
             optimizer.step()
-    assert len(optimizers[0]._stepper.elements) == 1
+    assert {row["backend"] for row in optimizers[0].explain()} == {"cpp"}
     assert_alike(optimizers, [model.weight for model in models])
 
 
@@ -205,4 +205,4 @@ def test_a_rule_without_words_is_refused():
     types = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
     names = [name for name in AdamMini().scalars(1, AdamMini().defaults) if name != "bias_correction"]
     with pytest.raises(NotImplementedError, match=r"no words in C\+\+ for aten\.pow"):
-        Step(Cubed(), torch.float32, types, names, with_blocks=True)
+        Kernel(Cubed(), torch.float32, types, names, with_blocks=True)

@@ -12,7 +12,7 @@ from torch import nn
 import sharpwise
 from sharpwise import testing
 from sharpwise.block_lr import PerRole
-from sharpwise.engine import kernels
+from sharpwise.engine.backends.base import compiler_present
 from sharpwise.engine.mesh import OwnerExchange, ReduceGroup
 from sharpwise.testing import run, tiny_model
 
@@ -80,7 +80,7 @@ def test_the_last_of_equal_names_holds() -> None:
     assert PerRole([("FFN", 2), ("*.0.*", 3), ("FFN", 4)]) == PerRole({"*.0.*": 3, "FFN": 4})
 
 
-@pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["adam-mini", "adamw"])
 def test_nothing_is_compiled_when_a_multiplier_leaves_1(name: str) -> None:
     config = transformers.LlamaConfig(

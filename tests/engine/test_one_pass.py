@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine import loops
-from sharpwise.engine.jobs import runs_of
-from sharpwise.engine.plan import Run
+from sharpwise import rules
+from sharpwise.engine.backends import loops
+from sharpwise.engine.backends.cpp import runs_of
+from sharpwise.engine.layout import Layouts, Run
+from sharpwise.engine.view import views_of
 from sharpwise.testing import TinyGPT, fill_gradients, same
 
 
@@ -24,9 +26,9 @@ def run(model, optimizer, steps, skip=()):
         optimizer.step()
 
 
-def ways(optimizer):
-    """How many items go in one pass."""
-    return len(optimizer._stepper.one_pass)
+def one_pass(optimizer):
+    """How many parameters the C++ back end moves in one pass."""
+    return len({row["name"] for row in optimizer.explain() if row["backend"] == "cpp (one pass)"})
 
 
 OPTIONS = {
@@ -47,7 +49,7 @@ def test_is_eager(options, dtype):
     run(models[0], first, range(1))
     run(models[1], second, range(1))
     built = first.compiled_graphs
-    assert ways(first) == 9 and ways(second) == 0  # tokens; qkv, o, up, down of two layers
+    assert one_pass(first) == 9 and one_pass(second) == 0  # tokens; qkv, o, up, down of two layers
     name = "transformer.h.0.attn.c_attn.weight"
     for model, optimizer in zip(models, (first, second), strict=True):
         run(model, optimizer, [1], skip=[name])
@@ -70,7 +72,7 @@ def test_a_resumed_run_is_the_same():
     second = sharpwise.AdamMini(models[1], lr=1e-2, compile=True)
     second.load_state_dict(first.state_dict())
     run(models[1], second, range(2, 4))
-    assert ways(second) and same(*models)
+    assert one_pass(second) and same(*models)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +84,12 @@ def test_waits_for_all_gradients_where_it_must(options):
     model = model_of()
     optimizer = sharpwise.AdamMini(model, lr=1e-2, compile=True, **options)
     run(model, optimizer, range(1))
-    assert ways(optimizer) == 0 and optimizer.compiled_graphs > 0
+    assert one_pass(optimizer) == 0 and optimizer.compiled_graphs > 0
 
 
 def test_goes_on_without_the_loop(monkeypatch):
     """Where the loop cannot be built, sums and update are a loop and a graph, as under a guard."""
-    monkeypatch.setattr(loops, "Step", lambda *args: 1 / 0)
+    monkeypatch.setattr(loops, "Kernel", lambda *args: 1 / 0)
     models = [model_of() for _ in range(2)]
     first, second = (sharpwise.AdamMini(m, lr=1e-2, compile=c) for m, c in zip(models, (True, False), strict=True))
     for model, optimizer in zip(models, (first, second), strict=True):
@@ -117,17 +119,20 @@ def test_gradients_of_another_type_take_two_passes():
             assert (value.double() - other).norm() <= 1e-3 * other.norm(), key
 
 
+def runs(model, name, blocks=None):
+    blocks = blocks or sharpwise.BlockMap.of(model)
+    (view,) = views_of(
+        name, model.get_parameter(name), rules.AdamMini().defaults, blocks[name], rules.AdamMini(), Layouts()
+    )
+    return runs_of(view)
+
+
 def test_blocks_as_runs():
     model = model_of()
-    optimizer = sharpwise.AdamMini(model, lr=1e-2)
-    optimizer.init_state()
-    entries = {e.name: e for e in optimizer._stepper.entries}
     heads, rows = Run(slice(0, 512), slice(0, 32), 16), Run(slice(512, 768), slice(32, 288), 1)
-    assert runs_of(entries["transformer.h.0.attn.c_attn.weight"]) == [heads, rows]
-    assert runs_of(entries["transformer.wte.weight"]) == [Run(slice(0, 300), slice(0, 300), 1)]
+    assert runs(model, "transformer.h.0.attn.c_attn.weight") == [heads, rows]
+    assert runs(model, "transformer.wte.weight") == [Run(slice(0, 300), slice(0, 300), 1)]
     transposed = nn.Module()
     transposed.w = nn.Parameter(torch.randn(256, 512))
     segment = sharpwise.blocks.Segment("w", (256, 512), role=sharpwise.blocks.Role.UP, dim=1, source="said")
-    optimizer = sharpwise.AdamMini(transposed, lr=1e-2, blocks=sharpwise.BlockMap((segment,)))
-    optimizer.init_state()
-    assert runs_of(optimizer._stepper.entries[0]) == [Run(slice(0, 512), slice(0, 512), 1)]
+    assert runs(transposed, "w", sharpwise.BlockMap((segment,))) == [Run(slice(0, 512), slice(0, 512), 1)]

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine import kernels
+from sharpwise.engine.backends.base import compiler_present
 from sharpwise.testing import fill_gradients
 
 pytestmark = [
-    pytest.mark.skipif(not kernels.compiler_present(torch.device("cpu")), reason="needs a C++ compiler"),
+    pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler"),
     pytest.mark.skipif(os.name != "posix", reason="owners and modes"),
 ]
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.options import Options
-from sharpwise.engine.plan import Entry
+from sharpwise.engine.view import ParamView
 from sharpwise.shards import is_dtensor, local
 
 
-def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> None:
+def check_ranks_agree(views: Sequence[ParamView], options: Options, who: str) -> None:
     """Compare parameters, blocks and settings over the meshes on which the parameters lie: a collective.
 
     One small all-reduce per dimension of a mesh; only a disagreement costs more.
@@ -25,12 +25,12 @@ def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> N
     Raises:
         ValueError: on every rank, naming what differs first.
     """
-    groups = _groups(entries)
+    groups = _groups(views)
     if not groups:
         return
-    lines = _lines(entries, options)
+    lines = _lines(views, options)
     mark = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
-    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(entries[0].param).device)
+    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(views[0].param).device)
     for group in groups:
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
     largest, smallest = extremes.tolist()
@@ -38,24 +38,24 @@ def check_ranks_agree(entries: Sequence[Entry], options: Options, who: str) -> N
         raise ValueError(f"{who}: {_difference(_lines_by_rank(lines, groups))}")
 
 
-def _groups(entries: Sequence[Entry]) -> list[Any]:
+def _groups(views: Sequence[ParamView]) -> list[Any]:
     """Groups of processes over which parameters are cut or repeated, in the order of the parameters."""
-    meshes: list[Any] = [e.param.device_mesh for e in entries if is_dtensor(e.param)]  # type: ignore[attr-defined]
+    meshes: list[Any] = [e.param.device_mesh for e in views if is_dtensor(e.param)]  # type: ignore[attr-defined]
     found = [mesh.get_group(d) for mesh in dict.fromkeys(meshes) for d in range(mesh.ndim) if mesh.size(d) > 1]
     return list(dict.fromkeys(found))
 
 
-def _lines(entries: Sequence[Entry], options: Options) -> list[str]:
+def _lines(views: Sequence[ParamView], options: Options) -> list[str]:
     """All that has to be the same everywhere, in words. How it is compiled need not be."""
     lines = [repr(replace(options, compile=None))]
-    groups = {id(entry.group): entry.group for entry in entries}
+    groups = {id(view.group): view.group for view in views}
     for i, group in enumerate(groups.values()):
         plain = {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")}
         lines.append(f"group {i}: {plain}")
-    for e in entries:
+    for e in views:
         parts = ", ".join(f"{s.role} by {c}" for s, c in zip(e.segments, e.cuts, strict=True))
         how = f"{e.rule.name} ({parts}), multipliers {e.multipliers}, decays {e.decays}"
-        lines.append(f"{e.name} {tuple(e.param.shape)} {e.param.dtype}: {how}")
+        lines.append(f"{e.full_name} {tuple(e.param.shape)} {e.param.dtype}: {how}")
     return lines
 
 

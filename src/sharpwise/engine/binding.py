@@ -1,7 +1,6 @@
 """From what a training script has (a model, names, groups) to named parameter groups and a block map."""
 
 import logging
-import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from sharpwise.blocks.names import canonical_path, collapse
 from sharpwise.blocks.roles import meant
 from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
 from sharpwise.hints import kind_of
-from sharpwise.shards import is_dtensor, local, place_gradient
+from sharpwise.shards import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -261,59 +260,6 @@ def warn_if_frozen(groups: Groups, who: str) -> bool:
         len(frozen),
     )
     return True
-
-
-def check_gradient(name: str, param: Tensor) -> None:
-    """Raise for a gradient no rule can use. One placed in another way, as a partial sum, is placed as the parameter."""
-    grad = param.grad
-    assert grad is not None
-    if grad.layout is not torch.strided:
-        raise TypeError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
-    if grad.is_complex():
-        raise TypeError(f"{name}: complex gradients are not supported, got {grad.dtype}")
-    own, whole = grad, param
-    if is_dtensor(param) or is_dtensor(grad):
-        place_gradient(param)
-        own, whole = local(param.grad), local(param)  # type: ignore[arg-type]
-    if own.shape != whole.shape or own.device != whole.device:
-        raise ValueError(
-            f"{name}: the gradient has shape {tuple(own.shape)} on {own.device}, the parameter {tuple(whole.shape)} on "
-            f"{whole.device}; call zero_grad() after a parameter is moved or exchanged"
-        )
-
-
-class Marks:
-    """What must be as it was when the stepper was built: kinds of the parameters, objects and places of their state.
-
-    Asked at every step, of every tensor: lists are compared, not tensors one by one.
-    """
-
-    def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        self._params, self._kinds = params, _kinds_of(params)
-        self._tensors = _tensors_of(params, state)
-        own = [local(tensor) for tensor in self._tensors]
-        # Fake tensors, as those on meta, lie nowhere.
-        self._askers = [t.data_ptr for t in own if t.untyped_storage().device.type != "meta"]
-        self._places = [ask() for ask in self._askers]
-
-    def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
-        """False once a parameter was exchanged or recast, or somebody moved the state."""
-        if not _same(params, self._params) or _kinds_of(params) != self._kinds:
-            return False
-        return _same(_tensors_of(params, state), self._tensors) and [ask() for ask in self._askers] == self._places
-
-
-def _tensors_of(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> list[Tensor]:
-    # isinstance of a Tensor takes its time, and is asked of every tensor at every step.
-    return [v for p in params for v in state[p].values() if type(v) is Tensor or isinstance(v, Tensor)]
-
-
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(p.dtype, p.device, p.is_contiguous(), p.shape) for p in params]
 
 
 def check_no_decay(names: Collection[str], who: str) -> frozenset[str]:

@@ -1,34 +1,35 @@
 """What an optimizer does, per segment, as tables."""
 
-from typing import Any
-
-from sharpwise.engine.stepper import Stepper
+from sharpwise.engine.step import Stepper
 from sharpwise.table import Table
 
 
 def lr_table(stepper: Stepper) -> Table:
     """Per segment: its multiplier and its learning rate as they are now."""
     rows = [
-        (s.name, str(s.role), str(s.block_type), s.layer, s.describe_rows(), m, float(e.group["lr"]) * m)
-        for e in stepper.entries
-        for s, m in zip(e.segments, stepper.multipliers.now(e), strict=True)
+        (s.name, str(s.role), str(s.block_type), s.layer, s.describe_rows(), m, float(view.group["lr"]) * m)
+        for view in stepper.views
+        for s, m in zip(view.segments, stepper.multipliers.now(view), strict=True)
     ]
     return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
 
 
-def explanation(stepper: Stepper, state: Any, storage: str) -> Table:
-    """Per segment: which rule and cut it gets, how many blocks, its multiplier, decay, storage and state bytes."""
+def explanation(stepper: Stepper, storage: str) -> Table:
+    """Per segment: rule, cut and blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
     rows = []
-    for entry in stepper.entries:
-        own = state[entry.param]
-        element = sum(t.element_size() for n, t in own.items() if entry.rule.state.get(n) == "element")
-        block = sum(t.element_size() for n, t in own.items() if entry.rule.state.get(n) == "block")
-        wd = float(entry.group["weight_decay"])
-        parts = zip(entry.segments, entry.cuts, entry.decays, stepper.multipliers.now(entry), strict=True)
+    for view in stepper.views:
+        sizes = dict.fromkeys(("element", "block", "whole"), 0)
+        for name, kind in view.rule.state.items():
+            sizes[kind] += view.own[name].element_size()
+        wd = float(view.group["weight_decay"])
+        choice = stepper.plan.choose(view, stepper.grad_dtype(view))
+        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(view, stepper.options)
+        moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
+        parts = zip(view.segments, view.cuts, view.decays, stepper.multipliers.now(view), strict=True)
         for s, cut, decays, m in parts:
             blocks = s.blocks(cut)
-            size = s.numel * element + (blocks * block if cut != "element" else 0)
-            how = (entry.rule.name, cut, blocks, m, wd * decays, storage, size)
+            size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
+            how = (view.rule.name, cut, blocks, m, wd * decays, storage, size, moved_by, choice.why)
             rows.append((s.name, str(s.role), s.describe_rows(), *how))
     columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
-    return Table(columns, rows)
+    return Table((*columns, "backend", "why"), rows)

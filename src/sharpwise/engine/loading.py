@@ -13,8 +13,8 @@ from torch import Tensor
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
 from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
-from sharpwise.engine.plan import Entry
-from sharpwise.engine.state import FIXED, OF_BLOCK_LR, TORCH_ONLY, refuse_variants, zeros
+from sharpwise.engine.state import FIXED, OF_BLOCK_LR, TORCH_ONLY, block_lr_keys, keys_of, refuse_variants, zeros
+from sharpwise.engine.view import ParamView
 from sharpwise.shards import is_dtensor, local
 from sharpwise.storage import Dense
 
@@ -179,7 +179,7 @@ def _begun(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": 1.0, **held} if set(held) == {"momentum_buffer"} else held
 
 
-def _check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any], ours: bool, who: str) -> None:
+def _check_fits(view: ParamView, own: Mapping[str, Any], saved: Mapping[str, Any], ours: bool, who: str) -> None:
     """Raise unless the saved state of one parameter fits the allocated one.
 
     Args:
@@ -189,15 +189,16 @@ def _check_entry(entry: Entry, own: Mapping[str, Any], saved: Mapping[str, Any],
         ValueError: for state of another rule, another shape, or shards of another mesh.
         RuntimeError: for shards without the process group that reaches the others.
     """
-    if "step" not in saved and not entry.rule.all_state.keys() & saved:
+    variants = keys_of(view, variants=True)
+    if not variants.keys() & saved:
         return  # never stepped
-    name, needed = entry.name, {"step", *entry.rule.state}
+    name, needed = view.name, set(keys_of(view))
     if needed - set(saved):
         raise ValueError(
             f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
             f"{of_other_keys(saved, own)}"
         )
-    extra = set(saved) - {"step", *entry.rule.all_state} - OF_BLOCK_LR
+    extra = set(saved) - set(variants) - block_lr_keys(view)
     if extra and not ours:
         raise ValueError(
             f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
@@ -237,24 +238,25 @@ def _check_shards(what: str, value: Any, own: Any) -> None:
 
 
 def prepared(
-    entry: Entry, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
+    view: ParamView, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs (allocated, new value) for the state of one parameter, local parts; what was not saved is zero.
 
     Nothing is copied yet. Keys of others are replaced by those they saved, as torch does with all state.
 
     Raises:
-        ValueError, RuntimeError: as `_check_entry`.
+        ValueError, RuntimeError: as `_check_fits`.
     """
-    _check_entry(entry, own, saved, ours, who)
-    known = {"step", *entry.rule.all_state, *OF_BLOCK_LR}
+    _check_fits(view, own, saved, ours, who)
+    variants, of_block_lr = keys_of(view, variants=True), block_lr_keys(view)
+    known = {*variants, *of_block_lr}
     for key in set(own) - known:
         del own[key]
-    for key in set(saved) - set(own) - OF_BLOCK_LR:
-        device = local(entry.param).device
+    for key in set(saved) - set(own) - of_block_lr:
+        device = local(view.param).device
         value = saved[key]
         other = value.detach().to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        own[key] = zeros(entry, key, storage) if key in known else other
+        own[key] = zeros(*variants[key], storage) if key in variants else other
     pairs = []
     for key in known & set(own):
         tensor = own[key]
@@ -267,7 +269,7 @@ def prepared(
             elif is_dtensor(new):
                 new = new.full_tensor()
             pairs.append((local(tensor), local(new)))
-        elif key not in OF_BLOCK_LR:
+        elif key not in of_block_lr:
             pairs.append((local(tensor), torch.zeros_like(local(tensor))))
     return pairs
 

@@ -1,5 +1,6 @@
 """Multipliers of all segments: fixed, following the learning rate, or ramping to measured targets."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,8 @@ from sharpwise.blocks import Segment
 from sharpwise.engine.measuring import measure
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.options import Options
-from sharpwise.engine.plan import Entry, multiplier_map
 from sharpwise.engine.scalars import versions_of
+from sharpwise.engine.view import ParamView, multiplier_map
 from sharpwise.shards import is_dtensor, local
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def product(factors: Sequence[Sequence[float]], segments: int) -> tuple[float, .
 
 
 class Multipliers:
-    """Multipliers of entries whose state is allocated.
+    """Multipliers of views whose state is allocated.
 
     State of a parameter whose multipliers follow measurements: `multiplier_from` and `multiplier_to`, both ends of the
     ramp of every factor of the block_lr [segments, factors]; `lr_multiplier`, the product of the ends [segments];
@@ -54,7 +55,7 @@ class Multipliers:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        views: Sequence[ParamView],
         groups: Sequence[dict[str, Any]],
         known: Sequence[Segment],
         state: Any,
@@ -62,7 +63,7 @@ class Multipliers:
         probe: Probe,
         warned: set[str],
     ) -> None:
-        self.entries, self.known, self.state, self.options = list(entries), known, state, options
+        self.views, self.known, self.state, self.options = list(views), known, state, options
         self.probe, self.warned = probe, warned
         self.block_lr = options.block_lr
         self.sources: tuple[MeasuredLR, ...] = () if self.block_lr is None else self.block_lr.sources
@@ -71,9 +72,9 @@ class Multipliers:
         self._to: dict[str, Factors] = {}
         self._measured: dict[MeasuredLR, dict[str, list[float]]] = {source: {} for source in self.sources}
         self._applied: list[float] = []
-        if any(source.measures == "probe" for source in self.sources) and any(is_dtensor(e.param) for e in entries):
+        if any(source.measures == "probe" for source in self.sources) and any(is_dtensor(e.param) for e in views):
             raise ValueError(
-                f"block_lr {self.block_lr} probes the model, and {entries[0].name} is sharded; source='second_moment' "
+                f"block_lr {self.block_lr} probes the model, and {views[0].name} is sharded; source='second_moment' "
                 f"works on any mesh"
             )
         kept = (
@@ -83,7 +84,7 @@ class Multipliers:
             if self.block_lr
             else ()
         )
-        self._kept = [local(state[e.param][key]) for e in self.entries for key in kept]
+        self._kept = [local(state[v.param][v.state_key(key)]) for v in self.views for key in kept]
         self._versions = versions_of(self._kept)
         if self.sources:
             self._read()
@@ -98,19 +99,19 @@ class Multipliers:
         """Steps taken so far, as block_lrs count them."""
         return max((int(group["block_lr_step"]) for group in self.groups), default=0)
 
-    def now(self, entry: Entry) -> tuple[float, ...]:
-        """Multipliers of an entry's segments at the current learning rate."""
+    def now(self, view: ParamView) -> tuple[float, ...]:
+        """Multipliers of a view's segments at the current learning rate."""
         block_lr = self.block_lr
         if block_lr is None or not block_lr.follows_lr:
-            return entry.multipliers
-        lr, peak = float(entry.group["lr"]), float(entry.group["peak_lr"])
-        return tuple(block_lr.effective(m, lr, max(peak, lr)) for m in entry.multipliers)
+            return view.multipliers
+        lr, peak = float(view.group["lr"]), float(view.group["peak_lr"])
+        return tuple(block_lr.effective(m, lr, max(peak, lr)) for m in view.multipliers)
 
-    def advance(self, active: Sequence[Entry], ok: Any, reduce_group: ReduceGroup) -> bool:
+    def advance(self, active: Sequence[ParamView], ok: Any, reduce_group: ReduceGroup) -> bool:
         """Advance to the step that is being taken, measuring what is due; returns whether any may have changed.
 
         Args:
-            active: entries that have gradients.
+            active: views that have gradients.
             ok: whether the step is taken: True, or a tensor on a device, which is read where gradients are measured.
             reduce_group: the processes that hold parts.
         """
@@ -119,7 +120,7 @@ class Multipliers:
         if any(waiting.values()) and not bool(ok):
             waiting = {}
         due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
-        found = [self._measure(source, waiting.get(source, self.entries), taken, reduce_group) for source in due]
+        found = [self._measure(source, waiting.get(source, self.views), taken, reduce_group) for source in due]
         # A measurement may fail; nothing is written before the last is there.
         for source, values in zip(due, found, strict=True):
             self._measured[source] |= values
@@ -135,31 +136,33 @@ class Multipliers:
             group["block_lr_step"] = taken + 1
         return self._apply(taken)
 
-    def _waiting(self, source: MeasuredLR, active: Sequence[Entry]) -> list[Entry]:
-        """Entries with gradients, some elements of which have no value yet."""
+    def _waiting(self, source: MeasuredLR, active: Sequence[ParamView]) -> list[ParamView]:
+        """Views with gradients, some elements of which have no value yet."""
         known = self._measured[source]
         return [
-            entry
-            for entry in active
-            if any(math.isnan(v) and s.numel for v, s in zip(known[entry.name], entry.segments, strict=True))
+            view
+            for view in active
+            if any(math.isnan(v) and s.numel for v, s in zip(known[view.full_name], view.segments, strict=True))
         ]
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
     def _measure(
-        self, source: MeasuredLR, entries: Sequence[Entry], taken: int, reduce_group: ReduceGroup
+        self, source: MeasuredLR, views: Sequence[ParamView], taken: int, reduce_group: ReduceGroup
     ) -> dict[str, list[float]]:
         """The values of a source, updated by a measurement now, by name."""
 
         def probe() -> list[list[float]]:
             found = self.probe(taken)
-            return [found.get(e.name, [math.nan] * len(e.segments)) for e in entries]
+            none = (math.nan,) * len(self.known)
+            return [list(v.of_segments(found.get(v.name, none))) for v in views]
 
         exact = self.options.compile is False
-        measured = measure(source, entries, self.state, reduce_group, probe, exact)
+        known = self._measured[source]
+        measured = measure(source, views, reduce_group, probe, exact)
         return {
-            entry.name: [source.updated(*pair) for pair in zip(self._measured[source][entry.name], values, strict=True)]
-            for entry, values in zip(entries, measured, strict=True)
+            view.full_name: [source.updated(*pair) for pair in zip(known[view.full_name], values, strict=True)]
+            for view, values in zip(views, measured, strict=True)
         }
 
     def _retarget(self, due: Sequence[MeasuredLR], taken: int) -> None:
@@ -170,11 +173,12 @@ class Multipliers:
         ramps = list(self._ramps)
         for f, (factor, by_name) in enumerate(zip(self.block_lr.parts, found, strict=True)):
             measured = [source for source in factor.sources if source in due]
-            if not measured or all(by_name[e.name] == self._to[e.name][f] for e in self.entries):
+            if not measured or all(v.of_segments(by_name[v.name]) == self._to[v.full_name][f] for v in self.views):
                 continue
-            for entry in self.entries:
-                start, target = self._from[entry.name], self._to[entry.name]
-                start[f], target[f] = _interpolated(start[f], target[f], progress[f]), by_name[entry.name]
+            for view in self.views:
+                start, target = self._from[view.full_name], self._to[view.full_name]
+                own = view.of_segments(by_name[view.name])
+                start[f], target[f] = _interpolated(start[f], target[f], progress[f]), own
             ramps[2 * f : 2 * f + 2] = taken, max(source.smooth for source in measured)
         for group in self.groups:
             group["multiplier_ramp"] = tuple(ramps)
@@ -183,21 +187,23 @@ class Multipliers:
 
     def _known_now(self) -> list[Segment]:
         """All segments of the model, frozen or not as they are now, and not as when the optimizer was built."""
-        frozen = {entry.name: not entry.param.requires_grad for entry in self.entries}
+        frozen = {view.name: not view.param.requires_grad for view in self.views}
         return [replace(s, frozen=frozen.get(s.name, s.frozen)) for s in self.known]
 
     def _by_segment(self) -> dict[MeasuredLR, list[float]]:
         """Measured values, in the order of all segments of the model."""
         result = {}
-        for source, by_name in self._measured.items():
-            rest = {name: iter(values) for name, values in by_name.items()}
-            result[source] = [next(rest[s.name]) if s.name in rest else math.nan for s in self.known]
+        for source, values in self._measured.items():
+            pairs = [(v.name, zip(v.numbers, values[v.full_name], strict=True)) for v in self.views]
+            found = {(name, i): value for name, own in pairs for i, value in own}
+            numbers = {name: itertools.count() for name in dict.fromkeys(s.name for s in self.known)}
+            result[source] = [found.get((s.name, next(numbers[s.name])), math.nan) for s in self.known]
         return result
 
     def _warn(self, source: MeasuredLR) -> None:
         """Pass on, once, what the source has to remark of its values."""
-        segments = [segment for entry in self.entries for segment in entry.segments]
-        remarks = source.remarks(segments, [v for e in self.entries for v in self._measured[source][e.name]])
+        segments = [segment for view in self.views for segment in view.segments]
+        remarks = source.remarks(segments, [v for e in self.views for v in self._measured[source][e.full_name]])
         if remarks is None or str(source) in self.warned:
             return
         self.warned.add(str(source))
@@ -208,26 +214,27 @@ class Multipliers:
     # -- state -----------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        for entry in self.entries:
-            own = self.state[entry.param]
-            self._from[entry.name] = [tuple(column) for column in own["multiplier_from"].T.tolist()]
-            self._to[entry.name] = [tuple(column) for column in own["multiplier_to"].T.tolist()]
+        for view in self.views:
+            own, name = self.state[view.param], view.full_name
+            self._from[name] = [tuple(column) for column in own[view.state_key("multiplier_from")].T.tolist()]
+            self._to[name] = [tuple(column) for column in own[view.state_key("multiplier_to")].T.tolist()]
+            values = own[view.state_key("block_lr_measured")]
             for i, source in enumerate(self.sources):
-                self._measured[source][entry.name] = [v or math.nan for v in own["block_lr_measured"][:, i].tolist()]
+                self._measured[source][name] = [v or math.nan for v in values[:, i].tolist()]
 
     def _write(self) -> None:
         kept: list[Tensor] = []
         flat: list[float] = []
-        for entry in self.entries:
-            own, name = self.state[entry.param], entry.name
+        for view in self.views:
+            own, name = self.state[view.param], view.full_name
             measured = [self._measured[source][name] for source in self.sources]
             for key, columns in (
                 ("multiplier_from", self._from[name]),
                 ("multiplier_to", self._to[name]),
                 ("block_lr_measured", measured),
-                ("lr_multiplier", [product(self._to[name], len(entry.segments))]),
+                ("lr_multiplier", [product(self._to[name], len(view.segments))]),
             ):
-                kept.append(local(own[key]))
+                kept.append(local(own[view.state_key(key)]))
                 flat += [value for row in zip(*columns, strict=True) for value in row]
         if kept:
             values = torch.tensor(flat, dtype=torch.float64, device="cpu").nan_to_num(nan=0.0).to(kept[0].device)
@@ -248,16 +255,16 @@ class Multipliers:
         return [1.0 if length <= 1 else min((taken - begin + 1) / length, 1.0) for begin, length in ramps]
 
     def _apply(self, taken: int) -> bool:
-        """Set the multipliers of all entries for the step after `taken` steps; returns whether any changed."""
+        """Set the multipliers of all views for the step after `taken` steps; returns whether any changed."""
         progress, changed = self._progress(taken), False
         if progress == self._applied:
             return False
         self._applied = progress
-        for entry in self.entries:
-            factors = zip(self._from[entry.name], self._to[entry.name], progress, strict=True)
-            now = product([_interpolated(*factor) for factor in factors], len(entry.segments))
-            changed = changed or now != entry.multipliers
-            entry.multipliers = now
+        for view in self.views:
+            factors = zip(self._from[view.full_name], self._to[view.full_name], progress, strict=True)
+            now = product([_interpolated(*factor) for factor in factors], len(view.segments))
+            changed = changed or now != view.multipliers
+            view.multipliers = now
         return changed
 
 

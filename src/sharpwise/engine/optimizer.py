@@ -1,11 +1,9 @@
 """BlockOptimizer: any rule, block_lr and storage as one `torch.optim.Optimizer`."""
 
 import logging
-import math
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +15,10 @@ from sharpwise.blocks import BlockMap, Role
 from sharpwise.engine import loading
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
+from sharpwise.engine.backends import Backends
 from sharpwise.engine.binding import (
-    Marks,
     bind,
     check_followed,
-    check_gradient,
     check_group,
     check_is_group,
     check_no_decay,
@@ -35,13 +32,15 @@ from sharpwise.engine.binding import (
     unexplained_later,
     warn_if_frozen,
 )
+from sharpwise.engine.checks import Gradients, Marks, check_coupled, check_device, check_settings
 from sharpwise.engine.describe import explanation, lr_table
-from sharpwise.engine.kernels import Compiler
+from sharpwise.engine.layout import Layouts
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
-from sharpwise.engine.plan import Entry, Layouts, build_entry, live, rehearse
-from sharpwise.engine.stepper import Stepper
+from sharpwise.engine.rehearsal import live, rehearse
+from sharpwise.engine.step import Scaling, Stepper
+from sharpwise.engine.view import views_of
 from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
@@ -53,8 +52,6 @@ _COMPILES_ITSELF = (
     "the step of a sharpwise optimizer compiles itself (compile=True, or by itself where it pays), and stays out of "
     "torch.compile: compile the model, or forward and backward, and call optimizer.step() outside"
 )
-_ROUNDING = 1e-12
-"""By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
 
 
@@ -65,6 +62,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     State is allocated together at the first of `step`, `state_dict`, `load_state_dict`, `init_state`.
     """
 
+    _step_supports_amp_scaling: ClassVar[bool] = True  # what torch.amp.GradScaler asks
     _outside_dynamo: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(
@@ -110,7 +108,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             BlockOptimizer._outside_dynamo = torch.compiler.disable(BlockOptimizer._step, reason=_COMPILES_ITSELF)
         self._stepper: Stepper | None = None
         self._marks = Marks([], {})
-        self._compiler = Compiler()
+        self._backends = Backends()
         self._variants: list[tuple[Any, ...]] = []
         self._read: set[str] = set()
         self._agreed = False
@@ -138,7 +136,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 raise ValueError(f"{self.who}: parameter {name!r} is in a group already")
         for key, value in self.defaults.items():
             group.setdefault(key, value)
-        self._validate(group)
+        check_settings(group, self.defaults, self.rule, self.who)
         before = self._known
         try:
             if new:
@@ -166,21 +164,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 f"with; pass (name, tensor) pairs"
             )
         return name
-
-    def _validate(self, group: Mapping[str, Any]) -> None:
-        states.refuse_variants(group, f"{self.who}: a group asks for")
-        states.check_group(group, self.defaults, self.who)
-        for key in ("lr", "weight_decay"):
-            value = group[key]
-            if not isinstance(value, (Real, Tensor)):
-                raise TypeError(f"{self.who}: {key} must be a number or a 0-d tensor, got {value!r}")
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"{self.who}: {key} must be a number or a 0-d tensor, got {tuple(value.shape)}")
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                continue  # reading it would wait for the device
-            if not (-_ROUNDING if key == "lr" else 0.0) <= float(value) < math.inf:
-                raise ValueError(f"{self.who}: {key} must be a finite number >= 0, got {float(value)}")
-        self.rule.validate(group)
 
     def _check_roles(self, blocks: BlockMap, new: bool = False) -> None:
         def unknown(what: str, more: str = "") -> TypeError | ValueError:
@@ -229,6 +212,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             return stepper
         self._stepper = self._bound(current)
         self._marks, self._variants = Marks([p for _, p, _ in current], self.state), self._variants_now()
+        self._gradients = Gradients(self._stepper.named, self.who)
         return self._stepper
 
     @torch.inference_mode(False)  # state that is made in a validation loop is trained with later
@@ -237,35 +221,34 @@ class BlockOptimizer(KnownOptions, Optimizer):
         named = [(n, p) for n, p, _ in current]
         check_shapes(named, self.blocks, self.who)
         check_followed(named, self._model(), self.who)
-        layouts: Layouts = {}
-        entries = [build_entry(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
-        for rule, group in {(e.rule, id(e.group)): (e.rule, e.group) for e in entries}.values():
+        layouts = Layouts()
+        by_param = [views_of(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
+        views = [view for own in by_param for view in own]
+        for rule, group in {(v.rule, id(v.group)): (v.rule, v.group) for v in views}.values():
             self._read |= rehearse(rule, group)
         block_lr = self.options.block_lr
         factors = [] if block_lr is None else factor_maps(block_lr, self._known.segments)
         positive = all(m > 0 for by_name in factors for own in by_name.values() for m in own)
-        for entry in entries:
-            parts = [by_name[entry.name] for by_name in factors]
-            entry.multipliers = product(parts, len(entry.segments))
-            entry.decays = tuple(not {str(s.role), "bias" if s.bias else ""} & self.no_decay for s in entry.segments)
-            if len(set(entry.decays)) > 1 and not self.options.decoupled:
-                raise ValueError(
-                    f"{self.who}: no_decay={sorted(self.no_decay)} takes a part of {entry.name}; coupled decay is for "
-                    f"whole parameters only: name all of its roles or none, or decoupled_weight_decay=True"
-                )
-            own = self.state[entry.param]
-            states.complete(entry, own, self.storage, block_lr, parts)
-            states.check_held(entry, own, self.who)
+        for view in views:
+            view.decays = tuple(not {str(s.role), "bias" if s.bias else ""} & self.no_decay for s in view.segments)
+        if not self.options.decoupled:
+            check_coupled(by_param, self.no_decay, self.who)
+        for view in views:
+            parts = [view.of_segments(by_name[view.name]) for by_name in factors]
+            view.multipliers = product(parts, len(view.segments))
+            own = self.state[view.param]
+            states.complete(view, own, self.storage, block_lr, parts)
+            states.check_held(view, own, self.who)
             if block_lr is not None:
-                entry.multipliers = tuple(own["lr_multiplier"].tolist())
-            entry.varies = self.options.varies
+                view.multipliers = tuple(own[view.state_key("lr_multiplier")].tolist())
+            view.varies = self.options.varies
             # Where they vary, an ablation may hand the 0 of a factor to any block.
-            entry.positive = positive if entry.varies else min(entry.multipliers) > 0
+            view.positive = positive if view.varies else min(view.multipliers) > 0
         self._note_skipped()
         multipliers = Multipliers(
-            entries, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
+            views, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
         )
-        return Stepper(entries, self.state, self.options, self._compiler, multipliers)
+        return Stepper(views, self.state, self.options, self._backends, multipliers)
 
     def _variants_now(self) -> list[tuple[Any, ...]]:
         """Of the rule in every group: the operations it takes, and the numbers in them that are no scalars."""
@@ -337,16 +320,16 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._note_skipped()
         saved = loading.read(state_dict, self.param_groups, self.rule.name, self.options.block_lr, self.who)
         for group, new in zip(self.param_groups, saved.groups, strict=True):
-            self._validate({**group, **new})
+            check_settings({**group, **new}, self.defaults, self.rule, self.who)
         with loading.undone_on_error(self):
             for group, new in zip(self.param_groups, saved.groups, strict=True):
                 group.update(new)
             begun = {name for name, own in saved.state.items() if "step" in own}
             pairs = [
                 pair
-                for e in self._bind(begun).entries
+                for v in self._bind(begun).views
                 for pair in loading.prepared(
-                    e, self.state[e.param], saved.state[e.name], self.storage, saved.ours, self.who
+                    v, self.state[v.param], saved.state[v.name], self.storage, saved.ours, self.who
                 )
             ]
             for group in state_dict["param_groups"]:
@@ -404,27 +387,32 @@ class BlockOptimizer(KnownOptions, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._validate(group)  # a schedule may have written anything
+            check_settings(group, self.defaults, self.rule, self.who)
         fresh = self._stepper is None
         stepper = self._bind()
         stepper.squares = None
-        stepper.clock.read()
+        stepper.counter.read()
         if not self._agreed:
-            check_ranks_agree(stepper.entries, self.options, self.who)
+            check_device(stepper.named, self.who)
+            check_ranks_agree(stepper.views, self.options, self.who)
             self._agreed = True
-        active = [e for e in stepper.entries if e.param.grad is not None]
-        if not active:
+        grads = self._gradients.local([p.grad for _, p in stepper.named])
+        if all(g is None for g in grads):
             self._warn_if_frozen()
-            check_followed([(e.name, e.param) for e in stepper.entries], self._model(), self.who)
-        for entry in active:
-            check_gradient(entry.name, entry.param)
-        if active and not self._is_empty(stepper, active, fresh):
-            stepper.run(active)
+            check_followed(stepper.named, self._model(), self.who)
+            return loss
+        if not self._is_empty(stepper, [g for g in grads if g is not None], fresh):
+            stepper.run(grads, self._scaling())
         return loss
 
-    def _is_empty(self, stepper: Stepper, active: list[Entry], fresh: bool) -> bool:
+    def _scaling(self) -> Scaling | None:
+        """What a GradScaler left here for this step, as it does with torch's own fused optimizers."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return None if scale is None and found_inf is None else Scaling(scale, found_inf)
+
+    def _is_empty(self, stepper: Stepper, grads: Sequence[Tensor], fresh: bool) -> bool:
         """Before the first real step, every lr and gradient 0: what checkpointing does to have state allocated."""
-        if stepper.clock.begun:
+        if stepper.counter.begun:
             return False
         for group in self.param_groups:
             lr = group["lr"]
@@ -432,9 +420,9 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 return False  # reading it would wait for the device
             if float(lr) != 0.0:
                 return False
-        grads = [local(e.param.grad) for e in active]  # type: ignore[arg-type]
-        some = torch.stack([g.any() for g in grads]).any().to(torch.float32)
-        return not stepper.team.reduce(some, "max")  # another process may have some
+        some = any(bool(g.any()) for g in grads)
+        flag = torch.tensor(float(some), dtype=torch.float32, device=grads[0].device)
+        return not stepper.group.reduce(flag, "max")  # another process may have some
 
     @property
     def skipped_steps(self) -> int:
@@ -453,8 +441,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     @property
     def compiled_graphs(self) -> int:
-        """How many graphs the fast path has compiled; constant after the first step."""
-        return self._compiler.graphs
+        """How many kernels have been compiled; constant after the first step."""
+        return self._backends.built
 
     # -- what it does ----------------------------------------------------------------------------------------------
 
@@ -464,7 +452,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     def explain(self) -> Table:
         """Per segment: which rule and cut it gets, how many blocks, its multiplier, decay, storage and state bytes."""
-        return explanation(self._bind(), self.state, self.storage.name)
+        return explanation(self._bind(), self.storage.name)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors that this process holds."""

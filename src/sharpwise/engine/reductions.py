@@ -1,4 +1,4 @@
-"""Reductions of rules over whole matrices in a step, completed over the processes."""
+"""Reductions: what rules have to know of whole matrices in a step, completed over the processes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,19 +7,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sharpwise.engine.items import Item
 from sharpwise.engine.mesh import Bucket, OwnerExchange, Partial, ReduceGroup
+from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Reduction, Rule, Scalars, State
 
 
 @dataclass(eq=False)
 class _Pending:
-    """An item whose rule has reductions: its gradient, hyperparameters, and the reductions completed so far.
+    """A view whose rule has reductions: its gradient, its hyperparameters, and what has been found so far.
 
     `kept` is its whole state, `whole` a copy of what that was before the step.
     """
 
-    item: Item
+    view: ParamView
     g: Tensor
     kept: dict[str, Tensor]
     whole: dict[str, Tensor]
@@ -29,15 +30,15 @@ class _Pending:
 
     @property
     def rule(self) -> Rule:
-        return self.item.layout.rule
+        return self.view.rule
 
     def term(self, asked: Reduction, clip: Any = None) -> Tensor:
         """The contribution of the part at hand."""
-        dtype = self.item.layout.dtype
+        dtype = self.view.dtype
         names = [name for name, kind in self.rule.state.items() if kind == "element"]
-        own = {name: tensor.to(dtype) for name, tensor in zip(names, self.item.stored, strict=True)}
+        own = {name: tensor.to(dtype) for name, tensor in zip(names, self.view.stored(), strict=True)}
         g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
-        return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.item.layout.shard)
+        return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.view.shard)
 
 
 class Reductions:
@@ -45,29 +46,26 @@ class Reductions:
 
     Args:
         group: the processes that hold parts.
-        items, grads: all that move in this step; those whose rules have no reductions are skipped.
-        state: of the optimizer.
-        hyper: the hyperparameters of an entry as they are now.
+        views, grads: all that move in this step; those whose rules have no reductions are passed over.
+        hyper: the hyperparameters of a view as they are now.
     """
 
-    def __init__(
-        self, group: ReduceGroup, items: Sequence[Item], grads: Sequence[Tensor], state: Any, hyper: Any
-    ) -> None:
+    def __init__(self, group: ReduceGroup, views: Sequence[ParamView], grads: Sequence[Tensor], hyper: Any) -> None:
         self.group = group
         self._pending: dict[int, _Pending] = {}
-        for item, g in zip(items, grads, strict=True):
-            if item.layout.rule.reductions:
-                own, kinds = state[item.parts[0].param], item.layout.rule.state
+        for view, g in zip(views, grads, strict=True):
+            if view.rule.reductions:
+                own, kinds = view.own, view.rule.state
                 kept = {name: own[name] for name, kind in kinds.items() if kind == "whole"}
                 whole = {name: tensor.clone() for name, tensor in kept.items()}
-                self._pending[id(item)] = _Pending(item, g, kept, whole, hyper(item.parts[0]))
+                self._pending[id(view)] = _Pending(view, view.rows_of(g), kept, whole, hyper(view))
 
     def begin(self, bucket: Bucket) -> None:
         """Add the first sums to the bucket of the norm and the sums over blocks: one collective serves them all."""
         for one in self._pending.values():
             first = one.rule.reductions[0]
             if first.op == "sum":
-                one.first = bucket.add(one.term(first), one.item.layout.shard)
+                one.first = bucket.add(one.term(first), one.view.shard)
 
     def run(self, clip: Any) -> None:
         """Complete all reductions, with one collective per stage and operation."""
@@ -83,31 +81,32 @@ class Reductions:
 
     def _reduce(self, due: Sequence[_Pending], k: int, op: Any, clip: Any) -> None:
         bucket = Bucket(self.group, op)
-        partials = [bucket.add(one.term(one.rule.reductions[k], clip), one.item.layout.shard) for one in due]
+        partials = [bucket.add(one.term(one.rule.reductions[k], clip), one.view.shard) for one in due]
         bucket.reduce()
         for one, own in zip(due, partials, strict=True):
             one.found[one.rule.reductions[k].name] = own.values
 
     def _gather(self, due: Sequence[_Pending], k: int, clip: Any) -> None:
-        exchange = OwnerExchange(self.group, [one.item.layout.shard for one in due])
+        exchange = OwnerExchange(self.group, [one.view.shard for one in due])
         parts = [one.term(one.rule.reductions[k], clip) for one in due]
         for one, part in zip(due, exchange.run(parts, [one.rule.reductions[k].work for one in due]), strict=True):
             one.found[one.rule.reductions[k].name] = part
 
-    def localized(self, item: Item, s: Scalars, ok: Any) -> Rule | None:
-        """Write the whole state of an item; returns its rule as the kernel calls it, None if it has no reductions."""
-        one = self._pending.get(id(item))
-        if one is None:
-            return None
-        known = {**one.whole, **one.found}
-        known |= one.rule.finish(known, s)
-        for name, tensor in one.kept.items():
-            tensor.copy_(known[name] if ok is True else torch.where(ok, known[name], tensor))
-        return cast(Rule, _Localized(one.rule, one.rule.local_slice(known, item.layout.shard)))
+    def localized(self, scalars: StepScalars) -> dict[int, Rule]:
+        """Write whole state, and give the rules as the reference calls them, by id of the view."""
+        rules = {}
+        for one in self._pending.values():
+            view, ok = one.view, scalars.ok_of(one.view)
+            known = {**one.whole, **one.found}
+            known |= one.rule.finish(known, scalars.named(view))
+            for name, tensor in one.kept.items():
+                tensor.copy_(known[name] if ok is True else torch.where(ok, known[name], tensor))
+            rules[id(view)] = cast(Rule, _Localized(one.rule, one.rule.local_slice(known, view.shard)))
+        return rules
 
 
 class _Localized:
-    """A rule with its completed reductions, for the part at hand."""
+    """A rule with what its reductions found, for the part at hand."""
 
     def __init__(self, rule: Rule, known: State) -> None:
         self.rule, self.known = rule, known

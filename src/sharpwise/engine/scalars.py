@@ -1,175 +1,446 @@
-"""The numbers of one step: hyperparameters as they are now, bias corrections, step sizes."""
+"""The scalars of a step: how many were taken, and what follows of them: step sizes, decay, the scalars of the rules.
 
-from collections.abc import Sequence
+Learning rate and multiplier meet here, and nowhere else; so do weight decay and multiplier.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sharpwise.engine.items import Item, into_buffer
-from sharpwise.engine.plan import Entry, live
+from sharpwise.engine.rehearsal import live
+from sharpwise.engine.view import ParamView
 from sharpwise.shards import is_dtensor
 
-
-class Rates(NamedTuple):
-    """Learning rate, weight decay (None: off) and the scalars of the rule for one entry at one step."""
-
-    lr: Any
-    weight_decay: Any
-    of_rule: dict[str, Any]
+_OFF = 1.0
+"""The factor of a decay that is off."""
 
 
-@dataclass
-class Numbers:
-    """What the items of one group, rule, multipliers and step count share in a step.
+class Labels(NamedTuple):
+    """Parameters of one label have taken the same number of steps; `level`: all have."""
 
-    Attributes:
-        scalars: of `kernels.update`, by name.
-        rate: lr / bias correction, without multiplier; lr_decay: lr * weight decay where that varies by row, else None.
-        multipliers, decays: per segment, factors on the step and on the decay.
-        uniform: whether all multipliers are the same.
+    places: dict[int, int]
+    values: list[Any]
+    level: bool
+
+    def of(self, view: ParamView) -> Any:
+        """The label of a view."""
+        return self.values[self.places[id(view.param)]]
+
+
+class StepCounter:
+    """Steps taken with each parameter: views of one fp32 vector per device, and their copies on the host.
+
+    Args:
+        views: of the parameters; state["step"] of each becomes a view of a vector, unless it is one.
+        on_host: whether the host can know the counts; not so where a device says whether a step is taken.
     """
 
-    scalars: dict[str, Any]
-    rate: Any
-    lr_decay: Any
-    multipliers: tuple[float, ...]
-    decays: tuple[float, ...]
-    uniform: bool
-    packs: dict[Any, Tensor] = field(default_factory=dict)
-    rows: dict[Any, Tensor] = field(default_factory=dict)
-
-    @property
-    def decays_by_row(self) -> bool:
-        """Whether the decay varies by row."""
-        return self.lr_decay is not None
-
-    def by_row(self, what: Literal["step", "multiplier", "decay"], item: Item) -> Tensor:
-        """Step sizes, multipliers or factors of decay of the rows of an item; once for all that are laid out alike."""
-        layout = item.layout
-        key = what, id(layout.segment_of_row), layout.row_shape, layout.dtype
-        if key not in self.rows:
-            values = item.spread_segments(self.decays if what == "decay" else self.multipliers)
-            if what == "decay":
-                values = 1 - values * self.lr_decay
-            elif what == "step":
-                values = values * self.rate
-            self.rows[key] = values.to(layout.dtype)
-        return self.rows[key]
-
-    def named(self, names: Sequence[str]) -> Tensor:
-        """`scalars` by these names, and `multiplier`; 1 for a decay or clipping that is off. fp32, on the CPU."""
-        key = tuple(names)
-        if key not in self.packs:
-            values = {"decay": 1.0, "clip": 1.0, "multiplier": self.multipliers[0] if self.uniform else 1.0}
-            values |= self.scalars
-            self.packs[key] = torch.tensor([values[name] for name in names], dtype=torch.float32, device="cpu")
-        return self.packs[key]
-
-    def packed(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The scalars in one tensor, in their order."""
-        key = dtype, device
-        if key not in self.packs:
-            self.packs[key] = _pack(list(self.scalars.values()), dtype, device)
-        return self.packs[key]
-
-
-class Clock:
-    """Step counts of all entries. On the CPU they are read as numbers, on a device they stay there.
-
-    What has been worked out for a step, once per group, rule and count, is kept until the next.
-    """
-
-    def __init__(self, entries: Sequence[Entry], state: Any) -> None:
-        self._step = {id(e): state[e.param]["step"] for e in entries}
-        self.on_host = all(t.device.type == "cpu" for t in self._step.values())
-        self._rates: dict[Any, Rates] = {}
-        # Entries of one kind have the same scalars as long as they have taken the same number of steps.
-        kinds: dict[Any, int] = {}
-        self._kind = {id(e): kinds.setdefault((id(e.group), e.rule, any(e.decays)), len(kinds)) for e in entries}
-        self._steps = list(self._step.values())
-        alike = len({(type(t), t.dtype, t.device) for t in self._steps}) == 1 and not is_dtensor(self._steps[0])
-        self._buffer = into_buffer(self._steps) if alike else None
-        # On a device: gradients had, skipped or not.
-        self._counts: dict[int, int] = {}
+    def __init__(self, views: Sequence[ParamView], state: Any, on_host: bool) -> None:
+        self.on_host = on_host
+        held = {id(view.param): state[view.param] for view in views}
+        self._index = {name: i for i, name in enumerate(held)}
+        self.steps = _as_views(list(held.values()))
+        bases = {id(base): base for step in self.steps if (base := step._base) is not None}
+        self._loose = [step for step in self.steps if step._base is None]
+        self._vectors = list(bases.values())
+        # A vector may hold the counts of parameters that are frozen now.
+        self._whole = not self._loose and sum(len(vector) for vector in self._vectors) == len(self.steps)
         self._versions: list[int] = []
+        self._counts: list[int] = []
+        self._labels: list[Any] = []
+        self.level = True
 
     def read(self) -> None:
-        """Read the counts again where somebody may have written them in place: a rollback, a distributed checkpoint."""
-        if not self.on_host:
-            versions = versions_of(self._steps)
-            if versions == self._versions:  # nobody but us, and reading would wait for the device
-                return
-            self._versions = versions
-        values = [float(step) for step in self._steps] if self._buffer is None else self._buffer.tolist()
-        self._counts = dict(zip(self._step, map(int, values), strict=True))
+        """Read the counts again where somebody wrote them: a rollback, a distributed checkpoint."""
+        versions = versions_of(self._vectors)
+        if versions == self._versions and not self._loose:
+            return
+        self._versions = versions
+        self._counts = [int(count) for count in values_of(self.steps)]
+        self._labels = list(self._counts)
+        self.level = len(set(self._counts)) <= 1
 
     @property
     def begun(self) -> bool:
         """Whether any step has been taken."""
-        return any(self._counts.values())
+        return any(self._counts)
 
-    def begin(self, active: Sequence[Entry]) -> None:
-        """Work out the scalars of the step to come, before it is counted: what is wrong with them shows here."""
-        self._rates.clear()
-        if not self.on_host:
-            return  # they follow the counts on the device
-        counts, kinds = self._counts, self._kind
-        for entry in active:
-            counts[id(entry)] += 1
-        for entry in {(kinds[id(e)], counts[id(e)]): e for e in active}.values():
-            self.rates(entry)
+    def leave_to_device(self) -> None:
+        """From now on only the device knows the counts, as it decides whether a step is taken."""
+        self.on_host = False
 
-    def advance(self, active: Sequence[Entry], ok: Any) -> None:
+    @property
+    def labels(self) -> "Labels":
+        """As they are before the next step is counted."""
+        return Labels(self._index, self._labels, self.level)
+
+    def step(self, view: ParamView) -> Tensor:
+        """The count, a 0-d tensor on the device."""
+        return self.steps[self._index[id(view.param)]]
+
+    def next(self, view: ParamView) -> Any:
+        """The number of the step to come, from 1: an int, or a 0-d fp64 tensor where only the device knows it."""
+        i = self._index[id(view.param)]
+        return self._counts[i] + 1 if self.on_host else self.steps[i].double() + 1
+
+    def advance(self, active: Sequence[ParamView], ok: Any) -> None:
         """Count one step more (ok: True, or a device tensor that says whether it is taken)."""
-        taken = 1.0 if ok is True else ok.to(torch.float32)
-        if self._buffer is not None and len(active) == len(self._step):
-            self._buffer += taken
+        here = {self._index[id(view.param)] for view in active}
+        everyone = len(here) == len(self.steps)
+        if everyone and self._whole:
+            for vector in self._vectors:
+                vector.add_(1.0 if ok is True else ok.to(vector.device, torch.float32))
         else:
-            steps = [self._step[id(e)] for e in active]
-            torch._foreach_add_(steps, [taken] * len(steps))
-            self._versions = versions_of(self._steps)
-        for entry in active if not self.on_host else ():
-            self._counts[id(entry)] += 1
+            own = [self.steps[i] for i in sorted(here)]
+            taken = [1.0 if ok is True else ok.to(step.device, torch.float32) for step in own]
+            torch._foreach_add_(own, taken)
+        self._versions = versions_of(self._vectors)
+        self._counts = [count + (i in here) for i, count in enumerate(self._counts)]
+        if self.on_host:
+            self._labels = self._counts
+        elif not everyone:  # of those that were alike so far, some may have counted a step, and others not
+            numbers: dict[Any, int] = {}
+            pairs = [(label, i in here) for i, label in enumerate(self._labels)]
+            self._labels = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
+        self.level = everyone if self.level else len(set(self._labels)) <= 1
 
-    def t(self, entry: Entry) -> Any:
-        """Steps taken with this entry: an int, or a 0-d tensor on its device."""
-        return self._counts[id(entry)] if self.on_host else self._step[id(entry)]
 
-    def together(self, entries: Sequence[Entry]) -> bool:
-        """Whether all have taken the same number of steps."""
-        return len({self._counts[id(e)] for e in entries}) <= 1
+def _as_views(states: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """The steps of all states; those that are no view of a vector yet become views of a new one, by device."""
+    by_device: dict[torch.device, list[dict[str, Any]]] = {}
+    for own in states:
+        step = own["step"]
+        plain = not is_dtensor(step) and step.dtype == torch.float32 and not step.is_inference()
+        if plain and not _is_in_vector(step):
+            by_device.setdefault(step.device, []).append(own)
+    for group in by_device.values():
+        vector = torch.stack([own["step"] for own in group])
+        for own, step in zip(group, vector.unbind(), strict=True):
+            own["step"] = step
+    return [own["step"] for own in states]
 
-    def hyper(self, entry: Entry) -> dict[str, Any]:
+
+def _is_in_vector(step: Tensor) -> bool:
+    """Whether it is a number of a vector, and its data are still there."""
+    base = step._base
+    if base is None or base.dim() != 1:
+        return False
+    own, whole = step.untyped_storage(), base.untyped_storage()
+    return own.device.type == "meta" or own.data_ptr() == whole.data_ptr()
+
+
+def values_of(steps: Sequence[Tensor]) -> list[float]:
+    """Their values; read together, as each reading of a device waits for it."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, step in enumerate(steps):
+        by_device.setdefault(step.device, []).append(i)
+    values = [0.0] * len(steps)
+    for device, own in by_device.items():
+        if device.type != "meta":
+            found = torch.stack([steps[i].detach().double() for i in own]).tolist()
+            for i, value in zip(own, found, strict=True):
+                values[i] = value
+    return values
+
+
+class Row(NamedTuple):
+    """The step of a segment.
+
+    Attributes:
+        multiplier: of the learning rate; lr: with it; rate: that over the bias correction.
+        decay: factor on the parameter, where decay is decoupled; weight_decay: in units of `lr`, None if it is off.
+    """
+
+    multiplier: float
+    lr: Any
+    rate: Any
+    decay: Any
+    weight_decay: Any
+
+
+@dataclass
+class Class:
+    """What all views of one group and rule that have taken the same number of steps share.
+
+    Attributes:
+        t: the number of the step; scalars: of the rule; weight_decay: None if it is off; correction: of the bias, which
+            the rate is divided by.
+    """
+
+    t: Any
+    lr: Any
+    weight_decay: Any
+    correction: Any
+    scalars: dict[str, Any]
+    rows: dict[tuple[float, float], Row] = field(default_factory=dict)
+
+
+class StepScalars:
+    """The scalars of a step, worked out once for all views that share them.
+
+    Args:
+        decoupled: whether weight decay shrinks the parameter; else it is added to the gradient.
+        scales_decay: whether it follows the multiplier.
+        stochastic: whether bf16 is rounded stochastically.
+        varies, follows_lr: whether multipliers change while training, or with the learning rate.
+        now: the multipliers of a view.
+
+    Attributes:
+        ok: whether the step is taken: True, or a device tensor that says; clip: a factor on the gradients, None for 1.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[ParamView],
+        counter: StepCounter,
+        *,
+        decoupled: bool,
+        scales_decay: bool,
+        stochastic: bool,
+        varies: bool,
+        follows_lr: bool,
+        now: Callable[[ParamView], tuple[float, ...]],
+    ) -> None:
+        self.counter, self._now, self.stochastic = counter, now, stochastic
+        self._decoupled, self._scales_decay, self._varies = decoupled, scales_decay, varies
+        self._follows_lr = follows_lr
+        kinds: dict[Any, int] = {}
+        self._kind = {
+            id(v): kinds.setdefault((id(v.group), v.rule, any(v.decays), v.device), len(kinds)) for v in views
+        }
+        self._changes = 0
+        self._sorts: dict[int, int] = {}
+        self._sort_numbers: dict[Any, int] = {}
+        self._representatives: tuple[Sequence[ParamView], list[ParamView]] = ((), [])
+        self.ok: Any = True
+        self.clip: Any = None
+        self._labels = counter.labels
+        self._clear()
+
+    def _clear(self) -> None:
+        self._classes: dict[Any, Class] = {}
+        self._rows: dict[Any, tuple[Row, ...]] = {}
+        self._kept: dict[Any, Any] = {}
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def begin(self, active: Sequence[ParamView]) -> None:
+        """Work out the rules' scalars of the step to come, before anything is written: what is wrong shows here."""
+        self._clear()
+        self.ok, self.clip, self._labels = True, None, self.counter.labels
+        if self._representatives[0] is not active or not self._labels.level:
+            self._representatives = (active, list({self.class_key(view): view for view in active}.values()))
+        for view in self._representatives[1]:
+            self._class(view)
+
+    def multipliers_changed(self) -> None:
+        """Forget which views share theirs."""
+        self._sorts.clear()
+        self._sort_numbers.clear()
+        self._changes += 1
+
+    @property
+    def stamp(self) -> int | None:
+        """Views have the multipliers that they had under the same stamp; None where the learning rate changes them."""
+        return None if self._follows_lr else self._changes
+
+    def class_key(self, view: ParamView) -> Any:
+        """Views of one class are of one group, rule and device, and have taken the same number of steps."""
+        return self._kind[id(view)], None if self._labels.level else self._labels.of(view)
+
+    def t(self, view: ParamView) -> Any:
+        """The number of this step, from 1."""
+        return self._class(view).t
+
+    def of_rule(self, view: ParamView) -> dict[str, Any]:
+        """The scalars of its rule, without the bias correction."""
+        return self._class(view).scalars
+
+    def _class(self, view: ParamView) -> Class:
+        key = self.class_key(view)
+        found = self._classes.get(key)
+        if found is None:
+            group = view.group
+            wd = on_device(live(group["weight_decay"]), view.device)
+            off = not any(view.decays) or (not isinstance(wd, Tensor) and wd == 0)
+            hyper = {name: on_device(live(group[name]), view.device) for name in view.rule.defaults if name in group}
+            t = self.counter.next(view)
+            scalars = dict(view.rule.scalars(t, hyper))
+            correction = scalars.pop("bias_correction", 1.0)
+            lr = on_device(live(group["lr"]), view.device)
+            found = self._classes[key] = Class(t, lr, None if off else wd, correction, scalars)
+        return found
+
+    def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
-        return {k: live(v) for k, v in entry.group.items() if k in entry.rule.defaults}
+        return {name: live(value) for name, value in view.group.items() if name in view.rule.defaults}
 
-    def rates(self, entry: Entry) -> Rates:
-        """The numbers of this step."""
-        key = (self._kind[id(entry)], self.t(entry)) if self.on_host else id(entry)
-        if key not in self._rates:
-            group, t = entry.group, self.t(entry)
-            wd = live(group["weight_decay"])
-            off = not any(entry.decays) or (not isinstance(wd, Tensor) and wd == 0)
-            scalars = entry.rule.scalars(t if self.on_host else t.double(), self.hyper(entry))
-            self._rates[key] = Rates(live(group["lr"]), None if off else wd, scalars)
-        return self._rates[key]
+    # -- one view --------------------------------------------------------------------------------------------------
+
+    def key(self, view: ParamView) -> Any:
+        """Views of one key have the same scalars in this step."""
+        sort = self._sorts.get(id(view))
+        if sort is None:
+            kind = (self._kind[id(view)], view.multipliers, view.decays)
+            sort = self._sorts[id(view)] = self._sort_numbers.setdefault(kind, len(self._sort_numbers))
+        return sort if self._labels.level else (sort, self._labels.of(view))
+
+    def rows(self, view: ParamView) -> tuple[Row, ...]:
+        """Learning rate and decay of each segment."""
+        key = self.key(view)
+        found = self._rows.get(key)
+        if found is None:
+            own = self._class(view)
+            pairs = zip(self._now(view), view.decays, strict=True)
+            found = self._rows[key] = tuple(self._row(own, m, d) for m, d in pairs)
+        return found
+
+    def _row(self, own: Class, multiplier: float, decays: bool) -> Row:
+        """Where learning rate and multiplier meet, and where decay and multiplier do."""
+        found = own.rows.get((multiplier, decays))
+        if found is None:
+            lr = own.lr * multiplier
+            wd = own.weight_decay if decays else None
+            decay = _OFF
+            if wd is not None and self._decoupled:
+                decay = 1 - (lr if self._scales_decay else own.lr) * wd
+                wd = wd if self._scales_decay or not multiplier else wd / multiplier
+            found = own.rows[multiplier, decays] = Row(multiplier, lr, lr / own.correction, decay, wd)
+        return found
+
+    def by_row(self, view: ParamView) -> bool:
+        """Whether rates differ by row. Those that vary stay so where they are equal for once: the other way would be
+        another graph."""
+        rows = self.rows(view)
+        return len(rows) > 1 and (self._varies or any(row.rate is not rows[0].rate for row in rows))
+
+    def decays_by_row(self, view: ParamView) -> bool:
+        """Whether the factors of decay do."""
+        rows = self.rows(view)
+        if len(rows) == 1 or not self._decoupled or all(row.weight_decay is None for row in rows):
+            return False
+        changes = self._varies and self._scales_decay
+        return changes or any(row.decay is not rows[0].decay and row.decay != rows[0].decay for row in rows)
+
+    def named(self, view: ParamView) -> dict[str, Any]:
+        """Scalars of `kernels.update` by name: those of the rule, and `step`, `decay`, `weight_decay`, `clip`, `ok`
+        where there are such, and they are the same for all rows."""
+        key = "named", self.key(view)
+        if key not in self._kept:
+            first = self.rows(view)[0]
+            s = dict(self._class(view).scalars)
+            s["step"] = first.rate
+            if first.weight_decay is not None and not self._decoupled:
+                s["weight_decay"] = first.weight_decay
+            elif self._decoupled and not self.decays_by_row(view) and first.weight_decay is not None:
+                s["decay"] = first.decay
+            if self.clip is not None:
+                s["clip"] = self.clip_of(view)
+            if self.ok is not True:
+                s["ok"] = self.ok_of(view)
+            self._kept[key] = s
+        found: dict[str, Any] = self._kept[key]
+        return found
+
+    def packed(self, view: ParamView) -> Tensor:
+        """`named` in one tensor, in its order, in the type of the arithmetic and on the device of the view."""
+        key = "packed", self.key(view), view.dtype, view.device
+        if key not in self._kept:
+            self._kept[key] = _pack(list(self.named(view).values()), view.dtype, view.device)
+        found: Tensor = self._kept[key]
+        return found
+
+    def numbers(self, view: ParamView, names: Sequence[str]) -> Tensor:
+        """`named` by these names; 1 for a decay or clipping that is off. fp32, on the CPU."""
+        key = "numbers", self.key(view), tuple(names)
+        if key not in self._kept:
+            values = {"decay": 1.0, "clip": 1.0, **self.named(view)}
+            self._kept[key] = torch.tensor([values[name] for name in names], dtype=torch.float32, device="cpu")
+        found: Tensor = self._kept[key]
+        return found
+
+    def clip_of(self, view: ParamView) -> Any:
+        """The factor on its gradients: None, a number, or a tensor on its device."""
+        return on_device(self.clip, view.device)
+
+    def ok_of(self, view: ParamView) -> Any:
+        """Whether it moves: True, or a tensor on its device."""
+        return on_device(self.ok, view.device)
+
+    # -- vectors ---------------------------------------------------------------------------------------------------
+
+    def row_rate(self, view: ParamView) -> Tensor | None:
+        """Rates of its rows, shaped to broadcast, None where they are all the same; for rules without blocks."""
+        return self._by_row(view, "rate") if self.by_row(view) else None
+
+    def row_decay(self, view: ParamView) -> Tensor | None:
+        """Factors of decay of its rows, shaped to broadcast, None where they are all the same."""
+        return self._by_row(view, "decay") if self.decays_by_row(view) else None
+
+    def block_rate(self, view: ParamView) -> Any:
+        """Rates of its blocks [n_blocks], or one for all: rounded to the type of the arithmetic."""
+        if self.by_row(view) and view.layout.segment_of_block is not None:
+            return self._of_segments(view, "rate")[view.layout.segment_of_block]
+        return rounded(self.rows(view)[0].rate, view.dtype)
+
+    def block_decay(self, view: ParamView) -> Tensor | None:
+        """Factors of decay of its blocks [n_blocks], None where they are all the same."""
+        if not self.decays_by_row(view):
+            return None
+        assert view.layout.segment_of_block is not None
+        return self._of_segments(view, "decay")[view.layout.segment_of_block]
+
+    def spread(self, views: Sequence[ParamView], what: str, index: Tensor) -> Any:
+        """Rates or decays of the rows of several views on one device, at these places; one number where all agree."""
+        values = [getattr(row, what) for view in views for row in self.rows(view)]
+        if all(value is values[0] or (type(value) is float and value == values[0]) for value in values):
+            return values[0]
+        return _pack(values, views[0].dtype, views[0].device)[index]
+
+    def _by_row(self, view: ParamView, what: str) -> Tensor:
+        layout = view.layout
+        key = what, self.key(view), id(layout.segment_of_row), view.row_shape, view.dtype
+        if key not in self._kept:
+            assert layout.segment_of_row is not None
+            self._kept[key] = self._of_segments(view, what)[layout.segment_of_row].view(view.row_shape)
+        found: Tensor = self._kept[key]
+        return found
+
+    def _of_segments(self, view: ParamView, what: str) -> Tensor:
+        """One of the columns of its rows as a vector on its device."""
+        key = what, self.key(view), view.dtype, view.device
+        if key not in self._kept:
+            values = [getattr(row, what) for row in self.rows(view)]
+            self._kept[key] = _pack(values, view.dtype, view.device)
+        found: Tensor = self._kept[key]
+        return found
 
 
-def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+def on_device(value: Any, device: torch.device) -> Any:
+    """A device tensor where it is needed; anything else as it is."""
+    if isinstance(value, Tensor) and value.device != device:
+        return value.to(device, non_blocking=True)
+    return tuple(on_device(own, device) for own in value) if isinstance(value, tuple) else value
+
+
+def rounded(value: Any, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor of this type: on the CPU if it is known there."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """How often each was written in place; what inference mode made does not count that."""
     return [0 if t.is_inference() else t._version for t in tensors]
 
 
-def rounded(value: Any, dtype: torch.dtype) -> Tensor:
-    """A number as a 0-d tensor: on the CPU if it is known there."""
-    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
-
-
 def _pack(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if all(not isinstance(v, Tensor) for v in values):
-        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
-    # Filling, not copying: a copy of a number from the host would wait for the device.
-    filled = [v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device) for v in values]
-    return torch.stack([v.to(dtype) for v in filled])
+    """Numbers, some of which only the device knows, in one vector: one copy from the host."""
+    host = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64, device="cpu")
+    vector = host.to(dtype).to(device, non_blocking=True)
+    if not any(isinstance(v, Tensor) for v in values):
+        return vector
+    own = [v.to(dtype).view(()) if isinstance(v, Tensor) else vector[i] for i, v in enumerate(values)]
+    return torch.stack(own)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
-from sharpwise.engine.plan import Entry
+from sharpwise.engine.view import ParamView
 from sharpwise.shards import like, local
 from sharpwise.storage import Dense
 
@@ -20,68 +20,92 @@ TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", 
 
 
 def complete(
-    entry: Entry, own: dict[str, Any], storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
+    view: ParamView, own: dict[str, Any], storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
 ) -> None:
-    """Allocate missing state of one parameter: `step`, the rule's tensors, and those of a block_lr.
+    """Allocate missing state of a view, in that of its parameter: `step`, the rule's tensors, and those of a block_lr.
 
     `factors` are its multipliers, by factor and segment. Present state is kept, also that of others. A rule that needs
     a tensor only now (momentum raised from 0) counts its steps from there.
     """
-    inner = local(entry.param)
+    inner, rule = local(view.param), view.rule
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
     device = torch.device("cpu") if inner.device.type == "meta" else inner.device
-    missing = [name for name in entry.rule.state if name not in own]
-    for name in set(entry.rule.all_state) - set(entry.rule.state) if "step" in own and own["step"] == 0 else ():
-        own.pop(name, None)  # allocated under other hyperparameters, and never used
+    missing = [name for name in rule.state if view.state_key(name) not in own]
+    for name in set(rule.all_state) - set(rule.state) if "step" in own and own["step"] == 0 else ():
+        own.pop(view.state_key(name), None)  # allocated under other hyperparameters, and never used
     if missing or "step" not in own:
         own["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    own |= {name: zeros(entry, name, storage) for name in missing}
-    if block_lr is not None and "lr_multiplier" not in own:
-        own |= of_block_lr(entry, block_lr, factors, device)
+    own |= {view.state_key(name): zeros(view, name, storage) for name in missing}
+    if block_lr is not None and view.state_key("lr_multiplier") not in own:
+        own |= {view.state_key(name): t for name, t in of_block_lr(view, block_lr, factors, device).items()}
 
 
-def zeros(entry: Entry, name: str, storage: Dense) -> Tensor:
+def zeros(view: ParamView, name: str, storage: Dense) -> Tensor:
     """One of the rule's tensors before the first step."""
-    inner, kind = local(entry.param), entry.rule.all_state[name]
+    inner, kind = local(view.param), view.rule.all_state[name]
     if kind == "block":
-        return torch.zeros(entry.n_blocks, dtype=entry.dtype, device=inner.device)
+        return torch.zeros(view.n_blocks, dtype=view.dtype, device=inner.device)
     if kind == "whole":
-        shape = entry.rule.shape_of(name, tuple(entry.param.shape))
-        return torch.zeros(shape, dtype=entry.dtype, device=inner.device)
-    dtype = storage.dtype_for(entry.dtype)
-    return like(entry.param, torch.zeros(inner.shape, dtype=dtype, device=inner.device))
+        shape = view.rule.shape_of(name, tuple(view.param.shape))
+        return torch.zeros(shape, dtype=view.dtype, device=inner.device)
+    dtype = storage.dtype_for(view.dtype)
+    if view.state_key(name) != name:
+        return torch.zeros(view.shape, dtype=dtype, device=inner.device)
+    return like(view.param, torch.zeros(inner.shape, dtype=dtype, device=inner.device))
 
 
-def check_held(entry: Entry, own: Mapping[str, Any], who: str) -> None:
+def keys_of(view: ParamView, variants: bool = False) -> dict[str, tuple[ParamView, str]]:
+    """Keys of the state of a parameter, with the view and the name that each is of; all views of it are asked.
+
+    Args:
+        variants: also of state that the rule keeps under other hyperparameters.
+    """
+    views = view.siblings or (view,)
+    return {
+        own.state_key(name): (own, name)
+        for own in views
+        for name in ("step", *(own.rule.all_state if variants else own.rule.state))
+    }
+
+
+def block_lr_keys(view: ParamView) -> set[str]:
+    """Keys of the state of a block_lr of a parameter."""
+    return {own.state_key(name) for own in view.siblings or (view,) for name in OF_BLOCK_LR}
+
+
+def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the state that a step uses has the shape and the device of its parameter."""
-    shape, device = tuple(entry.param.shape), local(entry.param).device
-    for name in ("step", *entry.rule.state):
-        tensor = own[name]
+    shape, device = tuple(view.param.shape), local(view.param).device
+    for name in ("step", *view.rule.state):
+        tensor = own[view.state_key(name)]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{who}: state {name!r} of {entry.name} must be a floating point tensor, got {what}")
-    for name, kind in entry.rule.state.items():
-        tensor = own[name]
-        fit = shape if kind == "element" else (entry.n_blocks,) if kind == "block" else None
-        fit = entry.rule.shape_of(name, shape) if fit is None else fit
-        if tuple(tensor.shape) != tuple(fit):
-            raise ValueError(f"{who}: state {name!r} of {entry.name} must have shape {fit}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{who}: state {name!r} of {view.name} must be a floating point tensor, got {what}")
+    for name, kind in view.rule.state.items():
+        key = view.state_key(name)
+        tensor = own[key]
+        if kind == "element":
+            fit = shape if key == name else view.shape
+        else:
+            fit = (view.n_blocks,) if kind == "block" else tuple(view.rule.shape_of(name, shape))
+        if tuple(tensor.shape) != fit:
+            raise ValueError(f"{who}: state {key!r} of {view.name} must have shape {fit}, got {tuple(tensor.shape)}")
         if local(tensor).device != device:
             raise ValueError(
-                f"{who}: state {name!r} of {entry.name} is on {local(tensor).device}, the parameter on {device}; move "
+                f"{who}: state {key!r} of {view.name} is on {local(tensor).device}, the parameter on {device}; move "
                 f"state back before the step"
             )
 
 
 def of_block_lr(
-    entry: Entry, block_lr: BlockLR, factors: Sequence[Sequence[float]], device: torch.device
+    view: ParamView, block_lr: BlockLR, factors: Sequence[Sequence[float]], device: torch.device
 ) -> dict[str, Tensor]:
     """State of a block_lr for one parameter before the first measurement; see `engine.multipliers`."""
-    state = {"lr_multiplier": torch.tensor(entry.multipliers, dtype=torch.float64, device=device)}
+    state = {"lr_multiplier": torch.tensor(view.multipliers, dtype=torch.float64, device=device)}
     if block_lr.sources:
         state["multiplier_to"] = torch.tensor(factors, dtype=torch.float64, device=device).T.contiguous()
         state["multiplier_from"] = state["multiplier_to"].clone()
-        shape = len(entry.segments), len(block_lr.sources)
+        shape = len(view.segments), len(block_lr.sources)
         state["block_lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
     return state
 

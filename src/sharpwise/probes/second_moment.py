@@ -22,7 +22,7 @@ import numpy as np
 
 from sharpwise.engine.measuring import second_moments, steps_taken
 from sharpwise.engine.optimizer import BlockOptimizer
-from sharpwise.engine.plan import Entry
+from sharpwise.engine.view import ParamView
 from sharpwise.probes.estimate import Cost, Measurement
 from sharpwise.probes.gather import Groups
 from sharpwise.probes.monte_carlo import check_count
@@ -51,19 +51,19 @@ def sharpness_from_optimizer(optimizer: BlockOptimizer, *, tokens: int | None = 
     """
     started = time.perf_counter()
     check_count(_WHO, tokens=tokens)
-    entries = _entries(optimizer)
-    steps = {e.name: t for e, t in zip(entries, steps_taken(entries, optimizer.state), strict=True)}
-    entries = [entry for entry in entries if steps[entry.name] > 0]
-    if not entries:
+    views = _views(optimizer)
+    steps = {e.name: t for e, t in zip(views, steps_taken(views), strict=True)}
+    views = [view for view in views if steps[view.name] > 0]
+    if not views:
         raise ValueError(
             f"{_WHO}: the optimizer has not taken a step yet, so that its second moment is 0; measure later"
         )
-    totals = second_moments(entries, optimizer.state, optimizer._bind().team)
-    segments = [segment for entry in entries for segment in entry.segments]
+    totals = second_moments(views, optimizer._bind().group)
+    segments = [segment for view in views for segment in view.segments]
     found = Groups(segments)
     sums = np.array([total for own in totals for total in own])
     values = (tokens or 1) * found.means(sums)
-    samples = round(min(_worth(entry.rule.second_moment_decay(entry.group), steps[entry.name]) for entry in entries))
+    samples = round(min(_worth(view.rule.second_moment_decay(view.group), steps[view.name]) for view in views))
     unit = "per token" if tokens else "per token, over the tokens of a step"
     settings = {"labels": "true", "rule": optimizer.rule.name, "tokens": tokens}
     settings["clipped"] = optimizer.options.max_grad_norm is not None
@@ -71,7 +71,7 @@ def sharpness_from_optimizer(optimizer: BlockOptimizer, *, tokens: int | None = 
     return Measurement(_WHO, estimates, settings=settings, cost=Cost(time.perf_counter() - started, 0.0))
 
 
-def _entries(optimizer: BlockOptimizer) -> list[Entry]:
+def _views(optimizer: BlockOptimizer) -> list[ParamView]:
     keeps = "AdamW keeps one per element, AdamMini one per block"
     if not isinstance(optimizer, BlockOptimizer):
         raise TypeError(
@@ -79,7 +79,7 @@ def _entries(optimizer: BlockOptimizer) -> list[Entry]:
         )
     if optimizer.rule.second_moment is None:
         raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment; {keeps}")
-    return optimizer._bind().entries
+    return optimizer._bind().views
 
 
 def _worth(b2: float, steps: float) -> float:

@@ -70,6 +70,8 @@ class Rule:
     hyperparameters: ClassVar[tuple[str, ...]]
     second_moment: ClassVar[str | None] = None
     """The state that averages squares of gradients, v <- b2 v + (1-b2) g^2 from v = 0; None where none does."""
+    torch_kernel: ClassVar[str] = ""
+    """The kernel of torch that computes exactly this rule, as its own class says: a subclass may compute another."""
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
 
@@ -115,7 +117,7 @@ class Rule:
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         """The scalars of step t (from 1; a float or a tensor of steps), `bias_correction` among them if not 1.
 
-        The engine's own are called step, decay, clip, ok, weight_decay and multiplier: other names are free.
+        The engine's own are called step, decay, clip, ok and weight_decay: other names are free.
         """
         raise NotImplementedError
 

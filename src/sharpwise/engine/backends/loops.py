@@ -21,7 +21,7 @@ from sharpwise.rules.base import Rule, add
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # inductor's are the other way round
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """What can be read and written; the arithmetic is fp32."""
-_OURS = ("step", "decay", "multiplier", "clip")
+_OURS = ("step", "decay", "clip")
 _CPP = {torch.bool: "bool", torch.float32: "float", torch.float64: "double"}
 _aten = torch.ops.aten
 _OPERATIONS = {
@@ -64,15 +64,15 @@ class Squares:
         return list(sums.split(sizes))
 
 
-Job = Sequence[int]
-"""What `Step` is to do with a matrix. Addresses of: parameter, gradient, element state, block state; numbers: rows,
+Arguments = Sequence[int]
+"""Arguments of a `Kernel` for one matrix. Addresses of: parameter, gradient, element state, block state; numbers: rows,
 columns, 1 if rows have a number each (0: columns), blocks; addresses of: elements per block, fp64; the block of each
 column, int64 (0: each is one); steps and factors on the parameter, per row or column, fp32 (0: `step` and `decay` for
 all); `scalars`, fp32."""
 
 
-class Step:
-    """Steps of a rule. Raises whatever building the library raises, or NotImplementedError.
+class Kernel:
+    """Moves matrices by steps of a rule. Raises whatever building the library raises, or NotImplementedError.
 
     A library is built once per source, whatever the rule that it was written for.
 
@@ -97,18 +97,18 @@ class Step:
         self.source = _text("sums") + _written(rule, param, types, scalars, with_blocks) + text
         self._call = _built(self.source).step
 
-    def __call__(self, jobs: Sequence[Job]) -> None:
+    def __call__(self, matrices: Sequence[Arguments]) -> None:
         """Move matrices, and their state."""
-        shapes = [job[self._shape : self._shape + 4] for job in jobs]
+        shapes = [own[self._shape : self._shape + 4] for own in matrices]
         widest = max((max(columns, n) for _, columns, by_row, n in shapes if not by_row), default=0)
         own = [_empty(widest, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
-        _run(self._call, [n for job in jobs for n in job], len(jobs), _per_thread(widest) + own)
+        _run(self._call, [n for own in matrices for n in own], len(matrices), _per_thread(widest) + own)
 
 
 def _run(function: Callable[..., Any], table: Sequence[int], count: int, scratch: Sequence[Tensor]) -> None:
-    jobs = torch.tensor(table, dtype=torch.int64, device="cpu")
+    arguments = torch.tensor(table, dtype=torch.int64, device="cpu")
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in scratch]
-    function(ctypes.c_void_p(jobs.data_ptr()), ctypes.c_int64(count), *addresses, torch.get_num_threads())
+    function(ctypes.c_void_p(arguments.data_ptr()), ctypes.c_int64(count), *addresses, torch.get_num_threads())
 
 
 def _per_thread(columns: int) -> list[Tensor]:
@@ -144,7 +144,7 @@ def _built(source: str) -> ctypes.CDLL:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_own_folder())
     try:
-        with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():  # see kernels._compile
+        with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():  # see inductor._compile
             return CppCodeCache.load(source, extra_flags=_FLAGS)
     finally:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR")

@@ -13,8 +13,7 @@ void step_rows(const Job& m) {
   #pragma omp for schedule(static) nowait
   for (int64_t b = 0; b < m.rows; ++b) {
     const double squares = row_squares<float>(g + b * m.columns, m.columns);
-    float rate = float(s.step / denominator(s, m, b, squares / m.counts[b])) * s.multiplier;
-    if (m.row_step) rate *= m.row_step[b];
+    const float rate = float((m.row_step ? m.row_step[b] : s.step) / denominator(s, m, b, squares / m.counts[b]));
     move(s, m, b * m.columns, m.columns, Same{rate}, Same{m.row_decay ? m.row_decay[b] : s.decay});
   }
 }
@@ -34,8 +33,7 @@ void step_columns(const Job& m, double* groups, double* parts, float* rates, flo
   for (int64_t c = 0; c < m.columns; ++c) {
     const double below = m.block_of ? sums[m.block_of[c]]
                                     : denominator(s, m, c, added(parts, m.columns, c) / m.counts[c]);
-    rates[c] = float(s.step / below) * s.multiplier;
-    if (m.row_step) rates[c] *= m.row_step[c];
+    rates[c] = float((m.row_step ? m.row_step[c] : s.step) / below);
     decays[c] = m.row_decay ? m.row_decay[c] : s.decay;
   }
   const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -1,0 +1,35 @@
+"""What moves views by a step: a table of back ends, the fastest first."""
+
+from sharpwise.engine.backends.base import Backend, Spec
+from sharpwise.engine.backends.cpp import Cpp
+from sharpwise.engine.backends.fused import TorchFused
+from sharpwise.engine.backends.inductor import Inductor
+from sharpwise.engine.backends.reference import Reference
+
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("torch", "cpp", "inductor"),
+    "cuda": ("torch", "inductor"),
+}
+"""By kind of device, which back ends are asked, in this order; then, and everywhere else, the reference."""
+
+
+class Backends:
+    """One of each, for as long as an optimizer lives: they keep what they compile."""
+
+    def __init__(self) -> None:
+        self.cpp = Cpp()
+        self.by_name: dict[str, Backend] = {b.name: b for b in (TorchFused(), self.cpp, Inductor())}
+        self._references = {fast: Reference(fast) for fast in (False, True)}
+
+    def of(self, device: str, fast: bool) -> list[Backend]:
+        """Those to be asked for a view on a kind of device, the reference last; not fast: the reference alone."""
+        names = ORDER.get(device, ()) if fast else ()
+        return [*(self.by_name[name] for name in names), self._references[fast]]
+
+    @property
+    def built(self) -> int:
+        """How many kernels all of them have built."""
+        return sum(backend.built for backend in self.by_name.values())
+
+
+__all__ = ["ORDER", "Backend", "Backends", "Reference", "Spec"]

@@ -1,0 +1,157 @@
+"""What is checked at every step: groups, gradients, and whether parameters and state are as they were bound."""
+
+import math
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.engine import state as states
+from sharpwise.engine.view import ParamView
+from sharpwise.rules import Rule
+from sharpwise.shards import is_dtensor, local, place_gradient
+
+_ROUNDING = 1e-12
+"""By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
+
+
+def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any], rule: Rule, who: str) -> None:
+    """Raise TypeError or ValueError for a group with settings that no step can use; a schedule may write anything."""
+    states.refuse_variants(group, f"{who}: a group asks for")
+    states.check_group(group, defaults, who)
+    for key in ("lr", "weight_decay"):
+        value = group[key]
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{who}: {key} must be a number or a 0-d tensor, got {value!r}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{who}: {key} must be a number or a 0-d tensor, got {tuple(value.shape)}")
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            continue  # reading it would wait for the device
+        if not (-_ROUNDING if key == "lr" else 0.0) <= float(value) < math.inf:
+            raise ValueError(f"{who}: {key} must be a finite number >= 0, got {float(value)}")
+    rule.validate(group)
+    _check_places(group, rule, who)
+
+
+def _check_places(group: Mapping[str, Any], rule: Rule, who: str) -> None:
+    """Raise ValueError for a hyperparameter on a device where none of its parameters is."""
+    for key in ("lr", "weight_decay", *rule.defaults):
+        value = group.get(key)
+        values = [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Tensor)]
+        for tensor in values:
+            if tensor.device.type == "cpu":
+                continue
+            places = {str(local(p[1] if isinstance(p, tuple) else p).device) for p in group["params"]}
+            if places and str(tensor.device) not in places:
+                raise ValueError(
+                    f"{who}: {key} is a tensor on {tensor.device}, and its parameters are on "
+                    f"{', '.join(sorted(places))}; give a number, a tensor on the CPU, or one on their device"
+                )
+
+
+def check_device(named: Sequence[tuple[str, Tensor]], who: str) -> None:
+    """Raise ValueError for a parameter on the meta device, which holds no numbers that a step could move."""
+    for name, param in named:
+        if local(param).device.type == "meta":
+            raise ValueError(
+                f"{who}: {name} is on the meta device and holds no numbers to move; materialize the model "
+                f"(model.to_empty(device=...), then its weights) before the first step"
+            )
+
+
+def check_coupled(by_param: Iterable[Sequence[ParamView]], no_decay: Collection[str], who: str) -> None:
+    """Raise ValueError for a parameter of which a part decays, where decay is added to the gradient."""
+    for views in by_param:
+        if len({decays for view in views for decays in view.decays}) > 1:
+            raise ValueError(
+                f"{who}: no_decay={sorted(no_decay)} takes a part of {views[0].name}; coupled decay is for whole "
+                f"parameters only: name all of its roles or none, or decoupled_weight_decay=True"
+            )
+
+
+class Gradients:
+    """Gradients of some parameters, checked against what they must be.
+
+    Asked at every step, of every tensor: lists are compared, not tensors one by one.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]], who: str) -> None:
+        self._named, self._who = named, who
+        self._kinds = [(p.shape, p.device, p.dtype, torch.strided) for _, p in named]
+        self._placed = any(is_dtensor(p) for _, p in named)
+
+    def local(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The local gradients, None where there is none.
+
+        Raises:
+            TypeError: for sparse or complex ones.
+            ValueError: for one of another shape or on another device than its parameter.
+        """
+        found = list(grads)
+        for i, (g, kind) in enumerate(zip(grads, self._kinds, strict=True)):
+            if g is None:
+                continue
+            if self._placed or type(g) is not Tensor or (g.shape, g.device, g.dtype, g.layout) != kind:
+                check_gradient(*self._named[i], self._who)
+                found[i] = local(self._named[i][1].grad)  # type: ignore[arg-type]
+        return found
+
+
+def check_gradient(name: str, param: Tensor, who: str) -> None:
+    """Raise for a gradient no rule can use. One placed in another way, as a partial sum, is placed as the parameter."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout is not torch.strided:
+        raise TypeError(f"{who}: {name}: sparse gradients are not supported; build the embedding with sparse=False")
+    if grad.is_complex():
+        raise TypeError(f"{who}: {name}: complex gradients are not supported, got {grad.dtype}")
+    if not grad.is_floating_point():
+        raise TypeError(f"{who}: {name}: the gradient must be floating point, got {grad.dtype}")
+    own, whole = grad, param
+    if is_dtensor(param) or is_dtensor(grad):
+        place_gradient(param)
+        own, whole = local(param.grad), local(param)  # type: ignore[arg-type]
+    if own.shape != whole.shape or own.device != whole.device:
+        raise ValueError(
+            f"{who}: {name}: the gradient has shape {tuple(own.shape)} on {own.device}, the parameter "
+            f"{tuple(whole.shape)} on {whole.device}; call zero_grad() after a parameter is moved or exchanged"
+        )
+
+
+class Marks:
+    """What must be as it was when the stepper was built: kinds of the parameters, objects and places of their state.
+
+    Asked at every step, of every tensor: lists are compared, not tensors one by one.
+    """
+
+    def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        self._params, self._kinds = list(params), _kinds_of(params)
+        self._held = [state[p] for p in params]
+        self._values = [value for own in self._held for value in own.values()]
+        self._askers = [local(t).data_ptr for t in self._values if isinstance(t, Tensor) and has_address(t)]
+        self._places = [ask() for ask in self._askers]
+
+    def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """False once a parameter was exchanged or recast, or somebody moved the state."""
+        if not _same(params, self._params) or _kinds_of(params) != self._kinds:
+            return False
+        if not all(map(operator.is_, map(state.__getitem__, params), self._held)):
+            return False
+        values = [value for own in self._held for value in own.values()]
+        return _same(values, self._values) and [ask() for ask in self._askers] == self._places
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory: those on the meta device do not, nor fake ones."""
+    return local(tensor).untyped_storage().device.type != "meta"
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(p.dtype, p.device, p.is_contiguous(), p.shape) for p in params]

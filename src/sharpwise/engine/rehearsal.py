@@ -1,0 +1,67 @@
+"""A rule is run on a number before the first step, so that what fails in it fails before anything is written."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.rules.base import Rule
+
+OWN_SCALARS = {"step", "decay", "clip", "ok", "weight_decay"}
+"""Names of scalars that the engine adds to those of a rule."""
+
+
+def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
+    """Run a rule on a number, so that what fails in it fails before a step has written anything.
+
+    Returns:
+        The hyperparameters that its arithmetic reads off the rule, not off its scalars: at another value of one of
+        these it is another rule.
+
+    Raises:
+        ValueError: for arithmetic that raises, or does not return what the rule says it keeps; for scalars that are
+            called as the engine's own.
+    """
+    if rule.reductions or any(isinstance(group[k], Tensor) and group[k].device.type != "cpu" for k in rule.defaults):
+        return set()  # its elements take a step with what the reductions find; reading a device would wait for it
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    state = {kind: {n: one for n, k in rule.state.items() if k == kind} for kind in ("element", "block")}
+    twin, read = _watched(rule)
+    try:
+        s = twin.scalars(1, {k: live(group[k]) for k in rule.defaults})
+        found = dict(twin.direction(one, state["element"], s)[0])
+        if rule.has_blocks:
+            found |= twin.block_phase(state["block"], one, s)[0]
+    except Exception as error:
+        raise ValueError(f"rule {rule.name!r} fails on a single number: {type(error).__name__}: {error}") from error
+    if set(found) != set(rule.state):
+        raise ValueError(f"rule {rule.name!r} keeps {sorted(rule.state)}, and its arithmetic returns {sorted(found)}")
+    if taken := sorted(OWN_SCALARS & set(s)):
+        raise ValueError(f"rule {rule.name!r} calls scalars {taken}: these names are the engine's; take others")
+    return read & set(rule.defaults)
+
+
+def live(value: Any) -> Any:
+    """A hyperparameter as it is now: tensors on the CPU as floats, on a device left there."""
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" else value.detach().double()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(live, value))
+    return float(value) if isinstance(value, Real) and not isinstance(value, Integral) else value  # NumPy's too
+
+
+def _watched(rule: Rule) -> tuple[Rule, set[str]]:
+    """A copy of a rule, and the names of what is read of it from now on."""
+    read: set[str] = set()
+
+    class Watched(type(rule)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    twin: Rule = Watched(**{f.name: getattr(rule, f.name) for f in fields(rule) if f.init})  # type: ignore[arg-type]
+    read.clear()
+    return twin, read

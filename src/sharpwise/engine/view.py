@@ -1,0 +1,300 @@
+"""A parameter as the engine sees it: as one view or several, each of segments that one rule moves."""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sharpwise.blocks import Cut, Segment
+from sharpwise.engine.layout import Layout, Layouts, Run
+from sharpwise.rules.base import Rule
+from sharpwise.shards import Shard, local
+
+T = TypeVar("T")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is fp32 whatever the parameter's type; only fp64 parameters are moved in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(eq=False)
+class ParamView:
+    """Segments of one parameter that share rule, hyperparameters and formats, seen as rows.
+
+    Attributes:
+        numbers: of its segments among those of the parameter.
+        part: what it is of the parameter, by roles; "" if it is all of it.
+        shape: of the view of what is held here; `dim` is the dimension summed over, so that rows remain.
+        row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
+        multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
+        varies: whether multipliers change while training, each on its own; positive: whether none is ever 0.
+        own: its state by the names of the rule; `step` among it.
+        kept: what back ends keep of it.
+    """
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    segments: tuple[Segment, ...]
+    rule: Rule
+    cuts: tuple[Cut, ...]
+    shard: Shard
+    layout: Layout = field(default_factory=Layout)
+    numbers: tuple[int, ...] = (0,)
+    part: str = ""
+    whole_shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    dim: int = 1
+    row_shape: tuple[int, ...] = ()
+    multipliers: tuple[float, ...] = (1.0,)
+    varies: bool = False
+    positive: bool = True
+    decays: tuple[bool, ...] = (True,)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    siblings: "tuple[ParamView, ...]" = ()
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def full_name(self) -> str:
+        """The name of the parameter, with the part if it is one."""
+        return f"{self.name}.{self.part}" if self.part else self.name
+
+    def of_segments(self, values: Sequence[T]) -> tuple[T, ...]:
+        """Of one value per segment of the parameter, those of its own."""
+        return tuple(values[i] for i in self.numbers)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the whole parameter, 0 for an element-wise rule."""
+        return sum(s.blocks(c) for s, c in zip(self.segments, self.cuts, strict=True)) if self.rule.has_blocks else 0
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of the arithmetic."""
+        return compute_dtype(self.param.dtype)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the parameter is."""
+        return local(self.param).device
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements that are held here."""
+        return math.prod(self.shape)
+
+    @property
+    def key(self) -> int:
+        """A number of the parameter's name, for stochastic rounding."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows always have the same multiplier, and decay alike."""
+        alike = not self.varies and len(set(zip(self.multipliers, self.decays, strict=True))) == 1
+        return len(self.segments) == 1 or alike
+
+    @cached_property
+    def copied(self) -> bool:
+        """Whether its rows are copies, which have to be written back: of a tensor that is not contiguous, or scattered
+        rows."""
+        return isinstance(self.layout.rows, Tensor) or not local(self.param).is_contiguous()
+
+    @cached_property
+    def contiguous(self) -> bool:
+        """Whether its rows lie one after the other in the parameter."""
+        rows = self.layout.rows
+        return not self.copied and (rows is None or self.dim == 1)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_key(self, name: str) -> str:
+        """Under which key of `optimizer.state` the state `name` is: with the part, unless it is of the parameter."""
+        common = all(view.rule.all_state.get(name) == "element" for view in self.siblings or (self,))
+        return name if not self.part or name == "step" or common else f"{name}.{self.part}"
+
+    def attach(self, held: Mapping[str, Tensor], more: Sequence[str] = ()) -> None:
+        """Take its state from that of the parameter: the rule's, `step`, and what else it is asked for."""
+        self.own = {name: held[self.state_key(name)] for name in ("step", *self.rule.state, *more)}
+        self.__dict__.pop("_stored", None)
+
+    @cached_property
+    def _stored(self) -> list[Tensor]:
+        return [self.rows_of(self.own[name], name) for name, kind in self.rule.state.items() if kind == "element"]
+
+    def stored(self) -> list[Tensor]:
+        """Element state as rows; copies where `copied`."""
+        if self.copied:
+            self.__dict__.pop("_stored", None)
+        return self._stored
+
+    @cached_property
+    def blocks(self) -> dict[str, Tensor]:
+        """Block state by name [n_blocks]."""
+        return {name: self.own[name] for name, kind in self.rule.state.items() if kind == "block"}
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def rows_of(self, tensor: Tensor, name: str = "") -> Tensor:
+        """Its part of a tensor of the parameter's shape, or of its own state `name`, as rows."""
+        plain = local(tensor)
+        plain = plain if plain.is_contiguous() else plain.contiguous()
+        if name and self.state_key(name) != name:
+            return plain.view(self.shape)
+        whole = plain if plain.shape == self.whole_shape else plain.view(self.whole_shape)
+        rows = self.layout.rows
+        return whole if rows is None else whole[rows] if self.dim == 1 and len(self.shape) == 2 else whole[..., rows]
+
+    def parameter(self) -> Tensor:
+        """The parameter as rows: a view, or a copy where `copied`."""
+        return self.rows_of(self.param)
+
+    def gradient(self) -> Tensor:
+        """The gradient as rows."""
+        return self.rows_of(self.param.grad)  # type: ignore[arg-type]
+
+    def write_back(self, p: Tensor, stored: Sequence[Tensor]) -> None:
+        """Write copies back; nothing to do where rows are views."""
+        if not self.copied:
+            return
+        names = [name for name, kind in self.rule.state.items() if kind == "element"]
+        for tensor, name, rows in ((self.param, "", p), *zip(map(self.own.get, names), names, stored, strict=True)):
+            target, own = local(tensor), name and self.state_key(name) != name  # type: ignore[arg-type]
+            if own or self.layout.rows is None:
+                target.copy_(rows.view(target.shape))
+                continue
+            whole = target.contiguous().view(self.whole_shape)
+            by_row = self.dim == 1 and len(self.shape) == 2
+            if by_row:
+                whole[self.layout.rows] = rows
+            else:
+                whole[..., self.layout.rows] = rows
+            if whole.data_ptr() != target.data_ptr():
+                target.copy_(whole.view(target.shape))
+
+    def spread(self, blocks: Tensor) -> Tensor:
+        """One number per block -> one per row, shaped to broadcast."""
+        rows = blocks if self.layout.block_of_row is None else blocks[self.layout.block_of_row]
+        return rows.view(self.row_shape)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Sums per row [rows] -> sums per block [n_blocks], rows elsewhere counted as 0."""
+        if self.layout.block_of_row is None:
+            return rows
+        parts = []
+        padded: Tensor | None = None
+        for where in self.layout.gathers:
+            if isinstance(where, Run):
+                own = rows[where.rows]
+                parts.append(own if where.size == 1 else own.view(-1, where.size).sum(1))
+            else:
+                padded = torch.cat((rows, rows.new_zeros(1))) if padded is None else padded
+                parts.append(padded[where].sum(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Global element numbers as the sum of a part per row of the view and a part per column, int64."""
+        shape, own = tuple(self.param.shape), tuple(local(self.param).shape)
+        by_row = self.dim == 1 and len(self.shape) == 2
+        leading = min(self.segments[0].dim + 1, len(own)) if by_row else len(own) - 1
+        rows = torch.zeros(1, dtype=torch.int64, device=device)
+        columns = rows
+        for d, (size, offset) in enumerate(zip(own, self.shard.offset, strict=True)):
+            part = (torch.arange(size, device=device) + offset) * math.prod(shape[d + 1 :])
+            if d < leading:
+                rows = (rows[:, None] + part).view(-1)
+            else:
+                columns = (columns[:, None] + part).view(-1)
+        if self.layout.rows is not None:
+            rows, columns = (rows[self.layout.rows], columns) if by_row else (rows, columns[self.layout.rows])
+        return rows.view(*self.shape[:-1], 1), columns.view(*(1 for _ in self.shape[:-1]), -1)
+
+
+def views_of(
+    name: str, param: Tensor, group: dict[str, Any], segments: tuple[Segment, ...], rule: Rule, layouts: Layouts
+) -> tuple[ParamView, ...]:
+    """A parameter as views: one per rule that its segments get, in the order of their first segments.
+
+    Raises:
+        ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last; if it
+            is cut by a mesh, and not all of its rules keep the same state.
+    """
+    values = {key: group[key] for key in rule.defaults}
+    own = replace(rule, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[type-var]
+    parts: dict[Rule, list[tuple[int, Segment, Cut]]] = {}
+    for i, segment in enumerate(segments):
+        kind, cut = own.assign(segment)
+        parts.setdefault(kind, []).append((i, segment, cut))
+    shard = Shard.of(param)
+    found = []
+    for kind, members in parts.items():
+        numbers, mine, cuts = (tuple(column) for column in zip(*members, strict=True))
+        view = ParamView(name, param, group, mine, kind, cuts, shard, numbers=numbers)
+        if len(parts) > 1:
+            view.part = "+".join(dict.fromkeys(str(s.role) for s in mine))
+        _see(view, segments, layouts)
+        found.append(view)
+    if len({view.part for view in found}) < len(found):
+        raise ValueError(f"{name}: segments of one role, {found[0].part}, get different rules; give them one rule")
+    for view in found:
+        view.siblings = tuple(found)
+    _check_parts(found)
+    return tuple(found)
+
+
+def _check_parts(views: Sequence[ParamView]) -> None:
+    for view in views:
+        if view.rule.reductions and (view.param.ndim != 2 or view.part):
+            what = f"the shape {tuple(view.param.shape)}" if not view.part else f"its {view.part} rows alone"
+            raise ValueError(f"{view.name}: rule {view.rule.name!r} is for matrices, got {what}")
+        partial = [n for n, kind in view.rule.all_state.items() if kind == "element" and view.state_key(n) != n]
+        if partial and view.shard.cut:
+            raise ValueError(
+                f"{view.name}: its {view.part} rows keep {', '.join(partial)}, which its other rows do not, and the "
+                f"parameter is sharded: such state is not sharded; give all of its segments one rule"
+            )
+
+
+def _see(view: ParamView, segments: Sequence[Segment], layouts: Layouts) -> None:
+    """Lay a view out: its rows, and its blocks."""
+    inner, first = local(view.param), segments[0]
+    shape = tuple(inner.shape)
+    if len({(s.dim, s.stacked) for s in segments}) > 1:
+        raise ValueError(f"{view.name}: its segments disagree on the output dimension")
+    by_row = len(shape) < 2 or first.dim == (1 if first.stacked else 0)
+    if not by_row and not (first.dim == len(shape) - 1 and len(shape) == (3 if first.stacked else 2)):
+        raise ValueError(
+            f"{view.name}: output dimension {first.dim} of shape {shape} is neither the first nor the last; "
+            f"say dim=0 in an override if the parameter is one block"
+        )
+    if not by_row:
+        view.whole_shape, view.dim = shape, len(shape) - 2
+    elif len(shape) < 2:
+        view.whole_shape = (math.prod(shape), 1)
+    else:
+        view.whole_shape = (math.prod(shape[: first.dim + 1]), math.prod(shape[first.dim + 1 :]))
+    if view.part or len(view.segments) > 1 or view.rule.has_blocks:
+        cuts = view.cuts if view.rule.has_blocks else None
+        device = torch.device("cpu") if inner.device.type == "meta" else inner.device
+        view.layout = layouts.of(view.segments, cuts, not view.part, shape, view.shard, device)
+    rows, n = view.layout.rows, view.whole_shape[0 if by_row else -1]
+    if rows is not None:
+        n = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+    view.shape = (n, view.whole_shape[1]) if by_row else (*shape[:-1], n)
+    view.row_shape = (n, 1) if by_row else (shape[0], 1, n) if first.stacked else (1, n)
+
+
+def multiplier_map(segments: Sequence[Segment], values: Sequence[float]) -> Mapping[str, tuple[float, ...]]:
+    """Multipliers per parameter name, in segment order, from one per segment of the model."""
+    result: dict[str, tuple[float, ...]] = {}
+    for segment, value in zip(segments, values, strict=True):
+        result[segment.name] = (*result.get(segment.name, ()), value)
+    return result
