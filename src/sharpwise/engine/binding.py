@@ -1,19 +1,21 @@
 """From what a training script has (a model, names, groups) to named parameter groups and a block map."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap, Role, Segment, canonical_name
 from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.blocks.names import canonical_path, collapse
 from sharpwise.blocks.roles import meant
 from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
 from sharpwise.hints import kind_of
+from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor
 
 logger = logging.getLogger(__name__)
@@ -273,6 +275,39 @@ def check_no_decay(names: Collection[str], who: str) -> frozenset[str]:
         got = ", ".join(f"{name!r}{meant(name, allowed)}" for name in wrong)
         raise ValueError(f"{who}: no_decay takes roles and 'bias', got {got}; allowed: {', '.join(allowed)}")
     return frozenset(str(n) for n in names)
+
+
+def check_roles(
+    blocks: BlockMap,
+    known: BlockMap,
+    rule: Rule,
+    block_lr: BlockLR | None,
+    strict: bool,
+    model: nn.Module | None,
+    unknown: Callable[..., Exception],
+    who: str,
+) -> None:
+    """Raise where the roles of parameters have to be known, and are not.
+
+    Args:
+        blocks: of the parameters; known: of the whole model.
+        unknown: (what needs the roles, what else can be done) -> the error.
+    """
+    if strict and blocks.unexplained:
+        raise unknown("strict=True asks for")
+    if block_lr is not None and block_lr.by_role and blocks.unexplained:
+        raise unknown(f"block_lr {block_lr.name!r} distinguishes")
+    if block_lr is not None:
+        try:
+            block_lr.check(known.segments)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from None
+    for segment in blocks.segments:
+        own, cut = rule.assign(segment)
+        if not segment.source and (own, cut) != rule.assign(replace(segment, role=Role.Q)):
+            raise unknown(f"rule {rule.name!r} distinguishes", rule.hint)
+        if cut == "head" and segment.heads is None:
+            raise no_heads(who, segment, model)
 
 
 def unexplained(

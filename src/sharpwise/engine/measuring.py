@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sharpwise.block_lr import MeasuredLR
 from sharpwise.engine.backends.reference import CHUNK, SMALL
+from sharpwise.engine.counter import values_of
 from sharpwise.engine.mesh import Bucket, OwnerExchange, ReduceGroup
 from sharpwise.engine.norms import row_sums
 from sharpwise.engine.options import Options
-from sharpwise.engine.scalars import values_of
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard, local

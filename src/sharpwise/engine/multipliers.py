@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sharpwise.block_lr import BlockLR, MeasuredLR
 from sharpwise.blocks import Segment
+from sharpwise.engine.counter import versions_of
 from sharpwise.engine.measuring import measure
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.options import Options
-from sharpwise.engine.scalars import versions_of
 from sharpwise.engine.view import ParamView, multiplier_map
 from sharpwise.shards import is_dtensor, local
 

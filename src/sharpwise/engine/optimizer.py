@@ -3,7 +3,6 @@
 import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpwise.block_lr import BlockLR
-from sharpwise.blocks import BlockMap, Role
+from sharpwise.blocks import BlockMap
 from sharpwise.engine import loading
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
@@ -23,11 +22,11 @@ from sharpwise.engine.binding import (
     check_is_group,
     check_no_decay,
     check_ordered,
+    check_roles,
     check_shapes,
     check_unique,
     is_pair,
     names_of,
-    no_heads,
     unexplained,
     unexplained_later,
     warn_if_frozen,
@@ -166,27 +165,14 @@ class BlockOptimizer(KnownOptions, Optimizer):
         return name
 
     def _check_roles(self, blocks: BlockMap, new: bool = False) -> None:
+        block_lr, who = self.options.block_lr, self.who
+
         def unknown(what: str, more: str = "") -> TypeError | ValueError:
             if new:
-                return unexplained_later(self.who, what, blocks)
-            return unexplained(self.who, what, blocks, self._known, self._model(), self._mapped, more)
+                return unexplained_later(who, what, blocks)
+            return unexplained(who, what, blocks, self._known, self._model(), self._mapped, more)
 
-        if self.strict and blocks.unexplained:
-            raise unknown("strict=True asks for")
-        block_lr = self.options.block_lr
-        if block_lr is not None and block_lr.by_role and blocks.unexplained:
-            raise unknown(f"block_lr {block_lr.name!r} distinguishes")
-        if block_lr is not None:
-            try:
-                block_lr.check(self._known.segments)
-            except ValueError as error:
-                raise ValueError(f"{self.who}: {error}") from None
-        for segment in blocks.segments:
-            rule, cut = self.rule.assign(segment)
-            if not segment.source and (rule, cut) != self.rule.assign(replace(segment, role=Role.Q)):
-                raise unknown(f"rule {self.rule.name!r} distinguishes", self.rule.hint)
-            if cut == "head" and segment.heads is None:
-                raise no_heads(self.who, segment, self._model())
+        check_roles(blocks, self._known, self.rule, block_lr, self.strict, self._model(), unknown, who)
 
     def _probe(self, taken: int) -> dict[str, list[float]]:
         """The sharpness of the segments of every parameter, by a probe of the model as it is."""

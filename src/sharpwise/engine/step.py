@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found
+from sharpwise.engine.counter import StepCounter
 from sharpwise.engine.mesh import Bucket, ReduceGroup
 from sharpwise.engine.multipliers import Multipliers
 from sharpwise.engine.norms import SquareSum, Sums
@@ -24,7 +25,7 @@ from sharpwise.engine.options import Options
 from sharpwise.engine.phase import BlockPhase
 from sharpwise.engine.plan import Plan
 from sharpwise.engine.reductions import Reductions
-from sharpwise.engine.scalars import StepCounter, StepScalars, on_device
+from sharpwise.engine.scalars import StepScalars, on_device
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
 
