@@ -79,8 +79,8 @@ def pays(spec: Spec) -> str:
     if spec.options.compile is False:
         return "compile=False asks for the reference"
     if spec.options.compile is None and spec.total < COMPILE_TOTAL:
-        return f"compiling does not pay below {COMPILE_TOTAL:,} parameters; compile=True asks for it"
-    return "" if compiler_present(spec.view.device) else f"there is no compiler for {spec.view.device.type}"
+        return f"below {COMPILE_TOTAL:,} parameters only by compile=True"
+    return "" if compiler_present(spec.view.device) else f"no compiler for {spec.view.device.type}"
 
 
 def compiler_present(device: torch.device) -> bool:

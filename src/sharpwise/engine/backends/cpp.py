@@ -99,15 +99,15 @@ class Cpp(Backend):
     def refuses(self, spec: Spec) -> str:
         view = spec.view
         if view.device.type != "cpu":
-            return f"it is on {view.device.type}"
+            return f"not for {view.device.type}"
         if reason := pays(spec):
             return reason
         if not spec.options.decoupled or spec.options.stochastic_rounding:
-            return "it rounds stochastically" if spec.options.decoupled else "decay is coupled"
+            return "no stochastic rounding" if spec.options.decoupled else "no coupled decay"
         if view.rule.reductions:
-            return "its rule looks at whole matrices"
+            return "the rule looks at whole matrices"
         if spec.grad != view.param.dtype:
-            return f"its gradient is {str(spec.grad)[6:]}, and the parameter {str(view.param.dtype)[6:]}"
+            return f"gradient in {str(spec.grad)[6:]}, parameter in {str(view.param.dtype)[6:]}"
         if reason := _shape_refused(view):
             return reason
         if self.sums_blocks(view, spec.options) or self._kernel(view, with_blocks=False) is not None:
@@ -201,17 +201,17 @@ def runs_of(view: ParamView) -> list[Run]:
 
 def _shape_refused(view: ParamView) -> str:
     if not view.contiguous:
-        return "it is not contiguous"
+        return "not contiguous"
     if len(view.shape) != 2 or min(view.shape) < 2 or view.numel < LEAST:
-        return f"it is no matrix, or has fewer than {LEAST:,} elements"
+        return f"a vector, or fewer than {LEAST:,} elements"
     return _types_refused([local(view.param), *view.stored()])
 
 
 def _types_refused(tensors: Sequence[Tensor]) -> str:
     wrong = [t for t in tensors if t.dtype not in TYPES]
     if wrong:
-        return f"it takes fp32 and bf16, not {str(wrong[0].dtype)[6:]}"
-    return "" if all(t.is_contiguous() for t in tensors) else "its state is not contiguous"
+        return f"fp32 and bf16 alone, not {str(wrong[0].dtype)[6:]}"
+    return "" if all(t.is_contiguous() for t in tensors) else "state is not contiguous"
 
 
 def _matrix_refused(g: Tensor) -> bool:

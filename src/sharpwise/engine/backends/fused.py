@@ -58,23 +58,23 @@ class TorchFused(Backend):
     def refuses(self, spec: Spec) -> str:
         view, options = spec.view, spec.options
         if type(view.rule).__dict__.get("torch_kernel") != "adamw":
-            return f"torch has no kernel for {view.rule.name}"
+            return f"no kernel for {view.rule.name}"
         if not options.decoupled or options.stochastic_rounding:
-            return "decay is coupled" if not options.decoupled else "it rounds stochastically"
+            return "no coupled decay" if not options.decoupled else "no stochastic rounding"
         if not view.positive:
-            return "a multiplier is, or may become, 0"
+            return "a multiplier is 0, or may become 0"
         if not view.uniform and not _in_ranges(view):
-            return "its rates differ by column, or by scattered or sharded rows"
+            return "rates differ by column, or by scattered or sharded rows"
         if view.device.type not in ("cpu", "cuda") or not view.contiguous:
-            return "it is not contiguous" if not view.contiguous else f"it is on {view.device.type}"
+            return "not contiguous" if not view.contiguous else f"not for {view.device.type}"
         types = {view.param.dtype, spec.grad, *(view.own[name].dtype for name in view.rule.state)}
         if types != {torch.float32}:
-            return f"it takes fp32 alone, not {', '.join(sorted(str(t)[6:] for t in types - {torch.float32}))}"
+            return f"fp32 alone, not {', '.join(sorted(str(t)[6:] for t in types - {torch.float32}))}"
         if not all(local(view.own[name]).is_contiguous() for name in view.rule.state):
-            return "its state is not contiguous"
+            return "state is not contiguous"
         clips = options.max_grad_norm is not None and view.numel >= LEAST and not pays(spec)
         if clips and compiler_present(view.device):
-            return "it would clip copies of the gradients, where compiled kernels clip as they load them"
+            return "clips copies of the gradients; compiled kernels clip as they load"
         return ""
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:

@@ -49,12 +49,12 @@ class Inductor(Backend):
         if self.broken:
             return f"building a graph failed: {self.broken}"
         if view.rule.reductions:
-            return "its rule looks at whole matrices"
+            return "the rule looks at whole matrices"
         if view.device.type not in ("cpu", "cuda"):
-            return f"it is on {view.device.type}"
+            return f"not for {view.device.type}"
         if view.numel < LEAST or min(view.shape) < 2:
-            return f"it is a vector, or has fewer than {LEAST:,} elements"
-        return "its rows are scattered" if isinstance(view.layout.rows, Tensor) else ""
+            return f"a vector, or fewer than {LEAST:,} elements"
+        return "scattered rows" if isinstance(view.layout.rows, Tensor) else ""
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         # Calls are made ready for all before the first is made: a kernel leaves nothing in the cache, and what is done
