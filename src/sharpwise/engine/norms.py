@@ -131,6 +131,12 @@ class Sums:
         for view, g, own_blocks in zip(views, grads, by_block, strict=True):
             if not own_blocks and not self.wants_total:
                 continue
+            if not own_blocks and not exact and g.numel() <= SMALL and g.dtype == torch.float32 and on_cpu(g):
+                key = (view.shard.holders, g.device), False
+                (totals.get(key) or totals.setdefault(key, Total(view.shard))).small.append(
+                    (view.rows_of(g) if view.part else g).reshape(-1)
+                )
+                continue
             rows = view.rows_of(g) if own_blocks or view.part else g
             for large, part in _by_size(rows):
                 total = None
@@ -189,8 +195,13 @@ class Sums:
 
 def _as_a_whole(view: ParamView, g: Tensor, by_block: bool) -> bool:
     """Whether its squares are summed up in one number, with those of others like it."""
-    on_cpu = g.device.type == "cpu"
-    return view.n_blocks == 1 and (not on_cpu or view.param.numel() <= SMALL) if by_block else not on_cpu
+    small = view.param.numel() <= SMALL
+    return view.n_blocks == 1 and (small or not on_cpu(g)) if by_block else not on_cpu(g)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on the CPU, where asking is free."""
+    return tensor.device.type == "cpu"
 
 
 def _by_size(g: Tensor) -> list[tuple[bool, Tensor]]:

@@ -50,7 +50,7 @@ class Plan:
         self._chosen: dict[tuple[int, torch.dtype], Choice] = {}
         self._views = list(views)  # whose ids are in use
         self.compiles = any(not pays(Spec(view, view.param.dtype, options, self.total)) for view in views)
-        self._works: tuple[Sequence[ParamView], list[torch.dtype], list[Work]] = ((), [], [])
+        self._works: tuple[Sequence[ParamView], list[torch.dtype], list[Work], list[bool], int] = ((), [], [], [], 0)
 
     def choose(self, view: ParamView, grad: torch.dtype) -> Choice:
         """The first back end of the device's list that does not refuse a view with such a gradient."""
@@ -65,23 +65,22 @@ class Plan:
                 refusals.append((backend.name, reason))
         return self._chosen[key]
 
-    def works(self, views: Sequence[ParamView], grads: Sequence[Tensor]) -> list[Work]:
-        """Views with gradients by back end; the same lists as long as these are the same."""
+    def works(self, views: Sequence[ParamView], grads: Sequence[Tensor]) -> tuple[list[Work], list[bool]]:
+        """Views with gradients by back end, the same lists as long as these are the same; and of which views the sums
+        over blocks are taken before they move."""
         types = [g.dtype for g in grads]
-        if self._works[0] is views and self._works[1] == types:
-            return self._works[2]
+        if self._works[0] is views and self._works[1] == types and self._works[4] == torch.get_num_threads():
+            return self._works[2:4]
         works: dict[int, Work] = {}
         for i, (view, dtype) in enumerate(zip(views, types, strict=True)):
             backend = self.choose(view, dtype).backend
             own = works.setdefault(id(backend), Work(backend, [], []))
             own.places.append(i)
             own.views.append(view)
-        self._works = views, types, list(works.values())
-        return self._works[2]
-
-    def summed(self, views: Sequence[ParamView], grads: Sequence[Tensor]) -> list[bool]:
-        """Of which views the sums over blocks are taken before they move."""
-        return [
-            view.rule.has_blocks and not self.choose(view, g.dtype).backend.sums_blocks(view, self.options)
-            for view, g in zip(views, grads, strict=True)
+        summed = [
+            view.rule.has_blocks and not self.choose(view, dtype).backend.sums_blocks(view, self.options)
+            for view, dtype in zip(views, types, strict=True)
         ]
+        # Whether blocks are summed by the way depends on the threads that share them.
+        self._works = views, types, list(works.values()), summed, torch.get_num_threads()
+        return self._works[2:4]

@@ -97,8 +97,7 @@ class Stepper:
         active, grads = self._with_gradients(gradients)
         if scaling is not None and scaling.decided_by_device:
             self.counter.leave_to_device()
-        scalars, works = self.scalars, self.plan.works(active, grads)
-        by_block = self.plan.summed(active, grads)
+        scalars, (works, by_block) = self.scalars, self.plan.works(active, grads)
         reductions, bucket = Reductions(self.group, active, grads, scalars.hyper), Bucket(self.group)
         reductions.begin(bucket)
         sums, total = self.sums.of(active, grads, by_block, bucket)
