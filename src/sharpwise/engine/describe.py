@@ -22,7 +22,7 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         for name, kind in view.rule.state.items():
             sizes[kind] += view.own[name].element_size()
         wd = float(view.group["weight_decay"])
-        choice = stepper.plan.choose(view, stepper.grad_dtype(view))
+        choice = stepper.plan.choose(view, stepper.grad_dtype(view), anew=True)
         one_pass = view.rule.has_blocks and choice.backend.sums_blocks(view, stepper.options)
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         parts = zip(view.segments, view.cuts, view.decays, stepper.multipliers.now(view), strict=True)

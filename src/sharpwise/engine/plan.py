@@ -52,10 +52,13 @@ class Plan:
         self.compiles = any(not pays(Spec(view, view.param.dtype, options, self.total)) for view in views)
         self._works: tuple[Sequence[ParamView], list[torch.dtype], list[Work], list[bool], int] = ((), [], [], [], 0)
 
-    def choose(self, view: ParamView, grad: torch.dtype) -> Choice:
-        """The first back end of the device's list that does not refuse a view with such a gradient."""
+    def choose(self, view: ParamView, grad: torch.dtype, anew: bool = False) -> Choice:
+        """The first back end of the device's list that does not refuse a view with such a gradient.
+
+        anew: ask again, as a kernel may have turned out not to build.
+        """
         key = id(view), grad
-        if key not in self._chosen:
+        if anew or key not in self._chosen:
             refusals: list[tuple[str, str]] = []
             for backend in self.backends.of(view.device.type, self.fast):
                 reason = backend.refuses(Spec(view, grad, self.options, self.total))
