@@ -1,0 +1,117 @@
+"""The plan of a step: which back end takes what, and what explain() says of it."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+
+import sharpwise
+from sharpwise.engine import backends
+from sharpwise.engine.backends import inductor
+from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.backends.reference import Reference
+from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
+
+needs_compiler = pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+
+
+def large() -> TinyGPT:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TinyGPT(width=256, heads=16, vocabulary=300)
+
+
+def moved_by(optimizer: torch.optim.Optimizer) -> dict[str, set[str]]:
+    """Back ends by the last part of the name of what they move."""
+    found: dict[str, set[str]] = {}
+    for row in optimizer.explain():
+        found.setdefault(".".join(row["name"].split(".")[-2:]), set()).add(row["backend"])
+    return found
+
+
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_not_compiled_is_the_reference(name: str) -> None:
+    table = sharpwise.create_optimizer(tiny_model(), name, lr=1e-3, compile=False).explain()
+    assert {(row["backend"], row["why"]) for row in table} == {("reference", "")}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("build", "options", "expected"),
+    [
+        (sharpwise.AdamW, {}, {"c_attn.weight": {"torch"}, "ln_1.weight": {"torch"}}),
+        (sharpwise.AdamW, {"max_grad_norm": 1.0}, {"c_attn.weight": {"cpp"}, "ln_1.weight": {"torch"}}),
+        (sharpwise.AdamMini, {}, {"c_attn.weight": {"cpp (one pass)"}, "ln_1.weight": {"reference"}}),
+        (sharpwise.AdamMini, {"on_nonfinite": "skip"}, {"c_attn.weight": {"cpp"}}),
+        (sharpwise.Lion, {}, {"c_attn.weight": {"cpp"}, "c_attn.bias": {"reference"}}),
+        (sharpwise.SGD, {"momentum": 0.9, "weight_decay": 0.1}, {"c_attn.weight": {"inductor"}}),
+        (sharpwise.AdamW, {"storage": "bf16", "stochastic_rounding": True}, {"c_attn.weight": {"inductor"}}),
+    ],
+)
+def test_each_takes_what_is_its_own(build: Callable[..., sharpwise.AdamW], options: dict, expected: dict) -> None:
+    optimizer = build(large(), lr=1e-3, compile=True, **options)
+    found = moved_by(optimizer)
+    assert {key: found[key] for key in expected} == expected
+    for row in optimizer.explain():
+        assert (row["why"] == "") == (row["backend"] == "torch"), row
+
+
+def test_small_models_are_not_compiled_unasked() -> None:
+    whys = {row["why"] for row in sharpwise.Lion(tiny_model(), lr=1e-3).explain()}
+    assert whys == {"torch: no kernel for lion; cpp, inductor: below 10,000,000 parameters only by compile=True"}
+
+
+@needs_compiler
+def test_a_graph_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference moves what the graph would have, and explain() says so."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of luck\nand more")
+
+    monkeypatch.setattr(inductor, "_compile", fail)
+    models = [large() for _ in range(2)]
+    options = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
+    first, second = (sharpwise.SGD(m, **options, compile=c) for m, c in zip(models, (True, False), strict=True))
+    for step in range(3):
+        for model, optimizer in zip(models, (first, second), strict=True):
+            fill_gradients(model, step)
+            optimizer.step()
+    row = first.explain()[0]
+    assert row["backend"] == "reference"
+    assert row["why"].endswith("inductor: building a graph failed: out of luck")
+    assert same(*models)
+
+
+def test_one_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A back end is a class and a name in the table."""
+
+    class Own(Reference):
+        name: ClassVar[str] = "own"
+        steps: ClassVar[list[int]] = []
+
+        def refuses(self, spec: backends.Spec) -> str:
+            return "" if spec.view.name.endswith("bias") else "for biases"
+
+        def step(self, views, grads, scalars, found) -> None:
+            self.steps.append(len(views))
+            super().step(views, grads, scalars, found)
+
+    monkeypatch.setitem(backends.ORDER, "cpu", ("own",))
+    made = backends.Backends.__init__
+
+    def with_own(self: backends.Backends) -> None:
+        made(self)
+        self.by_name["own"] = Own(fast=False)
+
+    monkeypatch.setattr(backends.Backends, "__init__", with_own)
+    models = [tiny_model() for _ in range(2)]
+    first, second = (sharpwise.AdamW(m, lr=1e-2, compile=c) for m, c in zip(models, (None, False), strict=True))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        fill_gradients(model, 0)
+        optimizer.step()
+    assert moved_by(first)["c_attn.bias"] == {"own"}
+    assert {row["why"] for row in first.explain() if row["backend"] == "reference"} == {"own: for biases"}
+    assert Own.steps == [sum(name.endswith("bias") for name, _ in models[0].named_parameters())]
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert (p - q).norm() <= 1e-6 * q.norm()
