@@ -102,19 +102,31 @@ class FakeCuda:
     def __exit__(self, *exception: Any) -> None:
         self._exits.close()
 
-    def model(self, build: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> tuple[nn.Module, BlockMap]:
-        """A model and its blocks: built and mapped outside of this device, on the CPU or meta, then moved here."""
+    def model(
+        self,
+        build: Callable[[], nn.Module],
+        dtype: torch.dtype | None = None,
+        place: Callable[[str], str] = lambda name: "cuda",
+    ) -> tuple[nn.Module, BlockMap]:
+        """A model and its blocks: built and mapped outside of this device, on the CPU or meta, then moved here.
+
+        Args:
+            build: makes it.
+            dtype: of the parameters, if it is to be another.
+            place: from the name of a module to the device of its own parameters, "cuda:1" being a second one.
+        """
         with _disable_current_modes():
             model = build()
             blocks = BlockMap.of(model)
         moved: dict[int, nn.Parameter] = {}
-        for module in model.modules():
+        for path, module in model.named_modules():
+            device = place(path)
             for name, p in module._parameters.items():
                 if p is not None and id(p) not in moved:  # what is tied stays tied
-                    moved[id(p)] = nn.Parameter(_moved(p.detach(), dtype or p.dtype), p.requires_grad)
+                    moved[id(p)] = nn.Parameter(_moved(p.detach(), dtype or p.dtype, device), p.requires_grad)
                 module._parameters[name] = None if p is None else moved[id(p)]
             for name, b in module._buffers.items():
-                module._buffers[name] = None if b is None else _moved(b, b.dtype)
+                module._buffers[name] = None if b is None else _moved(b, b.dtype, device)
         return model, blocks
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counts:
@@ -169,9 +181,15 @@ class _Watch(TorchDispatchMode):
             if (known := twins.run()) is not None:
                 counts.launch(name)
                 return known if name == "index_put_" else tree_map(lambda t: _faked(t, fakes[0].device), known)
+        on = {t.device for t in fakes}
+        if len(on) > 1 and name.startswith("_fused_"):  # the fake mode does not look into lists
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {sorted(map(str, on))}")
         out = func(*args, **kwargs)
         twins.follow(out)
-        if name not in NO_LAUNCH and not func.is_view:
+        if len(on) > 1 and name.startswith("_foreach_"):
+            for _ in args[0]:  # tensor by tensor
+                counts.launch(name)
+        elif name not in NO_LAUNCH and not func.is_view:
             counts.launch(name)
         return out
 
@@ -269,10 +287,10 @@ def _faked(t: Tensor, device: torch.device | str) -> Tensor:
     return _with_twin(torch.empty(t.shape, dtype=t.dtype, device=device), t)
 
 
-def _moved(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _moved(t: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     if t.device.type != "meta" and _is_small(t):
-        return _faked(t.to(dtype, copy=True), "cuda")
-    return torch.empty(t.shape, dtype=dtype, device="cuda")
+        return _faked(t.to(dtype, copy=True), device)
+    return torch.empty(t.shape, dtype=dtype, device=device)
 
 
 def _one(dtype: torch.dtype) -> bool | int | float:

@@ -106,8 +106,8 @@ def cases(model: str) -> list[Case]:
     return [Case(model, name, option) for name in names for option in options]
 
 
-def counted(case: Case, steps: int = STEPS) -> list[Counts]:
-    """What each of the first steps asks for.
+def counted(case: Case, steps: int = STEPS, **where: Any) -> list[Counts]:
+    """What each of the first steps asks for; `where` is the `place` of `FakeCuda.model`.
 
     Raises:
         ValueError: the library refuses the combination.
@@ -118,7 +118,7 @@ def counted(case: Case, steps: int = STEPS) -> list[Counts]:
     if case.optimizer == "sgd":
         settings["momentum"] = 0.9
     with FakeCuda() as cuda:
-        model, blocks = cuda.model(MODELS[case.model], dtype)
+        model, blocks = cuda.model(MODELS[case.model], dtype, **where)
         optimizer = create_optimizer(model, case.optimizer, lr=1e-3, weight_decay=0.1, blocks=blocks, **settings)
         return [cuda.step(model, optimizer) for _ in range(steps)]
 
