@@ -71,6 +71,19 @@ def names_of(model: nn.Module | None) -> dict[int, str]:
     return {} if model is None else {id(p): canonical_name(n) for n, p in model.named_parameters()}
 
 
+def name_of(tensor: Any, names: Mapping[int, str], who: str) -> str:
+    """The name of a tensor that is added later."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{who}: expected tensors or (name, tensor) pairs, got {kind_of(tensor)}")
+    name = names.get(id(tensor))
+    if name is None:
+        raise ValueError(
+            f"{who}: a tensor of shape {tuple(tensor.shape)} is unknown to the model this optimizer was built with; "
+            f"pass (name, tensor) pairs"
+        )
+    return name
+
+
 def _groups(first: Any, who: str) -> Groups:
     if isinstance(first, (Tensor, str, Mapping)) or not isinstance(first, Iterable):
         alone = isinstance(first, Mapping) and "params" in first

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine import state as states
+from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.view import ParamView
 from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor, local, place_gradient
@@ -60,6 +61,23 @@ def check_device(named: Sequence[tuple[str, Tensor]], who: str) -> None:
                 f"{who}: {name} is on the meta device and holds no numbers to move; materialize the model "
                 f"(model.to_empty(device=...), then its weights) before the first step"
             )
+
+
+def were_exchanged(named: Sequence[tuple[str, Tensor]], state: Mapping[Tensor, Mapping[str, Any]], who: str) -> bool:
+    """Whether parameters are no longer those that have state, which is allowed before the first step.
+
+    Raises:
+        RuntimeError: if a step was taken.
+    """
+    if not set(map(id, state)) - {id(p) for _, p in named}:
+        return False
+    if any(own.get("step", 0) != 0 for own in state.values()):
+        name = next((n for n, p in named if p not in state), "one")
+        raise RuntimeError(
+            f"{who}: parameter {name!r} was exchanged after the first step; shard or move the model before it (and "
+            f"before a checkpoint is loaded), or build the optimizer after that"
+        )
+    return True
 
 
 def check_coupled(by_param: Iterable[Sequence[ParamView]], no_decay: Collection[str], who: str) -> None:
@@ -119,6 +137,25 @@ def check_gradient(name: str, param: Tensor, who: str) -> None:
             f"{who}: {name}: the gradient has shape {tuple(own.shape)} on {own.device}, the parameter "
             f"{tuple(whole.shape)} on {whole.device}; call zero_grad() after a parameter is moved or exchanged"
         )
+
+
+def is_empty_step(
+    groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None], reduce_group: ReduceGroup, fresh: bool
+) -> bool:
+    """Whether every lr and gradient is 0: what checkpointing does before the first step to have state allocated.
+
+    fresh: whether devices may be read.
+    """
+    for group in groups:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" and not fresh:
+            return False  # reading it would wait for the device
+        if float(lr) != 0.0:
+            return False
+    here = [g for g in grads if g is not None]
+    some = any(bool(g.any()) for g in here)
+    flag = torch.tensor(float(some), dtype=torch.float32, device=here[0].device)
+    return not reduce_group.reduce(flag, "max")  # another process may have some
 
 
 class Marks:

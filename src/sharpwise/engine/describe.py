@@ -1,5 +1,8 @@
 """What an optimizer does, per segment, as tables."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from sharpwise.engine.step import Stepper
 from sharpwise.table import Table
 
@@ -33,3 +36,14 @@ def explanation(stepper: Stepper, storage: str) -> Table:
             rows.append((s.name, str(s.role), s.describe_rows(), *how))
     columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
     return Table((*columns, "backend", "why"), rows)
+
+
+def representation(name: str, groups: Sequence[Mapping[str, Any]]) -> str:
+    """The groups as torch shows them, but their parameters counted and not named."""
+    lines = [f"{name} ("]
+    for number, group in enumerate(groups):
+        params = group["params"]
+        shown = {**group, "params": f"{len(params)}, of {sum(p.numel() for p in params):,} elements"}
+        shown.pop("param_names", None)
+        lines += [f"Parameter Group {number}", *(f"    {key}: {shown[key]}" for key in sorted(shown))]
+    return "\n".join([*lines, ")"])

@@ -15,6 +15,7 @@ from sharpwise.blocks import canonical_name
 from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
 from sharpwise.engine.state import FIXED, OF_BLOCK_LR, TORCH_ONLY, block_lr_keys, keys_of, refuse_variants, zeros
 from sharpwise.engine.view import ParamView
+from sharpwise.hints import kind_of
 from sharpwise.shards import is_dtensor, local
 from sharpwise.storage import Dense
 
@@ -40,6 +41,26 @@ class Saved:
     groups: list[dict[str, Any]]
     ours: bool
     anew: bool
+
+
+def hooked(optimizer: Any, state_dict: object, hooks: Iterable[Any], who: str) -> dict[str, Any]:
+    """What is to be loaded, as the hooks before loading leave it.
+
+    Raises:
+        TypeError, ValueError: for what is no state dict.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{who}: load_state_dict takes what state_dict() gave, got {kind_of(state_dict)}")
+    found = dict(state_dict)
+    for hook in hooks:
+        changed = hook(optimizer, found)
+        found = found if changed is None else changed
+    if not {"state", "param_groups"} <= set(found):
+        raise ValueError(
+            f"{who}: not an optimizer's state dict, which has 'state' and 'param_groups': it has "
+            f"{sorted(map(str, found))[:5]}"
+        )
+    return found
 
 
 def read(

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +26,22 @@ from sharpwise.engine.binding import (
     check_shapes,
     check_unique,
     is_pair,
+    name_of,
     names_of,
     unexplained,
     unexplained_later,
     warn_if_frozen,
 )
-from sharpwise.engine.checks import Gradients, Marks, check_coupled, check_device, check_settings
-from sharpwise.engine.describe import explanation, lr_table
+from sharpwise.engine.checks import (
+    Gradients,
+    Marks,
+    check_coupled,
+    check_device,
+    check_settings,
+    is_empty_step,
+    were_exchanged,
+)
+from sharpwise.engine.describe import explanation, lr_table, representation
 from sharpwise.engine.layout import Layouts
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
@@ -40,7 +49,6 @@ from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.rehearsal import live, rehearse
 from sharpwise.engine.step import Scaling, Stepper
 from sharpwise.engine.view import views_of
-from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
 from sharpwise.storage import FP32, Dense
@@ -126,7 +134,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         check_ordered(group["params"], self.who)
         own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = names_of(self._model())
-        group["params"] = [i if is_pair(i) else (self._name_of(i, names), i) for i in own]
+        group["params"] = [i if is_pair(i) else (name_of(i, names, self.who), i) for i in own]
         check_unique(group["params"], self.who)
         present = {n for g in self.param_groups for n in g["param_names"]}
         new = [(name, tensor) for name, tensor in group["params"] if name not in self._known]
@@ -152,17 +160,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self.blocks = self._known.subset([n for g in self.param_groups for n in g["param_names"]])
         self._note_skipped()
         self._stepper = None
-
-    def _name_of(self, tensor: Any, names: Mapping[int, str]) -> str:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{self.who}: expected tensors or (name, tensor) pairs, got {kind_of(tensor)}")
-        name = names.get(id(tensor))
-        if name is None:
-            raise ValueError(
-                f"{self.who}: a tensor of shape {tuple(tensor.shape)} is unknown to the model this optimizer was built "
-                f"with; pass (name, tensor) pairs"
-            )
-        return name
 
     def _check_roles(self, blocks: BlockMap, new: bool = False) -> None:
         block_lr, who = self.options.block_lr, self.who
@@ -203,7 +200,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     @torch.inference_mode(False)  # state that is made in a validation loop is trained with later
     def _bound(self, current: list[tuple[str, Tensor, dict[str, Any]]]) -> Stepper:
-        self._let_go_exchanged()
+        if were_exchanged([(n, p) for n, p, _ in self._parameters()], self.state, self.who):
+            self.state.clear()
         named = [(n, p) for n, p, _ in current]
         check_shapes(named, self.blocks, self.who)
         check_followed(named, self._model(), self.who)
@@ -255,19 +253,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
             check_group(group["param_names"], group["params"], self.who)
         return [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
 
-    def _let_go_exchanged(self) -> None:
-        """Drop all state if parameters were exchanged, which is allowed before the first step."""
-        named = [(n, p) for n, p, _ in self._parameters()]
-        if not set(map(id, self.state)) - {id(p) for _, p in named}:
-            return
-        if any(own.get("step", 0) != 0 for own in self.state.values()):
-            name = next((n for n, p in named if p not in self.state), "one")
-            raise RuntimeError(
-                f"{self.who}: parameter {name!r} was exchanged after the first step; shard or move the model before it "
-                f"(and before a checkpoint is loaded), or build the optimizer after that"
-            )
-        self.state.clear()
-
     def _note_skipped(self) -> None:
         """Write the steps that the stepper left out to where they are saved."""
         if self._stepper is not None and self.options.on_nonfinite == "skip":
@@ -290,18 +275,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         Raises:
             ValueError: for the state of another model or rule, a missing name, or another shape.
         """
-        given: object = state_dict
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{self.who}: load_state_dict takes what state_dict() gave, got {kind_of(given)}")
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        if not {"state", "param_groups"} <= set(state_dict):
-            raise ValueError(
-                f"{self.who}: not an optimizer's state dict, which has 'state' and 'param_groups': it has "
-                f"{sorted(map(str, state_dict))[:5]}"
-            )
+        state_dict = loading.hooked(self, state_dict, self._optimizer_load_state_dict_pre_hooks.values(), self.who)
         self._bind()
         self._note_skipped()
         saved = loading.read(state_dict, self.param_groups, self.rule.name, self.options.block_lr, self.who)
@@ -331,13 +305,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     def __repr__(self) -> str:
         """The groups as torch shows them, but their parameters counted and not named."""
-        lines = [f"{type(self).__name__} ("]
-        for number, group in enumerate(self.param_groups):
-            params = group["params"]
-            shown = {**group, "params": f"{len(params)}, of {sum(p.numel() for p in params):,} elements"}
-            shown.pop("param_names", None)
-            lines += [f"Parameter Group {number}", *(f"    {key}: {shown[key]}" for key in sorted(shown))]
-        return "\n".join([*lines, ")"])
+        return representation(type(self).__name__, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         self._note_skipped()
@@ -387,7 +355,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             self._warn_if_frozen()
             check_followed(stepper.named, self._model(), self.who)
             return loss
-        if not self._is_empty(stepper, [g for g in grads if g is not None], fresh):
+        if stepper.counter.begun or not is_empty_step(self.param_groups, grads, stepper.group, fresh):
             stepper.run(grads, self._scaling())
         return loss
 
@@ -395,20 +363,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
         """What a GradScaler left here for this step, as it does with torch's own fused optimizers."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return None if scale is None and found_inf is None else Scaling(scale, found_inf)
-
-    def _is_empty(self, stepper: Stepper, grads: Sequence[Tensor], fresh: bool) -> bool:
-        """Before the first real step, every lr and gradient 0: what checkpointing does to have state allocated."""
-        if stepper.counter.begun:
-            return False
-        for group in self.param_groups:
-            lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu" and not fresh:
-                return False  # reading it would wait for the device
-            if float(lr) != 0.0:
-                return False
-        some = any(bool(g.any()) for g in grads)
-        flag = torch.tensor(float(some), dtype=torch.float32, device=grads[0].device)
-        return not stepper.group.reduce(flag, "max")  # another process may have some
 
     @property
     def skipped_steps(self) -> int:
