@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.testing import fill_gradients, run, same, tiny_model
+from sharpwise.testing import TinyGPT, fill_gradients, run, same, tiny_model
 
 
 def saved(optimizer):
@@ -56,6 +56,21 @@ def test_state_moved_by_hand_is_found(name, move):
         for x, y in zip(first.state.values(), second.state.values(), strict=True)
         for a, b in zip(x.values(), y.values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("compile", [None, True, False])
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_data_of_parameters_exchanged_between_steps(name, compile):
+    """Weights are loaded, averaged or offloaded by `p.data = ...`, too."""
+    models = [TinyGPT(width=256, heads=16, vocabulary=300) if compile else tiny_model() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (sharpwise.create_optimizer(m, name, lr=1e-2, compile=compile) for m in models)
+    for step in range(3):
+        run(models[0], first, [step])
+        run(models[1], second, [step])
+        for p in models[1].parameters():
+            p.data = p.data.clone()
+    assert same(*models)
 
 
 def test_memory_format_changed_after_a_step():

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -159,7 +159,7 @@ def is_empty_step(
 
 
 class Marks:
-    """What must be as it was when the stepper was built: kinds of the parameters, objects and places of their state.
+    """What must be as it was when the stepper was built: kinds and places of parameters, objects and places of state.
 
     Asked at every step, of every tensor: lists are compared, not tensors one by one.
     """
@@ -169,6 +169,8 @@ class Marks:
         self._held = [state[p] for p in params]
         self._values = [value for own in self._held for value in own.values()]
         self._askers = [local(t).data_ptr for t in self._values if isinstance(t, Tensor) and has_address(t)]
+        # Of a parameter its data may be exchanged, and of a DTensor the local tensor: back ends keep what they move.
+        self._askers += [_asker(p) for p in params if has_address(p)]
         self._places = [ask() for ask in self._askers]
 
     def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
@@ -179,6 +181,11 @@ class Marks:
             return False
         values = [value for own in self._held for value in own.values()]
         return _same(values, self._values) and [ask() for ask in self._askers] == self._places
+
+
+def _asker(param: Tensor) -> Callable[[], int]:
+    held: Any = param
+    return (lambda: held._local_tensor.data_ptr()) if is_dtensor(param) else param.data_ptr
 
 
 def has_address(tensor: Tensor) -> bool:
