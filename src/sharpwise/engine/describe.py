@@ -1,39 +1,39 @@
 """What an optimizer does, per segment, as tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sharpwise.blocks import Segment
 from sharpwise.engine.step import Stepper
+from sharpwise.engine.view import ParamView
 from sharpwise.table import Table
 
 
 def lr_table(stepper: Stepper) -> Table:
     """Per segment: its multiplier and its learning rate as they are now."""
-    rows = [
-        (s.name, str(s.role), str(s.block_type), s.layer, s.describe_rows(), m, float(view.group["lr"]) * m)
-        for view in stepper.views
-        for s, m in zip(view.segments, stepper.multipliers.now(view), strict=True)
-    ]
+    rows = []
+    for view, i, s in _in_order(stepper):
+        m = stepper.multipliers.now(view)[i]
+        what = str(s.role), str(s.block_type), s.layer, s.describe_rows()
+        rows.append((s.name, *what, m, float(view.group["lr"]) * m))
     return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
 
 
 def explanation(stepper: Stepper, storage: str) -> Table:
     """Per segment: rule, cut and blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
     rows = []
-    for view in stepper.views:
+    for view, i, s in _in_order(stepper):
         sizes = dict.fromkeys(("element", "block", "whole"), 0)
         for name, kind in view.rule.state.items():
             sizes[kind] += view.own[name].element_size()
-        wd = float(view.group["weight_decay"])
         choice = stepper.plan.choose(view, stepper.grad_dtype(view), anew=True)
         one_pass = view.rule.has_blocks and choice.backend.sums_blocks(view, stepper.options)
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
-        parts = zip(view.segments, view.cuts, view.decays, stepper.multipliers.now(view), strict=True)
-        for s, cut, decays, m in parts:
-            blocks = s.blocks(cut)
-            size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
-            how = (view.rule.name, cut, blocks, m, wd * decays, storage, size, moved_by, choice.why)
-            rows.append((s.name, str(s.role), s.describe_rows(), *how))
+        cut, m = view.cuts[i], stepper.multipliers.now(view)[i]
+        blocks, decay = s.blocks(cut), float(view.group["weight_decay"]) * view.decays[i]
+        size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
+        how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, choice.why)
+        rows.append((s.name, str(s.role), s.describe_rows(), *how))
     columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
     return Table((*columns, "backend", "why"), rows)
 
@@ -47,3 +47,11 @@ def representation(name: str, groups: Sequence[Mapping[str, Any]]) -> str:
         shown.pop("param_names", None)
         lines += [f"Parameter Group {number}", *(f"    {key}: {shown[key]}" for key in sorted(shown))]
     return "\n".join([*lines, ")"])
+
+
+def _in_order(stepper: Stepper) -> Iterator[tuple[ParamView, int, Segment]]:
+    """All segments as they lie in their parameters: the view of each, its place there, and itself."""
+    for first in stepper.views:
+        if first is first.siblings[0]:
+            own = [(number, view, i) for view in first.siblings for i, number in enumerate(view.numbers)]
+            yield from ((view, i, view.segments[i]) for _, view, i in sorted(own, key=lambda one: one[0]))

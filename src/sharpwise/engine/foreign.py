@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharpwise.engine.state import OF_BLOCK_LR
+from sharpwise.engine.state import is_of_block_lr
 
 _KEEPS = {
     "adam-mini": "one moment per element and one per block",
@@ -50,7 +50,7 @@ def of_other_shape(key: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -
 
 def _rule_of(state: Mapping[str, Any]) -> str | None:
     """The rule that keeps such state; None if no rule here does."""
-    kept = set(state) - {"step", *OF_BLOCK_LR}
+    kept = {key for key in state if key != "step" and not is_of_block_lr(key)}
     if kept == {"exp_avg", "exp_avg_sq"}:
         return "adamw" if _shape(state["exp_avg"]) == _shape(state["exp_avg_sq"]) else "adam-mini"
     return {(): "sgd", ("momentum_buffer",): "sgd", ("exp_avg",): "lion"}.get(tuple(sorted(kept)))

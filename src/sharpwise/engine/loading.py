@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
 from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
-from sharpwise.engine.state import FIXED, OF_BLOCK_LR, TORCH_ONLY, block_lr_keys, keys_of, refuse_variants, zeros
+from sharpwise.engine.state import FIXED, TORCH_ONLY, block_lr_keys, is_of_block_lr, keys_of, refuse_variants, zeros
 from sharpwise.engine.view import ParamView
 from sharpwise.hints import kind_of
 from sharpwise.shards import is_dtensor, local
@@ -84,7 +84,7 @@ def read(
     ours = all(group.get("rule") == rule for group in state_dict["param_groups"])
     anew = _is_of_another(block_lr, [group.pop("block_lr", None) for group in new], who)
     if anew:
-        state = {n: {k: v for k, v in own.items() if k not in OF_BLOCK_LR} for n, own in state.items()}
+        state = {n: {k: v for k, v in own.items() if not is_of_block_lr(k)} for n, own in state.items()}
     return Saved(state, new, ours, anew)
 
 
@@ -134,7 +134,7 @@ def begin_block_lr(state: Any, groups: Sequence[dict[str, Any]], defaults: Mappi
     """Drop multipliers and measured values; the step of the block_lr becomes the largest step of a parameter."""
     taken = max((int(own["step"]) for own in state.values() if "step" in own), default=0)
     for own in state.values():
-        for key in OF_BLOCK_LR & set(own):
+        for key in [key for key in own if is_of_block_lr(key)]:
             del own[key]
     for group in groups:
         for key in ("block_lr_step", "multiplier_ramp"):
@@ -261,7 +261,8 @@ def _check_shards(what: str, value: Any, own: Any) -> None:
 def prepared(
     view: ParamView, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (allocated, new value) for the state of one parameter, local parts; what was not saved is zero.
+    """Pairs (allocated, new value) for the state of one parameter, local parts; what was not saved is zero. All of it,
+    whichever of its views is given.
 
     Nothing is copied yet. Keys of others are replaced by those they saved, as torch does with all state.
 

@@ -83,21 +83,21 @@ def _rounded(value: float) -> float:
 
 
 def second_moments(views: Sequence[ParamView], group: ReduceGroup, exact: bool = True) -> Found:
-    """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step.
+    """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step, NaN of
+    segments whose rule keeps no v.
 
     exact: in fp64 throughout; else rows are added in fp32, at the speed of memory, before the sums left in fp64.
     """
-    if not views:
-        return []
+    kept = [view for view in views if view.rule.second_moment is not None]
     bucket = Bucket(group)
-    partials = [bucket.add(*_moments(view, exact)) for view in views]
+    partials = [bucket.add(*_moments(view, exact)) for view in kept]
     bucket.reduce()
-    sums = iter(torch.cat([partial.values for partial in partials]).tolist())
-    result = []
-    for view, t in zip(views, steps_taken(views), strict=True):
+    sums = iter(torch.cat([partial.values for partial in partials]).tolist() if kept else ())
+    found = {}
+    for view, t in zip(kept, steps_taken(kept), strict=True):
         correction = 1 - view.rule.second_moment_decay(view.group) ** t if t else math.inf
-        result.append([next(sums) / correction for _ in view.segments])
-    return result
+        found[id(view)] = [next(sums) / correction for _ in view.segments]
+    return [found.get(id(view), [math.nan] * len(view.segments)) for view in views]
 
 
 def steps_taken(views: Sequence[ParamView]) -> list[float]:

@@ -221,6 +221,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             parts = [view.of_segments(by_name[view.name]) for by_name in factors]
             view.multipliers = product(parts, len(view.segments))
             own = self.state[view.param]
+            states.check_step(view, own, self.who)
             states.complete(view, own, self.storage, block_lr, parts)
             states.check_held(view, own, self.who)
             if block_lr is not None:
@@ -288,6 +289,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             pairs = [
                 pair
                 for v in self._bind(begun).views
+                if v is (v.siblings or (v,))[0]
                 for pair in loading.prepared(
                     v, self.state[v.param], saved.state[v.name], self.storage, saved.ours, self.who
                 )

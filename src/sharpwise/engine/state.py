@@ -68,6 +68,11 @@ def keys_of(view: ParamView, variants: bool = False) -> dict[str, tuple[ParamVie
     }
 
 
+def is_of_block_lr(key: str) -> bool:
+    """Whether state of a parameter is that of a block_lr, by its key; parts of a parameter have their own."""
+    return key.partition(".")[0] in OF_BLOCK_LR
+
+
 def block_lr_keys(view: ParamView) -> set[str]:
     """Keys of the state of a block_lr of a parameter."""
     return {own.state_key(name) for own in view.siblings or (view,) for name in OF_BLOCK_LR}
@@ -76,11 +81,8 @@ def block_lr_keys(view: ParamView) -> set[str]:
 def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the state that a step uses has the shape and the device of its parameter."""
     shape, device = tuple(view.param.shape), local(view.param).device
-    for name in ("step", *view.rule.state):
-        tensor = own[view.state_key(name)]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{who}: state {name!r} of {view.name} must be a floating point tensor, got {what}")
+    for name in view.rule.state:
+        _check_type(own[view.state_key(name)], name, view, who)
     for name, kind in view.rule.state.items():
         key = view.state_key(name)
         tensor = own[key]
@@ -95,6 +97,21 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
                 f"{who}: state {key!r} of {view.name} is on {local(tensor).device}, the parameter on {device}; move "
                 f"state back before the step"
             )
+
+
+def check_step(view: ParamView, own: Mapping[str, Any], who: str) -> None:
+    """Raise ValueError unless the count of steps, where there is one, is a number of floating point."""
+    if "step" not in own:
+        return
+    _check_type(own["step"], "step", view, who)
+    if own["step"].dim():
+        raise ValueError(f"{who}: state 'step' of {view.name} must be 0-d, got shape {tuple(own['step'].shape)}")
+
+
+def _check_type(tensor: Any, name: str, view: ParamView, who: str) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{who}: state {name!r} of {view.name} must be a floating point tensor, got {what}")
 
 
 def of_block_lr(

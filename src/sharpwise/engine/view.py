@@ -103,16 +103,25 @@ class ParamView:
         return len(self.segments) == 1 or alike
 
     @cached_property
+    def by_row(self) -> bool:
+        """Whether its rows are the rows of a matrix; else they are its columns, or those of stacked matrices."""
+        return self.dim == 1 and len(self.shape) == 2
+
+    @cached_property
     def copied(self) -> bool:
-        """Whether its rows are copies, which have to be written back: of a tensor that is not contiguous, or scattered
-        rows."""
-        return isinstance(self.layout.rows, Tensor) or not local(self.param).is_contiguous()
+        """Whether its rows are copies, which have to be written back: scattered rows, or those of a parameter or of
+        state that is not contiguous."""
+        if isinstance(self.layout.rows, Tensor):
+            return True
+        return not all(local(tensor).is_contiguous() for tensor in (self.param, *self._element_state()))
 
     @cached_property
     def contiguous(self) -> bool:
         """Whether its rows lie one after the other in the parameter."""
         rows = self.layout.rows
-        return not self.copied and (rows is None or self.dim == 1)
+        if isinstance(rows, Tensor) or not local(self.param).is_contiguous():
+            return False
+        return rows is None or self.by_row
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +133,11 @@ class ParamView:
     def attach(self, held: Mapping[str, Tensor], more: Sequence[str] = ()) -> None:
         """Take its state from that of the parameter: the rule's, `step`, and what else it is asked for."""
         self.own = {name: held[self.state_key(name)] for name in ("step", *self.rule.state, *more)}
-        self.__dict__.pop("_stored", None)
+        for kept in ("copied", "blocks", "_stored"):
+            self.__dict__.pop(kept, None)
+
+    def _element_state(self) -> list[Tensor]:
+        return [self.own[name] for name, kind in self.rule.state.items() if kind == "element"]
 
     @cached_property
     def _stored(self) -> list[Tensor]:
@@ -151,7 +164,7 @@ class ParamView:
             return plain.view(self.shape)
         whole = plain if plain.shape == self.whole_shape else plain.view(self.whole_shape)
         rows = self.layout.rows
-        return whole if rows is None else whole[rows] if self.dim == 1 and len(self.shape) == 2 else whole[..., rows]
+        return whole if rows is None else whole[rows] if self.by_row else whole[..., rows]
 
     def parameter(self) -> Tensor:
         """The parameter as rows: a view, or a copy where `copied`."""
@@ -172,8 +185,7 @@ class ParamView:
                 target.copy_(rows.view(target.shape))
                 continue
             whole = target.contiguous().view(self.whole_shape)
-            by_row = self.dim == 1 and len(self.shape) == 2
-            if by_row:
+            if self.by_row:
                 whole[self.layout.rows] = rows
             else:
                 whole[..., self.layout.rows] = rows
@@ -203,8 +215,7 @@ class ParamView:
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Global element numbers as the sum of a part per row of the view and a part per column, int64."""
         shape, own = tuple(self.param.shape), tuple(local(self.param).shape)
-        by_row = self.dim == 1 and len(self.shape) == 2
-        leading = min(self.segments[0].dim + 1, len(own)) if by_row else len(own) - 1
+        leading = min(self.segments[0].dim + 1, len(own)) if self.by_row else len(own) - 1
         rows = torch.zeros(1, dtype=torch.int64, device=device)
         columns = rows
         for d, (size, offset) in enumerate(zip(own, self.shard.offset, strict=True)):
@@ -214,7 +225,7 @@ class ParamView:
             else:
                 columns = (columns[:, None] + part).view(-1)
         if self.layout.rows is not None:
-            rows, columns = (rows[self.layout.rows], columns) if by_row else (rows, columns[self.layout.rows])
+            rows, columns = (rows[self.layout.rows], columns) if self.by_row else (rows, columns[self.layout.rows])
         return rows.view(*self.shape[:-1], 1), columns.view(*(1 for _ in self.shape[:-1]), -1)
 
 
@@ -242,8 +253,12 @@ def views_of(
             view.part = "+".join(dict.fromkeys(str(s.role) for s in mine))
         _see(view, segments, layouts)
         found.append(view)
-    if len({view.part for view in found}) < len(found):
-        raise ValueError(f"{name}: segments of one role, {found[0].part}, get different rules; give them one rule")
+    roles = [role for view in found for role in {str(s.role) for s in view.segments}]
+    if twice := next((role for role in roles if roles.count(role) > 1), ""):
+        raise ValueError(
+            f"{name}: rule {rule.name!r} gives segments of one role, {twice}, different rules: their state would have "
+            f"one name; give all {twice} rows of a parameter one rule"
+        )
     for view in found:
         view.siblings = tuple(found)
     _check_parts(found)

@@ -79,7 +79,7 @@ def _views(optimizer: BlockOptimizer) -> list[ParamView]:
         )
     if optimizer.rule.second_moment is None:
         raise TypeError(f"{_WHO}: the rule {optimizer.rule.name!r} keeps no second moment; {keeps}")
-    return optimizer._bind().views
+    return [view for view in optimizer._bind().views if view.rule.second_moment is not None]
 
 
 def _worth(b2: float, steps: float) -> float:

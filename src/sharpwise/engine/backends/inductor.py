@@ -54,6 +54,8 @@ class Inductor(Backend):
             return f"not for {view.device.type}"
         if view.numel < LEAST or min(view.shape) < 2:
             return f"a vector, or fewer than {LEAST:,} elements"
+        if view.layout.rows is not None and not view.by_row:
+            return "columns of a wider parameter"
         return "scattered rows" if isinstance(view.layout.rows, Tensor) else ""
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:

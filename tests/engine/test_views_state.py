@@ -1,0 +1,213 @@
+"""State of several views of one parameter: its names and shapes, saved and loaded, and what tables show of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from engine.views import (
+    BLOCKS,
+    LAYOUTS,
+    MIXED,
+    STRIDED,
+    TURNED,
+    Mixed,
+    Model,
+    gradients,
+    optimizer_of,
+    segments_of,
+    train,
+)
+from reference.rig import through_disk
+from torch import nn
+
+from sharpwise.engine import BlockOptimizer
+from sharpwise.engine.agreement import _lines
+from sharpwise.engine.options import Options
+from sharpwise.probes import sharpness_from_optimizer
+from sharpwise.rules import AdamW, Lion
+
+SHARPNESS = "sharpness(start=1, every=2, by=module, power=2)"
+
+
+def trained(name, by, steps=range(3), **options):
+    model = Model(name)
+    return train(model, optimizer_of(model, by, **options), steps, segments_of(model))
+
+
+def same(one, other):
+    """Parameters and state, bit for bit."""
+    (model, optimizer), (twin, theirs) = one, other
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert optimizer.state[p].keys() == theirs.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, theirs.state[q][key]), (name, key)
+
+
+def test_names_and_shapes():
+    """What all views keep has the parameter's name and shape; what some keep has theirs; the step is one."""
+
+    def shapes(name, by):
+        model, optimizer = trained(name, by)
+        return {key: tuple(value.shape) for key, value in optimizer.state[model.fused].items()}
+
+    assert shapes("rows", MIXED) == {"step": (), "exp_avg": (24, 8), "exp_avg_sq.v": (8, 8)}
+    assert shapes("columns", MIXED) == {"step": (), "exp_avg": (8, 24), "exp_avg_sq.v": (8, 8)}
+    assert shapes("columns", TURNED) == {"step": (), "exp_avg": (8, 24), "exp_avg_sq.q+v": (8, 16)}
+    blocks = {"step": (), "exp_avg": (24, 8), "exp_avg_sq.q": (8, 8), "exp_avg_sq.k+v": (2 + 8,)}
+    assert shapes("rows", BLOCKS) == blocks
+    assert shapes("interleaved", BLOCKS) == blocks
+    experts = shapes("experts by columns", MIXED)
+    assert experts == {"step": (), "exp_avg": (2, 8, 16), "exp_avg_sq.gate": (2 * 8,), "exp_avg_sq.up": (2, 8, 8)}
+
+
+@pytest.mark.parametrize("block_lr", [None, "blockwise(qk=2)", SHARPNESS, "gradient_snr"])
+@pytest.mark.parametrize(("name", "by"), [("rows", MIXED), ("interleaved", BLOCKS), ("strided columns", TURNED)])
+def test_resumed_is_uninterrupted(name, by, block_lr):
+    """By file, by name in another order, by deepcopy and by pickle."""
+    options = {"block_lr": block_lr}
+    segments = segments_of(Model(name))
+    steady = trained(name, by, range(7), **options)
+    ways = {}
+    for way in ("file", "another order", "deepcopy", "pickle", "twice"):
+        model, optimizer = trained(name, by, **options)
+        if way in ("deepcopy", "pickle"):
+            pair = (model, optimizer)
+            ways[way] = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+            continue
+        saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        resumed = Model(name)
+        resumed.load_state_dict(saved["model"])
+        groups = [{"params": list(resumed.parameters())[:: -1 if way == "another order" else 1]}]
+        second = optimizer_of(resumed, by, first=groups, **options)
+        for _ in range(2 if way == "twice" else 1):
+            second.load_state_dict(saved["optimizer"])
+        ways[way] = resumed, second
+    for way, pair in ways.items():
+        train(*pair, range(3, 7), segments)
+        for (key, p), q in zip(steady[0].named_parameters(), pair[0].parameters(), strict=True):
+            assert torch.equal(p, q), (way, key)
+
+
+def test_state_of_another_block_lr_begins_anew(caplog):
+    _, optimizer = trained("rows", MIXED, block_lr="blockwise(qk=2, vo=3)")
+    other = Model("rows")
+    second = optimizer_of(other, MIXED, block_lr="blockwise(qk=4, vo=5)")
+    second.load_state_dict(through_disk(optimizer.state_dict()))
+    assert "begins anew" in caplog.text
+    held = second.state_dict()["state"]
+    found = [own for own in held.values() if "exp_avg_sq.v" in own]
+    assert [own["lr_multiplier.q+k"].tolist() for own in found] == [[4.0, 4.0]]
+    assert [row["multiplier"] for row in second.lr_multipliers() if row["name"] == "fused"] == [4.0, 4.0, 5.0]
+    for own in second.state.values():
+        assert not [key for key in own if key.startswith("multiplier_")]
+
+
+def test_a_file_without_the_parts():
+    """Of the same rule, with other segments: which state is missing is said, and nothing has changed."""
+    _, optimizer = trained("rows", dict.fromkeys("qkv", "adamw"))
+    saved = through_disk(optimizer.state_dict())
+    _, second = trained("rows", MIXED, range(1))
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match=r"saved state of fused has \['exp_avg', 'exp_avg_sq', 'step'\], this rule "
+                                         r"needs \['exp_avg', 'exp_avg_sq\.v', 'step'\]"):  # fmt: skip
+        second.load_state_dict(saved)
+    for own, then in zip(second.state_dict()["state"].values(), before["state"].values(), strict=True):
+        assert own.keys() == then.keys() and all(torch.equal(own[key], then[key]) for key in own)
+    with pytest.raises(ValueError, match=r"saved exp_avg_sq\.v of fused has shape \(8, 7\), here it is \(8, 8\)"):
+        broken = through_disk(second.state_dict())
+        for own in broken["state"].values():
+            if "exp_avg_sq.v" in own:
+                own["exp_avg_sq.v"] = own["exp_avg_sq.v"][:, :7]
+        second.load_state_dict(broken)
+
+
+def test_frozen_and_back():
+    """Its count and its parts stand while it is frozen."""
+    for name in ("rows", "interleaved"):
+        model, optimizer = trained(name, MIXED, range(2))
+        segments = segments_of(model)
+        held = {key: value.clone() for key, value in optimizer.state[model.fused].items()}
+        model.fused.requires_grad_(False)
+        for t in range(2, 4):
+            gradients(model, t, segments)
+            model.fused.grad = None
+            optimizer.step()
+        assert all(torch.equal(value, held[key]) for key, value in optimizer.state[model.fused].items())
+        saved = through_disk(optimizer.state_dict())
+        model.fused.requires_grad_(True)
+        train(model, optimizer, range(4, 6), segments)
+        assert optimizer.state[model.fused]["step"] == 4
+        assert optimizer.state[model.first]["step"] == 6
+        assert {len(own) for own in saved["state"].values()} == {3}
+
+
+def test_exchanged():
+    """Before the first step a parameter may be exchanged, with all of its parts; later it is refused."""
+    model = Model("rows")
+    optimizer = optimizer_of(model, MIXED)
+    optimizer.init_state()
+    model.fused = nn.Parameter(model.fused.detach().clone())
+    for group in optimizer.param_groups:
+        group["params"] = [dict(model.named_parameters())[name] for name in group["param_names"]]
+    same(train(model, optimizer, range(3), segments_of(model)), trained("rows", MIXED))
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    with pytest.raises(RuntimeError, match="was exchanged after the first step"):
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS[:-1], *STRIDED])
+def test_tables_list_segments_in_the_order_of_the_parameter(name):
+    model, optimizer = trained(name, TURNED, block_lr="blockwise(qk=2, vo=3)", compile=None)
+    segments = segments_of(model)
+    for table in (optimizer.explain(), optimizer.lr_multipliers()):
+        assert [row["name"] for row in table] == ["first", "last", *["fused"] * len(segments)]
+        assert [row["role"] for row in table if row["name"] == "fused"] == [str(s.role) for s in segments]
+    own = [row for row in optimizer.explain() if row["name"] == "fused"]
+    if len(segments) == 3:
+        assert [row["rule"] for row in own] == ["adamw", "lion", "adamw"]
+        assert [row["multiplier"] for row in own] == [2.0, 2.0, 3.0]
+    bytes_of = sum(row["bytes"] for row in own)
+    own = {k: v for k, v in optimizer.state[model.fused].items() if k != "step" and "lr" not in k}
+    assert bytes_of == sum(t.numel() * t.element_size() for t in own.values())
+
+
+def test_ranks_compare_every_part():
+    lines = [_lines(trained("rows", by)[1]._bind().views, trained("rows", by)[1].options) for by in (MIXED, TURNED)]
+    differ = [line for line in lines[0] if line not in lines[1]]
+    assert any(line.startswith("fused.q+k (24, 8) torch.float32: lion") for line in differ), differ
+    assert any(line.startswith("fused.v (24, 8) torch.float32: adamw (v by element)") for line in differ), differ
+
+
+def test_sharpness_of_the_parts_that_keep_a_second_moment():
+    """As of parameters of their own; parts without one are left out."""
+    for by in (MIXED, BLOCKS):
+        model, optimizer = trained("rows", by)
+        apart = Model("rows", apart=True)
+        _, separate = train(apart, optimizer_of(apart, by), range(3), segments_of(model))
+        found, want = (sharpness_from_optimizer(o, tokens=10) for o in (optimizer, separate))
+        values = [{e.of: e.value for e in m.select(by="role")} for m in (found, want)]
+        assert set(values[0]) == {"norm", "o", "v"} | ({"q", "k"} if by is BLOCKS else set())
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_segments_of_one_role_get_one_rule():
+    """Their state would have one name."""
+
+    class ByPlace(Mixed):
+        def assign(self, segment):
+            return (Lion(self.betas) if segment.start == 0 else AdamW(self.betas)), "element"
+
+    for roles, what in ((("v", "up", "v"), "v"), (("q", "up", "up"), "")):
+        thirds = [{"role": role, "start": 8 * i, "length": 8} for i, role in enumerate(roles)]
+        model = nn.ParameterDict({"w": nn.Parameter(torch.randn(24, 8))})
+        model["w"].grad = torch.randn(24, 8)
+        optimizer = BlockOptimizer(
+            model, ByPlace(), lr=0.1, weight_decay=0.0, options=Options(), blocks={"w": thirds}, model=model
+        )
+        if not what:
+            optimizer.step()
+            continue
+        with pytest.raises(ValueError, match=rf"w: rule 'test-mixed' gives segments of one role, {what}, different"):
+            optimizer.step()
