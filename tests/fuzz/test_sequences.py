@@ -8,6 +8,7 @@ to 899, and `case(seed)` runs one alone.
 import copy
 import math
 import random
+import types
 
 import pytest
 import torch
@@ -57,9 +58,22 @@ class Model(nn.Module):
             self.register_parameter(f"p{i}", nn.Parameter(value))
             role = "norm" if i == 0 else draw.choice(ROLES if len(shape) == 2 else ["norm", "other"])
             self.blocks[f"p{i}"] = {"role": role, "heads": 1} if role in ("q", "k") else role
+            if i and shape in ((12, 8), (24, 8)) and draw.random() < 0.5:
+                self.blocks[f"p{i}"] = fused(shape, draw.random() < 0.5)
         if draw.random() < 0.2:
             self.tied = nn.Module()
             self.tied.again = self.p0
+
+
+def fused(shape, by_column):
+    """A parameter of several roles, in ranges of its rows or of its columns."""
+    roles = ("up", "gate") if by_column or shape[0] % 3 else ("q", "k", "v")
+    length = shape[by_column] // len(roles)
+    heads = {"heads": 2} if roles[0] == "q" else {}
+    return [
+        {"role": role, "dim": int(by_column), "start": i * length, "length": length, **heads}
+        for i, role in enumerate(roles)
+    ]
 
 
 def options_of(draw, name):
@@ -77,7 +91,8 @@ def options_of(draw, name):
     options["on_nonfinite"] = draw.choice(["ignore", "skip", "raise"])
     if name == "sgd":
         options["momentum"] = draw.choice([0.0, 0.9])
-        options["decoupled_weight_decay"] = draw.random() < 0.5
+        # Coupled decay is for whole parameters, and q and up are parts of some.
+        options["decoupled_weight_decay"] = draw.random() < 0.5 or "q" in options["no_decay"]
     if name == "adam-mini":
         options["cut"] = draw.choice([None, "tensor", "element"])
     return options
@@ -178,6 +193,7 @@ def case(seed):
     runs = [Run(seed, name, options, compiled) for compiled in (True if draw.random() < 0.15 else None, False)]
     began = [p.detach().clone() for p in runs[0].model.parameters()]
     events = ["step"] * 6 + ["nan", "lr 0", "lr back", "group", "freeze", "reload", "numbers", "save", "copy"]
+    events += ["memory", "state", "counts", "device"]
     assert len(began) == len(list(runs[1].model.parameters()))
     for number in range(draw.randint(4, 24)):
         event, own = draw.choice(events), draw.randrange(1 << 30)
@@ -200,8 +216,19 @@ def case(seed):
                     p.requires_grad_(name == "p0" or choice.random() < 0.8)
             elif event == "numbers":
                 change(choice, group)
+            elif event == "counts":
+                write_counts(choice, run)
+            elif event == "device":
+                gradients(run, own, "step")
+                step_decided_by_a_device(run, torch.tensor(choice.random() < 0.5))
             elif run is runs[1]:
                 pass  # the reference is never interrupted
+            elif event == "memory":
+                for p in run.model.parameters():
+                    if choice.random() < 0.5:
+                        p.data = p.data.clone()
+            elif event == "state":
+                exchange_state(choice, run)
             elif event == "reload":
                 run.reload()
             elif event == "save":
@@ -210,6 +237,39 @@ def case(seed):
                 assert copy.deepcopy(run.optimizer).state_dict().keys() == run.optimizer.state_dict().keys()
         assert len(set(taken)) <= 1, (seed, number, event, taken)
         agree(*runs, seed, (number, event))
+
+
+def write_counts(choice, run):
+    """Somebody writes the counts in place, or puts tensors of another type there."""
+    run.optimizer.init_state()
+    for _, p in run.model.named_parameters():
+        draw, t = choice.random(), float(choice.randrange(1, 9))
+        own = run.optimizer.state.get(p, {})
+        if "step" not in own or draw < 0.5 or own["step"] == 0:
+            continue
+        if draw < 0.75:
+            own["step"].fill_(t)
+        else:
+            own["step"] = torch.tensor(t, dtype=choice.choice([torch.float32, torch.float64]))
+
+
+def exchange_state(choice, run):
+    """Tensors of state are replaced by copies, some of which lie otherwise in memory."""
+    for own in run.optimizer.state.values():
+        for key, value in list(own.items()):
+            if choice.random() < 0.3:
+                turned = value.dim() == 2 and choice.random() < 0.5
+                own[key] = value.t().contiguous().t() if turned else value.clone()
+
+
+def step_decided_by_a_device(run, ok):
+    """As a GradScaler of gradients on a device has it."""
+    said = types.SimpleNamespace(factor=None, ok=ok, decided_by_device=True)
+    run.optimizer._scaling = lambda: said
+    try:
+        run.optimizer.step()
+    finally:
+        del run.optimizer._scaling
 
 
 def change(choice, group):

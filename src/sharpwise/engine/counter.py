@@ -105,20 +105,19 @@ def _as_views(states: Sequence[dict[str, Any]]) -> list[Tensor]:
     by_device: dict[torch.device, list[dict[str, Any]]] = {}
     for own in states:
         step = own["step"]
-        plain = not is_dtensor(step) and step.dtype == torch.float32 and not step.is_inference()
-        if plain and not _is_in_vector(step):
+        if not is_dtensor(step) and not _is_in_vector(step):
             by_device.setdefault(step.device, []).append(own)
     for group in by_device.values():
-        vector = torch.stack([own["step"] for own in group])
+        vector = torch.stack([own["step"].detach().float() for own in group])
         for own, step in zip(group, vector.unbind(), strict=True):
             own["step"] = step
     return [own["step"] for own in states]
 
 
 def _is_in_vector(step: Tensor) -> bool:
-    """Whether it is a number of a vector, and its data are still there."""
+    """Whether it is a number of an fp32 vector that can be written, and its data are still there."""
     base = step._base
-    if base is None or base.dim() != 1:
+    if base is None or base.dim() != 1 or base.dtype != torch.float32 or base.is_inference():
         return False
     own, whole = step.untyped_storage(), base.untyped_storage()
     return own.device.type == "meta" or own.data_ptr() == whole.data_ptr()

@@ -129,11 +129,15 @@ class Cpp(Backend):
             blocks = min((run.blocks.stop - run.blocks.start for run in runs), default=0)
             shared = blocks if view.dim == 1 else view.shape[0] // 8
             serial = shared < 2 * threads and view.numel > ONE_THREAD
+            # Built here, as the number of threads may change between two steps.
+            serial = serial and self._kernel(view, with_blocks=False) is not None
             view.kept[key] = [] if serial or not runs or self._kernel(view, with_blocks=True) is None else runs
         found: Sequence[Run] = view.kept[key]
         return found
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
+        if scalars.ok is not True and not bool(scalars.ok):  # of gradients on a device, beside these on the CPU
+            return
         table = LaunchTable()
         for view, g in zip(views, grads, strict=True):
             if view.rule.has_blocks and id(view) not in found.rates:
@@ -204,6 +208,8 @@ def _shape_refused(view: ParamView) -> str:
         return "not contiguous"
     if len(view.shape) != 2 or min(view.shape) < 2 or view.numel < LEAST:
         return f"a vector, or fewer than {LEAST:,} elements"
+    if view.copied:
+        return "state is not contiguous"
     return _types_refused([local(view.param), *view.stored()])
 
 

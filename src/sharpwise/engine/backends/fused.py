@@ -134,7 +134,8 @@ class TorchFused(Backend):
         for part in self._slices:
             view = views[part.view]
             row = scalars.rows(view)[part.segment]
-            sorts.setdefault((id(view.group), view.device, row.multiplier, row.weight_decay is None), []).append(part)
+            # Not by the decay of now: it may be 0, and not stay so.
+            sorts.setdefault((id(view.group), view.device, row.multiplier, view.decays[part.segment]), []).append(part)
         calls = []
         for slices in sorts.values():
             lists = tuple(list(tensors) for tensors in zip(*(s[3:] for s in slices), strict=True))
