@@ -71,6 +71,18 @@ ROUNDS = [
     )
     for model in (("llama (grouped)",) if placement != "tp 2" else ("gpt2 (Conv1D, fused, tied)",))
 ]
+PARTED = [
+    Case("parted", "", "fp32", *way, model, placement)
+    for (model, placement), way in zip(
+        itertools.product(
+            ("gpt2 (Conv1D, fused, tied)", "nanogpt (fused)", "gpt_neox (interleaved)"),
+            ("fsdp 2", "tp 2", "fsdp 3", "hsdp 2x2", "fsdp 2 x tp 2"),
+        ),
+        itertools.cycle(WAYS),
+        strict=False,
+    )
+]
+"""Several views of one parameter, whose rows are cut, or its columns."""
 STAGES = [
     Case(rule, "", "fp32", True, "default", "llama (grouped)", placement)
     for rule, placement in itertools.product(["adam-mini", *RULES], WIDE)

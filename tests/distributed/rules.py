@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
-from sharpwise.rules import SGD
+from sharpwise.rules import SGD, AdamMini, Lion
 from sharpwise.rules.base import Kind, Reduction, Rule, Scalars, State
 from sharpwise.shards import Part
 
@@ -153,4 +153,29 @@ class Unit(_OfMatrices):
         return {}, g, state["square"].sqrt().to(g.dtype)
 
 
-RULES: dict[str, Rule] = {"low rank": LowRank(), "orthogonal": Orthogonal(), "largest": Largest()}
+@dataclass(frozen=True)
+class Parted(Rule):
+    """q and k by Lion, all else by Adam-mini: of a fused parameter v alone has block state. Both keep one momentum."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+
+    name: ClassVar[str] = "test-parted"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {}
+
+    def assign(self, segment: Segment) -> tuple[Rule, Cut]:
+        if segment.bias:
+            return Lion(self.betas), "element"
+        return (Lion(self.betas), "element") if segment.role in ("q", "k") else (AdamMini(self.betas, self.eps), "row")
+
+
+RULES: dict[str, Rule] = {
+    "low rank": LowRank(),
+    "orthogonal": Orthogonal(),
+    "largest": Largest(),
+    "parted": Parted(),
+}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from .cases import EVERY, ODD_HEADS, PAIRWISE, ROUNDS, STAGES, Case
+from .cases import EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
 from .launch import launch
 
-EXPECTED = {"low rank": 2, "orthogonal": 2, "largest": 1}
+EXPECTED = {"low rank": 2, "orthogonal": 2, "largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
 
 
@@ -33,10 +33,10 @@ def _found(cases: list[Case], tmp_path_factory: pytest.TempPathFactory, timeout:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
     """What 2, 3 and 4 processes found, all cases in one start each."""
-    return _found(PAIRWISE + ROUNDS + ODD_HEADS, tmp_path_factory, 600)
+    return _found(PAIRWISE + ROUNDS + PARTED + ODD_HEADS, tmp_path_factory, 600)
 
 
-@pytest.mark.parametrize("case", PAIRWISE + ROUNDS + ODD_HEADS, ids=lambda case: ", ".join(map(str, case)))
+@pytest.mark.parametrize("case", PAIRWISE + ROUNDS + PARTED + ODD_HEADS, ids=lambda case: ", ".join(map(str, case)))
 def test_the_mesh_changes_nothing(found: dict[Case, dict[str, Any]], case: Case) -> None:
     judge(case, found[case])
 
@@ -94,5 +94,5 @@ def _collectives(case: Case, cut: bool, skipped: bool = False) -> int:
     if not cut or skipped:
         return int(cut)
     if case.rule in EXPECTED:  # the first sums ride with the norm
-        return EXPECTED[case.rule] + (case.guard and case.rule != "low rank")
+        return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted"))
     return int(case.guard or case.rule == "adam-mini")
