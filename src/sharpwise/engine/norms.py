@@ -18,6 +18,7 @@ from torch import Tensor
 from sharpwise.engine.backends.base import LEAST
 from sharpwise.engine.backends.reference import CHUNK, PIECE, SMALL
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
+from sharpwise.engine.scalars import on_device
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import Shard
 
@@ -34,7 +35,13 @@ class SquareSum(NamedTuple):
 
     def times(self, factor: Any) -> "SquareSum":
         """The sums of what is multiplied by a factor (None: 1)."""
-        return self if factor is None else SquareSum(self.values, self.unit * factor)
+        if factor is None:
+            return self
+        return SquareSum(self.values, self.unit * on_device(factor, self.values.device))
+
+    def on_host(self) -> "SquareSum":
+        """The sums on the CPU."""
+        return SquareSum(self.values.cpu(), self.unit.cpu() if isinstance(self.unit, Tensor) else self.unit)
 
     @property
     def root(self) -> Tensor:
@@ -70,7 +77,7 @@ class Total:
         """All of them in one number, fp64 [1]."""
         norms = self.norms + (quick_norms(torch.cat(self.small)) if self.small else [])
         squares = self.squares + ([torch.cat(norms).double().square_()] if norms else [])
-        return torch.cat(squares).sum().view(1)
+        return _sum(squares).view(1)
 
 
 class Wanted(NamedTuple):
@@ -214,8 +221,13 @@ def _by_size(g: Tensor) -> list[tuple[bool, Tensor]]:
 
 def _overflowed(parts: Parts) -> bool:
     """Whether a sum may have; asked on the CPU only."""
-    values = [partial.values for partial in parts.values()]
-    return bool(values) and values[0].device.type == "cpu" and not math.isfinite(torch.cat(values).sum())
+    values = [partial.values for partial in parts.values() if partial.values.device.type == "cpu"]
+    return bool(values) and not math.isfinite(torch.cat(values).sum())
+
+
+def _sum(vectors: Sequence[Tensor]) -> Tensor:
+    """The sum of all their numbers, 0-d."""
+    return vectors[0].sum() if len(vectors) == 1 else torch.cat(list(vectors)).sum()
 
 
 def _joined(parts: Parts, key: Any) -> SquareSum | None:
@@ -238,7 +250,9 @@ def _total(parts: Parts) -> SquareSum | None:
     by_size: Parts = {}
     for large in {large for _, large in parts}:
         own = [partial.values for (_, of), partial in parts.items() if of == large]
-        values = torch.cat([value.to(own[0].device, non_blocking=True) for value in own]).sum()
+        # Not on the CPU, if there is a device: copies from there are waited for.
+        device = max((value.device for value in own), key=lambda device: device.type != "cpu")
+        values = _sum([value.to(device, non_blocking=True) for value in own])
         by_size[None, large] = Partial(values, next(iter(parts.values())).shard)
     return _joined(by_size, None)
 

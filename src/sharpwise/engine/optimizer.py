@@ -358,13 +358,13 @@ class BlockOptimizer(KnownOptions, Optimizer):
             check_followed(stepper.named, self._model(), self.who)
             return loss
         if stepper.counter.begun or not is_empty_step(self.param_groups, grads, stepper.group, fresh):
-            stepper.run(grads, self._scaling())
+            stepper.run(grads, self._scaling(stepper.on_host))
         return loss
 
-    def _scaling(self) -> Scaling | None:
+    def _scaling(self, read: bool) -> Scaling | None:
         """What a GradScaler left here for this step, as it does with torch's own fused optimizers."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return None if scale is None and found_inf is None else Scaling(scale, found_inf)
+        return None if scale is None and found_inf is None else Scaling(scale, found_inf, read)
 
     @property
     def skipped_steps(self) -> int:

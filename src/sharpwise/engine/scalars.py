@@ -236,11 +236,29 @@ class StepScalars:
 
     def clip_of(self, view: ParamView) -> Any:
         """The factor on its gradients: None, a number, or a tensor on its device."""
-        return on_device(self.clip, view.device)
+        return self._placed("clip", self.clip, view.device)
 
     def ok_of(self, view: ParamView) -> Any:
         """Whether it moves: True, or a tensor on its device."""
-        return on_device(self.ok, view.device)
+        return self._placed("ok", self.ok, view.device)
+
+    def left_out(self, view: ParamView) -> Tensor | None:
+        """1 where it does not move, fp32 on its device; None where the host has decided."""
+        if self.ok is True:
+            return None
+        key = "left out", view.device
+        if key not in self._kept:
+            self._kept[key] = (~self.ok_of(view)).to(torch.float32).view(())
+        found: Tensor = self._kept[key]
+        return found
+
+    def _placed(self, name: str, value: Any, device: torch.device) -> Any:
+        """A number of the step where it is needed, copied there once."""
+        if not isinstance(value, Tensor) or value.device == device:
+            return value
+        if (name, device) not in self._kept:
+            self._kept[name, device] = on_device(value, device)
+        return self._kept[name, device]
 
     # -- vectors ---------------------------------------------------------------------------------------------------
 
@@ -292,9 +310,9 @@ class StepScalars:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """A device tensor where it is needed; anything else as it is."""
+    """A device tensor where it is needed, on the CPU as a number; anything else as it is."""
     if isinstance(value, Tensor) and value.device != device:
-        return value.to(device, non_blocking=True)
+        return value.item() if device.type == "cpu" else value.to(device, non_blocking=True)
     return tuple(on_device(own, device) for own in value) if isinstance(value, tuple) else value
 
 

@@ -45,9 +45,10 @@ class Stepper:
         places = {id(param): i for i, (_, param) in enumerate(self.named)}
         self._of_view = [places[id(view.param)] for view in views]
         self._active: tuple[list[bool], list[ParamView]] = ([], [])
-        self.on_cpu = all(view.device.type == "cpu" for view in views)
+        # Where some are on the CPU, the host has to know what the gradients of all sum up to.
+        self.on_host = any(view.device.type == "cpu" for view in views)
         # Whether a step is taken is known on the host, unless a device decides and nobody reads it.
-        self.counter = StepCounter(views, state, self.on_cpu or options.on_nonfinite != "skip")
+        self.counter = StepCounter(views, state, self.on_host or options.on_nonfinite != "skip")
         for view in views:
             view.attach(state[view.param])
         block_lr = options.block_lr
@@ -101,7 +102,9 @@ class Stepper:
         reductions, bucket = Reductions(self.group, active, grads, scalars.hyper), Bucket(self.group)
         reductions.begin(bucket)
         sums, total = self.sums.of(active, grads, by_block, bucket)
-        self.squares = total if scaling is None or total is None else total.times(scaling.factor)
+        if total is not None:
+            total = total.on_host() if self.on_host else total
+            self.squares = total if scaling is None else total.times(scaling.factor)
         ok, clip = self._guard(self.squares, active, scaling)
         if ok is False:
             return
@@ -138,21 +141,22 @@ class Stepper:
             # In the unit of the sum: the norm itself may be beyond fp64.
             clip = options.max_grad_norm / total.unit / (total.values.sqrt() + 1e-6 / total.unit)
             clip = torch.clamp(clip, max=1.0)
-            clip = float(clip) if self.on_cpu else clip
+            clip = float(clip) if self.on_host else clip
         if scaling is not None and scaling.factor is not None:
-            clip = scaling.factor if clip is None else clip * scaling.factor
-        if ok is False or total is None or options.on_nonfinite == "ignore":
+            factor = on_device(scaling.factor, clip.device) if isinstance(clip, Tensor) else scaling.factor
+            clip = factor if clip is None else clip * factor
+        if total is None or options.on_nonfinite == "ignore":
             return ok, clip
-        if options.on_nonfinite == "skip" and not self.on_cpu:
+        if options.on_nonfinite == "skip" and not self.on_host:
             finite = torch.isfinite(total.values)
-            self.skipped = self.skipped + (~finite).long()
-            return (finite if ok is True else finite & on_device(ok, finite.device)), clip
+            self.skipped = self.skipped + ~finite
+            return (ok and finite if isinstance(ok, bool) else finite & on_device(ok, finite.device)), clip
         if math.isfinite(total.values):
             return ok, clip
         if options.on_nonfinite == "skip":
             self.skipped = self.skipped + 1
             return False, clip
-        if ok is not True and not bool(ok):
+        if ok is not True and not bool(ok):  # the scaler leaves it out, as it looks for a scale
             return False, clip
         raise FloatingPointError(_not_finite(active))
 
@@ -162,10 +166,13 @@ class Scaling:
 
     Attributes:
         factor: that undoes the scale, None if there is none; ok: whether to step (False, True or a device tensor).
+
+    Args:
+        read: whether the host has to know both, wherever they are.
     """
 
-    def __init__(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        on_host = all(t is None or t.device.type == "cpu" for t in (scale, found_inf))
+    def __init__(self, scale: Tensor | None, found_inf: Tensor | None, read: bool) -> None:
+        on_host = read or all(t is None or t.device.type == "cpu" for t in (scale, found_inf))
         factor = None if scale is None else scale.double().reciprocal()
         self.factor = factor if factor is None or not on_host else float(factor)
         ok: Any = True if found_inf is None else found_inf == 0

@@ -7,13 +7,16 @@
 
 namespace {
 
+// The mean square of gradients that count times `clip`: what undoes the scale of a loss.
+inline double mean(const Scalars& s, double squares, double count) { return squares / count * s.clip * s.clip; }
+
 void step_rows(const Job& m) {
   const Scalars s = *m.scalars;
   const P* g = static_cast<const P*>(m.g);
   #pragma omp for schedule(static) nowait
   for (int64_t b = 0; b < m.rows; ++b) {
     const double squares = row_squares<float>(g + b * m.columns, m.columns);
-    const float rate = float((m.row_step ? m.row_step[b] : s.step) / denominator(s, m, b, squares / m.counts[b]));
+    const float rate = float((m.row_step ? m.row_step[b] : s.step) / denominator(s, m, b, mean(s, squares, m.counts[b])));
     move(s, m, b * m.columns, m.columns, Same{rate}, Same{m.row_decay ? m.row_decay[b] : s.decay});
   }
 }
@@ -26,13 +29,13 @@ void step_columns(const Job& m, double* groups, double* parts, float* rates, flo
     {
       std::fill(sums, sums + m.blocks, 0.0);
       for (int64_t c = 0; c < m.columns; ++c) sums[m.block_of[c]] += added(parts, m.columns, c);
-      for (int64_t b = 0; b < m.blocks; ++b) sums[b] = denominator(s, m, b, sums[b] / m.counts[b]);
+      for (int64_t b = 0; b < m.blocks; ++b) sums[b] = denominator(s, m, b, mean(s, sums[b], m.counts[b]));
     }
   }
   #pragma omp for schedule(static)
   for (int64_t c = 0; c < m.columns; ++c) {
     const double below = m.block_of ? sums[m.block_of[c]]
-                                    : denominator(s, m, c, added(parts, m.columns, c) / m.counts[c]);
+                                    : denominator(s, m, c, mean(s, added(parts, m.columns, c), m.counts[c]));
     rates[c] = float((m.row_step ? m.row_step[c] : s.step) / below);
     decays[c] = m.row_decay ? m.row_decay[c] : s.decay;
   }

@@ -1,6 +1,6 @@
 """Torch's own kernel for lists of tensors, for the views whose update it computes exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -75,6 +75,8 @@ class TorchFused(Backend):
         clips = options.max_grad_norm is not None and view.numel >= LEAST and not pays(spec)
         if clips and compiler_present(view.device):
             return "clips copies of the gradients; compiled kernels clip as they load"
+        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in _numbers(view.group)):
+            return "betas, eps or decay are on a device; it takes numbers"
         return ""
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
@@ -105,7 +107,7 @@ class TorchFused(Backend):
         self, lists: Sequence[list[Tensor]], grads: list[Tensor], view: ParamView, row: Row, scalars: StepScalars
     ) -> None:
         p, m, v, steps = lists
-        group, ok = view.group, scalars.ok_of(view)
+        group = view.group
         lr, decay = row.lr, row.weight_decay
         torch._fused_adamw_(
             p,
@@ -121,7 +123,7 @@ class TorchFused(Backend):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            found_inf=None if ok is True else (~ok).to(torch.float32).view(()),
+            found_inf=scalars.left_out(view),
         )
 
     def _calls(self, views: Sequence[ParamView], scalars: StepScalars) -> list[Call]:
@@ -168,6 +170,11 @@ class TorchFused(Backend):
                 )
                 room -= size
         return batches
+
+
+def _numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the kernel takes as numbers."""
+    return (*group["betas"], group["eps"], group["weight_decay"])
 
 
 def _plain(view: ParamView, g: Tensor) -> Tensor:
