@@ -184,7 +184,8 @@ class _Watch(TorchDispatchMode):
         on = {t.device for t in fakes}
         if len(on) > 1 and name.startswith("_fused_"):  # the fake mode does not look into lists
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {sorted(map(str, on))}")
-        out = func(*args, **kwargs)
+        # Fake mode does not know all overloads of torch's own optimizers, which only write in place.
+        out = None if name.startswith("_fused_") else func(*args, **kwargs)
         twins.follow(out)
         if len(on) > 1 and name.startswith("_foreach_"):
             for _ in args[0]:  # tensor by tensor

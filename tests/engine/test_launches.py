@@ -112,9 +112,8 @@ def on_two(path):
     return "cuda:1" if ".h.1." in f".{path}." else "cuda"
 
 
-NOT_YET = pytest.mark.xfail(raises=RuntimeError, reason="what is measured is put together across devices")
 ON_TWO = [
-    pytest.param(name, option, marks=[NOT_YET] if option == "sharpness" else [])
+    (name, option)
     for name, option in table("tiny")
     if option in ("plain", "clip-skip", "blockwise", "bf16-state-stochastic", "sharpness")
     and table("tiny")[name, option] is not None

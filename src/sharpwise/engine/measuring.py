@@ -92,7 +92,7 @@ def second_moments(views: Sequence[ParamView], group: ReduceGroup, exact: bool =
     bucket = Bucket(group)
     partials = [bucket.add(*_moments(view, exact)) for view in kept]
     bucket.reduce()
-    sums = iter(torch.cat([partial.values for partial in partials]).tolist() if kept else ())
+    sums = iter(values_of([value for partial in partials for value in partial.values.unbind()]))
     found = {}
     for view, t in zip(kept, steps_taken(kept), strict=True):
         correction = 1 - view.rule.second_moment_decay(view.group) ** t if t else math.inf

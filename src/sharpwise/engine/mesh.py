@@ -92,9 +92,10 @@ class Bucket:
             return
         counted = [self.op == "max" or self.group.counts(partial.shard) for partial in self._partials]
         values = [p.values if c else torch.zeros_like(p.values) for p, c in zip(self._partials, counted, strict=True)]
-        flat = self.group.reduce(torch.cat([v.reshape(-1).double() for v in values]), self.op)
+        here = values[0].device
+        flat = self.group.reduce(torch.cat([v.reshape(-1).to(here, torch.float64) for v in values]), self.op)
         for partial, piece in zip(self._partials, flat.split([v.numel() for v in values]), strict=True):
-            partial.values = piece.view(partial.values.shape).to(partial.values.dtype)
+            partial.values = piece.view(partial.values.shape).to(partial.values)
 
 
 class OwnerExchange:

@@ -237,9 +237,11 @@ class Multipliers:
                 kept.append(local(own[view.state_key(key)]))
                 flat += [value for row in zip(*columns, strict=True) for value in row]
         if kept:
-            values = torch.tensor(flat, dtype=torch.float64, device="cpu").nan_to_num(nan=0.0).to(kept[0].device)
-            pieces = values.split([tensor.numel() for tensor in kept])
-            torch._foreach_copy_(kept, [piece.view(t.shape) for piece, t in zip(pieces, kept, strict=True)])
+            values = torch.tensor(flat, dtype=torch.float64, device="cpu").nan_to_num(nan=0.0)
+            for device in dict.fromkeys(tensor.device for tensor in kept):
+                pieces = values.to(device).split([tensor.numel() for tensor in kept])
+                own = [(t, piece.view(t.shape)) for t, piece in zip(kept, pieces, strict=True) if t.device == device]
+                torch._foreach_copy_([t for t, _ in own], [piece for _, piece in own])
             self._versions = versions_of(self._kept)
 
     @property

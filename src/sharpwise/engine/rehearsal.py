@@ -25,7 +25,7 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
         ValueError: for arithmetic that raises, or does not return what the rule says it keeps; for scalars that are
             called as the engine's own.
     """
-    if rule.reductions or any(isinstance(group[k], Tensor) and group[k].device.type != "cpu" for k in rule.defaults):
+    if rule.reductions or any(on_a_device(group[k]) for k in rule.defaults):
         return set()  # its elements take a step with what the reductions find; reading a device would wait for it
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     state = {kind: {n: one for n, k in rule.state.items() if k == kind} for kind in ("element", "block")}
@@ -42,6 +42,13 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
     if taken := sorted(OWN_SCALARS & set(s)):
         raise ValueError(f"rule {rule.name!r} calls scalars {taken}: these names are the engine's; take others")
     return read & set(rule.defaults)
+
+
+def on_a_device(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor on another device than the CPU, or holds one."""
+    if isinstance(value, (tuple, list)):
+        return any(map(on_a_device, value))
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def live(value: Any) -> Any:

@@ -186,11 +186,15 @@ def sign(x: Tensor) -> Tensor:
 
 
 def check_betas(name: str, betas: Any) -> None:
-    """Raise TypeError unless betas is a pair of numbers, ValueError unless they are in [0, 1)."""
+    """Raise TypeError unless betas is a pair of numbers, ValueError unless they are in [0, 1).
+
+    Tensors on an accelerator are not read.
+    """
     pair = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(b, (Real, Tensor)) for b in betas)
     if not pair:
         raise TypeError(f"{name}: betas must be two numbers in [0, 1), such as (0.9, 0.999), got {betas!r}")
-    if not all(0.0 <= float(b) < 1.0 for b in betas):
+    here = [b for b in betas if not isinstance(b, Tensor) or b.device.type == "cpu"]
+    if not all(0.0 <= float(b) < 1.0 for b in here):
         raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}")
 
 

@@ -1,12 +1,13 @@
 """Torch's own kernel for lists of tensors, for the views whose update it computes exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import LEAST, Backend, Found, Spec, compiler_present, pays
+from sharpwise.engine.rehearsal import on_a_device
 from sharpwise.engine.scalars import Row, StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
@@ -75,8 +76,8 @@ class TorchFused(Backend):
         clips = options.max_grad_norm is not None and view.numel >= LEAST and not pays(spec)
         if clips and compiler_present(view.device):
             return "clips copies of the gradients; compiled kernels clip as they load"
-        if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in _numbers(view.group)):
-            return "betas, eps or decay are on a device; it takes numbers"
+        if any(on_a_device(view.group[name]) for name in ("betas", "eps", "weight_decay")):
+            return "takes betas, eps and decay as numbers alone"
         return ""
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
@@ -170,11 +171,6 @@ class TorchFused(Backend):
                 )
                 room -= size
         return batches
-
-
-def _numbers(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the kernel takes as numbers."""
-    return (*group["betas"], group["eps"], group["weight_decay"])
 
 
 def _plain(view: ParamView, g: Tensor) -> Tensor:
