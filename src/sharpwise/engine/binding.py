@@ -248,7 +248,7 @@ def check_shapes(named: Sequence[tuple[str, Tensor]], blocks: BlockMap, who: str
 
 
 def check_followed(named: Sequence[tuple[str, Tensor]], model: nn.Module | None, who: str) -> None:
-    """Raise if the model was sharded after the optimizer was built, and the optimizer was left with the old tensors.
+    """Raise if the model was sharded or moved after the optimizer was built, and that was left with the old tensors.
 
     Only that is looked for: between forward and backward FSDP2 shows plain tensors where the optimizer holds DTensors.
     """
@@ -260,6 +260,12 @@ def check_followed(named: Sequence[tuple[str, Tensor]], model: nn.Module | None,
                 f"{who}: the model was sharded after this optimizer was built: {name} is a DTensor there and a plain "
                 f"tensor here, which will never get a gradient. Build the optimizer after fully_shard(model), or give "
                 f"both to Accelerator.prepare(model, optimizer)"
+            )
+        if name in live and not is_dtensor(tensor) and live[name].device != tensor.device:
+            raise RuntimeError(
+                f"{who}: the model was moved after this optimizer was built: {name} is on {live[name].device} there, "
+                f"and another tensor, on {tensor.device}, here, which will never get a gradient. Build the optimizer "
+                f"after the model is moved; to go on with state, take optimizer.state_dict() before that, and load it"
             )
 
 

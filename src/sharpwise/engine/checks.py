@@ -45,12 +45,14 @@ def _check_places(group: Mapping[str, Any], rule: Rule, who: str) -> None:
         for tensor in values:
             if tensor.device.type == "cpu":
                 continue
-            places = {str(local(p[1] if isinstance(p, tuple) else p).device) for p in group["params"]}
-            if places and str(tensor.device) not in places:
-                raise ValueError(
-                    f"{who}: {key} is a tensor on {tensor.device}, and its parameters are on "
-                    f"{', '.join(sorted(places))}; give a number, a tensor on the CPU, or one on their device"
-                )
+            params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+            if not params or any(local(p).device == tensor.device for p in params):
+                continue
+            places = sorted({str(local(p).device) for p in params})
+            raise ValueError(
+                f"{who}: {key} is a tensor on {tensor.device}, and its parameters are on {', '.join(places)}; give a "
+                f"number, a tensor on the CPU, or one on their device"
+            )
 
 
 def check_device(named: Sequence[tuple[str, Tensor]], who: str) -> None:
@@ -59,7 +61,7 @@ def check_device(named: Sequence[tuple[str, Tensor]], who: str) -> None:
         if local(param).device.type == "meta":
             raise ValueError(
                 f"{who}: {name} is on the meta device and holds no numbers to move; materialize the model "
-                f"(model.to_empty(device=...), then its weights) before the first step"
+                f"(model.to_empty(device=...), then its weights) before the optimizer is built"
             )
 
 
@@ -174,7 +176,7 @@ class Marks:
         self._places = [ask() for ask in self._askers]
 
     def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """False once a parameter was exchanged or recast, or somebody moved the state."""
+        """False once a parameter was exchanged, recast or given other data, or somebody moved the state."""
         if not _same(params, self._params) or _kinds_of(params) != self._kinds:
             return False
         if not all(map(operator.is_, map(state.__getitem__, params), self._held)):

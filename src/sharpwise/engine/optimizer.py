@@ -46,7 +46,7 @@ from sharpwise.engine.layout import Layouts
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
-from sharpwise.engine.rehearsal import live, rehearse
+from sharpwise.engine.rehearsal import live, on_a_device, rehearse
 from sharpwise.engine.step import Scaling, Stepper
 from sharpwise.engine.view import views_of
 from sharpwise.rules import Rule
@@ -208,6 +208,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         layouts = Layouts()
         by_param = [views_of(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
         views = [view for own in by_param for view in own]
+        if states.left_behind(views, self.state):
+            self.state.clear()
         for rule, group in {(v.rule, id(v.group)): (v.rule, v.group) for v in views}.values():
             self._read |= rehearse(rule, group)
         block_lr = self.options.block_lr
@@ -236,9 +238,11 @@ class BlockOptimizer(KnownOptions, Optimizer):
         return Stepper(views, self.state, self.options, self._backends, multipliers)
 
     def _variants_now(self) -> list[tuple[Any, ...]]:
-        """Of the rule in every group: the operations it takes, and the numbers in them that are no scalars."""
-        groups = self.param_groups
-        return [(*self.rule.variant(g), *(live(g.get(name)) for name in sorted(self._read))) for g in groups]
+        """Of the rule in every group: the operations it takes, the numbers in them that are no scalars, and whether a
+        device has any."""
+        names, read = (*self.rule.hyperparameters, "weight_decay"), sorted(self._read)
+        groups = [(*self.rule.variant(g), on_a_device([*map(g.get, names)])) for g in self.param_groups]
+        return [(*own, *(live(g.get(n)) for n in read)) for own, g in zip(groups, self.param_groups, strict=True)]
 
     def _holds(self, param: Tensor) -> bool:
         """Whether state is allocated; others may have put theirs there before."""
@@ -344,12 +348,13 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_settings(group, self.defaults, self.rule, self.who)
-        fresh = self._stepper is None
+        before = self._stepper
         stepper = self._bind()
         stepper.squares = None
         stepper.counter.read()
-        if not self._agreed:
+        if stepper is not before or not self._agreed:
             check_device(stepper.named, self.who)
+        if not self._agreed:
             check_ranks_agree(stepper.views, self.options, self.who)
             self._agreed = True
         grads = self._gradients.local([p.grad for _, p in stepper.named])
@@ -357,7 +362,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             self._warn_if_frozen()
             check_followed(stepper.named, self._model(), self.who)
             return loss
-        if stepper.counter.begun or not is_empty_step(self.param_groups, grads, stepper.group, fresh):
+        if stepper.counter.begun or not is_empty_step(self.param_groups, grads, stepper.group, before is None):
             stepper.run(grads, self._scaling(stepper.on_host))
         return loss
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
+from sharpwise.engine.counter import values_of
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import like, local
 from sharpwise.storage import Dense
@@ -94,8 +95,9 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
             raise ValueError(f"{who}: state {key!r} of {view.name} must have shape {fit}, got {tuple(tensor.shape)}")
         if local(tensor).device != device:
             raise ValueError(
-                f"{who}: state {key!r} of {view.name} is on {local(tensor).device}, the parameter on {device}; move "
-                f"state back before the step"
+                f"{who}: state {key!r} of {view.name} is on {local(tensor).device}, the parameter on {device}: state "
+                f"or model was moved after the first step. Move it back; to go on elsewhere, take "
+                f"optimizer.state_dict() before the model is moved, build an optimizer after that, and load it there"
             )
 
 
@@ -112,6 +114,17 @@ def _check_type(tensor: Any, name: str, view: ParamView, who: str) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{who}: state {name!r} of {view.name} must be a floating point tensor, got {what}")
+
+
+def left_behind(views: Sequence[ParamView], state: Mapping[Any, Mapping[str, Any]]) -> bool:
+    """Whether the model was moved before the first step: state lies where it was, and there is nothing in it yet."""
+    moved = False
+    for view in views:
+        held = (state.get(view.param, {}).get(view.state_key(name)) for name in view.rule.state)
+        moved = moved or any(isinstance(t, Tensor) and local(t).device != view.device for t in held)
+    steps = [own["step"] for own in state.values() if "step" in own]
+    counts = all(isinstance(step, Tensor) and not step.dim() for step in steps)
+    return moved and counts and not any(values_of([local(step) for step in steps]))
 
 
 def of_block_lr(
