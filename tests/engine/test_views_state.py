@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,7 +27,8 @@ from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.agreement import _lines
 from sharpwise.engine.options import Options
 from sharpwise.probes import sharpness_from_optimizer
-from sharpwise.rules import AdamW, Lion
+from sharpwise.rules import SGD, AdamW, Lion
+from sharpwise.rules.base import Rule
 
 SHARPNESS = "sharpness(start=1, every=2, by=module, power=2)"
 
@@ -211,3 +214,44 @@ def test_segments_of_one_role_get_one_rule():
             continue
         with pytest.raises(ValueError, match=rf"w: rule 'test-mixed' gives segments of one role, {what}, different"):
             optimizer.step()
+
+
+@dataclass(frozen=True)
+class Raised(Rule):
+    """q by AdamW, v by SGD, whose momentum may be 0."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    name: ClassVar[str] = "test-raised"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps", "momentum", "dampening", "nesterov")
+
+    def assign(self, segment):
+        return (AdamW(self.betas, self.eps) if segment.role == "q" else SGD(self.momentum), "element")
+
+
+def test_a_part_that_begins_to_keep_state_leaves_the_count_of_the_others():
+    """Momentum raised from 0: SGD alone would count anew, and AdamW's correction of the bias with it."""
+
+    def run(*shapes):
+        model = nn.ParameterDict({name: nn.Parameter(torch.ones(n, 4)) for name, n in shapes})
+        halves = [{"role": role, "start": 4 * i, "length": 4} for i, role in enumerate("qv")]
+        blocks = {"w": halves} if len(shapes) == 1 else {"q": "q", "v": "v"}
+        optimizer = BlockOptimizer(
+            model, Raised(), lr=0.1, weight_decay=0.0, options=Options(), blocks=blocks, model=model
+        )
+        for t in range(8):
+            optimizer.param_groups[0]["momentum"] = 0.9 if t >= 4 else 0.0
+            g = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+            for p, own in zip(model.values(), [g] if len(shapes) == 1 else g.split(4), strict=True):
+                p.grad = own.clone()
+            optimizer.step()
+        return model, optimizer
+
+    (fused, optimizer), (apart, _) = run(("w", 8)), run(("q", 4), ("v", 4))
+    torch.testing.assert_close(fused["w"], torch.cat([apart["q"], apart["v"]]))
+    held = optimizer.state[fused["w"]]
+    assert held["step"] == 8 and set(held) == {"step", "exp_avg.q", "exp_avg_sq.q", "momentum_buffer.v"}

@@ -9,13 +9,19 @@ import copy
 import math
 import random
 import types
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
+from engine.views import Mixed
 from reference.rig import through_disk
 from torch import nn
 
 import sharpwise
+from sharpwise.block_lr.base import NOTHING, BlockLR
+from sharpwise.combinations import engine_arguments
+from sharpwise.engine import BlockOptimizer
 from sharpwise.optim import COMBINES
 from sharpwise.testing import EXAMPLES
 
@@ -65,6 +71,26 @@ class Model(nn.Module):
             self.tied.again = self.p0
 
 
+@dataclass(frozen=True)
+class ByTable(BlockLR):
+    """A multiplier per role, also 0; or one of at least 0.1 that falls with the learning rate."""
+
+    table: tuple[tuple[str, float], ...] = ()
+    falls: bool = False
+
+    name: ClassVar[str] = "by_table"
+
+    def multipliers(self, segments, measured=NOTHING):
+        return [dict(self.table).get(str(s.role), 1.0) for s in segments]
+
+    def effective(self, multiplier, lr, peak):
+        return multiplier if not self.falls or not peak else max(multiplier, 0.1) * lr / peak
+
+    @property
+    def follows_lr(self):
+        return self.falls
+
+
 def fused(shape, by_column):
     """A parameter of several roles, in ranges of its rows or of its columns."""
     roles = ("up", "gate") if by_column or shape[0] % 3 else ("q", "k", "v")
@@ -78,11 +104,14 @@ def fused(shape, by_column):
 
 def options_of(draw, name):
     """Options of an optimizer, all that the table allows."""
-    lrs, storages = COMBINES[name]
+    lrs, storages = COMBINES["adamw" if name == "mixed" else name]
     options = {"lr": 10.0 ** -draw.uniform(1.5, 4), "weight_decay": draw.choice([0.0, 0.1])}
     block_lr = draw.choice([None, None, *lrs])
     if block_lr:
         options["block_lr"] = {**EXAMPLES, "per_role": "per_role(ratios={norm: 2})"}.get(block_lr, block_lr)
+        if block_lr == "per_role" and draw.random() < 0.7:
+            table = tuple((role, draw.choice([0.0, 0.5, 1.0, 3.0])) for role in ROLES)
+            options["block_lr"] = ByTable(draw.choice(["scaled", "base"]), table, draw.random() < 0.5)
         options["total_steps"] = 40
     options["storage"] = draw.choice(storages)
     options["stochastic_rounding"] = draw.random() < 0.2
@@ -93,9 +122,24 @@ def options_of(draw, name):
         options["momentum"] = draw.choice([0.0, 0.9])
         # Coupled decay is for whole parameters, and q and up are parts of some.
         options["decoupled_weight_decay"] = draw.random() < 0.5 or "q" in options["no_decay"]
+    if name == "mixed":
+        rules = ["adamw", "lion", "mini row", "mini tensor"]
+        options["by"] = tuple((role, draw.choice(rules)) for role in ROLES if role != "norm")
     if name == "adam-mini":
         options["cut"] = draw.choice([None, "tensor", "element"])
     return options
+
+
+def make(run, groups):
+    """The optimizer of a run; a mixed one gives every role a rule of its own."""
+    options = {**run.options, "model": run.model, "blocks": run.model.blocks, "compile": run.compiled}
+    if run.name != "mixed":
+        return sharpwise.create_optimizer(groups, run.name, **options)
+    lr, wd, by = (options.pop(key) for key in ("lr", "weight_decay", "by"))
+    rest = {"strict": False, "seed": 0, "probe_batches": None, "total_steps": 40, "block_lr": None}
+    return BlockOptimizer(
+        groups, Mixed(by=by), lr=lr, weight_decay=wd, **engine_arguments("Mixed", "adamw", **(rest | options))
+    )
 
 
 class Run:
@@ -117,9 +161,7 @@ class Run:
     def build(self):
         first = [p for n, p in self.model.named_parameters() if self.added or n not in self.later]
         groups = [{"params": first}]
-        return sharpwise.create_optimizer(
-            groups, self.name, model=self.model, blocks=self.model.blocks, compile=self.compiled, **self.options
-        )
+        return make(self, groups)
 
     def add_group(self):
         if self.later and not self.added:
@@ -136,9 +178,7 @@ class Run:
             groups.append({"params": parameters[:size]})
             parameters = parameters[size:]
         self.model.load_state_dict(saved["model"])
-        self.optimizer = sharpwise.create_optimizer(
-            groups, self.name, model=self.model, blocks=self.model.blocks, compile=self.compiled, **self.options
-        )
+        self.optimizer = make(self, groups)
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
@@ -188,7 +228,7 @@ def agree(one, other, seed, event):
 def case(seed):
     """One random optimizer through a random training, by two paths."""
     draw = random.Random(seed)
-    name = draw.choice(sorted(COMBINES))
+    name = draw.choice([*sorted(COMBINES), "mixed"])
     options = options_of(draw, name)
     runs = [Run(seed, name, options, compiled) for compiled in (True if draw.random() < 0.15 else None, False)]
     began = [p.detach().clone() for p in runs[0].model.parameters()]

@@ -26,15 +26,19 @@ def complete(
     """Allocate missing state of a view, in that of its parameter: `step`, the rule's tensors, and those of a block_lr.
 
     `factors` are its multipliers, by factor and segment. Present state is kept, also that of others. A rule that needs
-    a tensor only now (momentum raised from 0) counts its steps from there.
+    a tensor only now (momentum raised from 0) counts its steps from there, unless another view of the parameter has
+    state: the count is that of all.
     """
     inner, rule = local(view.param), view.rule
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
     device = torch.device("cpu") if inner.device.type == "meta" else inner.device
     missing = [name for name in rule.state if view.state_key(name) not in own]
-    for name in set(rule.all_state) - set(rule.state) if "step" in own and own["step"] == 0 else ():
-        own.pop(view.state_key(name), None)  # allocated under other hyperparameters, and never used
-    if missing or "step" not in own:
+    keys = keys_of(view)
+    for key in {view.state_key(name) for name in rule.all_state} - set(keys):
+        if "step" in own and own["step"] == 0:
+            own.pop(key, None)  # allocated under other hyperparameters, and never used
+    others = {key for key, (other, name) in keys.items() if other is not view and name != "step"}
+    if "step" not in own or (missing and not others & set(own)):
         own["step"] = torch.zeros((), dtype=torch.float32, device=device)
     own |= {view.state_key(name): zeros(view, name, storage) for name in missing}
     if block_lr is not None and view.state_key("lr_multiplier") not in own:
