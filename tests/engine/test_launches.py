@@ -17,31 +17,31 @@ OWN = ("environment", "fake_device", "launches", "shapes")
 BOUNDS = {
     "tiny": """
                        adamw  adam-mini  lion  sgd  sgd-sai
-plain                  2      119        15    13   15
-clip                   16     143        28    26   28
-clip-skip              35     214        42    48   50
-raise                  9      123        22    20   22
-bf16-weights           22     169        18    16   18
-bf16-state-stochastic  181    864        133   131  133
-bf16-all-stochastic    214    1227       166   164  166
+plain                  2      128        15    13   15
+clip                   14     151        26    24   26
+clip-skip              32     221        39    45   47
+raise                  7      131        20    18   20
+bf16-weights           22     178        18    16   18
+bf16-state-stochastic  181    873        133   131  133
+bf16-all-stochastic    214    1236       166   164  166
 fp64-weights           19     417        15    13   15
-eager                  309    310        253   169  179
-blockwise              6      124        19    16   15
-blockwise-clip         28     154        32    29   28
-sharpness              18     130        -     -    -
-sharpness-moving       18     130        -     -    -
-llr                    13     123        19    16   15
-llr-moving             13     123        19    16   15
-gradient_snr           7      121        18    16   -
+eager                  309    325        253   169  179
+blockwise              6      133        19    16   15
+blockwise-clip         26     162        30    27   26
+sharpness              18     139        -     -    -
+sharpness-moving       18     139        -     -    -
+llr                    13     132        19    16   15
+llr-moving             13     132        19    16   15
+gradient_snr           7      130        18    16   -
 """,
-    # Asked of the engine by issue: plain adamw 8, with a block_lr 16, bf16 weights 90, adam-mini 320.
+    # What is asked: plain adamw 8, with a block_lr 16, bf16 weights 90, adam-mini 320.
     "gpt2": """
               adamw  adam-mini  lion
-plain         2      217        65
-clip          70     236        82
-clip-skip     95     278        98
-bf16-weights  72     240        68
-blockwise     20     222        71
+plain         2      294        65
+clip          68     312        80
+clip-skip     92     353        95
+bf16-weights  72     317        68
+blockwise     20     299        71
 """,
 }
 """Launches of a step by option and optimizer; "-" where these do not combine."""
