@@ -22,6 +22,11 @@ from engine.views import (
 )
 from reference.rig import through_disk
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.agreement import _lines
@@ -255,3 +260,19 @@ def test_a_part_that_begins_to_keep_state_leaves_the_count_of_the_others():
     torch.testing.assert_close(fused["w"], torch.cat([apart["q"], apart["v"]]))
     held = optimizer.state[fused["w"]]
     assert held["step"] == 8 and set(held) == {"step", "exp_avg.q", "exp_avg_sq.q", "momentum_buffer.v"}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("by", [MIXED, BLOCKS])
+def test_state_by_name_as_distributed_checkpoints_have_it(by, flat):
+    """torch's get and set_optimizer_state_dict, also flattened, where names of state are joined by dots."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    steady = trained("rows", by, range(6), block_lr=SHARPNESS)
+    model, optimizer = trained("rows", by, block_lr=SHARPNESS)
+    saved = through_disk(get_optimizer_state_dict(model, optimizer, options=options))
+    other = Model("rows")
+    other.load_state_dict(model.state_dict())
+    second = optimizer_of(other, by, block_lr=SHARPNESS)
+    set_optimizer_state_dict(other, second, saved, options=options)
+    train(other, second, range(3, 6), segments_of(other))
+    same(steady, (other, second))
