@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from distributed.rules import Unit
 from engine.views import (
     BLOCKS,
     LAYOUTS,
@@ -20,6 +21,7 @@ from engine.views import (
     segments_of,
     train,
 )
+from first_contact.tiny import batches, gpt2, loss_of
 from reference.rig import through_disk
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +34,7 @@ from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.agreement import _lines
 from sharpwise.engine.options import Options
 from sharpwise.probes import sharpness_from_optimizer
+from sharpwise.probes.fisher import sharpness_by_name
 from sharpwise.rules import SGD, AdamW, Lion
 from sharpwise.rules.base import Rule
 
@@ -276,3 +279,46 @@ def test_state_by_name_as_distributed_checkpoints_have_it(by, flat):
     set_optimizer_state_dict(other, second, saved, options=options)
     train(other, second, range(3, 6), segments_of(other))
     same(steady, (other, second))
+
+
+def _one_step(rule, blocks, shape=(24, 8)):
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(shape))})
+    model["w"].grad = torch.randn(shape)
+    optimizer = BlockOptimizer(model, rule, lr=0.1, weight_decay=0.0, options=Options(), blocks=blocks, model=model)
+    optimizer.step()
+
+
+def test_rules_of_whole_matrices_take_no_part():
+    class OfQueries(Unit):
+        def assign(self, segment):
+            return (self if segment.role == "q" else SGD(self.momentum)), "element"
+
+    halves = [{"role": role, "start": 12 * i, "length": 12} for i, role in enumerate("qk")]
+    with pytest.raises(ValueError, match=r"w: rule 'test-unit' is for matrices, got its q rows alone"):
+        _one_step(OfQueries(), {"w": halves})
+    _one_step(OfQueries(), {"w": "q"})
+
+
+def test_hyperparameters_that_a_part_lacks():
+    class Short(Mixed):
+        hyperparameters = ("betas",)
+
+    match = r"w: rule 'test-mixed' gives o the rule 'adamw', and has no eps for it; name all that its rules need"
+    with pytest.raises(ValueError, match=match):
+        _one_step(Short(), {"w": "o"})
+
+
+def test_a_probe_measures_every_part():
+    """The multipliers that it gives do not depend on which rule moves what."""
+    given = [{"input_ids": tokens, "labels": tokens} for tokens in batches(3)]
+    found = []
+    for by in ({}, MIXED, TURNED):
+        model = gpt2()
+        options = {"block_lr": "sharpness(source=probe, start=1, every=3, by=module, power=2)"}
+        optimizer = optimizer_of(model, by, probe_batches=given, probe=sharpness_by_name, lr=0.0, **options)
+        for _ in range(3):
+            loss_of(model, given[0]["input_ids"]).backward()
+            optimizer.step()
+        found.append([(row["name"], row["role"], row["multiplier"]) for row in optimizer.lr_multipliers()])
+    assert found[0] == found[1] == found[2]
+    assert len({multiplier for _, role, multiplier in found[0] if role in "qkv"}) > 1

@@ -111,7 +111,7 @@ def optimizer_of(model, by, *, block_lr=None, storage="fp32", wd=0.1, lr=1e-2, f
     options = Options(block_lr=make_block_lr(block_lr), **{"total_steps": 20, **options})
     return BlockOptimizer(
         model if first is None else first, Mixed(by=tuple(by.items())), lr=lr, weight_decay=wd, options=options,
-        storage={"fp32": FP32, "bf16": BF16}[storage], blocks=model.blocks, model=model,
+        storage={"fp32": FP32, "bf16": BF16}[storage], blocks=getattr(model, "blocks", None), model=model,
     )  # fmt: skip
 
 

@@ -305,7 +305,7 @@ def exchange_state(choice, run):
 def step_decided_by_a_device(run, ok):
     """As a GradScaler of gradients on a device has it."""
     said = types.SimpleNamespace(factor=None, ok=ok, decided_by_device=True)
-    run.optimizer._scaling = lambda: said
+    run.optimizer._scaling = lambda *_: said
     try:
         run.optimizer.step()
     finally:

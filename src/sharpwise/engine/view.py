@@ -243,6 +243,11 @@ def views_of(
     parts: dict[Rule, list[tuple[int, Segment, Cut]]] = {}
     for i, segment in enumerate(segments):
         kind, cut = own.assign(segment)
+        if lacking := [key for key in kind.hyperparameters if key not in group]:
+            raise ValueError(
+                f"{name}: rule {rule.name!r} gives {segment.role} the rule {kind.name!r}, and has no "
+                f"{', '.join(lacking)} for it; name all that its rules need among its hyperparameters"
+            )
         parts.setdefault(kind, []).append((i, segment, cut))
     shard = Shard.of(param)
     found = []
