@@ -17,7 +17,7 @@ from sharpwise.optim import COMBINES, create_optimizer
 from sharpwise.testing import tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PLACES = {"two": ("cuda:0", "cuda:1"), "with the CPU": ("cuda:1", "cpu", "cuda:0")}
+PLACES = {"two": ("cuda:0", "cuda:1"), "with the CPU": ("cpu", "cuda:1", "cuda:0")}
 OPTIONS = {
     "plain": {},
     "eager": {"compile": False},

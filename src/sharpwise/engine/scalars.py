@@ -39,7 +39,7 @@ class Class:
 
     Attributes:
         t: the number of the step; scalars: of the rule; weight_decay: None if it is off; correction: of the bias, which
-            the rate is divided by.
+            the rate is divided by; decay: factor on the parameter, where it does not follow the multiplier.
     """
 
     t: Any
@@ -48,6 +48,7 @@ class Class:
     correction: Any
     scalars: dict[str, Any]
     rows: dict[tuple[float, float], Row] = field(default_factory=dict)
+    decay: Any = None
 
 
 class StepScalars:
@@ -178,7 +179,9 @@ class StepScalars:
             wd = own.weight_decay if decays else None
             decay = _OFF
             if wd is not None and self._decoupled:
-                decay = 1 - (lr if self._scales_decay else own.lr) * wd
+                if own.decay is None and not self._scales_decay:
+                    own.decay = 1 - own.lr * wd  # one number for all rows: those of a device are not compared
+                decay = 1 - lr * wd if self._scales_decay else own.decay
                 wd = wd if self._scales_decay or not multiplier else wd / multiplier
             found = own.rows[multiplier, decays] = Row(multiplier, lr, lr / own.correction, decay, wd)
         return found
@@ -195,7 +198,7 @@ class StepScalars:
         if len(rows) == 1 or not self._decoupled or all(row.weight_decay is None for row in rows):
             return False
         changes = self._varies and self._scales_decay
-        return changes or any(row.decay is not rows[0].decay and row.decay != rows[0].decay for row in rows)
+        return changes or any(_differ(row.decay, rows[0].decay) for row in rows)
 
     def named(self, view: ParamView) -> dict[str, Any]:
         """Scalars of `kernels.update` by name: those of the rule, and `step`, `decay`, `weight_decay`, `clip`, `ok`
@@ -314,6 +317,11 @@ def on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor) and value.device != device:
         return value.item() if device.type == "cpu" else value.to(device, non_blocking=True)
     return tuple(on_device(own, device) for own in value) if isinstance(value, tuple) else value
+
+
+def _differ(some: Any, other: Any) -> bool:
+    """Whether two numbers do; two on a device are taken to, unless they are one."""
+    return some is not other and (isinstance(some, Tensor) or isinstance(other, Tensor) or some != other)
 
 
 def rounded(value: Any, dtype: torch.dtype) -> Tensor:
