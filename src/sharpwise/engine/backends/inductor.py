@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import LEAST, Backend, Found, Spec, pays, row_step
-from sharpwise.engine.backends.loops import usual_defaults
 from sharpwise.engine.backends.reference import Noise, noise_of, update
+from sharpwise.engine.program import usual_defaults
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 

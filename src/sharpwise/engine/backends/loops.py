@@ -8,36 +8,43 @@ and put into the loop.
 import ctypes
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpwise.rules.base import Rule, add
+from sharpwise.engine.program import Language, Program, usual_defaults
+from sharpwise.rules.base import Rule
 
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # inductor's are the other way round
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """What can be read and written; the arithmetic is fp32."""
 _OURS = ("step", "decay", "clip")
-_CPP = {torch.bool: "bool", torch.float32: "float", torch.float64: "double"}
 _aten = torch.ops.aten
-_OPERATIONS = {
-    _aten.add.Tensor: "{} + {}",
-    _aten.sub.Tensor: "{} - {}",
-    _aten.mul.Tensor: "{} * {}",
-    _aten.div.Tensor: "{} / {}",
-    _aten.neg.default: "-{}",
-    _aten.abs.default: "std::abs({})",
-    _aten.sqrt.default: "std::sqrt({})",
-    _aten.reciprocal.default: "1 / {}",
-    _aten.sign.default: "sign({})",
-    _aten.ne.Tensor: "{} != {}",
-    _aten.where.self: "{} ? {} : {}",
-    _aten._to_copy.default: "{}",
-}
+_COMPARED = {"ne": "!=", "eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+CPP = Language(
+    "C++",
+    {
+        _aten.add.Tensor: "{0} + {1}",
+        _aten.sub.Tensor: "{0} - {1}",
+        _aten.mul.Tensor: "{0} * {1}",
+        _aten.div.Tensor: "{0} / {1}",
+        _aten.neg.default: "-{0}",
+        _aten.abs.default: "std::abs({0})",
+        _aten.sqrt.default: "std::sqrt({0})",
+        _aten.reciprocal.default: "1 / {0}",
+        _aten.sign.default: "sign({0})",
+        **{getattr(_aten, op).Tensor: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
+        **{getattr(_aten, op).Scalar: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
+        _aten.where.self: "{0} ? {1} : {2}",
+        _aten._to_copy.default: "{0}",
+    },
+    {torch.bool: "bool", torch.float32: "float", torch.float64: "double"},
+    literal="{type}({value})",
+    statement="  const {type} {name} = {type}({value});",
+)
 
 
 class Squares:
@@ -93,8 +100,9 @@ class Kernel:
     ) -> None:
         self.scalars = (*scalars, *_OURS)
         self._shape = 2 + len(types)
+        program = Program.of(rule, scalars)
         text = _text("blocks" if with_blocks else "elements")
-        self.source = _text("sums") + _written(rule, param, types, scalars, with_blocks) + text
+        self.source = _text("sums") + _written(program, param, types, with_blocks) + text
         self._call = _built(self.source).step
 
     def __call__(self, matrices: Sequence[Arguments]) -> None:
@@ -118,18 +126,6 @@ def _per_thread(columns: int) -> list[Tensor]:
 
 def _empty(n: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, dtype=dtype, device="cpu")  # whatever the defaults are
-
-
-@contextmanager
-def usual_defaults() -> Iterator[None]:
-    """torch's own default type and device, whatever the program has set: its compilers make tensors without saying."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _text(name: str) -> str:
@@ -171,23 +167,12 @@ def _own_folder() -> Path:
     return folder
 
 
-def _written(
-    rule: Rule, param: torch.dtype, types: Mapping[str, torch.dtype], scalars: Sequence[str], with_blocks: bool
-) -> str:
+def _written(program: Program, param: torch.dtype, types: Mapping[str, torch.dtype], with_blocks: bool) -> str:
     """What blocks.cpp and elements.cpp need to know of a rule."""
-    elements = [name for name, kind in rule.state.items() if kind == "element"]
-    blocks = [name for name, kind in rule.state.items() if kind == "block"] if with_blocks else []
-
-    def move(x: Tensor, g: Tensor, rate: Tensor, decay: Tensor, clip: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        old, own = rest[: len(elements)], dict(zip(scalars, rest[len(elements) :], strict=True))
-        new, numerator, below = rule.direction(g * clip, dict(zip(elements, old, strict=True)), own)
-        x = x * decay
-        x = add(x, numerator, -rate) if below is None else x - (rate * numerator) / below
-        return (x, *(new[name] for name in elements))
-
-    inputs = ["load(p + i)", "load(g + i)", "rates[i]", "decays[i]", "s.clip"]
-    inputs += [f"load({_named(name)} + i)" for name in elements]
-    moved, values = _traced(move, [*inputs, *(f"s.{_named(name)}" for name in scalars)])
+    elements, blocks, scalars = program.elements, program.blocks if with_blocks else (), program.scalars
+    inputs = {"p": "load(p + i)", "g": "load(g + i)", "rate": "rates[i]", "decay": "decays[i]", "clip": "s.clip"}
+    inputs |= {f"state.{name}": f"load({_named(name)} + i)" for name in elements}
+    moved, values = program.move.printed(CPP, inputs | _scalars(program))
     kinds = {name: TYPES[dtype] for name, dtype in types.items()}
     pointers = [_pointer("p", "P", "at"), _pointer("g", "P", "at")]
     pointers += [_pointer(_named(name), kinds[name], "at") for name in elements]
@@ -208,28 +193,29 @@ inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rat
   #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {{
 {moved}
-{_stores(["p", *map(_named, elements)], values, " + i")}
+{_stores(["p", *map(_named, elements)], list(values.values()), " + i")}
   }}
 }}
-{_denominator(rule, blocks, scalars, kinds) if with_blocks else ""}
+{_denominator(program, kinds) if with_blocks else ""}
 """
 
 
-def _denominator(rule: Rule, blocks: Sequence[str], scalars: Sequence[str], kinds: Mapping[str, str]) -> str:
-    def denominator(mean: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        old, own = rest[: len(blocks)], dict(zip(scalars, rest[len(blocks) :], strict=True))
-        new, below = rule.block_phase(dict(zip(blocks, old, strict=True)), mean, own)
-        return (below, *(new[name] for name in blocks))
-
-    inputs = ["mean", *(f"load({_named(name)})" for name in blocks), *(f"s.{_named(name)}" for name in scalars)]
-    worked_out, (below, *new) = _traced(denominator, inputs, {"mean": torch.float64})
+def _denominator(program: Program, kinds: Mapping[str, str]) -> str:
+    assert program.phase is not None
+    inputs = {"mean": "mean", **{f"state.{name}": f"load({_named(name)})" for name in program.blocks}}
+    worked_out, values = program.phase.printed(CPP, inputs | _scalars(program))
+    below, *new = values.values()
     return f"""
 inline double denominator(const Scalars& s, const Job& m, int64_t b, double mean) {{
-{"".join(_pointer(_named(name), kinds[name], "b") for name in blocks)}{worked_out}
-{_stores([*map(_named, blocks)], new, "")}
+{"".join(_pointer(_named(name), kinds[name], "b") for name in program.blocks)}{worked_out}
+{_stores([*map(_named, program.blocks)], new, "")}
   return {below};
 }}
 """
+
+
+def _scalars(program: Program) -> dict[str, str]:
+    return {f"scalar.{name}": f"s.{_named(name)}" for name in program.scalars}
 
 
 def _named(name: str) -> str:
@@ -242,34 +228,3 @@ def _pointer(name: str, kind: str, at: str) -> str:
 
 def _stores(names: Sequence[str], values: Sequence[str], at: str) -> str:
     return "\n".join(f"  store({name}{at}, {value});" for name, value in zip(names, values, strict=True))
-
-
-def _traced(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str], types: Mapping[str, torch.dtype] | None = None
-) -> tuple[str, list[str]]:
-    """Statements in C++ that do what a function of numbers does, and what they call its results.
-
-    Inputs are expressions in C++, in fp32 where `types` does not say otherwise.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx  # imported when it is needed: it takes its time
-
-    numbers = [_empty(1, (types or {}).get(name, torch.float32))[0] for name in inputs]
-    with usual_defaults():
-        graph = make_fx(function, tracing_mode="fake")(*numbers).graph
-    names: dict[torch.fx.Node, str] = {}
-    lines = []
-    expressions = iter(inputs)
-    for node in graph.nodes:
-        if node.op == "output":
-            break
-        kind = _CPP[node.meta["val"].dtype]
-        if node.op == "placeholder":
-            expression = next(expressions)
-        elif node.target in _OPERATIONS and not set(node.kwargs) - {"dtype"}:
-            operands = [names[a] if isinstance(a, torch.fx.Node) else f"{kind}({float(a)!r})" for a in node.args]
-            expression = _OPERATIONS[node.target].format(*operands)
-        else:
-            raise NotImplementedError(f"no words in C++ for {node.target} {node.kwargs or ''}")
-        names[node] = f"v{len(names)}"
-        lines.append(f"  const {kind} {names[node]} = {kind}({expression});")
-    return "\n".join(lines), [names[value] for value in node.args[0]]

@@ -1,0 +1,191 @@
+"""The step of one element, traced once from the torch code of its parts: what every printed kernel computes.
+
+    load -> clip, coupled decay -> direction -> (control) -> decay -> move -> store
+
+A program is straight-line arithmetic of numbers with named inputs and outputs. A back end prints it by a table of
+operations and puts it into its frames, which know where tensors lie. A step that is not to be taken is of the frame
+too: it reads nothing and writes nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from sharpwise.rules.base import Rule, add
+
+
+class Language(NamedTuple):
+    """How arithmetic is written in a language.
+
+    Attributes:
+        name: for messages.
+        operations: patterns by operation, or by (operation, dtype of the result); `{0}`, `{1}` are operands, `{type}`
+            the type of the result.
+        types: names of the types of numbers.
+        literal, statement: of `{type}` and `{value}`; a statement also of `{name}`.
+    """
+
+    name: str
+    operations: Mapping[Any, str]
+    types: Mapping[torch.dtype, str]
+    literal: str
+    statement: str
+
+
+class Arithmetic:
+    """Straight-line arithmetic of numbers.
+
+    Attributes:
+        graph: of aten operations; placeholders in the order of `inputs`.
+        inputs: names with their types; outputs: names.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: Mapping[str, torch.dtype], outputs: Sequence[str]) -> None:
+        self.graph, self.inputs, self.outputs = graph, dict(inputs), tuple(outputs)
+
+    @classmethod
+    def of(cls, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, torch.dtype]) -> Any:
+        """Trace a function of numbers by name."""
+        from torch.fx.experimental.proxy_tensor import make_fx  # imported when it is needed: it takes its time
+
+        outputs: list[str] = []
+
+        def flat(*numbers: Tensor) -> tuple[Tensor, ...]:
+            found = function(dict(zip(inputs, numbers, strict=True)))
+            outputs[:] = found
+            return tuple(found.values())
+
+        with usual_defaults():
+            examples = [torch.empty((), dtype=dtype) for dtype in inputs.values()]
+            graph = make_fx(flat, tracing_mode="fake")(*examples).graph
+        return cls(graph, inputs, outputs)
+
+    def __call__(self, **values: Tensor) -> dict[str, Tensor]:
+        """What it computes of tensors, by name: that of a reference."""
+        module = fx.GraphModule(torch.nn.Module(), self.graph)
+        found = fx.Interpreter(module).run(*(values[name] for name in self.inputs))
+        return dict(zip(self.outputs, found, strict=True))
+
+    def printed(self, language: Language, inputs: Mapping[str, str], indent: str = "  ") -> tuple[str, dict[str, str]]:
+        """Statements that compute it from expressions of its inputs, and the variables of its outputs by name.
+
+        Raises:
+            NotImplementedError: for an operation that the language lacks.
+        """
+        names: dict[fx.Node, str] = {}
+        lines = []
+        given = iter(self.inputs)
+        for node in self.graph.nodes:
+            if node.op == "output":
+                break
+            dtype = node.meta["val"].dtype
+            if node.op == "placeholder":
+                value = inputs[next(given)]
+            else:
+                pattern = _pattern(language, node, dtype)
+                operands = [_operand(language, names, node, a) for a in node.args]
+                value = pattern.format(*operands, type=language.types[dtype])
+            names[node] = f"v{len(names)}"
+            written = language.statement.format(type=language.types[dtype], name=names[node], value=value)
+            lines.append(indent + written)
+        return "\n".join(lines), {name: names[v] for name, v in zip(self.outputs, node.args[0], strict=True)}
+
+
+def _pattern(language: Language, node: fx.Node, dtype: torch.dtype) -> str:
+    pattern = language.operations.get((node.target, dtype)) or language.operations.get(node.target)
+    if pattern is None or set(node.kwargs) - {"dtype"} or dtype not in language.types:
+        raise NotImplementedError(f"no words in {language.name} for {node.target} {node.kwargs or ''}".rstrip())
+    return pattern
+
+
+def _operand(language: Language, names: Mapping[fx.Node, str], node: fx.Node, operand: Any) -> str:
+    if isinstance(operand, fx.Node):
+        return names[operand]
+    kinds = [a.meta["val"].dtype for a in node.args if isinstance(a, fx.Node)]
+    kind = next((k for k in kinds if k.is_floating_point), node.meta["val"].dtype)
+    return language.literal.format(type=language.types[kind], value=repr(float(operand)))
+
+
+@dataclass(frozen=True)
+class Program:
+    """The arithmetic of a rule's step.
+
+    Attributes:
+        elements, blocks: names of element and block state; scalars: of the rule's own.
+        move: inputs `p`, `g`, `state.NAME` of element state, `rate`, `decay` or (coupled) `weight_decay`, `clip`,
+            `scalar.NAME`, all fp32, and `x` if asked for; outputs `p` and `state.NAME`. How these are rounded when they
+            are stored is of their formats: the noise of the n-th output is that of slot n.
+        phase: of one block: inputs `mean` (fp64, of clipped gradients), `state.NAME` of block state, `scalar.NAME`;
+            outputs `denominator` and `state.NAME`. None for a rule without block state.
+    """
+
+    elements: tuple[str, ...]
+    blocks: tuple[str, ...]
+    scalars: tuple[str, ...]
+    move: Arithmetic
+    phase: Arithmetic | None
+
+    @staticmethod
+    def of(
+        rule: Rule, scalars: Sequence[str] | None = None, *, coupled: bool = False, extra: bool = False
+    ) -> "Program":
+        """Trace a rule.
+
+        Args:
+            scalars: names of the rule's own, if they are known.
+            coupled: decay is added to the gradient.
+            extra: the rule finds one more number per element in its state, `x`.
+        """
+        elements = tuple(name for name, kind in rule.state.items() if kind == "element")
+        blocks = tuple(name for name, kind in rule.state.items() if kind == "block")
+        if scalars is None:
+            scalars = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
+        own = [f"scalar.{name}" for name in scalars]
+        inputs = ["p", "g", *(f"state.{n}" for n in elements), "rate", "weight_decay" if coupled else "decay", "clip"]
+        inputs += ["x"] * extra + own
+
+        def move(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            x, g = v["p"], v["g"] * v["clip"]
+            if coupled:
+                g = add(g, x, v["weight_decay"])
+            old = {name: v[f"state.{name}"] for name in elements} | ({"x": v["x"]} if extra else {})
+            new, numerator, below = rule.direction(g, old, _short(v, "scalar"))
+            # The control has its place here.
+            if not coupled:
+                x = x * v["decay"]
+            x = add(x, numerator, -v["rate"]) if below is None else x - (v["rate"] * numerator) / below
+            return {"p": x, **{f"state.{name}": new[name] for name in elements}}
+
+        def phase(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            new, below = rule.block_phase(_short(v, "state"), v["mean"], _short(v, "scalar"))
+            return {"denominator": below, **{f"state.{name}": new[name] for name in blocks}}
+
+        of_block = ["mean", *(f"state.{name}" for name in blocks), *own]
+        return Program(
+            elements,
+            blocks,
+            tuple(scalars),
+            Arithmetic.of(move, dict.fromkeys(inputs, torch.float32)),
+            Arithmetic.of(phase, {**dict.fromkeys(of_block, torch.float32), "mean": torch.float64}) if blocks else None,
+        )
+
+
+def _short(values: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Values of one kind, without its name."""
+    return {name.removeprefix(f"{kind}."): v for name, v in values.items() if name.startswith(f"{kind}.")}
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """torch's own default type and device, whatever the program has set: its compilers make tensors without saying."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
