@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwise.rules.base import Rule, add
 
@@ -36,6 +37,41 @@ class Language(NamedTuple):
     statement: str
 
 
+class _Recorder(TorchDispatchMode):
+    """Writes down the operations on some numbers. make_fx would too, in ten times the time, and with
+    what it imports."""
+
+    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self._nodes: dict[int, fx.Node] = {}
+        self._kept: list[Any] = []  # whose ids are in use
+        for i, tensor in enumerate(numbers.values()):
+            self._keep(tensor, self.graph.placeholder(f"input_{i}"))
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """What a number is in the graph."""
+        if id(tensor) not in self._nodes:
+            raise NotImplementedError("a number that comes from elsewhere: arithmetic may use what it is given")
+        return self._nodes[id(tensor)]
+
+    def _keep(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta["val"] = tensor
+        self._nodes[id(tensor)] = node
+        self._kept.append(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not isinstance(found, Tensor):
+            raise NotImplementedError(f"{func} gives no number")
+        if all(found is not a for a in args):
+            own = (tuple(self.node(a) if isinstance(a, Tensor) else a for a in args), dict(kwargs or {}))
+            self._keep(found, self.graph.call_function(func, *own))
+        else:
+            raise NotImplementedError(f"{func} writes in place")
+        return found
+
+
 class Arithmetic:
     """Straight-line arithmetic of numbers.
 
@@ -47,22 +83,15 @@ class Arithmetic:
     def __init__(self, graph: fx.Graph, inputs: Mapping[str, torch.dtype], outputs: Sequence[str]) -> None:
         self.graph, self.inputs, self.outputs = graph, dict(inputs), tuple(outputs)
 
-    @classmethod
-    def of(cls, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, torch.dtype]) -> Any:
+    @staticmethod
+    def of(function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, torch.dtype]) -> Any:
         """Trace a function of numbers by name."""
-        from torch.fx.experimental.proxy_tensor import make_fx  # imported when it is needed: it takes its time
-
-        outputs: list[str] = []
-
-        def flat(*numbers: Tensor) -> tuple[Tensor, ...]:
-            found = function(dict(zip(inputs, numbers, strict=True)))
-            outputs[:] = found
-            return tuple(found.values())
-
         with usual_defaults():
-            examples = [torch.empty((), dtype=dtype) for dtype in inputs.values()]
-            graph = make_fx(flat, tracing_mode="fake")(*examples).graph
-        return cls(graph, inputs, outputs)
+            numbers = {name: torch.ones((), dtype=dtype, device="cpu") for name, dtype in inputs.items()}
+            with _Recorder(numbers) as recorder:
+                found = function(numbers)
+        recorder.graph.output(tuple(recorder.node(value) for value in found.values()))
+        return Arithmetic(recorder.graph, inputs, list(found))
 
     def __call__(self, **values: Tensor) -> dict[str, Tensor]:
         """What it computes of tensors, by name: that of a reference."""
