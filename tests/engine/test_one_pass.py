@@ -49,7 +49,8 @@ def test_is_eager(options, dtype):
     run(models[0], first, range(1))
     run(models[1], second, range(1))
     built = first.compiled_graphs
-    assert one_pass(first) == 9 and one_pass(second) == 0  # tokens; qkv, o, up, down of two layers
+    # Tokens, positions, the last norm; qkv, o, up, down and two norms of two layers.
+    assert one_pass(first) == 15 and one_pass(second) == 0
     name = "transformer.h.0.attn.c_attn.weight"
     for model, optimizer in zip(models, (first, second), strict=True):
         run(model, optimizer, [1], skip=[name])
@@ -61,7 +62,8 @@ def test_is_eager(options, dtype):
         assert (p.double() - q.double()).norm() <= bound * q.double().norm(), name
         for key, value in first.state[p].items():
             other = second.state[q][key].double()
-            assert (value.double() - other).norm() <= (bound if key == "exp_avg" else 1e-6) * other.norm(), (name, key)
+            of_block = key == "exp_avg_sq" and value.shape != p.shape
+            assert (value.double() - other).norm() <= (1e-6 if of_block else bound) * other.norm(), (name, key)
 
 
 def test_a_resumed_run_is_the_same():
@@ -80,11 +82,17 @@ def test_a_resumed_run_is_the_same():
     [{"max_grad_norm": 1.0}, {"on_nonfinite": "skip"}, {"stochastic_rounding": True, "storage": "bf16"}],
     ids=str,
 )
-def test_waits_for_all_gradients_where_it_must(options):
-    model = model_of()
-    optimizer = sharpwise.AdamMini(model, lr=1e-2, compile=True, **options)
-    run(model, optimizer, range(1))
-    assert one_pass(optimizer) == 0 and optimizer.compiled_graphs > 0
+def test_so_do_steps_that_wait_for_all_gradients(options):
+    models = [model_of() for _ in range(2)]
+    first, second = (
+        sharpwise.AdamMini(m, lr=1e-2, compile=c, **options) for m, c in zip(models, (True, False), strict=True)
+    )
+    for model, optimizer in zip(models, (first, second), strict=True):
+        run(model, optimizer, range(3))
+    assert one_pass(first) == 15 and first.compiled_graphs > 0
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        # Momentum in bf16 may round to the other side.
+        assert (p - q).norm() <= (1e-4 if "storage" in options else 1e-6) * q.norm(), name
 
 
 def test_goes_on_without_the_loop(monkeypatch):

@@ -1,4 +1,4 @@
-"""Adam-mini in one pass over memory and in two, as under a guard or a mesh: the same bits."""
+"""Adam-mini in one pass over memory and in two, as on a mesh: the same bits."""
 
 import copy
 from collections.abc import Callable
@@ -35,14 +35,17 @@ def gpt2() -> torch.nn.Module:
     "block_lr", [None, "blockwise", "layer_decay(rate=0.7)", "sharpness(start=1, every=2, by=module)"]
 )
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_one_pass_and_two_give_the_same_bits(build: Callable[[], torch.nn.Module], block_lr: str | None) -> None:
+def test_one_pass_and_two_give_the_same_bits(
+    build: Callable[[], torch.nn.Module], block_lr: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = build()
     two = copy.deepcopy(one)
     options = {"lr": 1e-3, "weight_decay": 0.1, "block_lr": block_lr, "compile": True}
     optimizers = (
         sharpwise.AdamMini(one, **options),
-        sharpwise.AdamMini(two, on_nonfinite="skip", **options),  # needs the sums before anything moves
+        sharpwise.AdamMini(two, **options),
     )
+    monkeypatch.setattr(optimizers[1]._backends.cpp, "_one_pass", lambda spec: ())  # as of views that a mesh cuts
     for _ in range(4):
         for mine, other in zip(one.parameters(), two.parameters(), strict=True):
             mine.grad = torch.randn_like(mine)

@@ -25,6 +25,8 @@ def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any], rule: 
     states.check_group(group, defaults, who)
     for key in ("lr", "weight_decay"):
         value = group[key]
+        if type(value) is float and 0.0 <= value < math.inf:
+            continue  # asked at every step
         if not isinstance(value, (Real, Tensor)):
             raise TypeError(f"{who}: {key} must be a number or a 0-d tensor, got {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -41,6 +43,8 @@ def _check_places(group: Mapping[str, Any], rule: Rule, who: str) -> None:
     """Raise ValueError for a hyperparameter on a device where none of its parameters is."""
     for key in ("lr", "weight_decay", *rule.defaults):
         value = group.get(key)
+        if type(value) is float:
+            continue
         values = [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Tensor)]
         for tensor in values:
             if tensor.device.type == "cpu":
@@ -169,6 +173,7 @@ class Marks:
     def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         self._params, self._kinds = list(params), _kinds_of(params)
         self._held = [state[p] for p in params]
+        self._keys, self._states = list(state), list(state.values())
         self._values = [value for own in self._held for value in own.values()]
         self._askers = [local(t).data_ptr for t in self._values if isinstance(t, Tensor) and has_address(t)]
         # Of a parameter its data may be exchanged, and of a DTensor the local tensor: back ends keep what they move.
@@ -179,7 +184,7 @@ class Marks:
         """False once a parameter was exchanged, recast or given other data, or somebody moved the state."""
         if not _same(params, self._params) or _kinds_of(params) != self._kinds:
             return False
-        if not all(map(operator.is_, map(state.__getitem__, params), self._held)):
+        if not _same(list(state), self._keys) or not _same(list(state.values()), self._states):
             return False
         values = [value for own in self._held for value in own.values()]
         return _same(values, self._values) and [ask() for ask in self._askers] == self._places

@@ -40,6 +40,7 @@ class StepCounter:
         self._vectors = list(bases.values())
         # A vector may hold the counts of parameters that are frozen now.
         self._whole = not self._loose and sum(len(vector) for vector in self._vectors) == len(self.steps)
+        self._last: tuple[Any, set[int]] = ((), set())
         self._versions: list[int] = []
         self._counts: list[int] = []
         self._labels: list[Any] = []
@@ -80,7 +81,9 @@ class StepCounter:
 
     def advance(self, active: Sequence[ParamView], ok: Any) -> None:
         """Count one step more (ok: True, or a device tensor that says whether it is taken)."""
-        here = {self._index[id(view.param)] for view in active}
+        if self._last[0] is not active:
+            self._last = active, {self._index[id(view.param)] for view in active}
+        here = self._last[1]
         everyone = len(here) == len(self.steps)
         if everyone and self._whole:
             for vector in self._vectors:

@@ -26,8 +26,9 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         sizes = dict.fromkeys(("element", "block", "whole"), 0)
         for name, kind in view.rule.state.items():
             sizes[kind] += view.own[name].element_size()
-        choice = stepper.plan.choose(view, stepper.grad_dtype(view), anew=True)
-        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(view, stepper.options)
+        dtype = stepper.grad_dtype(view)
+        choice = stepper.plan.choose(view, dtype, anew=True)
+        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         cut, m = view.cuts[i], stepper.multipliers.now(view)[i]
         blocks, decay = s.blocks(cut), float(view.group["weight_decay"]) * view.decays[i]

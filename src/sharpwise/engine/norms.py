@@ -10,12 +10,11 @@ fp64 gradients are summed up apart, in a unit of their own.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends.base import LEAST
 from sharpwise.engine.backends.reference import CHUNK, PIECE, SMALL
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import on_device
@@ -81,19 +80,33 @@ class Total:
 
 
 class Wanted(NamedTuple):
-    """A matrix whose g*g are summed up over a dimension: for a total, for the blocks of a view, or both."""
+    """A matrix whose g*g are summed up over a dimension: for a total, for the blocks of a view, or both.
+
+    `large`: it has the large elements only; `whole`: it is one block.
+    """
 
     g: Tensor
     dim: int
     total: Total | None
     view: ParamView | None
     large: bool = False
+    whole: bool = False
 
 
+QUICK = (torch.float32, torch.bfloat16)
+"""Types that kernels sum up."""
 Parts = dict[tuple[Any, bool], Partial]
 """Sums by what they are of, and whether of the large elements of fp64 gradients."""
-RowSquares = Callable[[Sequence[Tensor], Sequence[int], bool], list[Tensor | None]]
-"""(matrices, dimensions, exact) -> sums of g*g, None of those that it does not take."""
+
+
+class SquareKernel(Protocol):
+    """Sums of squares by a kernel."""
+
+    def row_squares(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool) -> list[Tensor | None]:
+        """Over a dimension of matrices; None of those that it does not take."""
+
+    def total(self, tensors: Sequence[Tensor], exact: bool) -> float | None:
+        """Over everything, of contiguous fp32 and bf16 tensors on the CPU; None if there is no kernel."""
 
 
 class Sums:
@@ -105,9 +118,10 @@ class Sums:
         exact: in fp64 throughout; else fp32 squares are added in fp32 before the few sums left in fp64.
     """
 
-    def __init__(self, group: ReduceGroup, kernel: RowSquares | None, total: bool, exact: bool) -> None:
+    def __init__(self, group: ReduceGroup, kernel: SquareKernel | None, total: bool, exact: bool) -> None:
         self.group, self.kernel = group, kernel
         self.wants_total, self.exact = total, exact
+        self._whole: tuple[Any, bool] = (None, False)
 
     def of(
         self, views: Sequence[ParamView], grads: Sequence[Tensor], by_block: Sequence[bool], bucket: Bucket
@@ -118,6 +132,13 @@ class Sums:
             by_block: of which views sums per block are wanted.
             bucket: what else is to be summed up over the processes; all is reduced together.
         """
+        if not self.wants_total and not any(by_block):
+            bucket.reduce()
+            return [None] * len(views), None
+        everything = None if any(by_block) else self._of_whole(views, grads)
+        if everything is not None:
+            bucket.reduce()
+            return [None] * len(views), SquareSum(torch.tensor(everything, dtype=torch.float64, device="cpu"))
         blocks, totals = self._here(views, grads, by_block, self.exact)
         if not self.exact and _overflowed(totals or blocks):
             blocks, totals = self._here(views, grads, by_block, True)
@@ -127,6 +148,15 @@ class Sums:
         bucket.reduce()
         return [_joined(blocks, id(view)) for view in views], _total(totals)
 
+    def _of_whole(self, views: Sequence[ParamView], grads: Sequence[Tensor]) -> float | None:
+        """The sum over everything where one call of the kernel takes it: it is all here, in types that it knows."""
+        if self._whole[0] is not views:
+            whole = not any(view.shard.cut or view.part or view.device.type != "cpu" for view in views)
+            self._whole = views, whole
+        if self.kernel is None or not self._whole[1] or not all(g.dtype in QUICK and g.is_contiguous() for g in grads):
+            return None
+        return self.kernel.total(grads, self.exact)
+
     def _here(
         self, views: Sequence[ParamView], grads: Sequence[Tensor], by_block: Sequence[bool], exact: bool
     ) -> tuple[Parts, Parts]:
@@ -134,9 +164,16 @@ class Sums:
         totals: dict[tuple[Any, bool], Total] = {}
         wanted: list[Wanted] = []
         blocks: Parts = {}
+        plain: dict[tuple[Any, bool], tuple[Shard, list[Tensor]]] = {}
         whole: dict[torch.device, tuple[list[Tensor], list[tuple[Total | None, ParamView | None]]]] = {}
         for view, g, own_blocks in zip(views, grads, by_block, strict=True):
             if not own_blocks and not self.wants_total:
+                continue
+            if not own_blocks and self.kernel is not None and g.dtype in QUICK and on_cpu(g) and g.is_contiguous():
+                key = (view.shard.holders, g.device), False
+                (plain.get(key) or plain.setdefault(key, (view.shard, [])))[1].append(
+                    view.rows_of(g) if view.part else g
+                )
                 continue
             if not own_blocks and not exact and g.numel() <= SMALL and g.dtype == torch.float32 and on_cpu(g):
                 key = (view.shard.holders, g.device), False
@@ -149,7 +186,9 @@ class Sums:
                 total = None
                 if self.wants_total:
                     total = totals.setdefault(((view.shard.holders, g.device), large), Total(view.shard))
-                if not exact and g.dtype != torch.float64 and _as_a_whole(view, g, own_blocks):
+                if own_blocks and self.kernel is not None and _is_one_row(view, g):
+                    wanted.append(Wanted(part.reshape(1, -1), 1, total, view, large, whole=True))
+                elif not exact and g.dtype != torch.float64 and _as_a_whole(view, g, own_blocks):
                     tensors, uses = whole.setdefault(g.device, ([], []))
                     tensors.append(part.reshape(-1))
                     uses.append((total, view if own_blocks else None))
@@ -157,6 +196,8 @@ class Sums:
                     wanted.append(Wanted(part, view.dim, total, view, large))
                 elif total is not None:
                     wanted += self._everything(part, total, exact)
+        for key, (shard, tensors) in plain.items():
+            (totals.get(key) or totals.setdefault(key, Total(shard))).squares += self._plain(tensors, exact)
         for tensors, uses in whole.values():
             # In one pass over memory, in fp64. Never run on a GPU so far.
             squares = torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square_()
@@ -170,14 +211,23 @@ class Sums:
             if one.total is not None:
                 one.total.squares.append(squares)
             if one.view is not None:
-                blocks[id(one.view), one.large] = Partial(one.view.gather(squares), one.view.shard)
+                values = squares if one.whole else one.view.gather(squares)
+                blocks[id(one.view), one.large] = Partial(values, one.view.shard)
         return blocks, {key: Partial(total.sum(), total.shard) for key, total in totals.items()}
+
+    def _plain(self, tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
+        """Sums of g*g that together are those over everything."""
+        assert self.kernel is not None
+        found = self.kernel.total(tensors, exact)
+        if found is not None:
+            return [torch.tensor([found], dtype=torch.float64, device="cpu")]
+        return [row_squares(part.view(1, -1), 1) for g in tensors for part in g.reshape(-1).split(CHUNK)]
 
     def _squares(self, wanted: Sequence[Wanted], exact: bool) -> list[Tensor]:
         """Sums of g*g over a dimension of matrices, as vectors."""
         own: list[Tensor | None] = [None] * len(wanted)
         if self.kernel is not None and wanted:
-            own = self.kernel([one.g for one in wanted], [one.dim for one in wanted], exact)
+            own = self.kernel.row_squares([one.g for one in wanted], [one.dim for one in wanted], exact)
         eager = row_squares if exact else quick_row_squares
         return [
             eager(one.g, one.dim).reshape(-1) if found is None else found
@@ -187,7 +237,7 @@ class Sums:
     def _everything(self, g: Tensor, total: Total, exact: bool) -> list[Wanted]:
         """Add a tensor to a total, or say as which matrix it is to be summed up."""
         flat = g.reshape(-1)
-        if g.dtype == torch.float32 and not exact and (self.kernel is None or g.numel() < LEAST):
+        if g.dtype == torch.float32 and not exact:
             if flat.numel() <= SMALL:
                 total.small.append(flat)
             else:
@@ -198,6 +248,11 @@ class Sums:
             return [Wanted(flat.view(flat.numel() // width, width), 1, total, None)]
         total.squares += [row_squares(part.view(1, -1), 1) for part in flat.split(CHUNK)]
         return []
+
+
+def _is_one_row(view: ParamView, g: Tensor) -> bool:
+    """Whether a kernel sums it up as one block, in the order of a step in one pass."""
+    return view.n_blocks == 1 and view.numel <= SMALL and on_cpu(g) and g.dtype in QUICK and not view.part
 
 
 def _as_a_whole(view: ParamView, g: Tensor, by_block: bool) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import Backend, Backends, Spec
-from sharpwise.engine.backends.base import pays
+from sharpwise.engine.backends.base import pays, unavailable
 from sharpwise.engine.options import Options
 from sharpwise.engine.view import ParamView
 
@@ -49,8 +49,13 @@ class Plan:
         self.total = sum({id(view.param): view.param.numel() for view in views}.values())
         self._chosen: dict[tuple[int, torch.dtype], Choice] = {}
         self._views = list(views)  # whose ids are in use
-        self.compiles = any(not pays(Spec(view, view.param.dtype, options, self.total)) for view in views)
+        specs = [self.spec(view, view.param.dtype) for view in views]
+        self.compiles = any(not (unavailable if spec.view.device.type == "cpu" else pays)(spec) for spec in specs)
         self._works: tuple[Sequence[ParamView], list[torch.dtype], list[Work], list[bool], int] = ((), [], [], [], 0)
+
+    def spec(self, view: ParamView, grad: torch.dtype) -> Spec:
+        """What back ends are asked about."""
+        return Spec(view, grad, self.options, self.total)
 
     def choose(self, view: ParamView, grad: torch.dtype, anew: bool = False) -> Choice:
         """The first back end of the device's list that does not refuse a view with such a gradient.
@@ -61,7 +66,7 @@ class Plan:
         if anew or key not in self._chosen:
             refusals: list[tuple[str, str]] = []
             for backend in self.backends.of(view.device.type, self.fast):
-                reason = backend.refuses(Spec(view, grad, self.options, self.total))
+                reason = backend.refuses(self.spec(view, grad))
                 if not reason:
                     self._chosen[key] = Choice(backend, tuple(refusals))
                     break
@@ -81,7 +86,7 @@ class Plan:
             own.places.append(i)
             own.views.append(view)
         summed = [
-            view.rule.has_blocks and not self.choose(view, dtype).backend.sums_blocks(view, self.options)
+            view.rule.has_blocks and not self.choose(view, dtype).backend.sums_blocks(self.spec(view, dtype))
             for view, dtype in zip(views, types, strict=True)
         ]
         # Whether blocks are summed by the way depends on the threads that share them.

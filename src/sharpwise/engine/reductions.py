@@ -1,6 +1,6 @@
 """Reductions: what rules have to know of whole matrices in a step, completed over the processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -46,14 +46,14 @@ class Reductions:
 
     Args:
         group: the processes that hold parts.
-        views, grads: all that move in this step; those whose rules have no reductions are passed over.
+        pairs: all views that move in this step, with gradients; those whose rules have no reductions are passed over.
         hyper: the hyperparameters of a view as they are now.
     """
 
-    def __init__(self, group: ReduceGroup, views: Sequence[ParamView], grads: Sequence[Tensor], hyper: Any) -> None:
+    def __init__(self, group: ReduceGroup, pairs: Iterable[tuple[ParamView, Tensor]], hyper: Any) -> None:
         self.group = group
         self._pending: dict[int, _Pending] = {}
-        for view, g in zip(views, grads, strict=True):
+        for view, g in pairs:
             if view.rule.reductions:
                 own, kinds = view.own, view.rule.state
                 kept = {name: own[name] for name, kind in kinds.items() if kind == "whole"}

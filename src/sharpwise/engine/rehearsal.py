@@ -53,6 +53,8 @@ def on_a_device(value: Any) -> bool:
 
 def live(value: Any) -> Any:
     """A hyperparameter as it is now: tensors on the CPU as floats, on a device left there."""
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         return value.item() if value.device.type == "cpu" else value.detach().double()
     if isinstance(value, (tuple, list)):

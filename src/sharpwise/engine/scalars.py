@@ -161,6 +161,13 @@ class StepScalars:
             sort = self._sorts[id(view)] = self._sort_numbers.setdefault(kind, len(self._sort_numbers))
         return sort if self._labels.level else (sort, self._labels.of(view))
 
+    def partition(self, views: Sequence[ParamView]) -> Any:
+        """Equal where the same ones of these views share their scalars as before."""
+        if self._labels.level:
+            return self._changes
+        numbers: dict[Any, int] = {}
+        return self._changes, tuple(numbers.setdefault(self.key(view), len(numbers)) for view in views)
+
     def rows(self, view: ParamView) -> tuple[Row, ...]:
         """Learning rate and decay of each segment."""
         key = self.key(view)

@@ -44,6 +44,7 @@ class Stepper:
         self.named = list({id(view.param): (view.name, view.param) for view in views}.values())
         places = {id(param): i for i, (_, param) in enumerate(self.named)}
         self._of_view = [places[id(view.param)] for view in views]
+        self._reduces = any(view.rule.reductions for view in views)
         self._active: tuple[list[bool], list[ParamView]] = ([], [])
         # Where some are on the CPU, the host has to know what the gradients of all sum up to.
         self.on_host = any(view.device.type == "cpu" for view in views)
@@ -85,7 +86,7 @@ class Stepper:
         kept = [t for view in self.views for t in (view.param, *view.own.values())]
         clips = self.options.max_grad_norm is not None
         exact = not self.plan.fast or (clips and any(t.dtype.itemsize < 4 for t in kept))
-        kernel = self.plan.backends.cpp.row_squares if self.plan.compiles else None
+        kernel = self.plan.backends.cpp if self.plan.compiles else None
         return Sums(self.group, kernel, self.options.guarded, exact)
 
     def run(self, gradients: Sequence[Tensor | None], scaling: "Scaling | None" = None) -> None:
@@ -99,7 +100,8 @@ class Stepper:
         if scaling is not None and scaling.decided_by_device:
             self.counter.leave_to_device()
         scalars, (works, by_block) = self.scalars, self.plan.works(active, grads)
-        reductions, bucket = Reductions(self.group, active, grads, scalars.hyper), Bucket(self.group)
+        bucket, pairs = Bucket(self.group), zip(active, grads, strict=True) if self._reduces else ()
+        reductions = Reductions(self.group, pairs, scalars.hyper)
         reductions.begin(bucket)
         sums, total = self.sums.of(active, grads, by_block, bucket)
         if total is not None:
@@ -136,12 +138,17 @@ class Stepper:
         self, total: SquareSum | None, active: Sequence[ParamView], scaling: "Scaling | None"
     ) -> tuple[Any, Any]:
         """Whether to step (True, False, or a device tensor), and the factor on the gradients (None: 1)."""
-        options, clip, ok = self.options, None, True if scaling is None else scaling.ok
+        options, ok = self.options, True if scaling is None else scaling.ok
+        clip: Any = None
         if options.max_grad_norm is not None and total is not None:
             # In the unit of the sum: the norm itself may be beyond fp64.
-            clip = options.max_grad_norm / total.unit / (total.values.sqrt() + 1e-6 / total.unit)
-            clip = torch.clamp(clip, max=1.0)
-            clip = float(clip) if self.on_host else clip
+            if self.on_host and type(total.unit) is float:
+                factor = options.max_grad_norm / (math.sqrt(total.values) + 1e-6)
+                clip = 1.0 if factor > 1.0 else factor  # NaN stays
+            else:
+                clip = options.max_grad_norm / total.unit / (total.values.sqrt() + 1e-6 / total.unit)
+                clip = torch.clamp(clip, max=1.0)
+                clip = float(clip) if self.on_host else clip
         if scaling is not None and scaling.factor is not None:
             factor = on_device(scaling.factor, clip.device) if isinstance(clip, Tensor) else scaling.factor
             clip = factor if clip is None else clip * factor

@@ -190,6 +190,8 @@ def check_betas(name: str, betas: Any) -> None:
 
     Tensors on an accelerator are not read.
     """
+    if type(betas) is tuple and len(betas) == 2 and all(type(b) is float and 0.0 <= b < 1.0 for b in betas):
+        return  # asked at every step
     pair = isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(b, (Real, Tensor)) for b in betas)
     if not pair:
         raise TypeError(f"{name}: betas must be two numbers in [0, 1), such as (0.9, 0.999), got {betas!r}")
@@ -204,6 +206,8 @@ def check_nonnegative(name: str, **values: Any) -> None:
     A tensor on an accelerator is not read.
     """
     for key, value in values.items():
+        if type(value) is float and 0.0 <= value < float("inf"):
+            continue
         if not isinstance(value, (Real, Tensor)):
             raise TypeError(f"{name}: {key} must be a finite number >= 0, got {value!r}")
         if isinstance(value, Tensor) and value.device.type != "cpu":

@@ -42,6 +42,11 @@ def mix(x: Any) -> Any:
     return x ^ (x >> 15)
 
 
+def step_key(step: Any, seed: int) -> Any:
+    """The part of the key that all tensors have of a step; that of a tensor is the sum with its own, in 32 bits."""
+    return (step * 0x9E3779B1 + seed * 0x85EBCA6B) & _MASK
+
+
 def round_to(x: Tensor, dtype: torch.dtype, index: Tensor | None, key: Any) -> Tensor:
     """x in `dtype`: to nearest, or stochastically when `index` (global element numbers, int64) is given.
 

@@ -43,7 +43,7 @@ class Backend:
         """Why it does not take a view; "" if it does. What it compiles is built here, before anything is written."""
         raise NotImplementedError
 
-    def sums_blocks(self, view: ParamView, options: Options) -> bool:
+    def sums_blocks(self, spec: Spec) -> bool:
         """Whether it works out block sums and block state of a view that it takes by itself, as it moves it."""
         return False
 
@@ -74,13 +74,18 @@ COMPILE_TOTAL = 10_000_000
 """Below this many parameters compiling costs more than it brings."""
 
 
-def pays(spec: Spec) -> str:
-    """Why compiling is not for this view, or "": where it is not asked for, where it does not pay, or cannot be."""
+def unavailable(spec: Spec) -> str:
+    """Why nothing is compiled for this view, or "": it is not asked for, or cannot be."""
     if spec.options.compile is False:
         return "compile=False asks for the reference"
+    return "" if compiler_present(spec.view.device) else f"no compiler for {spec.view.device.type}"
+
+
+def pays(spec: Spec) -> str:
+    """Why compiling a graph is not for this view, or "": where it does not pay, or is unavailable."""
     if spec.options.compile is None and spec.total < COMPILE_TOTAL:
         return f"below {COMPILE_TOTAL:,} parameters only by compile=True"
-    return "" if compiler_present(spec.view.device) else f"no compiler for {spec.view.device.type}"
+    return unavailable(spec)
 
 
 def compiler_present(device: torch.device) -> bool:

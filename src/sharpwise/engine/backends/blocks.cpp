@@ -1,59 +1,71 @@
 // A step of a rule with block state, for a list of matrices: a row that is a block is summed up and moved while it is in
-// the cache; a matrix of columns is summed up whole and then moved, while what the last cache holds of it is there.
+// the cache; a matrix of columns is summed up whole and then moved, while what the last cache holds of it is there: by all
+// threads together, or by one if it is small.
 //
-// Comes after sums.cpp and what loops.py writes: the types P, Scalars and Job, and out of the rule
-//   denominator(s, m, b, mean)        moves the state of a block on and returns its denominator
-//   move(s, m, at, n, rate, decay)    moves n elements, each by its rate, from one on
+// Comes after sums.cpp and what loops.py writes: the types P, G, Scalars and Job, and out of the rule
+//   denominator(s, m, b, mean)                 moves the state of a block on and returns its denominator
+//   move(s, m, at, n, rates, decays, index)    moves n elements from `at` on, each by its rate; `index` is the first's
 
 namespace {
 
-// The mean square of gradients that count times `clip`: what undoes the scale of a loss.
-inline double mean(const Scalars& s, double squares, double count) { return squares / count * s.clip * s.clip; }
+inline double mean_square(const Job& m, int64_t b, double squares, double clip) {
+  return squares / m.counts[b] * clip * clip;
+}
 
-void step_rows(const Job& m) {
+void step_rows(const Job& m, const Range& part, double clip) {
   const Scalars s = *m.scalars;
-  const P* g = static_cast<const P*>(m.g);
-  #pragma omp for schedule(static) nowait
-  for (int64_t b = 0; b < m.rows; ++b) {
-    const double squares = row_squares<float>(g + b * m.columns, m.columns);
-    const float rate = float((m.row_step ? m.row_step[b] : s.step) / denominator(s, m, b, mean(s, squares, m.counts[b])));
-    move(s, m, b * m.columns, m.columns, Same{rate}, Same{m.row_decay ? m.row_decay[b] : s.decay});
+  for (int64_t b = part.begin / m.columns; b * m.columns < part.end; ++b) {
+    const double squares = row_squares<float>(static_cast<const G*>(m.g) + b * m.columns, m.columns);
+    const float own = float(rate(m, b) / denominator(s, m, b, mean_square(m, b, squares, clip)));
+    move(s, m, b * m.columns, m.columns, Same{own}, Same{decay(m, b)}, m.first + b * m.stride);
   }
 }
 
-void step_columns(const Job& m, double* groups, double* parts, float* rates, float* decays, double* sums) {
+void step_columns(const Team& team, const Job& m, double clip, double* groups, double* parts, float* rates,
+                  float* decays, double* sums) {
   const Scalars s = *m.scalars;
-  all_column_squares<float>(static_cast<const P*>(m.g), m.rows, m.columns, groups, parts);
-  if (m.block_of) {
-    #pragma omp single
-    {
-      std::fill(sums, sums + m.blocks, 0.0);
-      for (int64_t c = 0; c < m.columns; ++c) sums[m.block_of[c]] += added(parts, m.columns, c);
-      for (int64_t b = 0; b < m.blocks; ++b) sums[b] = denominator(s, m, b, mean(s, sums[b], m.counts[b]));
-    }
+  all_column_squares<float>(team, static_cast<const G*>(m.g), m.rows, m.columns, groups, parts);
+  if (m.block_of && team.thread == 0) {
+    std::fill(sums, sums + m.blocks, 0.0);
+    for (int64_t c = 0; c < m.columns; ++c) sums[m.block_of[c]] += added(team, parts, m.columns, c);
+    for (int64_t b = 0; b < m.blocks; ++b) sums[b] = denominator(s, m, b, mean_square(m, b, sums[b], clip));
   }
-  #pragma omp for schedule(static)
-  for (int64_t c = 0; c < m.columns; ++c) {
+  if (m.block_of) team.meet();
+  for (int64_t c = team.begin(m.columns, 16), last = team.end(m.columns, 16); c < last; ++c) {
     const double below = m.block_of ? sums[m.block_of[c]]
-                                    : denominator(s, m, c, mean(s, added(parts, m.columns, c), m.counts[c]));
-    rates[c] = float((m.row_step ? m.row_step[c] : s.step) / below);
-    decays[c] = m.row_decay ? m.row_decay[c] : s.decay;
+                                    : denominator(s, m, c, mean_square(m, c, added(team, parts, m.columns, c), clip));
+    rates[c] = float(rate(m, c) / below);
+    decays[c] = decay(m, c);
   }
-  const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
-  for (int64_t r = share(m.rows, t, threads); r < share(m.rows, t + 1, threads); ++r)
-    move<const float*, const float*>(s, m, r * m.columns, m.columns, rates, decays);
+  team.meet();
+  for (int64_t r = team.begin(m.rows, STREAMS), last = team.end(m.rows, STREAMS); r < last; ++r)
+    move<const float*, const float*>(s, m, r * m.columns, m.columns, rates, decays, m.first + r * m.stride);
 }
 
 }  // namespace
 
-// `sums`, `rates` and `decays` hold the most columns, or blocks, of any matrix; `groups` and `parts` as for `squares`.
-extern "C" void step(const Job* matrices, int64_t count, double* groups, double* parts, float* rates, float* decays,
-                     double* sums, int threads) {
+// `widest` is the most columns, or blocks of columns, of any matrix: `groups` and `parts` hold as many per thread, `rates`
+// twice as many, and `sums`; these two once more for what all threads do together.
+extern "C" void step(const int64_t* gradients, const float* values, double clip, Job* matrices, int64_t count, int64_t total,
+                      double* groups, double* parts, float* rates, double* sums, int64_t widest, int threads) {
+  begin_step(matrices, count, gradients, values);
   #pragma omp parallel num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
-    if (matrices[i].by_row)
-      step_rows(matrices[i]);
-    else
-      step_columns(matrices[i], groups, parts, rates, decays, sums);
+  {
+    const Team team = all_threads(), alone{0, 1};
+    float* common = rates + 2 * widest * team.threads;
+    for (const Job* m = matrices; m < matrices + count; ++m)
+      if (m->before < 0)
+        step_columns(team, *m, clip, groups, parts, common, common + widest, sums + widest * team.threads);
+    const int64_t own = widest * team.thread;
+    for (const Job* m = matrices; m < matrices + count; ++m) {
+      const int64_t n = m->rows * m->columns;
+      if (m->before < 0) continue;
+      const Range part(team, total, m->before, n, m->by_row ? m->columns : n);
+      if (part.begin >= part.end) continue;
+      if (m->by_row)
+        step_rows(*m, part, clip);
+      else
+        step_columns(alone, *m, clip, groups + own, parts + own, rates + 2 * own, rates + 2 * own + widest, sums + own);
+    }
   }
 }

@@ -1,11 +1,11 @@
-"""Our own kernels in C++, for the CPU: argument tables of the matrices of a step.
+"""Our own kernels in C++, for the CPU: all views of a step in one call per rule and types.
 
-Where nothing has to be known of all gradients before the first element moves (no collective, clipping or guard), a
-block is summed up and moved in one pass: a row while it is in the cache, and the gradient comes from memory once.
-Elsewhere the sums come first, and the elements are moved by steps per row.
+Where a view lies whole in this process, a block is summed up and moved in one pass: a row while it is in the cache, and
+the gradient comes from memory once. Elsewhere the sums come first, and the elements are moved by rates per block.
 """
 
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import loops
-from sharpwise.engine.backends.base import LEAST, Backend, Found, Spec, pays, row_step
-from sharpwise.engine.backends.loops import TYPES, Arguments, Kernel
+from sharpwise.engine.backends.base import Backend, Found, Spec, unavailable
+from sharpwise.engine.backends.launch import LaunchTable, index_refused
+from sharpwise.engine.backends.loops import TYPES, Form
 from sharpwise.engine.layout import Run
-from sharpwise.engine.options import Options
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
@@ -27,62 +27,6 @@ ONE_THREAD = 1 << 20
 """Elements up to which one thread may do it all: a position embedding, one block."""
 
 
-class LaunchTable:
-    """Arguments of kernels, which are called together. Tensors whose addresses it holds are kept until then."""
-
-    def __init__(self) -> None:
-        self._rows: dict[Kernel, list[Arguments]] = {}
-        self._kept: list[Tensor] = []
-
-    def launch(self) -> None:
-        """Call them."""
-        for kernel, rows in self._rows.items():
-            kernel(rows)
-
-    def add_blocks(self, view: ParamView, kernel: Kernel, runs: Sequence[Run], g: Tensor, scalars: StepScalars) -> None:
-        """A view with its block state."""
-        by_row, width, layout = view.dim == 1, view.shape[1], view.layout
-        rates = scalars.block_rate(view) if scalars.by_row(view) else None
-        factors = [rates, scalars.block_decay(view)]
-        for rows, blocks, size in runs:
-            start = rows.start * width if by_row else 0
-            n = blocks.stop - blocks.start
-            own = [None if f is None else f[blocks] for f in factors]
-            if not by_row and layout.block_of_row is not None:
-                own = [None if f is None else f[layout.block_of_row] for f in factors]  # per column
-            self._rows.setdefault(kernel, []).append(
-                [
-                    *(self._address(t, start) for t in (view.parameter(), g, *view.stored())),
-                    *(self._address(t, blocks.start) for t in view.blocks.values()),
-                    *([n, size * width, 1, n] if by_row else [*view.shape, 0, n]),
-                    self._address(layout.counts, blocks.start),
-                    self._address(None if by_row else layout.block_of_row),
-                    *(self._address(None if f is None else f.contiguous()) for f in own),
-                    self._address(scalars.numbers(view, kernel.scalars)),
-                ]
-            )
-
-    def add_elements(
-        self, view: ParamView, kernel: Kernel, g: Tensor, scalars: StepScalars, step: Tensor | None
-    ) -> None:
-        """The elements of a view."""
-        decay = scalars.row_decay(view)
-        self._rows.setdefault(kernel, []).append(
-            [
-                *(self._address(t) for t in (view.parameter(), g, *view.stored())),
-                *(*view.shape, view.dim, 0, 0, 0),
-                *(self._address(None if t is None else t.contiguous()) for t in (step, decay)),
-                self._address(scalars.numbers(view, kernel.scalars)),
-            ]
-        )
-
-    def _address(self, tensor: Tensor | None, start: int = 0) -> int:
-        if tensor is None:
-            return 0
-        self._kept.append(tensor)
-        return tensor.data_ptr() + start * tensor.element_size()
-
-
 class Cpp(Backend):
     """Loops written around the arithmetic of a rule, which is traced, and not written twice."""
 
@@ -91,6 +35,7 @@ class Cpp(Backend):
     def __init__(self) -> None:
         self._kernels: dict[Any, Any] = {}
         self._failures: dict[Any, str] = {}
+        self._tables: tuple[Any, Any, list[LaunchTable]] = (None, None, [])
 
     @property
     def built(self) -> int:
@@ -100,29 +45,33 @@ class Cpp(Backend):
         view = spec.view
         if view.device.type != "cpu":
             return f"not for {view.device.type}"
-        if reason := pays(spec):
+        if reason := unavailable(spec):
             return reason
-        if not spec.options.decoupled or spec.options.stochastic_rounding:
-            return "no stochastic rounding" if spec.options.decoupled else "no coupled decay"
         if view.rule.reductions:
             return "the rule looks at whole matrices"
-        if spec.grad != view.param.dtype:
-            return f"gradient in {str(spec.grad)[6:]}, parameter in {str(view.param.dtype)[6:]}"
-        if reason := _shape_refused(view):
+        if not view.contiguous or not view.numel:
+            return "not contiguous" if view.numel else "empty"
+        if spec.grad not in TYPES:
+            return f"fp32 and bf16 alone, not {str(spec.grad)[6:]}"
+        if reason := _types_refused([local(view.param), *view.stored()]):
             return reason
-        if self.sums_blocks(view, spec.options) or self._kernel(view, with_blocks=False) is not None:
+        if spec.options.stochastic_rounding and (reason := index_refused(view)):
+            return reason
+        view.kept["cpp", spec.grad] = spec
+        if self.sums_blocks(spec) or self._kernel(_form(spec, False)) is not None:
             return ""
-        return self._failures[_key(view, False)]
+        return self._failures[_form(spec, False)]
 
-    def sums_blocks(self, view: ParamView, options: Options) -> bool:
-        return not options.guarded and bool(self._one_pass(view))
+    def sums_blocks(self, spec: Spec) -> bool:
+        return bool(self._one_pass(spec))
 
-    def _one_pass(self, view: ParamView) -> Sequence[Run]:
+    def _one_pass(self, spec: Spec) -> Sequence[Run]:
         """The runs of a view that moves in one pass; none if it does not, or has too little for all threads."""
+        view = spec.view
         if not view.rule.has_blocks:
             return ()
         threads = torch.get_num_threads()
-        key = "one pass", threads
+        key = "one pass", threads, spec.grad
         if key not in view.kept:
             runs = runs_of(view) if not _types_refused(list(view.blocks.values())) else []
             # Threads share blocks of rows, or rows of columns by the eight.
@@ -130,27 +79,47 @@ class Cpp(Backend):
             shared = blocks if view.dim == 1 else view.shape[0] // 8
             serial = shared < 2 * threads and view.numel > ONE_THREAD
             # Built here, as the number of threads may change between two steps.
-            serial = serial and self._kernel(view, with_blocks=False) is not None
-            view.kept[key] = [] if serial or not runs or self._kernel(view, with_blocks=True) is None else runs
+            serial = serial and self._kernel(_form(spec, False)) is not None
+            view.kept[key] = [] if serial or not runs or self._kernel(_form(spec, True)) is None else runs
         found: Sequence[Run] = view.kept[key]
         return found
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
-        if scalars.ok is not True and not bool(scalars.ok):  # of gradients on a device, beside these on the CPU
-            return
-        table = LaunchTable()
-        for view, g in zip(views, grads, strict=True):
-            if view.rule.has_blocks and id(view) not in found.rates:
-                kernel, runs = self._kernel(view, with_blocks=True), self._one_pass(view)
-                table.add_blocks(view, kernel, runs, view.rows_of(g), scalars)
-            else:
-                kernel = self._kernel(view, with_blocks=False)
-                table.add_elements(view, kernel, view.rows_of(g), scalars, row_step(view, scalars, found))
-        table.launch()
+        if scalars.ok is not True and not bool(scalars.ok_of(views[0])):
+            return  # another device has the gradient that is not finite
+        own = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        addresses = array("q", [g.data_ptr() for g in own])
+        for table in self._tables_of(views, own, scalars, found):
+            table.launch(addresses, scalars, found)
+
+    def _tables_of(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found
+    ) -> list[LaunchTable]:
+        """The argument tables of some views, the same ones as long as the same views share their scalars."""
+        stamp = scalars.partition(views), torch.get_num_threads()
+        if self._tables[0] is views and self._tables[1] == stamp:
+            return self._tables[2]
+        together: dict[Any, list[tuple[int, ParamView]]] = {}
+        runs: dict[int, Sequence[Run]] = {}
+        for i, (view, g) in enumerate(zip(views, grads, strict=True)):
+            spec: Spec = view.kept["cpp", g.dtype]
+            with_blocks = view.rule.has_blocks and id(view) not in found.rates
+            if with_blocks:
+                runs[id(view)] = self._one_pass(spec)
+            together.setdefault(self._kernel(_form(spec, with_blocks)), []).append((i, view))
+        tables = [LaunchTable(kernel, own, runs, found.rates, scalars) for kernel, own in together.items()]
+        self._tables = views, stamp, tables
+        return tables
+
+    def total(self, tensors: Sequence[Tensor], exact: bool) -> float | None:
+        """The sum of all squares of contiguous tensors of `TYPES`; None if there is no kernel."""
+        kernel = self._build("squares", loops.Squares)
+        found: float | None = None if kernel is None else kernel.total(tensors, exact)
+        return found
 
     def row_squares(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool) -> list[Tensor | None]:
         """Sums of g*g over a dimension of matrices, fp64; None of those that it does not take."""
-        own = [i for i, g in enumerate(matrices) if not _matrix_refused(g) and g.numel() >= LEAST]
+        own = [i for i, g in enumerate(matrices) if not _matrix_refused(g)]
         kernel = self._build("squares", loops.Squares) if own else None
         found: list[Tensor | None] = [None] * len(matrices)
         if kernel is not None:
@@ -159,15 +128,9 @@ class Cpp(Backend):
                 found[i] = values
         return found
 
-    def _kernel(self, view: ParamView, with_blocks: bool) -> Any:
-        """The kernel of a view, None if it cannot be built; see `loops.Kernel`."""
-        key, rule = _key(view, with_blocks), view.rule
-        if key not in self._kernels:
-            names = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
-            self._build(
-                key, lambda: loops.Kernel(rule, view.param.dtype, _types(view, with_blocks), names, with_blocks)
-            )
-        return self._kernels[key]
+    def _kernel(self, form: Form) -> Any:
+        """The kernel of a form, None if it cannot be built; see `loops.Kernel`."""
+        return self._build(form, lambda: loops.Kernel(form))
 
     def _build(self, key: Any, build: Callable[[], Any]) -> Any:
         if key not in self._kernels:
@@ -176,20 +139,27 @@ class Cpp(Backend):
             except Exception as error:  # whatever the compiler's driver raises: there is another back end
                 self._kernels[key] = None
                 reason = str(error).split("\n")[0]
-                known = f"building a kernel failed: {reason}"
-                level = logging.DEBUG if known in self._failures.values() else logging.WARNING
-                logger.log(level, "building a loop of the step failed, going on without: %s", reason)
-                self._failures[key] = known
+                if not isinstance(error, NotImplementedError):
+                    reason = f"building a kernel failed: {reason}"
+                    level = logging.DEBUG if reason in self._failures.values() else logging.WARNING
+                    logger.log(level, "%s; going on without", reason)
+                self._failures[key] = reason
         return self._kernels[key]
 
 
-def _key(view: ParamView, with_blocks: bool) -> Any:
-    return view.rule, view.param.dtype, tuple(_types(view, with_blocks).items()), with_blocks
-
-
-def _types(view: ParamView, with_blocks: bool) -> dict[str, torch.dtype]:
+def _form(spec: Spec, with_blocks: bool) -> Form:
+    view, options = spec.view, spec.options
     kinds = ("element", "block") if with_blocks else ("element",)
-    return {name: view.own[name].dtype for k in kinds for name, kind in view.rule.state.items() if kind == k}
+    state = tuple((name, view.own[name].dtype) for k in kinds for name, kind in view.rule.state.items() if kind == k)
+    return Form(
+        view.rule,
+        view.param.dtype,
+        spec.grad,
+        state,
+        with_blocks,
+        coupled=not options.decoupled,
+        stochastic=options.stochastic_rounding,
+    )
 
 
 def runs_of(view: ParamView) -> list[Run]:
@@ -201,16 +171,6 @@ def runs_of(view: ParamView) -> list[Run]:
         return [Run(slice(0, view.shape[1]), slice(0, len(layout.counts)), 1)]
     runs = [where for where in layout.gathers if isinstance(where, Run)]
     return runs if len(runs) == len(layout.gathers) else []
-
-
-def _shape_refused(view: ParamView) -> str:
-    if not view.contiguous:
-        return "not contiguous"
-    if len(view.shape) != 2 or min(view.shape) < 2 or view.numel < LEAST:
-        return f"a vector, or fewer than {LEAST:,} elements"
-    if view.copied:
-        return "state is not contiguous"
-    return _types_refused([local(view.param), *view.stored()])
 
 
 def _types_refused(tensors: Sequence[Tensor]) -> str:

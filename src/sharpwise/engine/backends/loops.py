@@ -8,7 +8,9 @@ and put into the loop.
 import ctypes
 import os
 import stat
+from array import array
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from sharpwise.rules.base import Rule
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # inductor's are the other way round
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """What can be read and written; the arithmetic is fp32."""
-_OURS = ("step", "decay", "clip")
+_OURS = ("clip", "weight_decay")
 _aten = torch.ops.aten
 _COMPARED = {"ne": "!=", "eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 CPP = Language(
@@ -48,11 +50,12 @@ CPP = Language(
 
 
 class Squares:
-    """Sums of squares of matrices. Raises whatever building the library raises."""
+    """Sums of squares of tensors. Raises whatever building the library raises."""
 
     def __init__(self) -> None:
         self.source = _text("sums") + _text("squares")
         self._library = _built(self.source)
+        self._library.total.restype = ctypes.c_double
 
     def __call__(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool = False) -> list[Tensor]:
         """Sums of g*g over dimension 1 or 0 of contiguous matrices [rows, columns] of `TYPES`, as fp64 vectors.
@@ -61,21 +64,63 @@ class Squares:
         """
         function = self._library.exact_squares if exact else self._library.squares
         sizes = [g.shape[1 - dim] for g, dim in zip(matrices, dims, strict=True)]
-        sums = _empty(sum(sizes), torch.float64)
+        sums = empty(sum(sizes), torch.float64)
         table, out = [], sums.data_ptr()
         for g, dim, n in zip(matrices, dims, sizes, strict=True):
             table += [g.data_ptr(), *g.shape, dim, g.dtype == torch.bfloat16, out]
             out += 8 * n
         widest = max((n for n, dim in zip(sizes, dims, strict=True) if dim == 0), default=0)
-        _run(function, table, len(matrices), _per_thread(widest))
+        threads = torch.get_num_threads()
+        scratch = [empty(widest * threads, torch.float64) for _ in range(2)]
+        arguments = torch.tensor(table, dtype=torch.int64, device="cpu")
+        function(_at(arguments), ctypes.c_int64(len(matrices)), *map(_at, scratch), threads)
         return list(sums.split(sizes))
 
+    def total(self, tensors: Sequence[Tensor], exact: bool = False) -> float:
+        """The sum of all squares of contiguous tensors of `TYPES`."""
+        table, before = [], 0
+        for g in tensors:
+            n = g.numel()
+            table += [g.data_ptr(), n, before, g.dtype == torch.bfloat16]
+            before += n
+        arguments = array("q", table)
+        sizes = ctypes.c_int64(len(tensors)), ctypes.c_int64(before), int(exact), threads_for(before)
+        found: float = self._library.total(ctypes.c_void_p(arguments.buffer_info()[0]), *sizes)
+        return found
 
-Arguments = Sequence[int]
-"""Arguments of a `Kernel` for one matrix. Addresses of: parameter, gradient, element state, block state; numbers: rows,
-columns, 1 if rows have a number each (0: columns), blocks; addresses of: elements per block, fp64; the block of each
-column, int64 (0: each is one); steps and factors on the parameter, per row or column, fp32 (0: `step` and `decay` for
-all); `scalars`, fp32."""
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel depends on.
+
+    Attributes:
+        param, grad: dtypes; state: of each state tensor, by name.
+        with_blocks: block state included. Rows are blocks then, columns are or make up blocks, and their denominators
+            are worked into the step. Else rates per row are all that is known of blocks.
+        coupled: decay is added to the gradient; stochastic: bf16 is rounded by hash.
+    """
+
+    rule: Rule
+    param: torch.dtype
+    grad: torch.dtype
+    state: tuple[tuple[str, torch.dtype], ...]
+    with_blocks: bool = False
+    coupled: bool = False
+    stochastic: bool = False
+
+
+NUMBERS = (
+    *("owner", "offset", "rows", "columns", "by_row", "before"),
+    *("rates_at", "rate_stride", "decays_at", "scalars_at", "first", "stride", "key", "blocks"),
+)
+"""What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
+if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
+where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
+where its factors of decay and the scalars are; the global number of its first element, from row to row; the key of its
+noise; blocks of columns."""
+TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
+"""And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
+rates are (0: the first); `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
 
 
 class Kernel:
@@ -83,49 +128,55 @@ class Kernel:
 
     A library is built once per source, whatever the rule that it was written for.
 
-    Args:
-        types: of the parameter and its gradient, and of each state tensor, by name.
-        scalars: names of the rule's own.
-        with_blocks: block state included. Rows are blocks then, columns are or make up blocks, and their denominators
-            and the factors per row are worked into the step. Else a step per row is all that is known of blocks.
+    Attributes:
+        tensors: names of the tensors whose addresses it takes, `p` and `g` first; then come `NUMBERS` and `TABLES`.
+        scalars: names of those that it takes.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        param: torch.dtype,
-        types: Mapping[str, torch.dtype],
-        scalars: Sequence[str],
-        with_blocks: bool,
-    ) -> None:
-        self.scalars = (*scalars, *_OURS)
-        self._shape = 2 + len(types)
-        program = Program.of(rule, scalars)
-        text = _text("blocks" if with_blocks else "elements")
-        self.source = _text("sums") + _written(program, param, types, with_blocks) + text
+    def __init__(self, form: Form) -> None:
+        program = Program.of(form.rule, coupled=form.coupled)
+        state = (*program.elements, *(program.blocks if form.with_blocks else ()))
+        self.tensors = ("p", "g", *(f"state.{name}" for name in state))
+        self.scalars = (*program.scalars, *_OURS)
+        self.width = len(self.tensors) + len(NUMBERS) + len(TABLES)
+        text = _text("blocks" if form.with_blocks else "elements")
+        self.source = _text("sums") + _written(program, form) + text
         self._call = _built(self.source).step
 
-    def __call__(self, matrices: Sequence[Arguments]) -> None:
-        """Move matrices, and their state."""
-        shapes = [own[self._shape : self._shape + 4] for own in matrices]
-        widest = max((max(columns, n) for _, columns, by_row, n in shapes if not by_row), default=0)
-        own = [_empty(widest, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
-        _run(self._call, [n for own in matrices for n in own], len(matrices), _per_thread(widest) + own)
+    def call(self, table: Tensor, total: int, widest: int, threads: int) -> Callable[[int, int, float], Any]:
+        """What moves matrices, and their state, when it is given addresses of gradients (int64 by number), of the
+        values of the step (fp32), and the factor on the gradients.
+
+        Args:
+            table: int64 [matrices, width]; it is written to.
+            total: elements of those for which threads do not meet.
+            widest: the most columns, or blocks of columns, of any whose columns have rates.
+        """
+        scratch = [empty(widest * threads, torch.float64), empty(widest * threads, torch.float64)]
+        scratch += [empty(2 * widest * (threads + 1), torch.float32), empty(widest * (threads + 1), torch.float64)]
+        fixed = (_at(table), ctypes.c_int64(len(table)), ctypes.c_int64(total), *map(_at, scratch))
+        sizes, function = (ctypes.c_int64(widest), ctypes.c_int(threads)), self._call
+        function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double]
+
+        def move(gradients: int, values: int, clip: float) -> None:
+            function(gradients, values, clip, *fixed, *sizes)
+
+        move.scratch = scratch  # type: ignore[attr-defined]  # which lives as long
+        return move
 
 
-def _run(function: Callable[..., Any], table: Sequence[int], count: int, scratch: Sequence[Tensor]) -> None:
-    arguments = torch.tensor(table, dtype=torch.int64, device="cpu")
-    addresses = [ctypes.c_void_p(t.data_ptr()) for t in scratch]
-    function(ctypes.c_void_p(arguments.data_ptr()), ctypes.c_int64(count), *addresses, torch.get_num_threads())
+def threads_for(elements: int) -> int:
+    """How many threads so many elements are worth."""
+    return 1 if elements < 1 << 16 else torch.get_num_threads()
 
 
-def _per_thread(columns: int) -> list[Tensor]:
-    n = columns * torch.get_num_threads()
-    return [_empty(n, torch.float64) for _ in range(2)]
+def empty(n: int, dtype: torch.dtype) -> Tensor:
+    """A vector on the CPU, whatever the defaults are."""
+    return torch.empty(n, dtype=dtype, device="cpu")
 
 
-def _empty(n: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(n, dtype=dtype, device="cpu")  # whatever the defaults are
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _text(name: str) -> str:
@@ -167,36 +218,57 @@ def _own_folder() -> Path:
     return folder
 
 
-def _written(program: Program, param: torch.dtype, types: Mapping[str, torch.dtype], with_blocks: bool) -> str:
+def _written(program: Program, form: Form) -> str:
     """What blocks.cpp and elements.cpp need to know of a rule."""
-    elements, blocks, scalars = program.elements, program.blocks if with_blocks else (), program.scalars
+    elements, blocks = program.elements, program.blocks if form.with_blocks else ()
+    types = {"p": form.param, "g": form.grad, **{_named(name): dtype for name, dtype in form.state}}
+    names = ["p", *map(_named, elements)]
     inputs = {"p": "load(p + i)", "g": "load(g + i)", "rate": "rates[i]", "decay": "decays[i]", "clip": "s.clip"}
-    inputs |= {f"state.{name}": f"load({_named(name)} + i)" for name in elements}
-    moved, values = program.move.printed(CPP, inputs | _scalars(program))
-    kinds = {name: TYPES[dtype] for name, dtype in types.items()}
-    pointers = [_pointer("p", "P", "at"), _pointer("g", "P", "at")]
-    pointers += [_pointer(_named(name), kinds[name], "at") for name in elements]
+    inputs |= {"weight_decay": "s.weight_decay", **{f"state.{name}": f"load({_named(name)} + i)" for name in elements}}
+    moved, values = program.move.printed(CPP, inputs | _scalars(program), "    ")
+    noisy = [form.stochastic and types[name] == torch.bfloat16 for name in names]
+    keys = [f"  const uint32_t key{i} = mix(uint32_t(m.key) + {i});\n" for i, noise in enumerate(noisy) if noise]
+    stores = [
+        f"    store({name} + i, {value}{f', uint64_t(index + i), key{k}' if noise else ''});"
+        for k, (name, value, noise) in enumerate(zip(names, values.values(), noisy, strict=True))
+    ]
+    pointers = "".join(_pointer(name, TYPES[types[name]], "at", name == "g") for name in ["p", "g", *names[1:]])
+    phase = _denominator(program, {name: TYPES[types[_named(name)]] for name in blocks}) if blocks else ""
     return f"""
-using P = {TYPES[param]};
-struct Scalars {{ float {", ".join([*map(_named, scalars), *_OURS])}; }};
+using P = {TYPES[form.param]};
+using G = {TYPES[form.grad]};
+struct Scalars {{ float {", ".join([*map(_named, program.scalars), *_OURS])}; }};
 struct Job {{
   void {", ".join(f"*{name}" for name in ["p", "g", *map(_named, elements), *map(_named, blocks)])};
-  int64_t rows, columns, by_row, blocks;
+  int64_t {", ".join(NUMBERS)};
+  const float* rates;
+  const int64_t* rate_of;
+  const float* decays;
+  const int64_t* decay_of;
+  const Scalars* scalars;
   const double* counts;
   const int64_t* block_of;
-  const float *row_step, *row_decay;
-  const Scalars* scalars;
 }};
-template <typename Rates, typename Decays>
-inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays) {{
-{"".join(pointers)}
-  #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {{
-{moved}
-{_stores(["p", *map(_named, elements)], list(values.values()), " + i")}
+// Completes what the table tells by what is of this step alone.
+inline void begin_step(Job* jobs, int64_t count, const int64_t* gradients, const float* values) {{
+  for (Job* m = jobs; m < jobs + count; ++m) {{
+    m->g = reinterpret_cast<G*>(gradients[m->owner]) + m->offset;
+    if (m->rates_at >= 0) m->rates = values + m->rates_at;
+    m->decays = values + m->decays_at;
+    m->scalars = reinterpret_cast<const Scalars*>(values + m->scalars_at);
   }}
 }}
-{_denominator(program, kinds) if with_blocks else ""}
+inline float rate(const Job& m, int64_t r) {{ return m.rates[m.rate_of ? m.rate_of[r] : r * m.rate_stride]; }}
+inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.decay_of[r] : 0]; }}
+template <typename Rates, typename Decays>
+inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays, int64_t index) {{
+{pointers}{"".join(keys)}  #pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {{
+{moved}
+{chr(10).join(stores)}
+  }}
+}}
+{phase}
 """
 
 
@@ -205,10 +277,12 @@ def _denominator(program: Program, kinds: Mapping[str, str]) -> str:
     inputs = {"mean": "mean", **{f"state.{name}": f"load({_named(name)})" for name in program.blocks}}
     worked_out, values = program.phase.printed(CPP, inputs | _scalars(program))
     below, *new = values.values()
+    stores = [f"  store({_named(name)}, {value});" for name, value in zip(program.blocks, new, strict=True)]
+    pointers = "".join(_pointer(_named(name), kinds[name], "b") for name in program.blocks)
     return f"""
 inline double denominator(const Scalars& s, const Job& m, int64_t b, double mean) {{
-{"".join(_pointer(_named(name), kinds[name], "b") for name in program.blocks)}{worked_out}
-{_stores([*map(_named, program.blocks)], new, "")}
+{pointers}{worked_out}
+{chr(10).join(stores)}
   return {below};
 }}
 """
@@ -222,9 +296,6 @@ def _named(name: str) -> str:
     return f"{name}_"  # none of ours ends so
 
 
-def _pointer(name: str, kind: str, at: str) -> str:
+def _pointer(name: str, kind: str, at: str, constant: bool = False) -> str:
+    kind = f"const {kind}" if constant else kind
     return f"  {kind}* __restrict__ {name} = static_cast<{kind}*>(m.{name}) + {at};\n"
-
-
-def _stores(names: Sequence[str], values: Sequence[str], at: str) -> str:
-    return "\n".join(f"  store({name}{at}, {value});" for name, value in zip(names, values, strict=True))

@@ -15,7 +15,7 @@ from sharpwise.engine.backends.base import Backend, Found, Spec, row_step
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView, compute_dtype
 from sharpwise.rules.base import Rule, add
-from sharpwise.storage.dense import mix, round_to
+from sharpwise.storage.dense import mix, round_to, step_key
 
 CHUNK = 1 << 22
 """Elements per call: temporaries stay below 16 MiB, and tensors up to this size round exactly as torch's do."""
@@ -103,7 +103,7 @@ def _keys(views: Sequence[ParamView], t: Any) -> Tensor:
     names = torch.tensor([view.key for view in views], dtype=torch.int64, device="cpu")
     names = names.to(views[0].device, non_blocking=True)
     step = t.long() if isinstance(t, Tensor) else int(t)
-    key: Tensor = (names + (step * 0x9E3779B1 + int(views[0].group["seed"]) * 0x85EBCA6B)) & 0xFFFFFFFF
+    key: Tensor = (names + step_key(step, int(views[0].group["seed"]))) & 0xFFFFFFFF
     return key.view(-1, 1)
 
 

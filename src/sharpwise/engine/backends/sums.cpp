@@ -1,5 +1,5 @@
-// What our loops have in common: reading and writing numbers, and sums of squares of a row or of columns. In C++17, which
-// is what torch 2.11 has its compiler read.
+// What our loops have in common: reading and writing numbers, sums of squares of a row or of columns, and what of all
+// there is to do a thread does. In C++17, which is what torch 2.11 has its compiler read.
 //
 // They take lists of matrices: a loop leaves nothing of its caller in the cache, and what the caller does between two of
 // them takes several times as long.
@@ -21,6 +21,20 @@ inline void store(float* x, float value) { *x = value; }
 inline void store(bfloat16* x, float value) {  // the nearest, of two the even one
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   x->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Stochastic rounding: see storage/dense.py, whose 32-bit numbers wrap by themselves here.
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x21F0AAADu;
+  x = (x ^ (x >> 15)) * 0x735A2D97u;
+  return x ^ (x >> 15);
+}
+inline void store(bfloat16* x, float value, uint64_t index, uint32_t key) {
+  const uint32_t noise = mix(uint32_t(index) ^ key ^ uint32_t(index >> 32) * 0x5BD1E995u) & 0xffff;
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  const bool finite = (bits & 0x7f800000) != 0x7f800000;
+  const uint16_t rounded = uint16_t((bits + noise) >> 16), other = value != value ? 0x7fc0 : uint16_t(bits >> 16);
+  x->bits = finite ? rounded : other;
 }
 
 inline float sign(float x) { return float((x > 0) - (x < 0)); }  // as torch's, of NaN too
@@ -99,17 +113,40 @@ struct Same {  // one number for all
   float operator[](int64_t) const { return value; }
 };
 
-// Where the rows of thread `t` begin.
-inline int64_t share(int64_t rows, int64_t t, int64_t threads) {
-  return std::min(rows, (rows + STREAMS - 1) / STREAMS * t / threads * STREAMS);
-}
+// Threads that work on one matrix: all, or one by itself.
+struct Team {
+  int64_t thread, threads;
+  void meet() const {
+    if (threads > 1) {
+      #pragma omp barrier
+    }
+  }
+  // Where the part of a thread begins, of `n` things by the `unit`.
+  int64_t begin(int64_t n, int64_t unit, int64_t of) const { return std::min(n, (n + unit - 1) / unit * of / threads * unit); }
+  int64_t begin(int64_t n, int64_t unit) const { return begin(n, unit, thread); }
+  int64_t end(int64_t n, int64_t unit) const { return begin(n, unit, thread + 1); }
+};
 
-// For all threads to call: sums over the rows, in parts that `added` adds up, as [threads][columns].
+inline Team all_threads() { return {omp_get_thread_num(), omp_get_num_threads()}; }
+
+// What of a list of `total` elements, of which those of a tensor of `n` come after `before`, a thread takes: whole units.
+struct Range {
+  int64_t begin, end;
+  Range(const Team& team, int64_t total, int64_t before, int64_t n, int64_t unit) {
+    const int64_t first = int64_t(double(total) * team.thread / team.threads) - before;
+    const int64_t last = team.thread + 1 == team.threads ? n : int64_t(double(total) * (team.thread + 1) / team.threads) - before;
+    begin = up(first, n, unit), end = up(last, n, unit);
+  }
+  static int64_t up(int64_t at, int64_t n, int64_t unit) {
+    return at <= 0 ? 0 : at >= n ? n : std::min(n, (at + unit - 1) / unit * unit);
+  }
+};
+
+// For all of a team to call: sums over the rows, in parts that `added` adds up, as [threads][columns].
 template <typename A, typename T>
-void all_column_squares(const T* x, int64_t rows, int64_t columns, double* groups, double* parts) {
-  const int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
-  const int64_t begin = share(rows, t, threads), end = share(rows, t + 1, threads);
-  double *group = groups + t * columns, *sums = parts + t * columns;
+void all_column_squares(const Team& team, const T* x, int64_t rows, int64_t columns, double* groups, double* parts) {
+  const int64_t begin = team.begin(rows, STREAMS), end = team.end(rows, STREAMS);
+  double *group = groups + team.thread * columns, *sums = parts + team.thread * columns;
   std::fill(sums, sums + columns, 0.0);
   column_squares(x + begin * columns, end - begin, columns, reinterpret_cast<A*>(group), sums);
   if constexpr (OVERFLOWS<A>)
@@ -117,12 +154,12 @@ void all_column_squares(const T* x, int64_t rows, int64_t columns, double* group
       std::fill(sums, sums + columns, 0.0);
       column_squares(x + begin * columns, end - begin, columns, group, sums);
     }
-  #pragma omp barrier
+  team.meet();
 }
 
-inline double added(const double* parts, int64_t columns, int64_t c) {
+inline double added(const Team& team, const double* parts, int64_t columns, int64_t c) {
   double total = 0;
-  for (int64_t t = 0; t < omp_get_num_threads(); ++t) total += parts[t * columns + c];
+  for (int64_t t = 0; t < team.threads; ++t) total += parts[t * columns + c];
   return total;
 }
 

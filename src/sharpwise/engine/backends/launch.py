@@ -1,0 +1,203 @@
+"""Argument tables of the C++ kernels: what a step tells them of every tensor, kept from one step to the next.
+
+Only addresses of gradients, the scalars of the step and what sums over blocks gave are written anew.
+"""
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpwise.engine.backends.base import Found
+from sharpwise.engine.backends.loops import NUMBERS, TABLES, Kernel, threads_for
+from sharpwise.engine.layout import Run
+from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.view import ParamView
+from sharpwise.shards import local
+from sharpwise.storage.dense import step_key
+
+TOGETHER = 1 << 16
+"""Elements of columns from which it pays that all threads meet over one matrix."""
+
+
+class LaunchTable:
+    """Arguments of one kernel for some views.
+
+    Args:
+        views: with numbers by which their gradients are found.
+        runs: of those whose blocks the kernel sums up.
+        by_block: those whose rates are found per block, by id.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        views: Sequence[tuple[int, ParamView]],
+        runs: Mapping[int, Sequence[Run]],
+        by_block: Mapping[int, Any],
+        scalars: StepScalars,
+    ) -> None:
+        self.kernel = kernel
+        self._of_name = {name: i for i, name in enumerate((*kernel.tensors, *NUMBERS, *TABLES))}
+        self._rows: list[list[int]] = []
+        self._classes: list[ParamView] = []  # one view of each that share their scalars
+        self._class: dict[Any, int] = {}
+        self._places: list[tuple[int, int, int]] = []  # of their scalars, rates and decays among the values of a step
+        self._kept: list[Tensor] = []
+        self._found: list[tuple[int, int, int]] = []  # rows whose rates are those of a view by id, from one on
+        self._of_class: list[int] = []
+        self._size = self.total = self.elements = self.widest = 0
+        for number, view in views:
+            own = self._class_of(view, scalars)
+            for row in self._matrices(view, runs.get(id(view), ()), id(view) in by_block, scalars.stochastic):
+                row |= dict(zip(("scalars_at", "rates_at", "decays_at"), self._places[own], strict=True))
+                if id(view) in by_block:
+                    self._found.append((len(self._rows), id(view), row["rates"]))
+                    row["rates_at"] = -1
+                row["owner"] = number
+                self._rows.append([row.get(name, 0) for name in self._of_name])
+                self._of_class.append(own)
+        self._finish(views)
+
+    # -- built once ------------------------------------------------------------------------------------------------
+
+    def _class_of(self, view: ParamView, scalars: StepScalars) -> int:
+        key = scalars.key(view)
+        if key not in self._class:
+            self._class[key] = len(self._classes)
+            self._classes.append(view)
+            of_rule, segments = len(self.kernel.scalars), len(view.segments)
+            self._places.append((self._size, self._size + of_rule, self._size + of_rule + segments))
+            self._size += of_rule + 2 * segments
+        return self._class[key]
+
+    def _matrices(self, view: ParamView, runs: Sequence[Run], by_block: bool, stochastic: bool) -> list[dict[str, int]]:
+        """A view as matrices, in the words of the kernel."""
+        layout, by_row = view.layout, view.dim == 1 and len(view.shape) == 2
+        first, stride = first_index(view)
+        shape, segments = (view.shape[-2], view.shape[-1]), layout.segment_of_row
+        if runs and by_row:
+            found = []
+            for rows, blocks, size in runs:
+                start, n = rows.start * shape[1], blocks.stop - blocks.start
+                row = self._row(view, start, (n, size * shape[1]), True)
+                row |= {"first": first + start, "stride": size * shape[1], "blocks": n}
+                row |= {f"state.{name}": self._address(t, blocks.start) for name, t in view.blocks.items()}
+                row["counts"] = self._address(layout.counts, blocks.start)
+                found.append(row | self._by_line(view, layout.segment_of_block, blocks.start))
+            return found
+        if runs:
+            row = self._row(view, 0, shape, False, together=view.numel >= TOGETHER)
+            row |= {"first": first, "stride": stride, "blocks": view.n_blocks}
+            row |= {f"state.{name}": self._address(t) for name, t in view.blocks.items()}
+            row |= {"counts": self._address(layout.counts), "block_of": self._address(layout.block_of_row)}
+            return [row | self._by_line(view, segments)]
+        if view.uniform and not by_block and not (stochastic and scattered(view)):
+            return [self._row(view, 0, (1, view.numel), True) | {"first": first}]
+        if by_row and shape[1] == 1:
+            shape, by_row = (1, shape[0]), False  # numbers with rates of their own
+        found = []
+        for copy in range(view.numel // (shape[0] * shape[1])):
+            row = self._row(view, copy * shape[0] * shape[1], shape, by_row)
+            row |= {"first": first + copy * shape[0] * stride, "stride": stride}
+            row |= self._by_line(view, segments, copy * shape[1])
+            if by_block:
+                owner = self._address(layout.block_of_row, copy * shape[1])
+                row |= {"rate_of": owner, "rate_stride": 1, "rates": 0 if owner else copy * shape[1]}
+            found.append(row)
+        return found
+
+    def _by_line(self, view: ParamView, segments: Tensor | None, start: int = 0) -> dict[str, int]:
+        """Rates and decays of rows or columns by their segments."""
+        of = 0 if view.uniform else self._address(segments, start)
+        return {"rate_of": of, "decay_of": of}
+
+    def _row(
+        self, view: ParamView, start: int, shape: tuple[int, int], by_row: bool, together: bool = False
+    ) -> dict[str, int]:
+        rows, size = view.layout.rows, shape[0] * shape[1]
+        before = -1 if together else self.total
+        if not by_row:
+            self.widest = max(self.widest, shape[1], view.n_blocks)
+        self.total += 0 if together else size
+        self.elements += size
+        names = [f"state.{name}" for name, kind in view.rule.state.items() if kind == "element"]
+        tensors = zip(("p", *names), (view.parameter(), *view.stored()), strict=True)
+        skipped = rows.start * view.shape[1] if isinstance(rows, slice) else 0
+        numbers = {"rows": shape[0], "columns": shape[1], "by_row": by_row, "before": before}
+        return {**{n: self._address(t, start) for n, t in tensors}, **numbers, "offset": skipped + start}
+
+    def _address(self, tensor: Tensor | None, start: int = 0) -> int:
+        if tensor is None:
+            return 0
+        self._kept.append(tensor)
+        return tensor.data_ptr() + start * tensor.element_size()
+
+    def _finish(self, views: Sequence[tuple[int, ParamView]]) -> None:
+        """The table itself."""
+        self.table = torch.tensor(self._rows, dtype=torch.int64, device="cpu").view(-1, self.kernel.width)
+        by_number = dict(views)
+        names = [by_number[row[self._of_name["owner"]]].key for row in self._rows]
+        self._names, self._class_of_row = (
+            torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (names, self._of_class)
+        )
+        self._move = self.kernel.call(self.table, self.total, self.widest, threads_for(self.elements))
+
+    # -- at every step ---------------------------------------------------------------------------------------------
+
+    def launch(self, gradients: "array[int]", scalars: StepScalars, found: Found) -> None:
+        """Move the views.
+
+        Args:
+            gradients: addresses of those of all views of the step, which are contiguous.
+        """
+        values: list[Any] = []
+        for view in self._classes:
+            named, rows = scalars.named(view), scalars.rows(view)
+            values += [named[n] if n in named else _OFF[n] for n in self.kernel.scalars]
+            values += [row.rate for row in rows]
+            values += [row.decay for row in rows]
+        if scalars.stochastic:
+            keys = [int(step_key(scalars.t(view), view.group["seed"])) for view in self._classes]
+            own = torch.tensor(keys, dtype=torch.int64, device="cpu")[self._class_of_row]
+            self.table[:, self._of_name["key"]] = (self._names + own) & 0xFFFFFFFF
+        kept = []
+        for row, view_id, start in self._found:
+            kept.append(found.rates[view_id].float().contiguous())
+            self.table[row, self._of_name["rates"]] = kept[-1].data_ptr() + 4 * start
+        numbers = array("f", values)
+        clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
+        self._move(gradients.buffer_info()[0], numbers.buffer_info()[0], clip)
+
+
+_OFF = {"clip": 1.0, "weight_decay": 0.0}
+
+
+def scattered(view: ParamView) -> bool:
+    """Whether elements that are neighbours here are none in the whole parameter."""
+    return tuple(view.param.shape)[1:] != tuple(local(view.param).shape)[1:]
+
+
+def first_index(view: ParamView) -> tuple[int, int]:
+    """The global number of the first element of a view, and how far its rows are apart; see `index_refused`."""
+    shape, offset = view.param.shape, view.shard.offset
+    first, size = 0, 1
+    for n, start in zip(reversed(shape), reversed(offset), strict=True):
+        first += start * size
+        size *= n
+    rows = view.layout.rows
+    stride = 1
+    if len(shape) > 1:
+        by_row = view.dim == 1 and len(view.shape) == 2
+        stride = math.prod(shape[view.segments[0].dim + 1 :]) if by_row else int(shape[-1])
+    return first + (rows.start * stride if isinstance(rows, slice) else 0), stride
+
+
+def index_refused(view: ParamView) -> str:
+    """Why the global numbers of its elements are not those of equally spaced rows, or ""."""
+    inner = zip(view.param.shape[1:], local(view.param).shape[1:], strict=True)
+    cut = view.param.dim() > 2 and any(whole != own for whole, own in inner)
+    return "stochastic rounding of a shard that is cut inside" if cut else ""
