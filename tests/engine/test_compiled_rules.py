@@ -45,7 +45,7 @@ GROUPS = [{}, {"ahead": True}, {"power": 0.25}, {"mu": 0.5}, {"lr": 0.5}]
 
 
 def flagged(dtype, compile):
-    """Steps of a parameter per group; of fp32 they are loops of our own, of fp64 graphs."""
+    """Steps of a parameter per group; of fp64 they are the reference's."""
     model = nn.ParameterDict({f"w{i}": torch.zeros(300, 300, dtype=dtype) for i in range(len(GROUPS))})
     segments = [Segment(name, (300, 300), role=Role.UP, source="said") for name in model]
     optimizer = BlockOptimizer(
@@ -70,7 +70,7 @@ def test_groups_whose_rules_differ_do_not_share_what_is_compiled(dtype):
     found, optimizer = flagged(dtype, True)
     assert len(expected[:, 0, 0].unique()) == len(GROUPS)
     assert ((found - expected).abs() <= 1e-6 * expected.abs()).all()
-    assert optimizer.compiled_graphs == 3  # the flag, the power, and all others
+    assert optimizer.compiled_graphs == (3 if dtype is torch.float32 else 0)  # the flag, the power, and all others
 
 
 def one_step(optimizer, p, **settings):
@@ -126,7 +126,7 @@ def test_other_numbers_compile_nothing(name, options):
     )
     run(model, optimizer, range(2))
     built = optimizer.compiled_graphs
-    assert built > 0 or (name == "adamw" and not options)  # which torch has a kernel for
+    assert built > 0
     for group in optimizer.param_groups:
         group |= {"lr": 2e-3, "weight_decay": 0.2, **CHANGES[name]}
     run(model, optimizer, range(2, 4))

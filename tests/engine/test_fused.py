@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sharpwise
+from sharpwise.engine import backends
 from sharpwise.engine.backends import fused
 from sharpwise.engine.norms import RUN, quick_row_squares, row_squares
 from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
@@ -23,6 +24,7 @@ def model_of(sizes):
 def test_clipped_in_batches_is_eager(scratch, block_lr, monkeypatch):
     """Tensors cut, several to a batch, or all in one; the gradients stay as they are."""
     monkeypatch.setattr(fused, "SCRATCH", scratch)
+    monkeypatch.setitem(backends.ORDER, "cpu", ("torch",))  # a device's, tried where there is one
     models = [tiny_model() for _ in range(2)]
     options = {"lr": 1e-2, "weight_decay": 0.1, "block_lr": block_lr, "max_grad_norm": 0.3, "on_nonfinite": "skip"}
     first, second = (sharpwise.AdamW(m, **options, compile=c) for m, c in zip(models, (None, False), strict=True))
@@ -34,6 +36,7 @@ def test_clipped_in_batches_is_eager(scratch, block_lr, monkeypatch):
             optimizer.step()
             for p, g in zip(model.parameters(), before, strict=True):
                 assert (p.grad is None and g is None) or torch.equal(p.grad, g)
+    assert {row["backend"] for row in first.explain()} == {"torch"}
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         assert (p - q).norm() <= 1e-6 * q.norm()
         for key, value in first.state[p].items():

@@ -7,7 +7,7 @@ from sharpwise.engine.backends.inductor import Inductor
 from sharpwise.engine.backends.reference import Reference
 
 ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp", "inductor"),
+    "cpu": ("cpp",),
     "cuda": ("torch", "inductor"),
 }
 """By kind of device, which back ends are asked, in this order; then, and everywhere else, the reference."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends.base import LEAST, Backend, Found, Spec, pays, unavailable
+from sharpwise.engine.backends.base import LEAST, Backend, Found, Spec, pays
 from sharpwise.engine.rehearsal import on_a_device
 from sharpwise.engine.scalars import Row, StepScalars
 from sharpwise.engine.view import ParamView
@@ -73,8 +73,7 @@ class TorchFused(Backend):
             return f"fp32 alone, not {', '.join(sorted(str(t)[6:] for t in types - {torch.float32}))}"
         if not all(local(view.own[name]).is_contiguous() for name in view.rule.state):
             return "state is not contiguous"
-        compiled = not unavailable(spec) if view.device.type == "cpu" else view.numel >= LEAST and not pays(spec)
-        if options.max_grad_norm is not None and compiled:
+        if options.max_grad_norm is not None and view.numel >= LEAST and not pays(spec):
             return "clips copies of the gradients; compiled kernels clip as they load"
         if any(on_a_device(view.group[name]) for name in ("betas", "eps", "weight_decay")):
             return "takes betas, eps and decay as numbers alone"

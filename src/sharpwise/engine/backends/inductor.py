@@ -50,7 +50,7 @@ class Inductor(Backend):
             return f"building a graph failed: {self.broken}"
         if view.rule.reductions:
             return "the rule looks at whole matrices"
-        if view.device.type not in ("cpu", "cuda"):
+        if view.device.type != "cuda":
             return f"not for {view.device.type}"
         if view.numel < LEAST or min(view.shape) < 2:
             return f"a vector, or fewer than {LEAST:,} elements"

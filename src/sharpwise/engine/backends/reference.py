@@ -1,7 +1,7 @@
 """The reference: the step of one view in torch operations, as the equations stand. It takes every view there is.
 
 Every tensor is seen as a view whose *rows* run along one dimension. Vectors of one number per row come shaped to
-broadcast against the view. Where speed counts, small tensors are moved together, as one vector.
+broadcast against the view. Where speed counts, small tensors of a device are moved together, as one vector.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ PIECE = 1 << 17
 """As CHUNK, on a CPU where speed counts: temporaries that stay in the cache. Larger ones also go back to the system
 with every call, and getting them anew costs more than the step itself."""
 SMALL = 1 << 14
-"""Tensors up to this many elements are moved together where speed counts."""
+"""Tensors up to this many elements are moved together where speed counts, on a device."""
 
 
 class Noise(NamedTuple):
@@ -216,7 +216,7 @@ class Reference(Backend):
 def _is_small(view: ParamView) -> bool:
     # The size of the whole parameter decides, not of the shard: all processes must sum in the same order.
     small = view.param.numel() <= SMALL and view.n_blocks <= 1 and not view.rule.reductions
-    return small and not view.copied and view.contiguous and view.device.type != "meta"
+    return small and not view.copied and view.contiguous and view.device.type not in ("cpu", "meta")
 
 
 def _cut(tensor: Tensor | None, rows: slice) -> Any:
