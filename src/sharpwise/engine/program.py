@@ -7,7 +7,7 @@ operations and puts it into its frames, which know where tensors lie. A step tha
 too: it reads nothing and writes nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,12 +37,17 @@ class Language(NamedTuple):
     statement: str
 
 
+TILE = 8
+"""Elements of the tiles that arithmetic is traced on; it holds for any number."""
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down the operations on some numbers. make_fx would too, in ten times the time, and with
     what it imports."""
 
-    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
+    def __init__(self, numbers: Mapping[str, Tensor], constants: bool) -> None:
         super().__init__()
+        self.constants = constants
         self.graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._kept: list[Any] = []  # whose ids are in use
@@ -52,7 +57,9 @@ class _Recorder(TorchDispatchMode):
     def node(self, tensor: Tensor) -> fx.Node:
         """What a number is in the graph."""
         if id(tensor) not in self._nodes:
-            raise NotImplementedError("a number that comes from elsewhere: arithmetic may use what it is given")
+            if not self.constants:
+                raise NotImplementedError("a number that comes from elsewhere: arithmetic may use what it is given")
+            self._keep(tensor, self.graph.create_node("get_attr", f"table_{len(self._kept)}"))
         return self._nodes[id(tensor)]
 
     def _keep(self, tensor: Tensor, node: fx.Node) -> None:
@@ -65,15 +72,15 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(found, Tensor):
             raise NotImplementedError(f"{func} gives no number")
         if all(found is not a for a in args):
-            own = (tuple(self.node(a) if isinstance(a, Tensor) else a for a in args), dict(kwargs or {}))
-            self._keep(found, self.graph.call_function(func, *own))
+            own = fx.node.map_aggregate(args, lambda a: self.node(a) if isinstance(a, Tensor) else a)
+            self._keep(found, self.graph.call_function(func, own, dict(kwargs or {})))
         else:
             raise NotImplementedError(f"{func} writes in place")
         return found
 
 
 class Arithmetic:
-    """Straight-line arithmetic of numbers.
+    """Straight-line arithmetic of numbers, or of tiles: vectors of one length, and what is the same for all of them.
 
     Attributes:
         graph: of aten operations; placeholders in the order of `inputs`.
@@ -84,18 +91,30 @@ class Arithmetic:
         self.graph, self.inputs, self.outputs = graph, dict(inputs), tuple(outputs)
 
     @staticmethod
-    def of(function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, torch.dtype]) -> Any:
-        """Trace a function of numbers by name."""
+    def of(
+        function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        inputs: Mapping[str, torch.dtype],
+        tiles: Collection[str] = (),
+        constants: bool = False,
+    ) -> "Arithmetic":
+        """Trace a function of numbers by name.
+
+        Args:
+            tiles: names of those that are tiles.
+            constants: whether it may read tensors of its own, which are constant.
+        """
         with usual_defaults():
-            numbers = {name: torch.ones((), dtype=dtype, device="cpu") for name, dtype in inputs.items()}
-            with _Recorder(numbers) as recorder:
+            shapes = {name: (TILE,) if name in tiles else () for name in inputs}
+            numbers = {name: torch.ones(shapes[name], dtype=dtype, device="cpu") for name, dtype in inputs.items()}
+            with _Recorder(numbers, constants) as recorder:
                 found = function(numbers)
         recorder.graph.output(tuple(recorder.node(value) for value in found.values()))
         return Arithmetic(recorder.graph, inputs, list(found))
 
     def __call__(self, **values: Tensor) -> dict[str, Tensor]:
         """What it computes of tensors, by name: that of a reference."""
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
+        tables = {node.target: node.meta["val"] for node in self.graph.nodes if node.op == "get_attr"}
+        module = fx.GraphModule(tables, self.graph)
         found = fx.Interpreter(module).run(*(values[name] for name in self.inputs))
         return dict(zip(self.outputs, found, strict=True))
 
@@ -112,16 +131,23 @@ class Arithmetic:
             if node.op == "output":
                 break
             dtype = node.meta["val"].dtype
-            if node.op == "placeholder":
-                value = inputs[next(given)]
-            else:
-                pattern = _pattern(language, node, dtype)
-                operands = [_operand(language, names, node, a) for a in node.args]
-                value = pattern.format(*operands, type=language.types[dtype])
+            value = inputs[next(given)] if node.op == "placeholder" else expression(language, node, names)
             names[node] = f"v{len(names)}"
             written = language.statement.format(type=language.types[dtype], name=names[node], value=value)
             lines.append(indent + written)
         return "\n".join(lines), {name: names[v] for name, v in zip(self.outputs, node.args[0], strict=True)}
+
+
+def expression(language: Language, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    """What an operation is in a language, on operands of these names.
+
+    Raises:
+        NotImplementedError: if the language lacks it.
+    """
+    dtype = node.meta["val"].dtype
+    pattern = _pattern(language, node, dtype)
+    operands = [_operand(language, names, node, a) for a in node.args]
+    return pattern.format(*operands, type=language.types[dtype])
 
 
 def _pattern(language: Language, node: fx.Node, dtype: torch.dtype) -> str:
@@ -132,6 +158,8 @@ def _pattern(language: Language, node: fx.Node, dtype: torch.dtype) -> str:
 
 
 def _operand(language: Language, names: Mapping[fx.Node, str], node: fx.Node, operand: Any) -> str:
+    if isinstance(operand, (list, tuple)) and len(operand) == 1:
+        operand = operand[0]
     if isinstance(operand, fx.Node):
         return names[operand]
     kinds = [a.meta["val"].dtype for a in node.args if isinstance(a, fx.Node)]

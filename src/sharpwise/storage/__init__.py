@@ -1,5 +1,6 @@
 """How state rests in memory: one file per format."""
 
+from sharpwise.storage.base import Format
 from sharpwise.storage.dense import BF16, FP32, Dense
 
-__all__ = ["BF16", "FP32", "Dense"]
+__all__ = ["BF16", "FP32", "Dense", "Format"]

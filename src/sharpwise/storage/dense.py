@@ -5,18 +5,21 @@ the rounded value is the value. The number is a hash of (seed, step, tensor, glo
 the shards, compiled or not, resumed or not.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sharpwise.storage.base import Format
+
 _MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Dense:
-    """State in one floating-point type. fp64 parameters keep fp64 state under `fp32`."""
+class Dense(Format):
+    """One number per element, in one floating-point type. fp64 parameters keep fp64 state under `fp32`."""
 
     name: str
     dtype: torch.dtype
@@ -24,6 +27,21 @@ class Dense:
     def dtype_for(self, compute: torch.dtype) -> torch.dtype:
         """The type of element state for a parameter whose arithmetic runs in `compute`."""
         return compute if self.dtype == torch.float32 else self.dtype
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> "Dense":
+        """The format of a tensor of a type: a weight, say."""
+        return {torch.float32: FP32, torch.bfloat16: BF16}.get(dtype) or Dense(str(dtype).removeprefix("torch."), dtype)
+
+    def parts(self, compute: torch.dtype) -> dict[str, torch.dtype]:
+        return {"": self.dtype_for(compute)}
+
+    def decode(self, parts: Mapping[str, Tensor], compute: torch.dtype = torch.float32) -> Tensor:
+        return parts[""].to(compute)
+
+    def encode(self, x: Tensor, noise: tuple[Tensor, Any] | None = None) -> dict[str, Tensor]:
+        index, key = noise or (None, 0)
+        return {"": round_to(x, self.dtype, index, key)}
 
 
 FP32 = Dense("fp32", torch.float32)

@@ -15,7 +15,8 @@ from sharpwise.engine.backends.base import Backend, Found, Spec, row_step
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView, compute_dtype
 from sharpwise.rules.base import Rule, add
-from sharpwise.storage.dense import mix, round_to, step_key
+from sharpwise.storage import Dense
+from sharpwise.storage.dense import mix, step_key
 
 CHUNK = 1 << 22
 """Elements per call: temporaries stay below 16 MiB, and tensors up to this size round exactly as torch's do."""
@@ -51,12 +52,12 @@ def update(
     """
     names = [name for name, kind in rule.state.items() if kind == "element"]
     dtype = compute_dtype(p.dtype)
-    x, g = p.to(dtype), g.to(dtype)
+    x, g, *old = (Dense.of(t.dtype).decode({"": t}, dtype) for t in (p, g, *stored))
     if "clip" in s:
         g = g * s["clip"]
     if "weight_decay" in s:
         g = add(g, x, s["weight_decay"])
-    new, numerator, denominator = rule.direction(g, {n: t.to(dtype) for n, t in zip(names, stored, strict=True)}, s)
+    new, numerator, denominator = rule.direction(g, dict(zip(names, old, strict=True)), s)
     if row_decay is not None:
         x = x * row_decay
     elif "decay" in s:
@@ -74,8 +75,9 @@ def update(
 
 
 def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int) -> None:
-    index = None if noise is None or target.dtype != torch.bfloat16 else noise.row + noise.column
-    rounded = round_to(value, target.dtype, index, None if noise is None else mix(noise.key + slot))
+    rounds = noise is not None and target.dtype == torch.bfloat16
+    own = (noise.row + noise.column, mix(noise.key + slot)) if noise is not None and rounds else None
+    rounded = Dense.of(target.dtype).encode(value, own)[""]
     target.copy_(torch.where(s["ok"] != 0, rounded, target) if "ok" in s else rounded)
 
 

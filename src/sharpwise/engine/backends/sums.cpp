@@ -37,6 +37,8 @@ inline void store(bfloat16* x, float value, uint64_t index, uint32_t key) {
   x->bits = finite ? rounded : other;
 }
 
+template <typename T> T larger(T x, T y) { return x > y || x != x ? x : y; }
+template <typename T> T clamped(T x, T low, T high) { return x < low ? low : x > high ? high : x; }
 inline float sign(float x) { return float((x > 0) - (x < 0)); }  // as torch's, of NaN too
 
 constexpr int64_t LANES = 8;
