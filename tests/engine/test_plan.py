@@ -8,7 +8,7 @@ import torch
 
 import sharpwise
 from sharpwise.engine import backends
-from sharpwise.engine.backends import inductor
+from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import compiler_present
 from sharpwise.engine.backends.reference import Reference
 from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
@@ -40,36 +40,43 @@ def test_not_compiled_is_the_reference(name: str) -> None:
 @pytest.mark.parametrize(
     ("build", "options", "expected"),
     [
-        (sharpwise.AdamW, {}, {"c_attn.weight": {"torch"}, "ln_1.weight": {"torch"}}),
-        (sharpwise.AdamW, {"max_grad_norm": 1.0}, {"c_attn.weight": {"cpp"}, "ln_1.weight": {"torch"}}),
-        (sharpwise.AdamMini, {}, {"c_attn.weight": {"cpp (one pass)"}, "ln_1.weight": {"reference"}}),
-        (sharpwise.AdamMini, {"on_nonfinite": "skip"}, {"c_attn.weight": {"cpp"}}),
-        (sharpwise.Lion, {}, {"c_attn.weight": {"cpp"}, "c_attn.bias": {"reference"}}),
-        (sharpwise.SGD, {"momentum": 0.9, "weight_decay": 0.1}, {"c_attn.weight": {"inductor"}}),
-        (sharpwise.AdamW, {"storage": "bf16", "stochastic_rounding": True}, {"c_attn.weight": {"inductor"}}),
+        (sharpwise.AdamW, {}, {"c_attn.weight": {"cpp"}, "ln_1.weight": {"cpp"}}),
+        (sharpwise.AdamW, {"max_grad_norm": 1.0}, {"c_attn.weight": {"cpp"}, "ln_1.weight": {"cpp"}}),
+        (sharpwise.AdamMini, {}, {"c_attn.weight": {"cpp (one pass)"}, "ln_1.weight": {"cpp (one pass)"}}),
+        (sharpwise.AdamMini, {"on_nonfinite": "skip"}, {"c_attn.weight": {"cpp (one pass)"}}),
+        (sharpwise.Lion, {}, {"c_attn.weight": {"cpp"}, "c_attn.bias": {"cpp"}}),
+        (sharpwise.SGD, {"momentum": 0.9, "weight_decay": 0.1}, {"c_attn.weight": {"cpp"}}),
+        (sharpwise.AdamW, {"storage": "bf16", "stochastic_rounding": True}, {"c_attn.weight": {"cpp"}}),
     ],
 )
 def test_each_takes_what_is_its_own(build: Callable[..., sharpwise.AdamW], options: dict, expected: dict) -> None:
     optimizer = build(large(), lr=1e-3, compile=True, **options)
     found = moved_by(optimizer)
     assert {key: found[key] for key in expected} == expected
-    for row in optimizer.explain():
-        assert (row["why"] == "") == (row["backend"] == "torch"), row
-
-
-def test_small_models_are_not_compiled_unasked() -> None:
-    whys = {row["why"] for row in sharpwise.Lion(tiny_model(), lr=1e-3).explain()}
-    assert whys == {"torch: no kernel for lion; cpp, inductor: below 10,000,000 parameters only by compile=True"}
+    assert {row["why"] for row in optimizer.explain()} == {""}
 
 
 @needs_compiler
-def test_a_graph_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference moves what the graph would have, and explain() says so."""
+def test_small_models_are_no_other() -> None:
+    table = sharpwise.Lion(tiny_model(), lr=1e-3).explain()
+    assert {(row["backend"], row["why"]) for row in table} == {("cpp", "")}
+
+
+@needs_compiler
+def test_what_cpp_does_not_take() -> None:
+    optimizer = sharpwise.AdamW(tiny_model().double(), lr=1e-3)
+    whys = {(row["backend"], row["why"]) for row in optimizer.explain()}
+    assert whys == {("reference", "cpp: fp32 and bf16 alone, not float64")}
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference moves what the kernel would have, and explain() says so."""
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setattr(inductor, "_compile", fail)
+    monkeypatch.setattr(loops, "_built", fail)
     models = [large() for _ in range(2)]
     options = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
     first, second = (sharpwise.SGD(m, **options, compile=c) for m, c in zip(models, (True, False), strict=True))
@@ -79,7 +86,7 @@ def test_a_graph_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
             optimizer.step()
     row = first.explain()[0]
     assert row["backend"] == "reference"
-    assert row["why"].endswith("inductor: building a graph failed: out of luck")
+    assert row["why"] == "cpp: building a kernel failed: out of luck"
     assert same(*models)
 
 

@@ -169,12 +169,12 @@ class Sums:
         for view, g, own_blocks in zip(views, grads, by_block, strict=True):
             if not own_blocks and not self.wants_total:
                 continue
-            if not own_blocks and self.kernel is not None and g.dtype in QUICK and on_cpu(g) and g.is_contiguous():
-                key = (view.shard.holders, g.device), False
-                (plain.get(key) or plain.setdefault(key, (view.shard, [])))[1].append(
-                    view.rows_of(g) if view.part else g
-                )
-                continue
+            if not own_blocks and self.kernel is not None and g.dtype in QUICK and on_cpu(g):
+                rows = view.rows_of(g) if view.part else g
+                if rows.is_contiguous():
+                    key = (view.shard.holders, g.device), False
+                    (plain.get(key) or plain.setdefault(key, (view.shard, [])))[1].append(rows)
+                    continue
             if not own_blocks and not exact and g.numel() <= SMALL and g.dtype == torch.float32 and on_cpu(g):
                 key = (view.shard.holders, g.device), False
                 (totals.get(key) or totals.setdefault(key, Total(view.shard))).small.append(

@@ -143,8 +143,8 @@ class Stepper:
         if options.max_grad_norm is not None and total is not None:
             # In the unit of the sum: the norm itself may be beyond fp64.
             if self.on_host and type(total.unit) is float and total.unit:
-                factor = options.max_grad_norm / total.unit / (math.sqrt(total.values) + 1e-6 / total.unit)
-                clip = 1.0 if factor > 1.0 else factor  # NaN stays
+                clip = options.max_grad_norm / total.unit / (math.sqrt(total.values) + 1e-6 / total.unit)
+                clip = 1.0 if clip > 1.0 else clip  # NaN stays
             else:
                 clip = options.max_grad_norm / total.unit / (total.values.sqrt() + 1e-6 / total.unit)
                 clip = torch.clamp(clip, max=1.0)

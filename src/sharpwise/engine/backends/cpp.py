@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import Backend, Found, Spec, unavailable
-from sharpwise.engine.backends.launch import LaunchTable, index_refused
+from sharpwise.engine.backends.launch import TOGETHER, LaunchTable, index_refused
 from sharpwise.engine.backends.loops import TYPES, Form
 from sharpwise.engine.layout import Run
 from sharpwise.engine.scalars import StepScalars
@@ -49,8 +49,10 @@ class Cpp(Backend):
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
-        if not view.contiguous or not view.numel:
-            return "not contiguous" if view.numel else "empty"
+        if not view.numel:
+            return "empty"
+        if not view.contiguous or view.copied:
+            return "state is not contiguous" if view.contiguous else "not contiguous"
         if spec.grad not in TYPES:
             return f"fp32 and bf16 alone, not {str(spec.grad)[6:]}"
         if reason := _types_refused([local(view.param), *view.stored()]):
@@ -63,7 +65,9 @@ class Cpp(Backend):
         return self._failures[_form(spec, False)]
 
     def sums_blocks(self, spec: Spec) -> bool:
-        return bool(self._one_pass(spec))
+        # Gradients that are read for their norm have their columns summed up there: it takes longer than reading them.
+        columns = not spec.view.by_row and spec.view.numel >= TOGETHER
+        return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
 
     def _one_pass(self, spec: Spec) -> Sequence[Run]:
         """The runs of a view that moves in one pass; none if it does not, or has too little for all threads."""

@@ -76,7 +76,7 @@ class LaunchTable:
 
     def _matrices(self, view: ParamView, runs: Sequence[Run], by_block: bool, stochastic: bool) -> list[dict[str, int]]:
         """A view as matrices, in the words of the kernel."""
-        layout, by_row = view.layout, view.dim == 1 and len(view.shape) == 2
+        layout, by_row = view.layout, view.by_row
         first, stride = first_index(view)
         shape, segments = (view.shape[-2], view.shape[-1]), layout.segment_of_row
         if runs and by_row:
@@ -191,8 +191,7 @@ def first_index(view: ParamView) -> tuple[int, int]:
     rows = view.layout.rows
     stride = 1
     if len(shape) > 1:
-        by_row = view.dim == 1 and len(view.shape) == 2
-        stride = math.prod(shape[view.segments[0].dim + 1 :]) if by_row else int(shape[-1])
+        stride = math.prod(shape[view.segments[0].dim + 1 :]) if view.by_row else int(shape[-1])
     return first + (rows.start * stride if isinstance(rows, slice) else 0), stride
 
 
