@@ -69,6 +69,7 @@ $(KEY): FORCE
 # torch comes first and alone: plain `pip install` of anything that needs torch may bring a CUDA build of several GB.
 # `+cpu` is how PyTorch names its CPU wheels on Linux; where the configured index has none (or on macOS, where every
 # wheel is a CPU wheel), the plain pin is installed. CONTRIBUTING.md tells how to make pip find the CPU wheels.
+# A CUDA build brings the triton that it was built for: that is taken then, in place of the pin.
 $(CONSTRAINTS): $(KEY) constraints.txt
 ifeq ($(TORCH),)
 	@$(PIP) 'torch==$(PIN)+cpu' 2>/dev/null || { \
@@ -80,6 +81,7 @@ else
 	@$(PIP) '$(TORCH)'
 	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > $@
 endif
+	@if $(BIN)/python -m pip show -q triton > /dev/null 2>&1; then sed -i.bak '/^triton==/d' $@; fi
 
 # Two stamps in one environment: the demo must not wait for the tools of the tests.
 $(VENV)/demo $(VENV)/dev: $(VENV)/%: $(CONSTRAINTS) pyproject.toml

@@ -13,7 +13,7 @@ are then what they would be. Where there is no twin, a read gives 1, or True.
 
 What is counted (see `Counts`) is what torch is asked for. An operation on the device, but for views and allocations, is
 one launch: on a list of tensors too, which torch cuts into launches of at most 320 blocks of 65,536 elements. A graph
-for inductor is traced, never compiled, and is one launch a call.
+for inductor is traced, never compiled, and is one launch a call; a kernel in Triton is printed and never compiled.
 """
 
 import ctypes
@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import sharpwise
 from sharpwise.blocks import BlockMap
+from sharpwise.engine.backends import triton_launch
 
 PACKAGE = str(Path(sharpwise.__file__).parent) + "/"
 SMALL_FLOAT, SMALL_WHOLE = 1 << 10, 1 << 20
@@ -93,6 +94,9 @@ class FakeCuda:
         for owner, name, value in (
             (torch._inductor, "standalone_compile", self._compiled),
             (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # torch's own asks once per element
+            (FakeTensor, "data_ptr", _address),
+            (triton_launch, "build", lambda *_: None),
+            (triton_launch, "run", self._launched),
         ):
             self._exits.enter_context(mock.patch.object(owner, name, value))
         self._exits.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
@@ -137,6 +141,9 @@ class FakeCuda:
         optimizer.step()
         self.counts = Counts()  # what follows is none of it
         return asked
+
+    def _launched(self, kernel: Any, *_: Any) -> None:
+        self.counts.launch(f"Triton kernel {kernel.__name__}")
 
     def _compiled(self, graph: Any, inputs: Any, **settings: Any) -> Callable[..., tuple[()]]:
         def call(*args: Any) -> tuple[()]:
@@ -273,6 +280,11 @@ class _Twins:
         if self.there and all(_is_small(t) for t in made or _tensors((self.args, self.kwargs))):
             for fake, twin in zip(made, _tensors(self.run()), strict=True):
                 _with_twin(fake, twin)
+
+
+def _address(t: Tensor) -> int:
+    """An address that no other tensor has that lives; aligned as the allocator's are."""
+    return (id(t.untyped_storage()) << 12) + t.storage_offset() * t.element_size()
 
 
 def _is_small(t: Tensor) -> bool:

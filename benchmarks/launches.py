@@ -33,7 +33,7 @@ MOST = 12
 """Lines and operations that are noted."""
 
 OPTIMIZERS = ("adamw", "adam-mini", "lion", "sgd", "sgd-sai")
-LARGE = ("adamw", "adam-mini", "lion")
+LARGE = ("adamw", "adam-mini", "lion", "sgd")
 """Those that are counted on large models too, with the options of MAIN."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},
     "blockwise": {"block_lr": "blockwise"},
     "blockwise-clip": {"block_lr": "blockwise", "max_grad_norm": 1.0},
+    "everything": {"block_lr": "blockwise", "max_grad_norm": 1.0, "on_nonfinite": "skip"},
     "sharpness": {"block_lr": "sharpness(start=1,every=50,soft=0,by=module)"},
     "sharpness-moving": {"block_lr": "sharpness(start=1,every=50,soft=50,by=module)"},
     "llr": {"block_lr": "llr(start=1,every=50,stop=50,soft=0,least=4)"},
@@ -55,7 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """By name: what is passed to the constructor, but for `dtype`, which is that of the parameters. What is
 measured in training is so in the second step (in the first by gradient_snr), and *moves* the multipliers at each."""
-MAIN = ("plain", "clip", "clip-skip", "bf16-weights", "blockwise")
+MAIN = ("plain", "clip", "clip-skip", "bf16-weights", "blockwise", "everything")
 
 
 def llama() -> nn.Module:

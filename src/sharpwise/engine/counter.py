@@ -79,8 +79,10 @@ class StepCounter:
         i = self._index[id(view.param)]
         return self._counts[i] + 1 if self.on_host else self.steps[i].double() + 1
 
-    def advance(self, active: Sequence[ParamView], ok: Any) -> None:
-        """Count one step more (ok: True, or a device tensor that says whether it is taken)."""
+    def advance(self, active: Sequence[ParamView], ok: Any, taken: Tensor | None = None) -> None:
+        """Count one step more (ok: True, or a device tensor that says whether it is taken; `taken`: that in fp32)."""
+        if taken is not None:
+            ok = taken
         if self._last[0] is not active:
             self._last = active, {self._index[id(view.param)] for view in active}
         here = self._last[1]
@@ -90,8 +92,7 @@ class StepCounter:
                 vector.add_(1.0 if ok is True else ok.to(vector.device, torch.float32))
         else:
             own = [self.steps[i] for i in sorted(here)]
-            taken = [1.0 if ok is True else ok.to(step.device, torch.float32) for step in own]
-            torch._foreach_add_(own, taken)
+            torch._foreach_add_(own, [1.0 if ok is True else ok.to(step.device, torch.float32) for step in own])
         self._versions = versions_of(self._vectors)
         self._counts = [count + (i in here) for i, count in enumerate(self._counts)]
         if self.on_host:

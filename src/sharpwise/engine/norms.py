@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sharpwise.engine.backends.base import Squares
 from sharpwise.engine.backends.reference import CHUNK, PIECE, SMALL
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import on_device
@@ -124,24 +125,30 @@ class Sums:
         self._whole: tuple[Any, bool] = (None, False)
 
     def of(
-        self, views: Sequence[ParamView], grads: Sequence[Tensor], by_block: Sequence[bool], bucket: Bucket
+        self,
+        views: Sequence[ParamView],
+        grads: Sequence[Tensor],
+        by_block: Sequence[bool],
+        bucket: Bucket,
+        given: Sequence[Squares] = (),
     ) -> tuple[list[SquareSum | None], SquareSum | None]:
         """Sums of g*g per block of the views that are asked for, and over everything (None if not wanted).
 
         Args:
             by_block: of which views sums per block are wanted.
             bucket: what else is to be summed up over the processes; all is reduced together.
+            given: what back ends have summed up by themselves.
         """
         if not self.wants_total and not any(by_block):
             bucket.reduce()
             return [None] * len(views), None
-        everything = None if any(by_block) else self._of_whole(views, grads)
+        everything = None if any(by_block) or any(own.views for own in given) else self._of_whole(views, grads)
         if everything is not None:
             bucket.reduce()
             return [None] * len(views), SquareSum(torch.tensor(everything, dtype=torch.float64, device="cpu"))
-        blocks, totals = self._here(views, grads, by_block, self.exact)
+        blocks, totals = self._here(views, grads, by_block, self.exact, given)
         if not self.exact and _overflowed(totals or blocks):
-            blocks, totals = self._here(views, grads, by_block, True)
+            blocks, totals = self._here(views, grads, by_block, True, given)
         for parts in (blocks, totals):
             for key, partial in parts.items():
                 parts[key] = bucket.add(partial.values, partial.shard)
@@ -158,16 +165,24 @@ class Sums:
         return self.kernel.total(grads, self.exact)
 
     def _here(
-        self, views: Sequence[ParamView], grads: Sequence[Tensor], by_block: Sequence[bool], exact: bool
+        self,
+        views: Sequence[ParamView],
+        grads: Sequence[Tensor],
+        by_block: Sequence[bool],
+        exact: bool,
+        given: Sequence[Squares],
     ) -> tuple[Parts, Parts]:
         """The sums of what this process holds: per block, by view; over everything, by device and cut."""
         totals: dict[tuple[Any, bool], Total] = {}
+        taken = set().union(*(own.views for own in given))
+        for shard, values in (pair for own in given for pair in own.totals):
+            totals.setdefault(((shard.holders, values.device), False), Total(shard)).squares.append(values)
         wanted: list[Wanted] = []
         blocks: Parts = {}
         plain: dict[tuple[Any, bool], tuple[Shard, list[Tensor]]] = {}
         whole: dict[torch.device, tuple[list[Tensor], list[tuple[Total | None, ParamView | None]]]] = {}
         for view, g, own_blocks in zip(views, grads, by_block, strict=True):
-            if not own_blocks and not self.wants_total:
+            if not own_blocks and (not self.wants_total or id(view) in taken):
                 continue
             if not own_blocks and self.kernel is not None and g.dtype in QUICK and on_cpu(g):
                 rows = view.rows_of(g) if view.part else g
@@ -282,7 +297,8 @@ def _overflowed(parts: Parts) -> bool:
 
 def _sum(vectors: Sequence[Tensor]) -> Tensor:
     """The sum of all their numbers, 0-d."""
-    return vectors[0].sum() if len(vectors) == 1 else torch.cat(list(vectors)).sum()
+    vector = vectors[0] if len(vectors) == 1 else torch.cat(list(vectors))
+    return vector.view(()) if vector.numel() == 1 else vector.sum()
 
 
 def _joined(parts: Parts, key: Any) -> SquareSum | None:

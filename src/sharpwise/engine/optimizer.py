@@ -261,9 +261,9 @@ class BlockOptimizer(KnownOptions, Optimizer):
     def _note_skipped(self) -> None:
         """Write the steps that the stepper left out to where they are saved."""
         if self._stepper is not None and self.options.on_nonfinite == "skip":
+            skipped = self._stepper.note_skipped()
             for group in self.param_groups:
-                group["skipped_steps"] += int(self._stepper.skipped)
-            self._stepper.skipped = 0
+                group["skipped_steps"] += skipped
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: `state` by parameter index and `param_groups`, with `param_names`."""
@@ -375,7 +375,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     def skipped_steps(self) -> int:
         """Steps left out under on_nonfinite="skip"."""
         before = max((int(group.get("skipped_steps", 0)) for group in self.param_groups), default=0)
-        return before + (0 if self._stepper is None else int(self._stepper.skipped))
+        return before + (0 if self._stepper is None else self._stepper.skipped)
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -100,14 +100,22 @@ class StepScalars:
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def begin(self, active: Sequence[ParamView]) -> None:
-        """Work out the rules' scalars of the step to come, before anything is written: what is wrong shows here."""
+    def begin(self, active: Sequence[ParamView], works: Sequence[Any] = ()) -> None:
+        """Work out the rules' scalars of the step to come, before anything is written: what is wrong shows here.
+
+        Not those of views whose back end works them out on a device that alone knows the number of the step.
+        """
         self._clear()
         self.ok, self.clip, self._labels = True, None, self.counter.labels
         if self._representatives[0] is not active or not self._labels.level:
             self._representatives = (active, list({self.class_key(view): view for view in active}.values()))
+        by_table = [(view, w.backend) for w in works if w.backend.by_table for view in w.views]
+        late = {
+            id(view) for view, backend in by_table if self.on_device(view) and backend.scalars_on_device(view, self)
+        }
         for view in self._representatives[1]:
-            self._class(view)
+            if id(view) not in late:
+                self._class(view)
 
     def multipliers_changed(self) -> None:
         """Forget which views share theirs."""
@@ -145,6 +153,26 @@ class StepScalars:
             correction = scalars.pop("bias_correction", 1.0)
             lr = on_device(live(group["lr"]), view.device)
             found = self._classes[key] = Class(t, lr, None if off else wd, correction, scalars)
+        return found
+
+    def on_device(self, view: ParamView) -> bool:
+        """Whether only a device knows its scalars: the number of the step, or a hyperparameter."""
+        if not self.counter.on_host:
+            return True
+        values = (live(view.group[name]) for name in ("lr", "weight_decay", *view.rule.defaults) if name in view.group)
+        flat = (one for value in values for one in (value if isinstance(value, tuple) else (value,)))
+        return any(isinstance(one, Tensor) for one in flat)
+
+    def factors(self, view: ParamView) -> list[tuple[Any, float, float, Any, float]]:
+        """What `rows` are worked out from, per segment.
+
+        The learning rate, its factors for the step and for decay, weight decay (0: off), its factor where coupled.
+        """
+        lr, wd = live(view.group["lr"]), live(view.group["weight_decay"])
+        found = []
+        for m, decays in zip(self._now(view), view.decays, strict=True):
+            coupled = 1.0 if self._scales_decay or not m else 1.0 / m
+            found.append((lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0, coupled))
         return found
 
     def hyper(self, view: ParamView) -> dict[str, Any]:

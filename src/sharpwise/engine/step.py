@@ -17,6 +17,8 @@ from torch.autograd.graph import increment_version
 
 from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found
+from sharpwise.engine.backends.triton import Guard
+from sharpwise.engine.backends.triton_launch import refused
 from sharpwise.engine.counter import StepCounter
 from sharpwise.engine.mesh import Bucket, ReduceGroup
 from sharpwise.engine.multipliers import Multipliers
@@ -34,7 +36,7 @@ class Stepper:
     """Executes steps over views whose state is allocated. Rebuilt whenever those change.
 
     Attributes:
-        skipped: steps left out since this was built; `squares`: sum of g*g in the last step, None if it was not read.
+        squares: sum of g*g in the last step, None if it was not read.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Stepper:
         self._reduces = any(view.rule.reductions for view in views)
         self._active: tuple[list[bool], list[ParamView]] = ([], [])
         # Where some are on the CPU, the host has to know what the gradients of all sum up to.
-        self.on_host = any(view.device.type == "cpu" for view in views)
+        self.on_host = decided_by_host(views)
         # Whether a step is taken is known on the host, unless a device decides and nobody reads it.
         self.counter = StepCounter(views, state, self.on_host or options.on_nonfinite != "skip")
         for view in views:
@@ -67,8 +69,22 @@ class Stepper:
         self.phase = BlockPhase(self.scalars, rounds=self.plan.compiles)
         for view in views:  # what is compiled is built now, before anything is written
             self.plan.choose(view, view.param.dtype)
-        self.skipped: Tensor | int = 0
+        self.guard: Guard | None = None
+        self._taken: Tensor | None = None
+        self._skipped: Tensor | int = 0
         self.squares: SquareSum | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out since this was built, or since they were noted."""
+        return int(self._skipped) + (0 if self.guard is None else int(self.guard.skipped))
+
+    def note_skipped(self) -> int:
+        """`skipped`, which begins anew."""
+        found, self._skipped = self.skipped, 0
+        if self.guard is not None:
+            self.guard.skipped.zero_()
+        return found
 
     # Made at the first step, not when state is bound: every process has to take part where a group has to be made.
     @cached_property
@@ -103,7 +119,14 @@ class Stepper:
         bucket, pairs = Bucket(self.group), zip(active, grads, strict=True) if self._reduces else ()
         reductions = Reductions(self.group, pairs, scalars.hyper)
         reductions.begin(bucket)
-        sums, total = self.sums.of(active, grads, by_block, bucket)
+        given = [
+            backend.squares(
+                own, [grads[i] for i in places], [self.sums.wants_total and not by_block[i] for i in places]
+            )
+            for backend, places, own in works
+            if backend.by_table
+        ]
+        sums, total = self.sums.of(active, grads, by_block, bucket, given)
         if total is not None:
             total = total.on_host() if self.on_host else total
             self.squares = total if scaling is None else total.times(scaling.factor)
@@ -111,12 +134,12 @@ class Stepper:
         if ok is False:
             return
         reductions.run(clip)
-        scalars.begin(active)
+        scalars.begin(active, works)
         # What can be wrong shows up to here. From here on things are written.
         if self.multipliers.advance(active, ok, self.group):
             scalars.multipliers_changed()
         scalars.ok, scalars.clip = ok, clip
-        self.counter.advance(active, ok)
+        self.counter.advance(active, ok, self._taken)
         found = Found(self.phase.run(active, sums), reductions.localized(scalars))
         for backend, places, views in works:
             backend.step(views, [grads[i] for i in places], scalars, found)
@@ -140,6 +163,10 @@ class Stepper:
         """Whether to step (True, False, or a device tensor), and the factor on the gradients (None: 1)."""
         options, ok = self.options, True if scaling is None else scaling.ok
         clip: Any = None
+        self._taken = None
+        if scaling is None and total is not None and (guard := self._device_guard(total)) is not None:
+            self._taken = guard.taken if guard.skips else None
+            return guard(total.values)
         if options.max_grad_norm is not None and total is not None:
             # In the unit of the sum: the norm itself may be beyond fp64.
             if self.on_host and type(total.unit) is float and total.unit:
@@ -150,22 +177,38 @@ class Stepper:
                 clip = torch.clamp(clip, max=1.0)
                 clip = float(clip) if self.on_host else clip
         if scaling is not None and scaling.factor is not None:
-            factor = on_device(scaling.factor, clip.device) if isinstance(clip, Tensor) else scaling.factor
-            clip = factor if clip is None else clip * factor
+            scale = on_device(scaling.factor, clip.device) if isinstance(clip, Tensor) else scaling.factor
+            clip = scale if clip is None else clip * scale
         if total is None or options.on_nonfinite == "ignore":
             return ok, clip
         if options.on_nonfinite == "skip" and not self.on_host:
             finite = torch.isfinite(total.values)
-            self.skipped = self.skipped + ~finite
+            self._skipped = self._skipped + ~finite
             return (ok and finite if isinstance(ok, bool) else finite & on_device(ok, finite.device)), clip
         if math.isfinite(total.values):
             return ok, clip
         if options.on_nonfinite == "skip":
-            self.skipped = self.skipped + 1
+            self._skipped = self._skipped + 1
             return False, clip
         if ok is not True and not bool(ok):  # the scaler leaves it out, as it looks for a scale
             return False, clip
         raise FloatingPointError(_not_finite(active))
+
+    def _device_guard(self, total: SquareSum) -> Guard | None:
+        """What decides in one launch, on a device that our own kernels run on."""
+        device, options = total.values.device, self.options
+        plain = not isinstance(total.unit, Tensor) and total.unit == 1.0
+        if self.on_host or not self.plan.fast or options.on_nonfinite == "raise" or not plain or refused(device):
+            return None
+        if self.guard is None or self.guard.device != device:
+            self._skipped = self.skipped
+            self.guard = Guard(device, options.max_grad_norm, options.on_nonfinite == "skip")
+        return self.guard
+
+
+def decided_by_host(views: Sequence[ParamView]) -> bool:
+    """Whether the host reads what it decides by: some are on the CPU, where there is nothing to wait for."""
+    return any(view.device.type == "cpu" for view in views)
 
 
 class Scaling:

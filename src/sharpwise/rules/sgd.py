@@ -57,8 +57,8 @@ class SGD(Rule):
             )
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        mu = float(group["momentum"])
-        damp = mu if group["dampening"] is None else float(group["dampening"])
+        mu = group["momentum"]
+        damp = mu if group["dampening"] is None else group["dampening"]
         first = 1.0 * (t == 1)  # works for a float and for a tensor of steps
         return {
             "mu": mu * (1 - first),

@@ -5,10 +5,11 @@ from sharpwise.engine.backends.cpp import Cpp
 from sharpwise.engine.backends.fused import TorchFused
 from sharpwise.engine.backends.inductor import Inductor
 from sharpwise.engine.backends.reference import Reference
+from sharpwise.engine.backends.triton import Triton
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp",),
-    "cuda": ("torch", "inductor"),
+    "cuda": ("triton", "torch", "inductor"),
 }
 """By kind of device, which back ends are asked, in this order; then, and everywhere else, the reference."""
 
@@ -18,7 +19,7 @@ class Backends:
 
     def __init__(self) -> None:
         self.cpp = Cpp()
-        self.by_name: dict[str, Backend] = {b.name: b for b in (TorchFused(), self.cpp, Inductor())}
+        self.by_name: dict[str, Backend] = {b.name: b for b in (Triton(), TorchFused(), self.cpp, Inductor())}
         self._references = {fast: Reference(fast) for fast in (False, True)}
 
     def of(self, device: str, fast: bool) -> list[Backend]:

@@ -11,6 +11,7 @@ from sharpwise.engine.options import Options
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
+from sharpwise.shards import Shard
 
 
 class Spec(NamedTuple):
@@ -34,10 +35,24 @@ class Found(NamedTuple):
     rules: Mapping[int, Rule]
 
 
+class Squares(NamedTuple):
+    """Sums of g*g that a back end took by itself, in fp64, before anything moves.
+
+    Attributes:
+        totals: vectors that add up to the sum over everything held here, of parameters that are cut as a shard is.
+        views: ids of the views whose gradients are in them.
+    """
+
+    totals: list[tuple[Shard, Tensor]]
+    views: set[int]
+
+
 class Backend:
     """Base of all back ends. One of each lives as long as its optimizer and keeps what it compiles."""
 
     name: ClassVar[str]
+    by_table: ClassVar[bool] = False
+    """Whether it takes sums and scalars by kernels of its own: `squares` and `scalars_on_device` are asked."""
 
     def refuses(self, spec: Spec) -> str:
         """Why it does not take a view; "" if it does. What it compiles is built here, before anything is written."""
@@ -46,6 +61,14 @@ class Backend:
     def sums_blocks(self, spec: Spec) -> bool:
         """Whether it works out block sums and block state of a view that it takes by itself, as it moves it."""
         return False
+
+    def squares(self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool]) -> Squares:
+        """Sums of g*g of views that it is about to move; nothing is written to these. Called once in every step.
+
+        Args:
+            total: of which views the squares enter the sum over everything, where it takes that.
+        """
+        return Squares([], set())
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         """Move views of which it refused none.
@@ -56,6 +79,10 @@ class Backend:
             found: what sums over more than an element gave.
         """
         raise NotImplementedError
+
+    def scalars_on_device(self, view: ParamView, scalars: StepScalars) -> bool:
+        """Whether it works out the scalars of a view by itself, where only a device knows the number of the step."""
+        return False
 
     @property
     def built(self) -> int:

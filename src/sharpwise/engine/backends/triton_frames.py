@@ -1,0 +1,218 @@
+"""Frames of the Triton kernels: how programs find their tensors, and in which order they go over them.
+
+A program looks up its *chunk* (a job, and a number within it) and the *job* (a row of a table: addresses, sizes). Jobs
+are rectangles of memory, so that one launch moves tensors of all shapes. `$NAME` is filled in by `triton_print`.
+
+Offsets within a tensor have 64 bits, those within a tile 32. Sums of squares are in fp64: of finite gradients they are
+finite. Nothing but pointers is passed, and nothing is specialized on: no number compiles anything.
+"""
+
+HEAD = """import triton
+import triton.language as tl
+
+@triton.jit
+def address(at, T: tl.constexpr, ALIGN: tl.constexpr):
+    p = at.to(tl.pointer_type(T))
+    if ALIGN == 16:
+        p = tl.multiple_of(p, 16)
+    return p
+"""
+
+NOISE = """
+@triton.jit
+def mix(x):
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+@triton.jit
+def stochastic(x, index, key):
+    # The hash of storage/dense.py: uint32 wraps where that masks.
+    low = index.to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    noise = mix(low ^ key ^ (high * 0x5BD1E995)) & 0xFFFF
+    bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+"""
+
+_JOB = """    row = jobs + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * $width
+    k = tl.load(chunks + 2 * tl.program_id(0) + 1)
+"""
+
+TILES = f"""
+@triton.jit(do_not_specialize=$args)
+def tiles($moves, rates, $aligned, BY: tl.constexpr, BLOCK: tl.constexpr):
+    # Elements. BY: the step is looked up by row or column of the rectangle.
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$elements_head
+    columns = tl.load(row + $columns)
+    pitch = tl.multiple_of(tl.load(row + $pitch), G)
+    per = tl.load(row + $per)
+    span = tl.load(row + $span)
+    across = (columns + span - 1) // span
+    r0 = (k // across) * per
+    c0 = (k % across) * span
+    n = tl.multiple_of(tl.minimum(span, columns - c0).to(tl.int32), G)
+    if BY:
+        first = tl.load(row + $first)
+        by_row = tl.load(row + $by_row)
+        size = tl.load(row + $size).to(tl.int32)
+        by_column = tl.load(row + $by_column)
+    for r in range(r0, tl.minimum(r0 + per, tl.load(row + $rows))):
+        at = tl.multiple_of(r * pitch + c0, G)
+        for c in range(0, n, BLOCK):
+            i = c + tl.arange(0, BLOCK)
+            mask = i < n
+            rate = step
+            if BY:
+                b = first + r * by_row + ((c0.to(tl.int32) + i) // size) * by_column
+                rate = tl.load(rates + b, mask=mask, other=0.0)
+$move_flat
+"""
+
+ROWS = f"""
+@triton.jit(do_not_specialize=$args)
+def rows($moves, $aligned, PER: tl.constexpr, BLOCK: tl.constexpr):
+    # Blocks of adjacent elements, of one length: summed up, then moved while the gradient is in the cache.
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$elements_head
+$blocks_head
+    n = tl.multiple_of(tl.load(row + $columns).to(tl.int32), G)
+    count = tl.load(row + $rows).to(tl.int32)
+    per = tl.load(row + $per).to(tl.int32)
+    for b0 in range(k * per, tl.minimum(k * per + per, count), PER):
+        b = b0 + tl.arange(0, PER)
+        held = b < count
+        base = b.to(tl.int64)[:, None] * n
+        sums = tl.zeros([PER, BLOCK], tl.float64)
+        for c in range(0, n, BLOCK):
+            j = c + tl.arange(0, BLOCK)
+            mask = held[:, None] & (j < n)[None, :]
+            x = tl.load(g_ + base + j[None, :], mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float64)
+            sums += x * x
+        mean = tl.sum(sums, axis=1) / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
+$phase_rows
+        rate = (step / $denominator).to(tl.float32)[:, None]
+        at = base
+        for c in range(0, n, BLOCK):
+            j = c + tl.arange(0, BLOCK)
+            mask = held[:, None] & (j < n)[None, :]
+            i = j[None, :]
+$move_rows
+"""
+
+COLUMNS = f"""
+@triton.jit(do_not_specialize=$args)
+def columns($moves, $aligned, BR: tl.constexpr, BC: tl.constexpr):
+    # Blocks that are columns, or up to BC adjacent ones.
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$elements_head
+$blocks_head
+    count = tl.load(row + $rows).to(tl.int32)
+    pitch = tl.multiple_of(tl.load(row + $pitch), G)
+    size = tl.load(row + $size).to(tl.int32)
+    wide = tl.multiple_of(tl.load(row + $span).to(tl.int32), G)
+    c0 = tl.multiple_of(k * wide, G)
+    n = tl.multiple_of(tl.minimum(wide, tl.load(row + $columns).to(tl.int32) - c0), G)
+    lane = tl.arange(0, BC)
+    held = lane < n
+    b = tl.where(size == 1, c0 + lane, k)
+    sums = tl.zeros([BC], tl.float64)
+    for r0 in range(0, count, BR):
+        r = r0 + tl.arange(0, BR)
+        at = r.to(tl.int64)[:, None] * pitch + c0
+        mask = (r < count)[:, None] & held[None, :]
+        x = tl.load(g_ + at + lane[None, :], mask=mask, other=0.0).to(tl.float64)
+        sums += tl.sum(x * x, axis=0)
+    total = tl.where(size == 1, sums, tl.sum(sums))
+    mean = total / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
+$phase_columns
+    rate = (step / $denominator).to(tl.float32)[None, :]
+    for r0 in range(0, count, BR):
+        r = r0 + tl.arange(0, BR)
+        at = r.to(tl.int64)[:, None] * pitch + c0
+        i = lane[None, :]
+        mask = (r < count)[:, None] & held[None, :]
+$move_columns
+"""
+
+PHASE = f"""
+@triton.jit(do_not_specialize=$args)
+def phase(jobs, chunks, partial, starts, scalars, clip_, ok_, rates, BLOCK: tl.constexpr):
+    # Block state and the step of one block per program, from partial sums at starts[i] .. starts[i + 1].
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$scalars_head
+$blocks_head
+    place = tl.load(row + $first) + k
+    begin = tl.load(starts + place)
+    end = tl.load(starts + place + 1)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for i in range(begin, end, BLOCK):
+        lane = i + tl.arange(0, BLOCK)
+        sums += tl.load(partial + lane, mask=lane < end, other=0.0)
+    b = k + tl.arange(0, 1)
+    held = b >= 0
+    mean = tl.sum(sums) / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
+$phase_phase
+    tl.store(rates + tl.load(row + $by_row) + b, (step / $denominator).to(tl.float32), mask=held)
+"""
+
+SQUARES = """
+@triton.jit(do_not_specialize=$args)
+def squares(jobs, chunks, grads, partial, $aligned, BLOCK: tl.constexpr):
+    # The sum of g*g over a chunk, to where the chunk says.
+    chunk = chunks + 3 * tl.program_id(0)
+    row = jobs + tl.load(chunk).to(tl.int64) * $width
+    k = tl.load(chunk + 1)
+    g_ = address(tl.load(grads + tl.load(row + $view)) + tl.load(row + $from_gradient), $gradient, ALIGN)
+    columns = tl.load(row + $columns)
+    pitch = tl.multiple_of(tl.load(row + $pitch), G)
+    per = tl.load(row + $per)
+    span = tl.load(row + $span)
+    across = (columns + span - 1) // span
+    r0 = (k // across) * per
+    c0 = (k % across) * span
+    n = tl.multiple_of(tl.minimum(span, columns - c0).to(tl.int32), G)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for r in range(r0, tl.minimum(r0 + per, tl.load(row + $rows))):
+        at = tl.multiple_of(r * pitch + c0, G)
+        for c in range(0, n, BLOCK):
+            i = c + tl.arange(0, BLOCK)
+            x = tl.load(g_ + at + i, mask=i < n, other=0.0).to(tl.float64)
+            sums += x * x
+    tl.store(partial + tl.load(chunk + 2), tl.sum(sums))
+"""
+
+GUARD = """
+@triton.jit(do_not_specialize=$args)
+def guard(total, most, clip_, ok_, taken, skipped, CLIPS: tl.constexpr, SKIPS: tl.constexpr):
+    # What the sum of all squares means for a step: the factor on gradients, and whether it is taken.
+    squares = tl.load(total)
+    if CLIPS:
+        factor = tl.load(most) / (tl.sqrt(squares) + 1e-6)
+        tl.store(clip_, tl.where(factor > 1.0, 1.0, factor))
+    if SKIPS:
+        ok = squares < float("inf")  # NaN is not
+        tl.store(ok_, ok.to(tl.uint8))
+        tl.store(taken, ok.to(tl.float32))
+        tl.store(skipped, tl.load(skipped) + tl.where(ok, 0, 1))
+"""
+
+SCALARS = """
+@triton.jit(do_not_specialize=$args)
+def scalars_of_step(hyper, counts, scalars):
+    # The scalars of a step, per segment: hyperparameters from the host, the number of the step from the device.
+    row = hyper + tl.program_id(0) * $inputs
+    t = tl.load(tl.load(counts + tl.program_id(0)).to(tl.pointer_type(tl.float32))).to(tl.float64)
+$worked_out
+    out = scalars + tl.program_id(0) * $outputs
+$stores
+"""
