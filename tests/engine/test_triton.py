@@ -1,0 +1,54 @@
+"""The Triton kernels, interpreted: in a process of its own, as Triton is imported for one or for the other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sharpwise
+from sharpwise.engine.backends import triton_launch
+from sharpwise.testing import fill_gradients, tiny_model
+
+FILE = Path(__file__).with_name("interpreted.py")
+needs_triton = pytest.mark.skipif(bool(triton_launch.absent()), reason=triton_launch.absent() or "triton is here")
+
+
+def interpret(selection):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection, str(FILE)]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, env=env, cwd=FILE.parents[2], check=False)
+    assert found.returncode == 0, found.stdout[-6000:]
+    assert " passed" in found.stdout, found.stdout[-2000:]
+
+
+@needs_triton
+def test_pairs_of_everything_are_the_reference():
+    interpret("not slow")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_everything_is_the_reference():
+    interpret("slow")
+
+
+def test_without_triton_the_reference_steps(monkeypatch):
+    """Nothing is imported before it is asked for, and what is not there is said."""
+    code = "import sharpwise, sys; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setattr(triton_launch, "find_spec", lambda name: None)
+    triton_launch.absent.cache_clear()
+    try:
+        assert triton_launch.refused(torch.device("cuda")) == "triton is not installed"
+        assert triton_launch.refused(torch.device("cpu")) == "not for cpu"
+    finally:
+        monkeypatch.undo()
+        triton_launch.absent.cache_clear()
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-3)
+    fill_gradients(model, 0)
+    optimizer.step()
+    assert "triton" not in {row["backend"] for row in optimizer.explain()}
