@@ -96,7 +96,7 @@ class FakeCuda:
             (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # torch's own asks once per element
             (FakeTensor, "data_ptr", _address),
             (triton_launch, "build", lambda *_: None),
-            (triton_launch, "run", self._launched),
+            (triton_launch, "launch", self._launched),
         ):
             self._exits.enter_context(mock.patch.object(owner, name, value))
         self._exits.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))

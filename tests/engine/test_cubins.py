@@ -103,6 +103,9 @@ def check(name, formats, coupled, key, arch, folder):
     aligned = key[-1] if key != "phase" else True
     assert (stack, local) == (0, 0), "it spills"
     assert registers <= MOST[aligned], registers
+    if blocks and kernel != "tiles":  # every thread reads block state, one writes it
+        store = ptx.index("st.global")
+        assert "bar.sync" in ptx[ptx.rindex("ld.global", 0, store) : store]
     if key == "phase" or not aligned:
         return
     tile = {"tiles": constants.get("BLOCK"), "rows": constants.get("PER", 1) * constants.get("BLOCK", 1)}

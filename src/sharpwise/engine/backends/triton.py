@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends import triton_print
+from sharpwise.engine.backends import triton_launch, triton_print
 from sharpwise.engine.backends.base import Backend, Found, Spec, Squares
 from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT, SHORT_TILE, TALL, WIDE, in_pieces, kernel_of, runs_of
-from sharpwise.engine.backends.triton_launch import launch, prepare, refused
 from sharpwise.engine.backends.triton_print import TYPES, DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
 from sharpwise.engine.options import Options
@@ -50,7 +49,7 @@ class Triton(Backend):
 
     def refuses(self, spec: Spec) -> str:
         view, self.options = spec.view, spec.options
-        if reason := refused(view.device):
+        if reason := triton_launch.refused(view.device):
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
@@ -105,7 +104,7 @@ class Triton(Backend):
         name, constants = kernel_and_constants(key, formats.granule)
         try:
             kernel = getattr(triton_print.module(text), name)
-            prepare(kernel, ARGUMENTS[name], constants, device)
+            triton_launch.build(kernel, ARGUMENTS[name], constants, device)
         except Exception as error:  # whatever the compiler raises: there is another back end
             reason = str(error).split("\n")[0]
             logger.warning("building a Triton kernel failed, going on without: %s", reason)
@@ -115,10 +114,12 @@ class Triton(Backend):
     def scalars_of(self, view: ParamView, scalars: StepScalars, names: Sequence[str]) -> DeviceScalars | None:
         """The kernel that works out a view's scalars on the device; None if these are worked out by torch."""
         key = view.rule, tuple(names)
+        if scalars.counter.step(view).dtype != torch.float32:
+            return None
         if key not in self._scalars:
             try:
                 found = triton_print.scalars(view.rule, scalars.hyper(view), names, not self.options.decoupled)
-                prepare(
+                triton_launch.build(
                     triton_print.module(found.text).scalars_of_step,
                     (torch.float64, torch.int64, torch.float32),
                     {},
@@ -180,7 +181,7 @@ class Triton(Backend):
                 kernel = triton_print.module(triton_print.squares(dtype, len(triton_print.FIELDS))).squares
                 _, constants = kernel_and_constants((dtype, aligned), 16 // dtype.itemsize)
                 args = (tables.sum_jobs, chunks, tables.addresses, tables.partial)
-                launch(kernel, n, args, constants, tables.device)
+                triton_launch.launch(kernel, n, args, constants, tables.device)
             found.totals.extend((shard, tables.partial[where]) for shard, where in tables.totals)
             found.views.update(id(v) for v, summed in zip(tables.views, tables.summed, strict=True) if summed)
         return found
@@ -208,7 +209,7 @@ class Triton(Backend):
                         "tiles": (family.jobs, chunks, tables.addresses, tables.scalars, clip, ok, tables.rates),
                     }
                     args = lists.get(name, lists["tiles"][:-1])
-                    launch(getattr(module, name), n, args, constants, tables.device)
+                    triton_launch.launch(getattr(module, name), n, args, constants, tables.device)
             tables.release()
 
     def _control(self, device: torch.device, scalars: StepScalars, view: ParamView) -> tuple[Tensor, Tensor]:
@@ -259,13 +260,13 @@ class Guard:
         self._constants = {"CLIPS": self.max_norm is not None, "SKIPS": self.skips}
         kernel = triton_print.module(triton_print.guard()).guard
         types = (torch.float64, torch.float64, torch.float64, torch.uint8, torch.float32, torch.int64)
-        prepare(kernel, types, self._constants, self.device)
+        triton_launch.build(kernel, types, self._constants, self.device)
 
     def __call__(self, total: Tensor) -> tuple[Any, Any]:
         """(whether to step, factor): of the sum of all squares."""
         kernel = triton_print.module(triton_print.guard()).guard
         args = (total, self.most, self.clip, self.ok.view(torch.uint8), self.taken, self.skipped)
-        launch(kernel, 1, args, self._constants, self.device)
+        triton_launch.launch(kernel, 1, args, self._constants, self.device)
         clip = None if self.max_norm is None else self.clip
         return (self.ok if self.skips else True), clip
 

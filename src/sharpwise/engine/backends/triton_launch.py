@@ -1,4 +1,7 @@
-"""Kernels are built, tables uploaded and kernels launched here, and nowhere else."""
+"""Kernels are built and launched, and tables uploaded here, and nowhere else.
+
+A device that computes nothing replaces `build` and `launch`.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -40,22 +43,12 @@ def refused(device: torch.device) -> str:
 
 def launch(kernel: Any, grid: int, args: Sequence[Tensor], constants: Mapping[str, Any], device: torch.device) -> None:
     """Run `grid` programs."""
-    run(kernel, grid, args, constants, device)
-
-
-def prepare(kernel: Any, args: Sequence[torch.dtype], constants: Mapping[str, Any], device: torch.device) -> None:
-    """Compile a kernel for arguments of these types."""
-    build(kernel, args, constants, device)
-
-
-def run(kernel: Any, grid: int, args: Sequence[Tensor], constants: Mapping[str, Any], device: torch.device) -> None:
-    """`launch`; a device that computes nothing replaces it."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(grid,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def build(kernel: Any, args: Sequence[torch.dtype], constants: Mapping[str, Any], device: torch.device) -> None:
-    """`prepare`; an interpreter needs none of it, nor does a device that computes nothing."""
+    """Compile a kernel for arguments of these types; an interpreter needs none of it."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             kernel.warmup(*args, grid=(1,), **constants, num_warps=WARPS, enable_fp_fusion=False)

@@ -202,8 +202,10 @@ def _phase(program: Program, formats: Formats, deep: int, mask: str) -> tuple[st
         f"tl.store({name}_ + b, {values[f'state.{name}']}.to({TYPES[kinds[name]]}), mask={mask})"
         for name in program.blocks
     ]
+    # Every thread reads what one of them writes: all have to have read it before.
+    text = f"{worked_out}\n{_lines(['tl.debug_barrier()', *stores], deep)}"
     # Names of its own: what is assigned before a loop and in it again is carried through it.
-    text = re.sub(r"\bv(\d+)\b", r"w\1", worked_out + "\n" + _lines(stores, deep))
+    text = re.sub(r"\bv(\d+)\b", r"w\1", text)
     return text, values["denominator"].replace("v", "w")
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends import triton_print
+from sharpwise.engine.backends import triton_launch, triton_print
 from sharpwise.engine.backends.triton_jobs import MoveJobs, Place, SumJobs, in_pieces
-from sharpwise.engine.backends.triton_launch import launch, upload
+from sharpwise.engine.backends.triton_launch import upload
 from sharpwise.engine.backends.triton_print import DeviceScalars, Formats, Printed
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
@@ -184,7 +184,7 @@ class Tables:
                 steps = [scalars.counter.step(view).data_ptr() for view in views for _ in view.segments]
                 self._counts[f] = upload(np.array(steps, dtype=np.int64), self.device)
             function = triton_print.module(kernel.text).scalars_of_step
-            launch(function, family.segments, (part, self._counts[f], own), {}, self.device)
+            triton_launch.launch(function, family.segments, (part, self._counts[f], own), {}, self.device)
 
 
 def _values(view: ParamView, scalars: StepScalars, names: Sequence[str], coupled: bool) -> list[list[Any]]:
