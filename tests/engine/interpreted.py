@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import dataclass
 
 os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is imported
 
@@ -12,8 +13,11 @@ from torch import nn
 import sharpwise.engine.step as steps
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.engine import backends
-from sharpwise.engine.backends import triton_jobs, triton_print
+from sharpwise.engine.backends import triton_jobs, triton_launch, triton_print
+from sharpwise.engine.optimizer import BlockOptimizer
+from sharpwise.engine.options import Options
 from sharpwise.optim import create_optimizer
+from sharpwise.rules import SGD
 from sharpwise.storage.dense import mix, round_to
 from sharpwise.testing import fill_gradients
 
@@ -193,8 +197,6 @@ def test_rounding_is_that_of_storage_to_the_bit():
     import triton.language as tl
 
     formats = triton_print.Formats(torch.bfloat16, torch.bfloat16, (), (), True)
-    from sharpwise.rules import SGD
-
     module = triton_print.module(triton_print.kernels(SGD(), formats, False).text)
     stochastic = module.stochastic
 
@@ -279,3 +281,61 @@ def test_text_is_the_same_for_other_numbers():
     texts = {triton_print.kernels(AdamMini(betas, eps), formats, False).text for betas, eps in
              (((0.9, 0.99), 1e-8), ((0.5, 0.7), 1e-3))}  # fmt: skip
     assert len(texts) == 1
+
+
+@dataclass(frozen=True)
+class Strange(SGD):
+    """Its arithmetic has an operation that no printer has."""
+
+    def direction(self, g, state, s):
+        new, numerator, below = super().direction(g, state, s)
+        return new, numerator.erf(), below
+
+
+def test_arithmetic_without_words_is_the_references(caplog):
+    model = model_of()
+    optimizer = BlockOptimizer(
+        model, Strange(momentum=0.9), lr=1e-3, weight_decay=0.0, options=Options(), blocks=BlockMap(tuple(SEGMENTS))
+    )
+    fill_gradients(model, 0)
+    optimizer.step()
+    assert {row["backend"] for row in optimizer.explain()} == {"reference"}
+    assert {row["why"] for row in optimizer.explain()} == {"triton: no words in Triton for aten.erf.default"}
+    assert not caplog.records
+
+
+def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("ptxas died\nof something")
+
+    monkeypatch.setattr(triton_launch, "build", fails)
+    model = model_of()
+    optimizer = create_optimizer(model, "adam-mini", lr=1e-3, blocks=BlockMap(tuple(SEGMENTS)))
+    fill_gradients(model, 0)
+    optimizer.step()
+    rows = [row for row in optimizer.explain() if row["name"] not in ("empty", "no_columns")]
+    assert {row["backend"] for row in rows} == {"reference"}
+    assert {row["why"] for row in rows} == {"triton: building a kernel failed: ptxas died"}
+    assert [r.levelname for r in caplog.records if "ptxas died" in r.message].count("WARNING") == 1
+
+
+def test_groups_whose_scalars_are_worked_out_otherwise(monkeypatch):
+    """Dampening that follows momentum, and one that is 0, on a device that alone knows the count."""
+    monkeypatch.setattr(steps, "decided_by_host", lambda views: False)
+    models = [model_of(), model_of()]
+    optimizers = []
+    for model, more in zip(models, ({"compile": False}, {}), strict=True):
+        params = list(model.parameters())
+        groups = [{"params": params[::2], "dampening": None}, {"params": params[1::2], "lr": torch.tensor(3e-3)}]
+        blocks = BlockMap(tuple(SEGMENTS))
+        optimizers.append(
+            create_optimizer(
+                groups, "sgd", lr=1e-2, momentum=0.9, model=model, blocks=blocks, on_nonfinite="skip", **more
+            )
+        )
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            fill_gradients(model, step)
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert (p - q).norm() <= 1e-6 * p.norm()

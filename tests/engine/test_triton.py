@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed.launch import launch
 
 import sharpwise
 from sharpwise.engine.backends import triton_launch
@@ -52,3 +53,12 @@ def test_without_triton_the_reference_steps(monkeypatch):
     fill_gradients(model, 0)
     optimizer.step()
     assert "triton" not in {row["backend"] for row in optimizer.explain()}
+
+
+@needs_triton
+def test_parts_of_a_mesh_are_the_whole(tmp_path):
+    found = launch("engine.sharded_triton", 2, tmp_path)
+    for off, where, turned, moved_by in found:
+        assert off <= 1e-6, where
+        assert turned <= 2
+        assert {name.split(" ")[0] for name in moved_by} == {"triton"}

@@ -159,9 +159,14 @@ class StepScalars:
         """Whether only a device knows its scalars: the number of the step, or a hyperparameter."""
         if not self.counter.on_host:
             return True
-        values = (live(view.group[name]) for name in ("lr", "weight_decay", *view.rule.defaults) if name in view.group)
-        flat = (one for value in values for one in (value if isinstance(value, tuple) else (value,)))
-        return any(isinstance(one, Tensor) for one in flat)
+        key = "on device", self._kind[id(view)]
+        if key not in self._kept:
+            names = [name for name in ("lr", "weight_decay", *view.rule.defaults) if name in view.group]
+            values = [live(view.group[name]) for name in names]
+            flat = (one for value in values for one in (value if isinstance(value, tuple) else (value,)))
+            self._kept[key] = any(isinstance(one, Tensor) for one in flat)
+        found: bool = self._kept[key]
+        return found
 
     def factors(self, view: ParamView) -> list[tuple[Any, float, float, Any, float]]:
         """What `rows` are worked out from, per segment.

@@ -6,8 +6,8 @@ which are kept between steps: a step uploads the scalars, and the addresses of g
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT, SHORT_TILE, TALL
 from sharpwise.engine.backends.triton_print import TYPES, DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
 from sharpwise.engine.options import Options
+from sharpwise.engine.rehearsal import live
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
@@ -39,6 +40,7 @@ class Triton(Backend):
         self._built: dict[Any, str] = {}
         self._tables: list[Tables] = []
         self._ready: list[Tables] = []
+        self._warned = False
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -50,6 +52,9 @@ class Triton(Backend):
     def refuses(self, spec: Spec) -> str:
         view, self.options = spec.view, spec.options
         if reason := triton_launch.refused(view.device):
+            if view.device.type == "cuda" and not self._warned:
+                self._warned = True
+                logger.warning("%s: steps on a GPU are slower without; pip install triton", reason)
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
@@ -107,14 +112,16 @@ class Triton(Backend):
             triton_launch.build(kernel, ARGUMENTS[name], constants, device)
         except Exception as error:  # whatever the compiler raises: there is another back end
             reason = str(error).split("\n")[0]
-            logger.warning("building a Triton kernel failed, going on without: %s", reason)
-            return f"building a kernel failed: {reason}"
+            known = f"building a kernel failed: {reason}"
+            level = logging.DEBUG if known in self._built.values() else logging.WARNING
+            logger.log(level, "building a Triton kernel failed, going on without: %s", reason)
+            return known
         return ""
 
     def scalars_of(self, view: ParamView, scalars: StepScalars, names: Sequence[str]) -> DeviceScalars | None:
         """The kernel that works out a view's scalars on the device; None if these are worked out by torch."""
-        key = view.rule, tuple(names)
-        if scalars.counter.step(view).dtype != torch.float32:
+        key = kind_of_scalars(view), tuple(names)
+        if view.own["step"].dtype != torch.float32:
             return None
         if key not in self._scalars:
             try:
@@ -164,12 +171,13 @@ class Triton(Backend):
         summed: list[bool],
         device: torch.device,
     ) -> Tables:
-        families: dict[str, Family] = {}
+        families: dict[Any, Family] = {}
         for i, (view, g) in enumerate(zip(views, grads, strict=True)):
             formats = formats_of(view, g.dtype, self.options)
             printed = self._kernels(view.rule, formats)
             assert isinstance(printed, Printed)
-            families.setdefault(printed.text, Family(printed, formats)).places.append(i)
+            key = printed.text, kind_of_scalars(view)
+            families.setdefault(key, Family(printed, formats)).places.append(i)
         return Tables(views, grads, addresses, list(families.values()), summed, device)
 
     def squares(self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool]) -> Squares:
@@ -232,7 +240,7 @@ class Triton(Backend):
         by_kernel = []
         for family in tables.families:
             own = [tables.views[i] for i in family.places]
-            device = any(scalars.on_device(view) for view in own)
+            device = any(map(scalars.on_device, own))
             by_kernel.append(self.scalars_of(own[0], scalars, family.printed.scalars) if device else None)
         tables.write_scalars(scalars, by_kernel, not self.options.decoupled)
 
@@ -297,6 +305,15 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
     if name == "columns":
         return name, {"BR": TALL if aligned else TALL // 2, "BC": WIDE, **own}  # fewer registers where loads are many
     return name, {**({"BY": how[0]} if name == "tiles" else {}), "BLOCK": BLOCK, **own}
+
+
+def kind_of_scalars(view: ParamView) -> Any:
+    """Equal for views whose scalars are worked out alike, from other numbers."""
+    rule = view.rule
+    hyper = [live(view.group[name]) for name in rule.defaults if name in view.group]
+    flags = tuple(len(v) if isinstance(v, tuple) else 0.0 if isinstance(v, (float, Tensor)) else v for v in hyper)
+    own = tuple(getattr(rule, f.name) for f in fields(cast(Any, rule)) if f.name not in rule.hyperparameters)
+    return type(rule), flags, own, view.own["step"].dtype
 
 
 def formats_of(view: ParamView, grad: torch.dtype, options: Options) -> Formats:

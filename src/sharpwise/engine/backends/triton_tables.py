@@ -51,6 +51,7 @@ class Tables:
         device: torch.device,
     ) -> None:
         self.views, self.families, self.summed, self.device = views, families, summed, device
+        self._groups = list({id(view.group): view.group for view in views}.values())
         self._kind = self._kind_of(grads, addresses)
         self._grads: list[Tensor] = []
         self._wanted = np.zeros(0, np.int64)
@@ -121,7 +122,7 @@ class Tables:
     # -- of a step -------------------------------------------------------------------------------------------------
 
     def _kind_of(self, grads: Sequence[Tensor], addresses: Sequence[int]) -> Any:
-        seeds = {int(view.group["seed"]) for view in self.views if "seed" in view.group}
+        seeds = [group.get("seed") for group in self._groups]
         return [g.dtype for g in grads], [a % 16 for a in addresses], seeds
 
     def serve(
@@ -153,15 +154,25 @@ class Tables:
 
     def write_scalars(self, scalars: StepScalars, kernels: Sequence[DeviceScalars | None], coupled: bool) -> None:
         """The scalars of a step. `kernels`: of families whose scalars are worked out on the device."""
-        host: list[Any] = []
+        host: list[float] = []
+        late: list[tuple[int, Tensor]] = []
         for family, kernel in zip(self.families, kernels, strict=True):
-            for view in (self.views[i] for i in family.places):
-                if kernel is not None:
-                    host += [value for row in _inputs(view, scalars, kernel) for value in row]
-                else:
-                    host += [value for row in _values(view, scalars, family.printed.scalars, coupled) for value in row]
-        late = [(i, value) for i, value in enumerate(host) if isinstance(value, Tensor)]
-        numbers = np.array([0.0 if isinstance(value, Tensor) else value for value in host], dtype=np.float64)
+            alike: dict[Any, tuple[list[float], list[tuple[int, Tensor]]]] = {}
+            for view in map(self.views.__getitem__, family.places):
+                key = scalars.key(view)
+                if key not in alike:
+                    rows = (
+                        _values(view, scalars, family.printed.scalars, coupled)
+                        if kernel is None
+                        else _inputs(view, scalars, kernel)
+                    )
+                    flat = [value for row in rows for value in row]
+                    tensors = [(i, value) for i, value in enumerate(flat) if isinstance(value, Tensor)]
+                    alike[key] = [0.0 if isinstance(value, Tensor) else value for value in flat], tensors
+                floats, tensors = alike[key]
+                late += [(len(host) + i, value) for i, value in tensors]
+                host += floats
+        numbers = np.array(host, dtype=np.float64)
         if all(kernel is None for kernel in kernels):
             with np.errstate(over="ignore"):
                 upload(numbers.astype(np.float32), self.device, self.scalars)
