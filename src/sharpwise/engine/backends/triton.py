@@ -181,6 +181,7 @@ class Triton(Backend):
         return Tables(views, grads, addresses, list(families.values()), summed, device)
 
     def squares(self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool]) -> Squares:
+        triton_launch.check_not_captured()
         found = Squares([], set())
         self._ready = self._tables_of(views, grads, total)
         for tables in self._ready:

@@ -54,6 +54,12 @@ def build(kernel: Any, args: Sequence[torch.dtype], constants: Mapping[str, Any]
             kernel.warmup(*args, grid=(1,), **constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
+def check_not_captured() -> None:
+    """Raise RuntimeError where a step would be captured in a CUDA graph."""
+    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars come from the host each time")
+
+
 def upload(values: "np.ndarray[Any, Any]", device: torch.device, into: Tensor | None = None) -> Tensor:
     """Numbers on a device: a copy that the host does not wait for.
 
