@@ -301,8 +301,9 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
     own: dict[str, Any] = {"ALIGN": 16 if aligned else 1, "G": granule if aligned else 1}
     if name == "rows":
         per, block = SHORT_TILE if how[0] else (1, BLOCK)
-        # For sm_80 ptxas spills 8 bytes to get by with 64 registers, where 72 do as well.
-        return name, {"PER": per, "BLOCK": block, **own, **({"maxnreg": 72} if how[0] and aligned else {})}
+        # For sm_80 ptxas spills 8 bytes to get by with few registers, where some more do as well.
+        most = {} if how[0] != aligned else {"maxnreg": 72 if aligned else 96}
+        return name, {"PER": per, "BLOCK": block, **own, **most}
     if name == "columns":
         return name, {"BR": TALL if aligned else TALL // 2, "BC": WIDE, **own}  # fewer registers where loads are many
     return name, {**({"BY": how[0]} if name == "tiles" else {}), "BLOCK": BLOCK, **own}
