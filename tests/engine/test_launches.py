@@ -115,6 +115,26 @@ def test_a_large_model_asks_for_no_more(launches, name):
         assert not counts.reads + counts.blocking
 
 
+def test_tables_of_a_large_model_are_small(launches):
+    """2 MiB and a byte for 1,000 parameters, besides the block state's own."""
+    from fake_device import FakeCuda
+
+    from sharpwise.optim import create_optimizer
+
+    with FakeCuda() as cuda:
+        model, blocks = cuda.model(launches.MODELS["llama3-8b"])
+        optimizer = create_optimizer(
+            model, "adam-mini", lr=1e-3, blocks=blocks, max_grad_norm=1.0, on_nonfinite="skip", block_lr="blockwise"
+        )
+        cuda.step(model, optimizer)
+        (tables,) = optimizer._backends.by_name["triton"]._tables
+        held = [tables.addresses, tables.scalars, tables.rates, tables.sum_jobs, tables.starts, tables.partial]
+        held += [own for own, _ in tables.sum_chunks.values()]
+        held += [t for family in tables.families for t in (family.jobs, *(own for own, _ in family.chunks.values()))]
+        total = sum(p.numel() for p in model.parameters())
+        assert sum(t.numel() * t.element_size() for t in held) <= (2 << 20) + total // 1000
+
+
 def test_every_combination_has_a_bound(launches):
     for model in BOUNDS:
         assert {c[1:] for c in CASES if c[0] == model} == {tuple(c)[1:] for c in launches.cases(model)}

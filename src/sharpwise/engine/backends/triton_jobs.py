@@ -15,8 +15,8 @@ from sharpwise.shards import local
 
 Array = np.ndarray[Any, Any]
 
-SPAN = 1 << 14
-"""Elements of a chunk."""
+SPAN, SUM_SPAN = 1 << 14, 1 << 16
+"""Elements of a chunk that is moved, or only summed up: 8 or 20 bytes of tables each."""
 BLOCK = 1 << 10
 """Elements of a tile."""
 ONE_PROGRAM = 1 << 16
@@ -158,11 +158,9 @@ def _numbered(counts: Array) -> Array:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def tiling(run: Run) -> dict[str, int]:
+def tiling(run: Run, most: int = SPAN) -> dict[str, int]:
     """Rows and columns of a run that a chunk has."""
-    span = min(run.columns, SPAN)
-    span += -span % BLOCK if run.columns > SPAN else 0
-    return {"per": max(1, SPAN // max(run.columns, 1)), "span": span}
+    return {"per": max(1, most // max(run.columns, 1)), "span": min(run.columns, most)}
 
 
 def chunks_of(run: Run, per: int, span: int) -> int:
@@ -221,7 +219,7 @@ class MoveJobs:
             more = [base + bytes_ * run.first for base, bytes_ in block]
             if kernel == "rows":
                 short = run.columns <= SHORT
-                per = max(1, 4096 // run.columns)
+                per = max(1, SPAN // run.columns)
                 per += -per % SHORT_TILE[0] if short else 0
                 self.jobs.add(("rows", short, aligned), -(-run.rows // per), addresses + more, per=per, **fields)
             elif kernel == "columns":
@@ -319,9 +317,9 @@ class SumJobs:
             n = local(view.param).numel()
             rest = [Run(0, 0, 1, n, n, 0)]
         for run in (*pieces, *rest):
-            cut = tiling(run)
+            cut = tiling(run, SUM_SPAN)
             if run in pieces:
-                cut = {**cut, "per": 1} if not run.size else {"per": max(1, SPAN // run.size), "span": run.size}
+                cut = {**cut, "per": 1} if not run.size else {"per": max(1, SUM_SPAN // run.size), "span": run.size}
             granule = 16 // dtype.itemsize
             even = not any(n % granule for n in (run.columns, run.pitch, cut["span"]))
             aligned = even and (g + dtype.itemsize * run.start) % 16 == 0
