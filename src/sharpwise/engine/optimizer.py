@@ -42,12 +42,13 @@ from sharpwise.engine.checks import (
     were_exchanged,
 )
 from sharpwise.engine.describe import explanation, lr_table, representation
+from sharpwise.engine.guard import Scaling
 from sharpwise.engine.layout import Layouts
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse
-from sharpwise.engine.step import Scaling, Stepper
+from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import views_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
@@ -261,7 +262,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     def _note_skipped(self) -> None:
         """Write the steps that the stepper left out to where they are saved."""
         if self._stepper is not None and self.options.on_nonfinite == "skip":
-            skipped = self._stepper.note_skipped()
+            skipped = self._stepper.guard.note_skipped()
             for group in self.param_groups:
                 group["skipped_steps"] += skipped
 
@@ -350,7 +351,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             check_settings(group, self.defaults, self.rule, self.who)
         before = self._stepper
         stepper = self._bind()
-        stepper.squares = None
+        stepper.guard.squares = None
         stepper.counter.read()
         if stepper is not before or not self._agreed:
             check_device(stepper.named, self.who)
@@ -375,7 +376,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     def skipped_steps(self) -> int:
         """Steps left out under on_nonfinite="skip"."""
         before = max((int(group.get("skipped_steps", 0)) for group in self.param_groups), default=0)
-        return before + (0 if self._stepper is None else self._stepper.skipped)
+        return before + (0 if self._stepper is None else self._stepper.guard.skipped)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -383,7 +384,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
         None before the first step, and where steps do not read it: neither `max_grad_norm` nor `on_nonfinite` is set.
         """
-        squares = None if self._stepper is None else self._stepper.squares
+        squares = None if self._stepper is None else self._stepper.guard.squares
         return None if squares is None else squares.root
 
     @property

@@ -1,11 +1,16 @@
 """What moves views by a step: a table of back ends, the fastest first."""
 
+from typing import Any
+
+import torch
+
 from sharpwise.engine.backends.base import Backend, Spec
 from sharpwise.engine.backends.cpp import Cpp
 from sharpwise.engine.backends.fused import TorchFused
 from sharpwise.engine.backends.inductor import Inductor
 from sharpwise.engine.backends.reference import Reference
-from sharpwise.engine.backends.triton import Triton
+from sharpwise.engine.backends.triton import DeviceGuard, Triton
+from sharpwise.engine.backends.triton_launch import refused
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp",),
@@ -26,6 +31,10 @@ class Backends:
         """Those to be asked for a view on a kind of device, the reference last; not fast: the reference alone."""
         names = ORDER.get(device, ()) if fast else ()
         return [*(self.by_name[name] for name in names), self._references[fast]]
+
+    def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:
+        """What decides about a step in one launch on a device; None where no kernel of ours runs."""
+        return None if refused(device) else DeviceGuard(device, max_norm, skips)
 
     @property
     def built(self) -> int:

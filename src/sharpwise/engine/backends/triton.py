@@ -247,7 +247,7 @@ class Triton(Backend):
 
 
 @dataclass
-class Guard:
+class DeviceGuard:
     """What the norm means for a step, in one launch.
 
     Attributes:
