@@ -81,10 +81,15 @@ class Counts:
 
 
 class FakeCuda:
-    """The device. In this context `device="cuda"` is it, and `counts` grow."""
+    """The device. In this context `device="cuda"` is it, and `counts` grow.
 
-    def __init__(self) -> None:
-        self.counts = Counts()
+    Args:
+        triton: whether kernels in Triton are launched, which compute nothing; else there is none, and small tensors
+            hold what torch computes.
+    """
+
+    def __init__(self, triton: bool = True) -> None:
+        self.counts, self.triton = Counts(), triton
         self._exits = ExitStack()
 
     def __enter__(self) -> "FakeCuda":
@@ -94,9 +99,7 @@ class FakeCuda:
         for owner, name, value in (
             (torch._inductor, "standalone_compile", self._compiled),
             (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # torch's own asks once per element
-            (FakeTensor, "data_ptr", _address),
-            (triton_launch, "build", lambda *_: None),
-            (triton_launch, "launch", self._launched),
+            *(self._of_triton() if self.triton else [(triton_launch, "absent", lambda: "no triton")]),
         ):
             self._exits.enter_context(mock.patch.object(owner, name, value))
         self._exits.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
@@ -141,6 +144,13 @@ class FakeCuda:
         optimizer.step()
         self.counts = Counts()  # what follows is none of it
         return asked
+
+    def _of_triton(self) -> list[tuple[Any, str, Any]]:
+        return [
+            (FakeTensor, "data_ptr", _address),
+            (triton_launch, "build", lambda *_: None),
+            (triton_launch, "launch", self._launched),
+        ]
 
     def _launched(self, kernel: Any, *_: Any) -> None:
         self.counts.launch(f"Triton kernel {kernel.__name__}")

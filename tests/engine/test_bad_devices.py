@@ -33,7 +33,7 @@ def cuda(monkeypatch):
         fake_device.provide_guard()
     except fake_device.CannotFake as error:
         pytest.skip(str(error))
-    with fake_device.FakeCuda() as device:
+    with fake_device.FakeCuda(triton=False) as device:
         yield device
     sys.modules.pop("fake_device", None)
 

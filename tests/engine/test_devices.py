@@ -50,7 +50,7 @@ def cuda(monkeypatch):
     except fake_device.CannotFake as error:
         pytest.skip(str(error))
     monkeypatch.setattr(fake_device, "SMALL_FLOAT", 1 << 22)  # all have values
-    with fake_device.FakeCuda() as device:
+    with fake_device.FakeCuda(triton=False) as device:
         yield device
     sys.modules.pop("fake_device", None)
 

@@ -52,6 +52,7 @@ class Guard:
         self.taken: Tensor | None = None
         self._backends = backends
         self._kernel: Any = None
+        self._asked: torch.device | None = None
         self._skipped: Tensor | int = 0
 
     @property
@@ -114,8 +115,9 @@ class Guard:
         plain = not isinstance(total.unit, Tensor) and total.unit == 1.0
         if self.on_host or self._backends is None or options.on_nonfinite == "raise" or not plain:
             return None
-        if self._kernel is None or self._kernel.device != device:
-            self._skipped = self.skipped
+        if self._asked != device:
+            self._skipped = self.skipped if self._kernel is not None else self._skipped
+            self._asked = device
             self._kernel = self._backends.guard(device, options.max_grad_norm, options.on_nonfinite == "skip")
         return self._kernel
 
