@@ -112,7 +112,7 @@ def test_rounding_by_hash_is_the_same_compiled_gathered_and_eager():
         options = {"blocks": {"transformer.wide.*": "up"}, "compile": compile}
         optimizer = make_of("lion", None, "bf16", True)(model, **options)
         testing.run(model, optimizer, range(4))
-        assert (optimizer.compiled_graphs > 0) == (compile is True)
-    assert testing.same(models[0], models[1])
+        assert (optimizer.compiled_graphs > 0) == (compile is not False)
+    assert testing.same(models[1], models[2])
     for p, q in zip(models[0].parameters(), models[2].parameters(), strict=True):
         assert (p != q).float().mean() < 1e-3  # a sum that compiled code contracts may round to the other side

@@ -42,6 +42,7 @@ def test_without_triton_the_reference_steps(monkeypatch):
     code = "import sharpwise, sys; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setattr(triton_launch, "find_spec", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     triton_launch.absent.cache_clear()
     try:
         assert triton_launch.refused(torch.device("cuda")) == "triton is not installed"
