@@ -2,9 +2,13 @@
 
 import itertools
 import os
+import sys
 from dataclasses import dataclass
 
-os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is imported
+if (
+    "pytest" not in sys.modules
+):  # a process of its own: it is read as Triton is imported, and would hold for other tests
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine import backends
-from sharpwise.engine.backends import cpp, inductor, loops
+from sharpwise.engine.backends import cpp, loops
 
 PATHS = pytest.mark.parametrize("compiled", [None, True, False], ids=lambda c: f"compile={c}")
 MAKE = {"adamw": sharpwise.AdamW, "adam-mini": sharpwise.AdamMini, "lion": sharpwise.Lion}
@@ -283,29 +282,3 @@ def test_steps_that_a_device_leaves_out(compiled, name, options):
         near(model, twin)
         counts = [[float(o.state[p]["step"]) for p in m.parameters()] for m, o in ((model, optimizer), (twin, steady))]
         assert counts[0] == counts[1], t
-
-
-def test_a_graph_that_cannot_be_built_any_more(monkeypatch):
-    """Decay is raised from 0, which is another graph, and the compiler is gone: eager operations go on."""
-    models = []
-    for c in (True, False):
-
-        def raise_decay(t, model, optimizer):
-            if t == 3:
-                optimizer.param_groups[0]["weight_decay"] = 1.0
-                monkeypatch.setattr(inductor, "_compile", _no_compiler)
-
-        with monkeypatch.context():
-            monkeypatch.setitem(backends.ORDER, "cpu", ("inductor",))
-            options = {"stochastic_rounding": True, "storage": "bf16", "weight_decay": 0.0}
-            model, optimizer = run("adamw", c, raise_decay, **options)
-            row = optimizer.explain()[0]
-            monkeypatch.undo()
-        models.append(model)
-        if c:
-            assert row["backend"] == "reference" and "no compiler any more" in row["why"]
-    near(*models)
-
-
-def _no_compiler(*_):
-    raise RuntimeError("no compiler any more")
