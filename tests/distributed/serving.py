@@ -1,6 +1,8 @@
 """Cases in a process of a group, and what they found. One start serves many cases: it costs more than any of them."""
 
 import json
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,6 +30,10 @@ def serve(cases: Mapping[str, Case], output: str) -> None:
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found, indent=1))
     dist.destroy_process_group()
+    # Threads of gloo may outlive the group, and then abort a process that ends as usual, now and then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def of(found: Found, case: str) -> dict[str, Any]:
