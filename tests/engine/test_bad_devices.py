@@ -1,11 +1,10 @@
 """What is on another device, or of another type, than it may be: refused before anything changes, or it works."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from engine.simulated import fake_device
 from reference import adamw, driver, lion, sgd
 from torch import nn
 
@@ -13,7 +12,6 @@ import sharpwise
 from sharpwise.optim import COMBINES, create_optimizer
 from sharpwise.testing import TinyGPT, fill_gradients, tiny_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LAST = "transformer.ln_f.bias"
 OPTIONS = {
     "plain": {},
@@ -26,16 +24,8 @@ every_option = pytest.mark.parametrize("option", OPTIONS)
 
 @pytest.fixture
 def cuda(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fake_device
-
-    try:
-        fake_device.provide_guard()
-    except fake_device.CannotFake as error:
-        pytest.skip(str(error))
-    with fake_device.FakeCuda(triton=False) as device:
+    with fake_device(monkeypatch) as module, module.FakeCuda(triton=False) as device:
         yield device
-    sys.modules.pop("fake_device", None)
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ The devices are fake (`benchmarks/fake_device.py`): they raise where an operatio
 model are small enough to have values.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from engine.simulated import fake_device
 from reference import driver
 from torch import nn
 
@@ -16,7 +14,6 @@ from sharpwise.blocks import BlockMap
 from sharpwise.optim import COMBINES, create_optimizer
 from sharpwise.testing import tiny_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLACES = {"two": ("cuda:0", "cuda:1"), "with the CPU": ("cpu", "cuda:1", "cuda:0")}
 OPTIONS = {
     "plain": {},
@@ -42,17 +39,10 @@ STEPS = 3
 
 @pytest.fixture
 def cuda(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fake_device
-
-    try:
-        fake_device.provide_guard()
-    except fake_device.CannotFake as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(fake_device, "SMALL_FLOAT", 1 << 22)  # all have values
-    with fake_device.FakeCuda(triton=False) as device:
-        yield device
-    sys.modules.pop("fake_device", None)
+    with fake_device(monkeypatch) as module:
+        monkeypatch.setattr(module, "SMALL_FLOAT", 1 << 22)  # all have values
+        with module.FakeCuda(triton=False) as device:
+            yield device
 
 
 def spread(places, dtype=torch.float32):

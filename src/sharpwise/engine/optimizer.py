@@ -399,7 +399,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         return lr_table(self._bind())
 
     def explain(self) -> Table:
-        """Per segment: which rule and cut it gets, how many blocks, its multiplier, decay, storage and state bytes."""
+        """Per segment: rule, cut, blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
         return explanation(self._bind(), self.storage.name)
 
     def state_bytes(self) -> int:

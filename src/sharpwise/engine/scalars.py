@@ -268,15 +268,6 @@ class StepScalars:
         found: Tensor = self._kept[key]
         return found
 
-    def numbers(self, view: ParamView, names: Sequence[str]) -> Tensor:
-        """`named` by these names; 1 for a decay or clipping that is off. fp32, on the CPU."""
-        key = "numbers", self.key(view), tuple(names)
-        if key not in self._kept:
-            values = {"decay": 1.0, "clip": 1.0, **self.named(view)}
-            self._kept[key] = torch.tensor([values[name] for name in names], dtype=torch.float32, device="cpu")
-        found: Tensor = self._kept[key]
-        return found
-
     def clip_of(self, view: ParamView) -> Any:
         """The factor on its gradients: None, a number, or a tensor on its device."""
         return self._placed("clip", self.clip, view.device)
@@ -312,19 +303,6 @@ class StepScalars:
     def row_decay(self, view: ParamView) -> Tensor | None:
         """Factors of decay of its rows, shaped to broadcast, None where they are all the same."""
         return self._by_row(view, "decay") if self.decays_by_row(view) else None
-
-    def block_rate(self, view: ParamView) -> Any:
-        """Rates of its blocks [n_blocks], or one for all: rounded to the type of the arithmetic."""
-        if self.by_row(view) and view.layout.segment_of_block is not None:
-            return self._of_segments(view, "rate")[view.layout.segment_of_block]
-        return rounded(self.rows(view)[0].rate, view.dtype)
-
-    def block_decay(self, view: ParamView) -> Tensor | None:
-        """Factors of decay of its blocks [n_blocks], None where they are all the same."""
-        if not self.decays_by_row(view):
-            return None
-        assert view.layout.segment_of_block is not None
-        return self._of_segments(view, "decay")[view.layout.segment_of_block]
 
     def spread(self, views: Sequence[ParamView], what: str, index: Tensor) -> Any:
         """Rates or decays of the rows of several views on one device, at these places; one number where all agree."""

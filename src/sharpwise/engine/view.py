@@ -130,9 +130,9 @@ class ParamView:
         common = all(view.rule.all_state.get(name) == "element" for view in self.siblings or (self,))
         return name if not self.part or name == "step" or common else f"{name}.{self.part}"
 
-    def attach(self, held: Mapping[str, Tensor], more: Sequence[str] = ()) -> None:
-        """Take its state from that of the parameter: the rule's, `step`, and what else it is asked for."""
-        self.own = {name: held[self.state_key(name)] for name in ("step", *self.rule.state, *more)}
+    def attach(self, held: Mapping[str, Tensor]) -> None:
+        """Take its state from that of the parameter: the rule's, and `step`."""
+        self.own = {name: held[self.state_key(name)] for name in ("step", *self.rule.state)}
         for kept in ("copied", "blocks", "_stored"):
             self.__dict__.pop(kept, None)
 
@@ -169,10 +169,6 @@ class ParamView:
     def parameter(self) -> Tensor:
         """The parameter as rows: a view, or a copy where `copied`."""
         return self.rows_of(self.param)
-
-    def gradient(self) -> Tensor:
-        """The gradient as rows."""
-        return self.rows_of(self.param.grad)  # type: ignore[arg-type]
 
     def write_back(self, p: Tensor, stored: Sequence[Tensor]) -> None:
         """Write copies back; nothing to do where rows are views."""

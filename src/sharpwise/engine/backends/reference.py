@@ -5,7 +5,7 @@ broadcast against the view. Where speed counts, small tensors of a device are mo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -117,7 +117,6 @@ class _Flat:
     sizes: list[int]
     of_segment: Tensor
     of_view: Tensor
-    places: list[int] = field(default_factory=list)
 
     @staticmethod
     def of(views: list[ParamView]) -> "_Flat":
