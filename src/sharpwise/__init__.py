@@ -17,7 +17,7 @@ from sharpwise.block_lr import (
 )
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.optim import SGD, AdamMini, AdamW, Lion, SGDSaI, create_optimizer, list_optimizers, parse_arm
+from sharpwise.optim import SGD, AdamMini, AdamW, Lion, Muon, SGDSaI, create_optimizer, list_optimizers, parse_arm
 
 __all__ = [
     "SGD",
@@ -31,6 +31,7 @@ __all__ = [
     "LayerDecay",
     "Lion",
     "MeanMatched",
+    "Muon",
     "Only",
     "PerRole",
     "Product",

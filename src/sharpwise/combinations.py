@@ -27,6 +27,7 @@ COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adam-mini": ((*_ALL_LRS, "sharpness"), ("fp32", "bf16")),
     "adamw": ((*_ALL_LRS, "sharpness"), ("fp32", "bf16")),
     "lion": (_ALL_LRS, ("fp32", "bf16")),
+    "muon": (_ALL_LRS, ("fp32", "bf16")),
     "sgd": (_ALL_LRS, ("fp32", "bf16")),
     "sgd-sai": (tuple(lr for lr in _ALL_LRS if lr != "gradient_snr"), ("fp32", "bf16")),
 }

@@ -20,8 +20,8 @@ from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
 
 __all__ = [
-    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "SGD", "STORAGES", "AdamMini", "AdamW", "Lion", "SGDSaI",
-    "create_optimizer", "list_optimizers", "parse_arm", "split_arm",
+    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "SGD", "STORAGES", "AdamMini", "AdamW", "Lion", "Muon",
+    "SGDSaI", "create_optimizer", "list_optimizers", "parse_arm", "split_arm",
 ]  # fmt: skip
 
 
@@ -223,6 +223,105 @@ class Lion(BlockOptimizer):
 
 
 @final
+class Muon(BlockOptimizer):
+    """Muon: `sharpwise.rules.muon`. State: one number per element of a hidden matrix, two of everything else.
+
+    The projections of attention and MLP, each part of a fused one and each expert alone, move by orthogonalized
+    momentum; embeddings, head, router, norms, biases and what no source explains by AdamW. `explain()` shows which.
+    `aux_lr` is kept as a ratio to lr: whatever sets the lr of a group sets both. Updates of matrices have a root mean
+    square of about 0.2 lr, as AdamW's have, unless `scale="original"`. Sharded matrices come together at one owner,
+    and so do plain ones of a DistributedDataParallel model: each is worked on once in the world.
+
+    Args:
+        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        lr: step size of the matrices: AdamW's values serve; with `scale="original"` about 0.02, of the spectral norm.
+        momentum: mu, what is kept of the momentum per step, in [0, 1).
+        weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
+        nesterov: look ahead by one step of momentum.
+        aux_lr: step size of the AdamW half; None for lr, which `scale="original"` does not allow.
+        aux_betas: decay rates of its first and second moment, in [0, 1).
+        aux_eps: added to the root of its second moment after the bias correction, in units of the gradient.
+        aux_weight_decay: of the AdamW half; None for weight_decay.
+        scale: "match_rms_adamw", 0.2 sqrt(max(rows, columns)), or "original", sqrt(max(1, rows / columns)).
+        heavy_ball: momentum sums gradients, in place of averaging them.
+        method: of orthogonalizing, "newton_schulz" or "polar_express".
+        ns_steps: of Newton-Schulz; Polar Express always takes 5.
+        normalize_rows: NorMuon, rows of the update at one root mean square, by a running mean of their squares.
+        beta2: of that mean, in [0, 1).
+        per_head: every head of q, k and v is a matrix of its own.
+        precision: of the products, "fp32" or "bf16"; None for bf16 on CUDA, fp32 elsewhere.
+        bf16_exchange: matrices travel between processes in bf16.
+        process_group: processes that hold the same plain parameters and share the work; None for those of a DDP model.
+        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
+        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
+        strict: raise where a parameter is not explained, even if nothing depends on it.
+        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
+        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
+        seed: of stochastic rounding.
+        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
+        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
+        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
+        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+
+    Raises:
+        TypeError, ValueError: as `AdamW`; also for roles not known, and for `per_head` without a number of heads.
+    """
+
+    def __init__(
+        self,
+        first: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float | Tensor = 0.1,
+        nesterov: bool = True,
+        *,
+        aux_lr: float | None = None,
+        aux_betas: tuple[float, float] = (0.9, 0.95),
+        aux_eps: float = 1e-8,
+        aux_weight_decay: float | None = None,
+        scale: rules.muon.Scale = "match_rms_adamw",
+        heavy_ball: bool = False,
+        method: rules.muon.Method = "newton_schulz",
+        ns_steps: int = 5,
+        normalize_rows: bool = False,
+        beta2: float = 0.95,
+        per_head: bool = False,
+        precision: Literal["fp32", "bf16"] | None = None,
+        bf16_exchange: bool = False,
+        process_group: Any = None,
+        model: nn.Module | None = None,
+        blocks: BlockMap | Mapping[str, Any] | None = None,
+        strict: bool = False,
+        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
+        storage: Literal["fp32", "bf16"] = "fp32",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        no_decay: Collection[str] = (),
+        max_grad_norm: float | None = None,
+        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
+        compile: bool | None = None,
+        total_steps: int | None = None,
+        probe_batches: Iterable[Any] | None = None,
+    ) -> None:
+        ratio = rules.muon.aux_lr_ratio("Muon", lr, aux_lr, scale)
+        rule = rules.Muon(
+            momentum, nesterov, ratio, aux_betas, aux_eps, aux_weight_decay, beta2, heavy_ball, scale, method, ns_steps,
+            normalize_rows, per_head, precision, bf16_exchange,
+        )  # fmt: skip
+        common = engine_arguments(
+            "Muon", "muon",
+            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
+            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
+            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+        )  # fmt: skip
+        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
+        rules.muon.list_left_out("Muon", self.blocks.segments)
+
+
+@final
 class SGD(BlockOptimizer):
     """SGD with momentum: `sharpwise.rules.sgd`, equal to torch's. State: one number per element, none without momentum.
 
@@ -353,6 +452,7 @@ OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
     "adam-mini": AdamMini,
     "adamw": AdamW,
     "lion": Lion,
+    "muon": Muon,
     "sgd": SGD,
     "sgd-sai": SGDSaI,
 }

@@ -36,7 +36,8 @@ LOOKED_AT, BAD = 5, 6
 """
 
 
-def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None) -> BlockOptimizer:
+def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: bool) -> BlockOptimizer:
+    """shared: whether replicas share the work on whole matrices."""
     guard: dict[str, Any] = {"max_grad_norm": 1.0, "on_nonfinite": "skip"} if case.guard else {}
     eager = {"compile": False} if case.path == "eager" else {}
     if case.rule in RULES:
@@ -44,6 +45,8 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None) -> Block
         return BlockOptimizer(model, RULES[case.rule], lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     storage, _, rounding = case.storage.partition(", ")
     block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)
+    if case.rule == "muon":
+        guard |= {"normalize_rows": case.guard, "process_group": dist.group.WORLD if shared else None}
     return sharpwise.create_optimizer(
         model, case.rule, lr=1e-2, weight_decay=0.1, block_lr=block_lr, storage=storage,
         stochastic_rounding=bool(rounding), blocks=blocks, **guard, **eager,
@@ -97,13 +100,36 @@ def head_is_cut(name: str, p: Tensor, blocks: BlockMap) -> bool:
     return isinstance(p, DTensor) and heads is not None and Shard.of(p).region[0].stop % (len(p) // heads) != 0
 
 
+def exchanges_of(optimizer: BlockOptimizer) -> int:
+    """How many collectives whole matrices take in a step: one there, where parts come together, and one back."""
+    backends = optimizer._backends.matrices.values()
+    shared = [batch for own in backends for batch in own.planned if batch.group.process_group is not None]
+    return sum(1 + batch.cut for batch in shared)
+
+
+def worked_on(optimizer: BlockOptimizer) -> int:
+    """How many whole matrices this process has worked on."""
+    return sum(own.worked for own in optimizer._backends.matrices.values())
+
+
+def in_all(count: int) -> int:
+    """The same over all processes."""
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)
+
+
 def run(case: Case) -> dict[str, Any]:
     make = (MODELS | ODD)[case.model]
     alone = make()
     blocks = BlockMap.of(make(), include_frozen=True)
     placed = (PLACEMENTS | WIDE | PLANNED)[case.placement][1](make())
     # Names alone serve as well after sharding; every other case is told what was found before.
-    optimizers = optimizer_of(placed, case, blocks if case.guard else None), optimizer_of(alone, case, None)
+    shared = case.placement.startswith("replicated")
+    optimizers = (
+        optimizer_of(placed, case, blocks if case.guard else None, shared),
+        optimizer_of(alone, case, None, False),
+    )
     calls = []
     for step in range(STEPS):
         for model, optimizer in zip((placed, alone), optimizers, strict=True):
@@ -123,6 +149,8 @@ def run(case: Case) -> dict[str, Any]:
         "collectives": calls[2 * LOOKED_AT] - _partial_sums(placed),
         "bad step": calls[2 * BAD] - _partial_sums(placed),
         "alone": max(calls[1::2]),
+        "exchanges": exchanges_of(optimizers[0]),
+        "worked on": [in_all(worked_on(optimizers[0])), worked_on(optimizers[1])],
         "skipped": [optimizer.skipped_steps for optimizer in optimizers],
         "moved": max(_apart(p, q) for p, q in zip(alone.parameters(), make().parameters(), strict=True)),
         "same map": optimizers[0].blocks == optimizers[1].blocks,

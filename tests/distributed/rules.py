@@ -1,6 +1,6 @@
-"""Rules that use what no rule of the library does yet: two reductions of sums, a maximum, a matrix in one piece."""
+"""Rules that use what no rule of the library does yet: two reductions of sums, a maximum, whole matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.rules import SGD, AdamMini, Lion
-from sharpwise.rules.base import Kind, Reduction, Rule, Scalars, State
+from sharpwise.rules.base import Kind, MatrixRule, Reduction, Rule, Scalars, State
 from sharpwise.shards import Part
 
 RANK = 2
@@ -46,7 +46,8 @@ class LowRank(_OfMatrices):
     def state(self) -> dict[str, Kind]:
         return {"left": "whole", "right": "whole"}
 
-    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape_of(self, name: str, segments: Sequence[Segment]) -> tuple[int, ...]:
+        shape = segments[0].shape
         return (shape[0], RANK) if name == "left" else (RANK, shape[1])
 
     @property
@@ -88,24 +89,33 @@ class LowRank(_OfMatrices):
 
 
 @dataclass(frozen=True)
-class Orthogonal(_OfMatrices):
-    """Momentum made orthogonal, which takes the whole matrix: m <- b m + g;   p <- p - lr U V^T,  m = U S V^T."""
+class Orthogonal(_OfMatrices, MatrixRule):
+    """Momentum made orthogonal, which takes the whole matrix, at a running mean of its rows' squares:
+
+    m <- b m + g;   u = U V^T,  m = U S V^T;   v <- (v + mean(u^2)) / 2;   p <- p - lr u / (1 + v)
+    """
 
     name: ClassVar[str] = "test-orthogonal"
 
     @property
     def state(self) -> dict[str, Kind]:
-        return {"momentum_buffer": "element"}
+        return {"momentum_buffer": "element", "row_mean": "whole"}
 
-    @property
-    def reductions(self) -> tuple[Reduction, ...]:
-        return (Reduction("orthogonal", self._momentum, "whole", _orthogonal),)
+    def shape_of(self, name: str, segments: Sequence[Segment]) -> tuple[int, ...]:
+        return (sum(segment.rows for segment in segments),)
 
-    def _momentum(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
-        return hyper["momentum"] * state["momentum_buffer"] + g
+    def assign(self, segment: Segment) -> tuple[Rule, Cut]:
+        rule, _ = super().assign(segment)
+        return rule, "tensor" if rule is self else "element"
 
-    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        return {"momentum_buffer": s["momentum"] * state["momentum_buffer"] + g}, state["orthogonal"], None
+    def input(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
+        m = s["momentum"] * state["momentum_buffer"] + g
+        return {"momentum_buffer": m}, m
+
+    def owner(self, m: Tensor, small: State, s: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+        u = _orthogonal(m)
+        v = (small["row_mean"] + u.square().mean(-1)) / 2
+        return u / (1 + v)[..., None], {"row_mean": v}
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -17,15 +17,18 @@ from sharpwise.engine.view import ParamView
 from sharpwise.shards import is_dtensor, local
 
 
-def check_ranks_agree(views: Sequence[ParamView], options: Options, who: str) -> None:
+def check_ranks_agree(views: Sequence[ParamView], options: Options, who: str, replicas: Any = None) -> None:
     """Compare parameters, blocks and settings over the meshes on which the parameters lie: a collective.
 
     One small all-reduce per dimension of a mesh; only a disagreement costs more.
 
+    Args:
+        replicas: a group of processes that share the work of plain parameters.
+
     Raises:
         ValueError: on every rank, naming what differs first.
     """
-    groups = _groups(views)
+    groups = _groups(views) + ([] if replicas is None else [replicas])
     if not groups:
         return
     lines = _lines(views, options)

@@ -1,12 +1,14 @@
 """From what a training script has (a model, names, groups) to named parameter groups and a block map."""
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap, Role, Segment, canonical_name
@@ -64,6 +66,22 @@ def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple
     check_unique(named, who)
     check_tensors(named, who)
     return groups, _block_map(named, model, blocks, who), model
+
+
+def replicas_of(model: nn.Module | None, given: Any, who: str) -> Any:
+    """The processes that hold the same plain parameters: the group given, or that of a DistributedDataParallel model.
+
+    Raises:
+        TypeError: for anything but a process group.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if given is not None and not isinstance(given, getattr(distributed, "ProcessGroup", ())):
+        raise TypeError(
+            f"{who}: process_group must be a torch.distributed.ProcessGroup, such as dist.group.WORLD, or None, got "
+            f"{kind_of(given)}"
+        )
+    group: Any = given if given is not None or not isinstance(model, DistributedDataParallel) else model.process_group
+    return group if group is not None and group.size() > 1 else None
 
 
 def names_of(model: nn.Module | None) -> dict[int, str]:

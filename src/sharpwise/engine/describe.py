@@ -6,6 +6,7 @@ from typing import Any
 from sharpwise.blocks import Segment
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
+from sharpwise.rules.base import MatrixRule
 from sharpwise.table import Table
 
 
@@ -15,7 +16,7 @@ def lr_table(stepper: Stepper) -> Table:
     for view, i, s in _in_order(stepper):
         m = stepper.multipliers.now(view)[i]
         what = str(s.role), str(s.block_type), s.layer, s.describe_rows()
-        rows.append((s.name, *what, m, float(view.group["lr"]) * m))
+        rows.append((s.name, *what, m, float(view.settings["lr"]) * m))
     return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
 
 
@@ -31,8 +32,10 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         cut, m = view.cuts[i], stepper.multipliers.now(view)[i]
-        blocks, decay = s.blocks(cut), float(view.group["weight_decay"]) * view.decays[i]
+        blocks, decay = s.blocks(cut), float(view.settings["weight_decay"]) * view.decays[i]
         size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
+        if isinstance(view.rule, MatrixRule):
+            size += s.copies * s.rows * sizes["whole"]
         how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, choice.why)
         rows.append((s.name, str(s.role), s.describe_rows(), *how))
     columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")

@@ -95,7 +95,7 @@ def second_moments(views: Sequence[ParamView], group: ReduceGroup, exact: bool =
     sums = iter(values_of([value for partial in partials for value in partial.values.unbind()]))
     found = {}
     for view, t in zip(kept, steps_taken(kept), strict=True):
-        correction = 1 - view.rule.second_moment_decay(view.group) ** t if t else math.inf
+        correction = 1 - view.rule.second_moment_decay(view.settings) ** t if t else math.inf
         found[id(view)] = [next(sums) / correction for _ in view.segments]
     return [found.get(id(view), [math.nan] * len(view.segments)) for view in views]
 

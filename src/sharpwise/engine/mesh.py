@@ -1,8 +1,9 @@
-"""Collectives over the processes that hold parts of parameters: reductions, and exchanges of whole matrices.
+"""Collectives over the processes that hold parts of parameters: reductions, and exchanges of whole tensors.
 
 `torch.distributed` is never imported here; it is there already if a DTensor is.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,9 +53,16 @@ class ReduceGroup:
         ranks = set(widest.mesh.flatten().tolist())
         if not all(ranks >= set(shard.holders) for shard in cut):
             raise ValueError("parameters lie on meshes of which none spans the others; take slices of one mesh")
-        if len(ranks) == torch.distributed.get_world_size():
+        return ReduceGroup.over(widest)
+
+    @staticmethod
+    def over(mesh: Any) -> "ReduceGroup":
+        """All processes of a mesh. Collective over it, at the first time."""
+        if mesh.ndim == 1:
+            return ReduceGroup._from(mesh.get_group())
+        if mesh.size() == torch.distributed.get_world_size():
             return ReduceGroup._from(torch.distributed.group.WORLD)
-        return ReduceGroup._from(widest._flatten().get_group())
+        return ReduceGroup._from(mesh._flatten().get_group())
 
     @staticmethod
     def _from(group: Any) -> "ReduceGroup":
@@ -70,6 +78,20 @@ class ReduceGroup:
             how = torch.distributed.ReduceOp.SUM if op == "sum" else torch.distributed.ReduceOp.MAX
             torch.distributed.all_reduce(values, op=how, group=self.process_group)
         return values
+
+    def exchange(
+        self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], nothing: Tensor
+    ) -> list[list[Tensor]]:
+        """Send tensors to every process of the group, receive vectors of these sizes from every one: one collective.
+
+        nothing: of their type, on their device, for a process that sends none.
+        """
+        flat = torch.cat([nothing, *(t.reshape(-1) for tensors in outgoing for t in tensors)])
+        received = list(map(sum, sizes))
+        into = flat.new_empty(sum(received))
+        sent = [sum(t.numel() for t in own) for own in outgoing]
+        torch.distributed.all_to_all_single(into, flat, received, sent, group=self.process_group)
+        return [list(piece.split(list(own))) for piece, own in zip(into.split(received), sizes, strict=True)]
 
 
 class Bucket:
@@ -99,7 +121,7 @@ class Bucket:
 
 
 class OwnerExchange:
-    """Whole matrices at one owner each, and back. Owners are assigned by size, so that their loads are alike.
+    """Whole tensors at one owner each. Owners are assigned by size, so that their loads are alike.
 
     Where nothing is cut every process holds the whole: it does the work itself.
     """
@@ -122,31 +144,13 @@ class OwnerExchange:
                 load[place] = load.get(place, 0) + sizes[i]
         return owners
 
-    def run(self, parts: Sequence[Tensor], work: Sequence[Any]) -> list[Tensor]:
-        """`work[i]` of every whole matrix, of which `parts[i]` is the local part; the local parts of the results.
-
-        Two collectives for all of them, if any is cut.
-        """
-        cut = [i for i, shard in enumerate(self.shards) if shard.cut]
-        results = [part if self.shards[i].cut else work[i](part) for i, part in enumerate(parts)]
-        if not cut:
-            return results
-        wholes, incoming, outgoing = self._gather(parts, cut)
-        done = {i: work[i](whole) for i, whole in wholes.items()}
-        back = [[done[i][self.shards[i].region_at(rank)] for i in own] for rank, own in self._by_rank(incoming)]
-        returned = self._all_to_all(back, [[tuple(t.shape) for t in tensors] for tensors in outgoing])
-        for rank, tensors in zip(self.group.ranks, returned, strict=True):
-            for i, tensor in zip([i for i in cut if self.owners[i] == rank], tensors, strict=True):
-                results[i] = tensor
-        return results
-
     def reduce(self, parts: Sequence[Tensor], work: Sequence[Any], sizes: Sequence[int]) -> list[Tensor]:
         """`work[i]` of every whole matrix: fp64 [sizes[i]], the same in every process.
 
         Two collectives for all of them, if any is cut.
         """
         cut = [i for i, shard in enumerate(self.shards) if shard.cut]
-        wholes = self._gather(parts, cut)[0] if cut else {}
+        wholes = self._gather(parts, cut) if cut else {}
         bucket, partials = Bucket(self.group), []
         for i, (part, shard) in enumerate(zip(parts, self.shards, strict=True)):
             if not shard.cut:
@@ -159,46 +163,21 @@ class OwnerExchange:
         bucket.reduce()
         return [partial.values for partial in partials]
 
-    def _gather(
-        self, parts: Sequence[Tensor], cut: Sequence[int]
-    ) -> tuple[dict[int, Tensor], list[list[int]], list[list[Tensor]]]:
-        """The whole matrices owned here; by rank, indices of the parts received, and the tensors sent."""
-        me = torch.distributed.get_rank()
-        self._nothing = parts[cut[0]].new_empty(0)
+    def _gather(self, parts: Sequence[Tensor], cut: Sequence[int]) -> dict[int, Tensor]:
+        """The whole tensors owned here."""
+        me, ranks = torch.distributed.get_rank(), self.group.ranks
         mine = [i for i in cut if self.owners[i] == me]
         # To every owner the parts of what it owns, in the order of the list; from every holder its parts of mine.
-        outgoing = [[parts[i] for i in cut if self.owners[i] == rank] for rank in self.group.ranks]
-        incoming = [[i for i in mine if rank in self.shards[i].holders] for rank in self.group.ranks]
-        shapes = [[self._shape(i, rank) for i in own] for rank, own in self._by_rank(incoming)]
-        received = self._all_to_all(outgoing, shapes)
+        outgoing = [[parts[i] for i in cut if self.owners[i] == rank] for rank in ranks]
+        incoming = [[i for i in mine if rank in self.shards[i].holders] for rank in ranks]
+        sizes = [[self._numel(i, rank) for i in own] for rank, own in zip(ranks, incoming, strict=True)]
+        received = self.group.exchange(outgoing, sizes, parts[cut[0]].new_empty(0))
         wholes = {i: parts[i].new_empty(self.shards[i].shape) for i in mine}
-        for (rank, own), tensors in zip(self._by_rank(incoming), received, strict=True):
-            for i, tensor in zip(own, tensors, strict=True):
-                wholes[i][self.shards[i].region_at(rank)] = tensor
-        return wholes, incoming, outgoing
+        for rank, own, vectors in zip(ranks, incoming, received, strict=True):
+            for i, vector in zip(own, vectors, strict=True):
+                place = wholes[i][self.shards[i].region_at(rank)]
+                place.copy_(vector.view(place.shape))
+        return wholes
 
-    def _by_rank(self, lists: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
-        return list(zip(self.group.ranks, lists, strict=True))
-
-    def _shape(self, i: int, rank: int) -> tuple[int, ...]:
-        return tuple(part.stop - part.start for part in self.shards[i].region_at(rank))
-
-    def _all_to_all(
-        self, outgoing: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
-    ) -> list[list[Tensor]]:
-        """Send tensors to every process of the group, receive those of these shapes from every one: one collective."""
-        sent = [[t.reshape(-1) for t in tensors] for tensors in outgoing]
-        sizes = [[torch.Size(shape).numel() for shape in own] for own in shapes]
-        flat = torch.cat([self._nothing, *(t for tensors in sent for t in tensors)])
-        into = flat.new_empty(sum(map(sum, sizes)))
-        torch.distributed.all_to_all_single(
-            into,
-            flat,
-            list(map(sum, sizes)),
-            [sum(len(t) for t in own) for own in sent],
-            group=self.group.process_group,
-        )
-        found = []
-        for piece, own, named in zip(into.split(list(map(sum, sizes))), sizes, shapes, strict=True):
-            found.append([t.view(shape) for t, shape in zip(piece.split(own), named, strict=True)])
-        return found
+    def _numel(self, i: int, rank: int) -> int:
+        return math.prod(part.stop - part.start for part in self.shards[i].region_at(rank))

@@ -28,6 +28,7 @@ from sharpwise.engine.binding import (
     is_pair,
     name_of,
     names_of,
+    replicas_of,
     unexplained,
     unexplained_later,
     warn_if_frozen,
@@ -86,6 +87,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         model: nn.Module | None = None,
         strict: bool = False,
         no_decay: Collection[str] = (),
+        process_group: Any = None,
         who: str = "BlockOptimizer",
     ) -> None:
         self.rule, self.options, self.storage, self.who = rule, options, storage, who
@@ -94,6 +96,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._mapped = isinstance(blocks, BlockMap)
         self.blocks = BlockMap(())
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
+        self._replicas = replicas_of(model, process_group, who)
         self._reset()
         defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
         defaults["decoupled_weight_decay"] = options.decoupled
@@ -116,7 +119,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             BlockOptimizer._outside_dynamo = torch.compiler.disable(BlockOptimizer._step, reason=_COMPILES_ITSELF)
         self._stepper: Stepper | None = None
         self._marks = Marks([], {})
-        self._backends = Backends()
+        self._backends = Backends(self._replicas)
         self._variants: list[tuple[Any, ...]] = []
         self._read: set[str] = set()
         self._agreed = False
@@ -211,8 +214,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         views = [view for own in by_param for view in own]
         if states.left_behind(views, self.state):
             self.state.clear()
-        for rule, group in {(v.rule, id(v.group)): (v.rule, v.group) for v in views}.values():
-            self._read |= rehearse(rule, group)
+        for rule, settings in {(v.rule, id(v.group)): (v.rule, v.settings) for v in views}.values():
+            self._read |= rehearse(rule, settings)
         block_lr = self.options.block_lr
         factors = [] if block_lr is None else factor_maps(block_lr, self._known.segments)
         positive = all(m > 0 for by_name in factors for own in by_name.values() for m in own)
@@ -321,7 +324,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         loading.rename([*self.state.values(), *self.param_groups, self.defaults])
-        self._model = _no_model
+        self._model, self._replicas = _no_model, None
         self._reset()
 
     # -- step ------------------------------------------------------------------------------------------------------
@@ -356,7 +359,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if stepper is not before or not self._agreed:
             check_device(stepper.named, self.who)
         if not self._agreed:
-            check_ranks_agree(stepper.views, self.options, self.who)
+            check_ranks_agree(stepper.views, self.options, self.who, self._replicas)
             self._agreed = True
         grads = self._gradients.local([p.grad for _, p in stepper.named])
         if all(g is None for g in grads):

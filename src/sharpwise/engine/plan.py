@@ -65,7 +65,7 @@ class Plan:
         key = id(view), grad
         if anew or key not in self._chosen:
             refusals: list[tuple[str, str]] = []
-            for backend in self.backends.of(view.device.type, self.fast):
+            for backend in self.backends.of(view, self.fast):
                 reason = backend.refuses(self.spec(view, grad))
                 if not reason:
                     self._chosen[key] = Choice(backend, tuple(refusals))

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sharpwise.engine.mesh import Bucket, OwnerExchange, Partial, ReduceGroup
+from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Reduction, Rule, Scalars, State
@@ -77,7 +77,6 @@ class Reductions:
             due = [one for one in self._pending.values() if k < len(one.rule.reductions) and not (k == 0 and one.first)]
             for op in ("sum", "max"):
                 self._reduce([one for one in due if one.rule.reductions[k].op == op], k, op, clip)
-            self._gather([one for one in due if one.rule.reductions[k].op == "whole"], k, clip)
 
     def _reduce(self, due: Sequence[_Pending], k: int, op: Any, clip: Any) -> None:
         bucket = Bucket(self.group, op)
@@ -85,12 +84,6 @@ class Reductions:
         bucket.reduce()
         for one, own in zip(due, partials, strict=True):
             one.found[one.rule.reductions[k].name] = own.values
-
-    def _gather(self, due: Sequence[_Pending], k: int, clip: Any) -> None:
-        exchange = OwnerExchange(self.group, [one.view.shard for one in due])
-        parts = [one.term(one.rule.reductions[k], clip) for one in due]
-        for one, part in zip(due, exchange.run(parts, [one.rule.reductions[k].work for one in due]), strict=True):
-            one.found[one.rule.reductions[k].name] = part
 
     def localized(self, scalars: StepScalars) -> dict[int, Rule]:
         """Write whole state, and give the rules as the reference calls them, by id of the view."""

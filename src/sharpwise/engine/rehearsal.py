@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpwise.rules.base import Rule
+from sharpwise.rules.base import MatrixRule, Rule
 
 OWN_SCALARS = {"step", "decay", "clip", "ok", "weight_decay"}
 """Names of scalars that the engine adds to those of a rule."""
@@ -32,7 +32,11 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
     twin, read = _watched(rule)
     try:
         s = twin.scalars(1, {k: live(group[k]) for k in rule.defaults})
-        found = dict(twin.direction(one, state["element"], s)[0])
+        if isinstance(twin, MatrixRule):
+            new, m = twin.input(one, state["element"], s)
+            found = dict(new) | twin.owner(m[None], {n: one for n, k in rule.state.items() if k == "whole"}, s)[1]
+        else:
+            found = dict(twin.direction(one, state["element"], s)[0])
         if rule.has_blocks:
             found |= twin.block_phase(state["block"], one, s)[0]
     except Exception as error:

@@ -62,6 +62,7 @@ class StepScalars:
         now: the multipliers of a view.
 
     Attributes:
+        decoupled, stochastic: as given.
         ok: whether the step is taken: True, or a device tensor that says; clip: a factor on the gradients, None for 1.
     """
 
@@ -78,7 +79,7 @@ class StepScalars:
         now: Callable[[ParamView], tuple[float, ...]],
     ) -> None:
         self.counter, self._now, self.stochastic = counter, now, stochastic
-        self._decoupled, self._scales_decay, self._varies = decoupled, scales_decay, varies
+        self.decoupled, self._scales_decay, self._varies = decoupled, scales_decay, varies
         self._follows_lr = follows_lr
         kinds: dict[Any, int] = {}
         self._kind = {
@@ -144,7 +145,7 @@ class StepScalars:
         key = self.class_key(view)
         found = self._classes.get(key)
         if found is None:
-            group = view.group
+            group = view.settings
             wd = on_device(live(group["weight_decay"]), view.device)
             off = not any(view.decays) or (not isinstance(wd, Tensor) and wd == 0)
             hyper = {name: on_device(live(group[name]), view.device) for name in view.rule.defaults if name in group}
@@ -161,8 +162,8 @@ class StepScalars:
             return True
         key = "on device", self._kind[id(view)]
         if key not in self._kept:
-            names = [name for name in ("lr", "weight_decay", *view.rule.defaults) if name in view.group]
-            values = [live(view.group[name]) for name in names]
+            names = [name for name in ("lr", "weight_decay", *view.rule.defaults) if name in view.settings]
+            values = [live(view.settings[name]) for name in names]
             flat = (one for value in values for one in (value if isinstance(value, tuple) else (value,)))
             self._kept[key] = any(isinstance(one, Tensor) for one in flat)
         found: bool = self._kept[key]
@@ -173,7 +174,7 @@ class StepScalars:
 
         The learning rate, its factors for the step and for decay, weight decay (0: off), its factor where coupled.
         """
-        lr, wd = live(view.group["lr"]), live(view.group["weight_decay"])
+        lr, wd = live(view.settings["lr"]), live(view.settings["weight_decay"])
         found = []
         for m, decays in zip(self._now(view), view.decays, strict=True):
             coupled = 1.0 if self._scales_decay or not m else 1.0 / m
@@ -182,7 +183,7 @@ class StepScalars:
 
     def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
-        return {name: live(value) for name, value in view.group.items() if name in view.rule.defaults}
+        return {name: live(value) for name, value in view.settings.items() if name in view.rule.defaults}
 
     # -- one view --------------------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ class StepScalars:
             lr = own.lr * multiplier
             wd = own.weight_decay if decays else None
             decay = _OFF
-            if wd is not None and self._decoupled:
+            if wd is not None and self.decoupled:
                 if own.decay is None and not self._scales_decay:
                     own.decay = 1 - own.lr * wd  # one number for all rows: those of a device are not compared
                 decay = 1 - lr * wd if self._scales_decay else own.decay
@@ -235,7 +236,7 @@ class StepScalars:
     def decays_by_row(self, view: ParamView) -> bool:
         """Whether the factors of decay do."""
         rows = self.rows(view)
-        if len(rows) == 1 or not self._decoupled or all(row.weight_decay is None for row in rows):
+        if len(rows) == 1 or not self.decoupled or all(row.weight_decay is None for row in rows):
             return False
         changes = self._varies and self._scales_decay
         return changes or any(_differ(row.decay, rows[0].decay) for row in rows)
@@ -248,9 +249,9 @@ class StepScalars:
             first = self.rows(view)[0]
             s = dict(self._class(view).scalars)
             s["step"] = first.rate
-            if first.weight_decay is not None and not self._decoupled:
+            if first.weight_decay is not None and not self.decoupled:
                 s["weight_decay"] = first.weight_decay
-            elif self._decoupled and not self.decays_by_row(view) and first.weight_decay is not None:
+            elif self.decoupled and not self.decays_by_row(view) and first.weight_decay is not None:
                 s["decay"] = first.decay
             if self.clip is not None:
                 s["clip"] = self.clip_of(view)

@@ -51,7 +51,7 @@ def zeros(view: ParamView, name: str, storage: Dense) -> Tensor:
     if kind == "block":
         return torch.zeros(view.n_blocks, dtype=view.dtype, device=inner.device)
     if kind == "whole":
-        shape = view.rule.shape_of(name, tuple(view.param.shape))
+        shape = view.rule.shape_of(name, view.segments)
         return torch.zeros(shape, dtype=view.dtype, device=inner.device)
     dtype = storage.dtype_for(view.dtype)
     if view.state_key(name) != name:
@@ -94,7 +94,7 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
         if kind == "element":
             fit = shape if key == name else view.shape
         else:
-            fit = (view.n_blocks,) if kind == "block" else tuple(view.rule.shape_of(name, shape))
+            fit = (view.n_blocks,) if kind == "block" else tuple(view.rule.shape_of(name, view.segments))
         if tuple(tensor.shape) != fit:
             raise ValueError(f"{who}: state {key!r} of {view.name} must have shape {fit}, got {tuple(tensor.shape)}")
         if local(tensor).device != device:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.engine.layout import Layout, Layouts, Run
-from sharpwise.rules.base import Rule
+from sharpwise.rules.base import MatrixRule, Rule
 from sharpwise.shards import Shard, local
 
 T = TypeVar("T")
@@ -61,6 +61,11 @@ class ParamView:
     kept: dict[Any, Any] = field(default_factory=dict)
 
     # -- what it is ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Hyperparameters of its rule, lr and weight decay among them, as they are at any time."""
+        return self.rule.settings(self.group)
 
     @property
     def full_name(self) -> str:
@@ -237,9 +242,8 @@ def views_of(
     values = {key: group[key] for key in rule.defaults}
     own = replace(rule, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[type-var]
     parts: dict[Rule, list[tuple[int, Segment, Cut]]] = {}
-    for i, segment in enumerate(segments):
-        kind, cut = own.assign(segment)
-        if lacking := [key for key in kind.hyperparameters if key not in group]:
+    for i, (segment, (kind, cut)) in enumerate(zip(segments, own.place(segments), strict=True)):
+        if lacking := [key for key in kind.hyperparameters if key not in kind.settings(group)]:
             raise ValueError(
                 f"{name}: rule {rule.name!r} gives {segment.role} the rule {kind.name!r}, and has no "
                 f"{', '.join(lacking)} for it; name all that its rules need among its hyperparameters"
@@ -268,7 +272,9 @@ def views_of(
 
 def _check_parts(views: Sequence[ParamView]) -> None:
     for view in views:
-        if view.rule.reductions and (view.param.ndim != 2 or view.part):
+        whole = isinstance(view.rule, MatrixRule)
+        flat = view.param.ndim != 2 if not whole else not all(s.is_matrix and len(s.inputs) == 1 for s in view.segments)
+        if (whole or view.rule.reductions) and (flat or view.part):
             what = f"the shape {tuple(view.param.shape)}" if not view.part else f"its {view.part} rows alone"
             raise ValueError(f"{view.name}: rule {view.rule.name!r} is for matrices, got {what}")
         partial = [n for n, kind in view.rule.all_state.items() if kind == "element" and view.state_key(n) != n]

@@ -6,8 +6,9 @@ A rule works in three phases; a rule without block state has only the last.
 2. `block_phase`, once per block: block state and that mean -> new block state and the block's denominator;
 3. `direction`, once per element: gradient and element state -> new element state, numerator, denominator.
 
-A rule that has to know more of a whole matrix says so in `reductions`: sums and maxima over all of its elements, or the
-matrix itself. It is written for the part that one process holds, and the engine completes what it finds.
+A rule that has to know more of a whole matrix says so in `reductions`: sums and maxima over all of its elements. It is
+written for the part that one process holds, and the engine completes what it finds. One that needs the matrix itself is
+a `MatrixRule`.
 
 The engine then moves p by -lr * multiplier * numerator / (bias_correction * denominator). A fraction is returned in
 two parts because torch divides last, and bit-equality with torch's own loop is worth more than one symbol.
@@ -42,17 +43,14 @@ class Reduction:
         name: under which later reductions, `finish`, `local_slice` and `direction` find it in their state.
         local_term: (gradient, state, hyperparameters, part) -> what the part at hand has to say. Gradient and element
             state are those of the part, in the parameter's own layout; whole state and earlier reductions are complete.
-        op: "sum" or "max": all parts say something of one shape, and it is added up, or the maximum taken; "whole":
-            a matrix, brought together at one process, which does the `work`; every part gets its own back.
-        work: matrix -> matrix of the same shape, for "whole".
+        op: all parts say something of one shape, and it is added up, or the maximum taken.
         degree: of a sum in the first round: scaling the gradient by c scales it by c ** degree. It is taken before the
             clipping factor is known, with whose norm it shares a collective.
     """
 
     name: str
     local_term: Callable[[Tensor, State, Mapping[str, Any], Part], Tensor]
-    op: Literal["sum", "max", "whole"] = "sum"
-    work: Callable[[Tensor], Tensor] | None = None
+    op: Literal["sum", "max"] = "sum"
     degree: int = 1
 
 
@@ -114,6 +112,14 @@ class Rule:
         """Which rule a segment gets, and how it is cut into blocks."""
         return self, "element"
 
+    def place(self, segments: Sequence[Segment]) -> list[tuple["Rule", Cut]]:
+        """The same of all segments of a parameter, for a rule that takes whole parameters."""
+        return [self.assign(segment) for segment in segments]
+
+    def settings(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What it reads its hyperparameters, `lr` and `weight_decay` from: the group, as it is at any time."""
+        return group
+
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         """The scalars of step t (from 1; a float or a tensor of steps), `bias_correction` among them if not 1.
 
@@ -137,8 +143,8 @@ class Rule:
         """What has to be known of the whole matrix, in order. Such a rule moves matrices only."""
         return ()
 
-    def shape_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of whole state, for a parameter of this shape."""
+    def shape_of(self, name: str, segments: Sequence[Segment]) -> tuple[int, ...]:
+        """Of whole state, for these segments of a parameter."""
         raise NotImplementedError(f"{self.name} has no whole state")
 
     def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
@@ -153,6 +159,27 @@ class Rule:
     def has_blocks(self) -> bool:
         """Whether any state is kept per block."""
         return "block" in self.state.values()
+
+
+class MatrixRule(Rule):
+    """A rule that moves whole matrices, each worked on once, at its owner.
+
+    `input` is asked per element: momentum, and what the matrix is made of. `owner` is asked for a batch of whole
+    matrices of one shape. What a matrix is says the cut: a segment ("tensor", one for each stacked copy) or the rows of
+    a head; its rows are outputs, however the parameter lies. `direction` is never asked. Element state is the
+    parameter's; whole state has one number per output row of its segments, in their order, copy by copy.
+    """
+
+    wire: ClassVar[torch.dtype | None] = None
+    """The type in which matrices travel to their owner and back; None for that of the arithmetic."""
+
+    def input(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
+        """New element state, and the elements of the matrix."""
+        raise NotImplementedError
+
+    def owner(self, m: Tensor, small: State, s: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+        """The update u of matrices [n, rows, columns], which then moves p by -lr u; new whole state, each [n, rows]."""
+        raise NotImplementedError
 
 
 def lerp(old: Tensor, new: Tensor, weight: Any) -> Tensor:

@@ -8,9 +8,12 @@ from sharpwise.engine.backends.base import Backend, Spec
 from sharpwise.engine.backends.cpp import Cpp
 from sharpwise.engine.backends.fused import TorchFused
 from sharpwise.engine.backends.inductor import Inductor
+from sharpwise.engine.backends.matrices import Matrices
 from sharpwise.engine.backends.reference import Reference
 from sharpwise.engine.backends.triton import DeviceGuard, Triton
 from sharpwise.engine.backends.triton_launch import refused
+from sharpwise.engine.view import ParamView
+from sharpwise.rules.base import MatrixRule
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp",),
@@ -20,16 +23,23 @@ ORDER: dict[str, tuple[str, ...]] = {
 
 
 class Backends:
-    """One of each, for as long as an optimizer lives: they keep what they compile."""
+    """One of each, for as long as an optimizer lives: they keep what they compile.
 
-    def __init__(self) -> None:
+    Args:
+        replicas: a group of processes with the same plain parameters, that share work on whole matrices.
+    """
+
+    def __init__(self, replicas: Any = None) -> None:
         self.cpp = Cpp()
         self.by_name: dict[str, Backend] = {b.name: b for b in (Triton(), TorchFused(), self.cpp, Inductor())}
         self._references = {fast: Reference(fast) for fast in (False, True)}
+        self.matrices = {fast: Matrices(fast, replicas) for fast in (False, True)}
 
-    def of(self, device: str, fast: bool) -> list[Backend]:
-        """Those to be asked for a view on a kind of device, the reference last; not fast: the reference alone."""
-        names = ORDER.get(device, ()) if fast else ()
+    def of(self, view: ParamView, fast: bool) -> list[Backend]:
+        """Those to be asked for a view, the reference last; not fast: the reference alone."""
+        if isinstance(view.rule, MatrixRule):
+            return [self.matrices[fast]]
+        names = ORDER.get(view.device.type, ()) if fast else ()
         return [*(self.by_name[name] for name in names), self._references[fast]]
 
     def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:

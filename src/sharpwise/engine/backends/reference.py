@@ -69,12 +69,13 @@ def update(
         x = torch.addcdiv(x, numerator, denominator, value=-step)
     else:
         x = x - (step * numerator) / denominator
-    _write(p, x, s, noise, 0)
+    store(p, x, s, noise, 0)
     for slot, (name, tensor) in enumerate(zip(names, stored, strict=True), start=1):
-        _write(tensor, new[name], s, noise, slot)
+        store(tensor, new[name], s, noise, slot)
 
 
-def _write(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int) -> None:
+def store(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int) -> None:
+    """Round and write one tensor, of which `slot` is the number, unless the step is not taken."""
     rounds = noise is not None and target.dtype == torch.bfloat16
     own = (noise.row + noise.column, mix(noise.key + slot)) if noise is not None and rounds else None
     rounded = Dense.of(target.dtype).encode(value, own)[""]
