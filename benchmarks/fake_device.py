@@ -12,8 +12,8 @@ device have a *twin* on the CPU, which goes through the same operations: counts 
 are then what they would be. Where there is no twin, a read gives 1, or True.
 
 What is counted (see `Counts`) is what torch is asked for. An operation on the device, but for views and allocations, is
-one launch: on a list of tensors too, which torch cuts into launches of at most 320 blocks of 65,536 elements. A graph
-for inductor is traced, never compiled, and is one launch a call; a kernel in Triton is printed and never compiled.
+one launch: on a list of tensors too, which torch cuts into launches of at most 320 blocks of 65,536 elements. Kernels
+in Triton are printed and never compiled.
 """
 
 import ctypes
@@ -29,7 +29,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -94,10 +93,7 @@ class FakeCuda:
 
     def __enter__(self) -> "FakeCuda":
         provide_guard()
-        import torch._inductor  # to be patched
-
         for owner, name, value in (
-            (torch._inductor, "standalone_compile", self._compiled),
             (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # torch's own asks once per element
             *(self._of_triton() if self.triton else [(triton_launch, "absent", lambda: "no triton")]),
         ):
@@ -155,13 +151,6 @@ class FakeCuda:
     def _launched(self, kernel: Any, *_: Any) -> None:
         self.counts.launch(f"Triton kernel {kernel.__name__}")
 
-    def _compiled(self, graph: Any, inputs: Any, **settings: Any) -> Callable[..., tuple[()]]:
-        def call(*args: Any) -> tuple[()]:
-            self.counts.launch("graph of inductor")
-            return ()
-
-        return call
-
 
 class _Watch(TorchDispatchMode):
     """Sees every operation before torch's fake mode does."""
@@ -173,7 +162,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
-        if name == "device" or get_proxy_mode() is not None:  # a graph is being traced
+        if name == "device":
             return func(*args, **kwargs)
         given = list(_tensors((args, kwargs)))
         fakes = [t for t in given if isinstance(t, FakeTensor)]

@@ -1,6 +1,5 @@
 """What every test starts from: one thread, fixed seeds, Ctrl-C as usual, GPU tests skipped where there is no GPU."""
 
-import os
 import random
 import signal
 
@@ -11,8 +10,6 @@ import torch
 
 # Results are bit-repeatable only at a fixed number of threads, and xdist runs two processes on two cores.
 torch.set_num_threads(1)
-# The suite compiles so many graphs that torch's headers pay to be precompiled.
-os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 # A shell starts what is to run in the background (`nohup make test &`) with Ctrl-C ignored, children inherit that, and
 # some tests send it to theirs. What is ignored stays so in a new process; what is handled is as usual there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

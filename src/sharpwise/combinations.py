@@ -81,7 +81,7 @@ def engine_arguments(
         if type(flag) is not bool:
             raise TypeError(f"{who}: {key} must be True or False, got {flag!r}")
     if compile not in (None, True, False):
-        raise ValueError(f"{who}: compile must be None (where it pays), True or False, got {compile!r}")
+        raise ValueError(f"{who}: compile must be None or True (kernels), or False (the reference), got {compile!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):
         raise ValueError(f"{who}: on_nonfinite must be 'ignore', 'raise' or 'skip', got {on_nonfinite!r}")
     if total_steps is not None and (type(total_steps) is not int or total_steps < 1):

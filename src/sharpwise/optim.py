@@ -48,7 +48,7 @@ class AdamW(BlockOptimizer):
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
         probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
 
@@ -120,7 +120,7 @@ class AdamMini(BlockOptimizer):
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
         probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
 
@@ -183,7 +183,7 @@ class Lion(BlockOptimizer):
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
         probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
 
@@ -344,7 +344,7 @@ class SGD(BlockOptimizer):
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
         probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
 
@@ -408,7 +408,7 @@ class SGDSaI(BlockOptimizer):
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
         probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
 

@@ -273,10 +273,7 @@ def check_skip_and_raise(make: Make) -> None:
 
 
 def check_no_recompilation(make: Make) -> None:
-    """A second step, and another lr, compile nothing new; compiled agrees with eager to 1e-6 of the norm.
-
-    With clipping, which torch's fused kernel does not do, and without.
-    """
+    """A second step, and another lr, compile nothing new; compiled agrees with eager to 1e-6 of the norm."""
     for clip in (10.0, None):
         model, twin = tiny_model(), tiny_model()
         for m in (model, twin):
@@ -288,7 +285,7 @@ def check_no_recompilation(make: Make) -> None:
         run(model, fast, range(1))
         run(twin, slow, range(1))
         built = fast.compiled_graphs
-        assert built > 0 or clip is None, "nothing was compiled"
+        assert built > 0, "nothing was compiled"
         for group in fast.param_groups + slow.param_groups:
             group["lr"] = group["lr"] * 0.5
         run(model, fast, range(1, 4))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.testing import fill_gradients, run, tiny_model
+from sharpwise.testing import TinyGPT, fill_gradients, run, same, tiny_model
 
 OPTIONS = {
     "clip": {"max_grad_norm": 0.5},
@@ -85,3 +85,46 @@ def test_is_not_there_unless_the_step_reads_it():
     clipped.zero_grad()
     clipped.step()  # nothing to step with
     assert clipped.grad_norm is None
+
+
+@pytest.mark.parametrize("compiles", [None, False], ids=["default", "eager"])
+def test_no_clipping_needed_is_no_clipping(compiles):
+    """A factor of 1 leaves every bit."""
+    models = [tiny_model() for _ in range(2)]
+    for model, clip in zip(models, (1e9, None), strict=True):
+        optimizer = sharpwise.AdamW(model, lr=1e-2, max_grad_norm=clip, compile=compiles)
+        run(model, optimizer, range(3))
+    assert same(*models)
+
+
+@pytest.mark.parametrize("compiles", [None, False], ids=["default", "eager"])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("sizes", [[(0,), (1,)], [(1024,)], [(777,), (70, 500)], [(300, 1024), (5, 3000)]])
+def test_norm_keeps_its_digits(sizes, constant, compiles):
+    """fp32 squares are added in fp32 in short runs only: equal addends are the worst case."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(size)) for size in sizes])
+    optimizer = sharpwise.SGD(model, lr=0.0, max_grad_norm=1.0, compile=compiles)
+    for p in model:
+        p.grad = torch.full_like(p, 0.1237) if constant else torch.randn(p.shape)
+    optimizer.step()
+    exact = torch.cat([p.grad.double().view(-1) for p in model]).norm()
+    assert abs(optimizer.grad_norm / exact - 1) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(sharpwise.AdamW, {"max_grad_norm": 1.0}), (sharpwise.AdamMini, {}), (sharpwise.AdamMini, {"max_grad_norm": 1.0})],
+    ids=["update", "one pass", "two passes"],
+)
+def test_autograd_notices_what_kernels_write(build, options):
+    """They write what autograd may have saved; a backward pass through what was is an error."""
+    model = TinyGPT(width=256, heads=16, vocabulary=300)
+    optimizer = build(model, lr=1e-2, **options)
+    for step in range(2):
+        fill_gradients(model, step)
+        with torch.enable_grad():
+            losses = [p.square().sum() for p in model.parameters()]
+        optimizer.step()
+        for loss in losses:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()

@@ -25,8 +25,8 @@ raise                  4      6          4     4    4
 bf16-weights           2      4          2     2    2
 bf16-state-stochastic  2      4          2     2    2
 bf16-all-stochastic    2      4          2     2    2
-fp64-weights           19     417        15    13   15
-eager                  309    325        253   169  179
+fp64-weights           309    564        253   169  169
+eager                  309    319        253   169  169
 blockwise              2      4          2     2    2
 blockwise-clip         5      7          5     5    5
 everything             6      9          6     6    6

@@ -80,7 +80,7 @@ def test_the_last_of_equal_names_holds() -> None:
     assert PerRole([("FFN", 2), ("*.0.*", 3), ("FFN", 4)]) == PerRole({"*.0.*": 3, "FFN": 4})
 
 
-@pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["adam-mini", "adamw"])
 def test_nothing_is_compiled_when_a_multiplier_leaves_1(name: str) -> None:
     config = transformers.LlamaConfig(
@@ -122,3 +122,24 @@ def test_a_probe_sees_what_is_trained_now(frozen: bool) -> None:
     model(batch, labels=batch).loss.backward()
     optimizer.step()
     assert any(m != 1.0 for m in multipliers(optimizer))
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
+@pytest.mark.parametrize("decay", ["scaled", "base"])
+def test_a_device_works_out_what_the_host_does(decay: str, decoupled: bool) -> None:
+    """Rates and decays from the factors that a device is given, and those of the host."""
+    model = tiny_model()
+    block_lr = sharpwise.LayerDecay(rate=0.5, decay=decay)
+    options = {"weight_decay": 0.1, "block_lr": block_lr, "decoupled_weight_decay": decoupled}
+    optimizer = sharpwise.SGD(model, lr=0.3, **options)
+    run(model, optimizer, range(1))
+    stepper = optimizer._bind()
+    stepper.scalars.begin(stepper.views)
+    for view in stepper.views:
+        pairs = zip(stepper.scalars.factors(view), stepper.scalars.rows(view), strict=True)
+        for (lr, of_rate, of_decay, wd, of_coupled), row in pairs:
+            assert row.rate == lr * of_rate
+            if decoupled:
+                assert row.decay == pytest.approx(1 - lr * of_decay * wd, rel=1e-15)
+            else:
+                assert row.weight_decay == wd * of_coupled

@@ -1,5 +1,6 @@
 """The plan of a step: which back end takes what, and what explain() says of it."""
 
+import shutil
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -8,12 +9,12 @@ import torch
 
 import sharpwise
 from sharpwise.engine import backends
-from sharpwise.engine.backends import loops
+from sharpwise.engine.backends import base, loops
 from sharpwise.engine.backends.base import compiler_present
 from sharpwise.engine.backends.reference import Reference
 from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
 
-needs_compiler = pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
 
 
 def large() -> TinyGPT:
@@ -90,6 +91,25 @@ def test_a_kernel_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(*models)
 
 
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The reference moves everything, to the bit; that is said once, whatever the number of optimizers."""
+    monkeypatch.setattr(base, "_SAID", set())
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    models = [tiny_model() for _ in range(4)]
+    for model, compiles in zip(models, (None, True, None, False), strict=True):
+        optimizer = sharpwise.create_optimizer(model, name, lr=1e-2, max_grad_norm=0.1, compile=compiles)
+        for step in range(2):
+            fill_gradients(model, step)
+            optimizer.step()
+        whys = {(row["backend"], row["why"]) for row in optimizer.explain()}
+        assert whys == {("reference", "" if compiles is False else "cpp: no C++ compiler")}
+    assert all(same(models[-1], model) for model in models)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no C++ compiler: steps on the CPU are the reference's, as right and slower; install g++ or clang++"
+    ]
+
+
 def test_one_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A back end is a class and a name in the table."""
 
@@ -109,7 +129,7 @@ def test_one_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_own(self: backends.Backends) -> None:
         made(self)
-        self.by_name["own"] = Own(fast=False)
+        self.by_name["own"] = Own()
 
     monkeypatch.setattr(backends.Backends, "__init__", with_own)
     models = [tiny_model() for _ in range(2)]

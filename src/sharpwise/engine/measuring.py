@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import MeasuredLR
-from sharpwise.engine.backends.reference import CHUNK, SMALL
+from sharpwise.engine.backends.reference import CHUNK
 from sharpwise.engine.counter import values_of
 from sharpwise.engine.mesh import Bucket, OwnerExchange, ReduceGroup
 from sharpwise.engine.norms import row_sums
@@ -55,14 +55,13 @@ def measure(
     views: Sequence[ParamView],
     group: ReduceGroup,
     probe: Callable[[], Sequence[Sequence[float]]],
-    exact: bool = True,
 ) -> Found:
     """Measure what `source` asks for, of these views. Collective: every process calls it at the same time."""
     if source.measures == "gradient":
         found = gradients(source, views, group)
     elif source.measures == "second_moment":
         found = [[total / max(s.numel, 1) for total, s in zip(own, view.segments, strict=True)]
-                 for view, own in zip(views, second_moments(views, group, exact), strict=True)]  # fmt: skip
+                 for view, own in zip(views, second_moments(views, group), strict=True)]  # fmt: skip
     elif source.measures == "matrix":
         found = matrices(source, views, group)
     elif source.measures == "probe":
@@ -82,15 +81,12 @@ def _rounded(value: float) -> float:
 # --- second moments --------------------------------------------------------------------------------------------------
 
 
-def second_moments(views: Sequence[ParamView], group: ReduceGroup, exact: bool = True) -> Found:
+def second_moments(views: Sequence[ParamView], group: ReduceGroup) -> Found:
     """Sums of v / (1 - b2^t) over the elements of each segment; 0 of parameters that have not taken a step, NaN of
-    segments whose rule keeps no v.
-
-    exact: in fp64 throughout; else rows are added in fp32, at the speed of memory, before the sums left in fp64.
-    """
+    segments whose rule keeps no v."""
     kept = [view for view in views if view.rule.second_moment is not None]
     bucket = Bucket(group)
-    partials = [bucket.add(*_moments(view, exact)) for view in kept]
+    partials = [bucket.add(*_moments(view)) for view in kept]
     bucket.reduce()
     sums = iter(values_of([value for partial in partials for value in partial.values.unbind()]))
     found = {}
@@ -105,7 +101,7 @@ def steps_taken(views: Sequence[ParamView]) -> list[float]:
     return values_of([local(view.own["step"]) for view in views])
 
 
-def _moments(view: ParamView, exact: bool) -> tuple[Tensor, Shard]:
+def _moments(view: ParamView) -> tuple[Tensor, Shard]:
     """Sums of v over the local elements of each segment, fp64 [segments]."""
     name = view.rule.second_moment
     assert name is not None
@@ -117,14 +113,8 @@ def _moments(view: ParamView, exact: bool) -> tuple[Tensor, Shard]:
             return blocks.sum().view(1), Shard.of(v)
         sizes = [s.blocks(c) for s, c in zip(view.segments, view.cuts, strict=True)]
         return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
-    exact = exact or view.param.numel() <= SMALL  # of the whole parameter, not of the shard
     dim = -1 if view.layout.segment_of_row is None else view.dim  # along memory, where that will do
-    exact = exact or local(v).device.type != "cpu"  # where asking below would wait
-    held = view.rows_of(v, name)
-    rows = row_sums(held, dim) if exact else held.sum(dim, dtype=torch.float32)
-    if not exact and not rows.isfinite().all():  # a sum may be beyond fp32 where no v is
-        rows = row_sums(held, dim)
-    return _by_segment(view, rows.double()), view.shard
+    return _by_segment(view, row_sums(view.rows_of(v, name), dim)), view.shard
 
 
 def _by_segment(view: ParamView, rows: Tensor) -> Tensor:

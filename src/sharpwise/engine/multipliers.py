@@ -157,9 +157,8 @@ class Multipliers:
             none = (math.nan,) * len(self.known)
             return [list(v.of_segments(found.get(v.name, none))) for v in views]
 
-        exact = self.options.compile is False
         known = self._measured[source]
-        measured = measure(source, views, reduce_group, probe, exact)
+        measured = measure(source, views, reduce_group, probe)
         return {
             view.full_name: [source.updated(*pair) for pair in zip(known[view.full_name], values, strict=True)]
             for view, values in zip(views, measured, strict=True)

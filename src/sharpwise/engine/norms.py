@@ -2,21 +2,21 @@
 
 One pass over the rows serves all three, and one collective carries them, and what rules ask for in their first round.
 
-Sums of what is finite are finite. fp32 squares overflow at 1.8e19: on the CPU such sums are taken again in fp64; on a
-device they are in fp64 from the start, as asking would wait for it. fp64 squares overflow at 1.3e154: large elements of
-fp64 gradients are summed up apart, in a unit of their own.
+Sums of what is finite are finite. fp32 squares overflow at 1.8e19: torch operations square in fp64, and kernels where
+fp32 was not enough. fp64 squares overflow at 1.3e154: large elements of fp64 gradients are summed up apart, in a unit
+of their own.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Squares
-from sharpwise.engine.backends.reference import CHUNK, PIECE, SMALL
+from sharpwise.engine.backends.loops import Squares as Kernel
+from sharpwise.engine.backends.reference import CHUNK
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import on_device
 from sharpwise.engine.view import ParamView
@@ -61,68 +61,20 @@ class SquareSum(NamedTuple):
         return SquareSum(torch.cat([own.values for own in sums]), torch.cat(units) if units else 1.0)
 
 
-@dataclass
-class Total:
-    """Parts of a sum of squares, as vectors: fp64 sums, fp32 norms, and small fp32 tensors as they are.
-
-    All of them come from tensors that are cut as `shard` is.
-    """
-
-    shard: Shard
-    squares: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    small: list[Tensor] = field(default_factory=list)
-
-    def sum(self) -> Tensor:
-        """All of them in one number, fp64 [1]."""
-        norms = self.norms + (quick_norms(torch.cat(self.small)) if self.small else [])
-        squares = self.squares + ([torch.cat(norms).double().square_()] if norms else [])
-        return _sum(squares).view(1)
-
-
-class Wanted(NamedTuple):
-    """A matrix whose g*g are summed up over a dimension: for a total, for the blocks of a view, or both.
-
-    `large`: it has the large elements only; `whole`: it is one block.
-    """
-
-    g: Tensor
-    dim: int
-    total: Total | None
-    view: ParamView | None
-    large: bool = False
-    whole: bool = False
-
-
-QUICK = (torch.float32, torch.bfloat16)
-"""Types that kernels sum up."""
-Parts = dict[tuple[Any, bool], Partial]
-"""Sums by what they are of, and whether of the large elements of fp64 gradients."""
-
-
-class SquareKernel(Protocol):
-    """Sums of squares by a kernel."""
-
-    def row_squares(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool) -> list[Tensor | None]:
-        """Over a dimension of matrices; None of those that it does not take."""
-
-    def total(self, tensors: Sequence[Tensor], exact: bool) -> float | None:
-        """Over everything, of contiguous fp32 and bf16 tensors on the CPU; None if there is no kernel."""
-
-
 class Sums:
-    """Sums of g*g, by kernels of ours where there are some.
+    """Sums of g*g: by kernels where there are some, else in torch operations.
 
     Args:
-        kernel: of ours, or None.
+        backends: whose kernels are taken; None for torch operations alone.
         total: whether the sum over everything is wanted too.
-        exact: in fp64 throughout; else fp32 squares are added in fp32 before the few sums left in fp64.
+        exact: in fp64 throughout; else kernels add up a few squares in fp32 before these go into a sum in fp64.
     """
 
-    def __init__(self, group: ReduceGroup, kernel: SquareKernel | None, total: bool, exact: bool) -> None:
-        self.group, self.kernel = group, kernel
+    def __init__(self, group: ReduceGroup, backends: Backends | None, total: bool, exact: bool) -> None:
+        self.group, self.backends = group, backends
         self.wants_total, self.exact = total, exact
-        self._whole: tuple[Any, bool] = (None, False)
+        self._arranged: tuple[Any, ...] = ()
+        self._places: list[tuple[Shard, list[int]]] = []
 
     def of(
         self,
@@ -142,157 +94,89 @@ class Sums:
         if not self.wants_total and not any(by_block):
             bucket.reduce()
             return [None] * len(views), None
-        everything = None if any(by_block) or any(own.views for own in given) else self._of_whole(views, grads)
-        if everything is not None:
-            bucket.reduce()
-            return [None] * len(views), SquareSum(torch.tensor(everything, dtype=torch.float64, device="cpu"))
-        blocks, totals = self._here(views, grads, by_block, self.exact, given)
-        if not self.exact and _overflowed(totals or blocks):
-            blocks, totals = self._here(views, grads, by_block, True, given)
-        for parts in (blocks, totals):
-            for key, partial in parts.items():
-                parts[key] = bucket.add(partial.values, partial.shard)
+        # By the processes that hold what was added up, the device of the sum, and whether it is of large elements.
+        totals: dict[Any, tuple[Shard, list[Tensor]]] = {}
+
+        def add(shard: Shard, sums: Sequence[Tensor], large: bool = False) -> None:
+            if self.wants_total:
+                totals.setdefault((shard.holders, sums[0].device, large), (shard, []))[1].extend(sums)
+
+        for shard, sums in (pair for own in given for pair in own.totals):
+            add(shard, [sums])
+        for shard, places in self._without_blocks(views, by_block, set().union(*(own.views for own in given))):
+            own = [views[i].rows_of(grads[i]) if views[i].part else grads[i] for i in places]
+            for large, tensors in _by_size(own).items():
+                add(shard, self._everything(tensors), large)
+        blocks: dict[int, dict[bool, Partial]] = {}
+        pairs = [pair for *pair, asked in zip(views, grads, by_block, strict=True) if asked]
+        for view, large, sums in self._by_block(pairs):
+            add(view.shard, [sums], large)
+            blocks.setdefault(id(view), {})[large] = bucket.add(sums, view.shard)
+        partials = {key: bucket.add(_sum(sums).view(1), shard) for key, (shard, sums) in totals.items()}
         bucket.reduce()
-        return [_joined(blocks, id(view)) for view in views], _total(totals)
+        found = [_joined(blocks[id(view)]) if id(view) in blocks else None for view in views]
+        return found, _total(partials) if partials else None
 
-    def _of_whole(self, views: Sequence[ParamView], grads: Sequence[Tensor]) -> float | None:
-        """The sum over everything where one call of the kernel takes it: it is all here, in types that it knows."""
-        if self._whole[0] is not views:
-            whole = not any(view.shard.cut or view.part or view.device.type != "cpu" for view in views)
-            self._whole = views, whole
-        if self.kernel is None or not self._whole[1] or not all(g.dtype in QUICK and g.is_contiguous() for g in grads):
-            return None
-        return self.kernel.total(grads, self.exact)
+    def _without_blocks(
+        self, views: Sequence[ParamView], by_block: Sequence[bool], taken: set[int]
+    ) -> list[tuple[Shard, list[int]]]:
+        """Places of views that enter the sum over everything alone, by what they share; those of the last step, if the
+        views are the same."""
+        if not self._arranged or self._arranged[0] is not views or self._arranged[1:] != (by_block, taken):
+            places: dict[Any, tuple[Shard, list[int]]] = {}
+            for i, view in enumerate(views):
+                if self.wants_total and not by_block[i] and id(view) not in taken:
+                    places.setdefault((view.shard.holders, view.device), (view.shard, []))[1].append(i)
+            self._arranged, self._places = (views, by_block, taken), list(places.values())
+        return self._places
 
-    def _here(
-        self,
-        views: Sequence[ParamView],
-        grads: Sequence[Tensor],
-        by_block: Sequence[bool],
-        exact: bool,
-        given: Sequence[Squares],
-    ) -> tuple[Parts, Parts]:
-        """The sums of what this process holds: per block, by view; over everything, by device and cut."""
-        totals: dict[tuple[Any, bool], Total] = {}
-        taken = set().union(*(own.views for own in given))
-        for shard, values in (pair for own in given for pair in own.totals):
-            totals.setdefault(((shard.holders, values.device), False), Total(shard)).squares.append(values)
-        wanted: list[Wanted] = []
-        blocks: Parts = {}
-        plain: dict[tuple[Any, bool], tuple[Shard, list[Tensor]]] = {}
-        whole: dict[torch.device, tuple[list[Tensor], list[tuple[Total | None, ParamView | None]]]] = {}
-        for view, g, own_blocks in zip(views, grads, by_block, strict=True):
-            if not own_blocks and (not self.wants_total or id(view) in taken):
-                continue
-            if not own_blocks and self.kernel is not None and g.dtype in QUICK and on_cpu(g):
-                rows = view.rows_of(g) if view.part else g
-                if rows.is_contiguous():
-                    key = (view.shard.holders, g.device), False
-                    (plain.get(key) or plain.setdefault(key, (view.shard, [])))[1].append(rows)
-                    continue
-            if not own_blocks and not exact and g.numel() <= SMALL and g.dtype == torch.float32 and on_cpu(g):
-                key = (view.shard.holders, g.device), False
-                (totals.get(key) or totals.setdefault(key, Total(view.shard))).small.append(
-                    (view.rows_of(g) if view.part else g).reshape(-1)
-                )
-                continue
-            rows = view.rows_of(g) if own_blocks or view.part else g
-            for large, part in _by_size(rows):
-                total = None
-                if self.wants_total:
-                    total = totals.setdefault(((view.shard.holders, g.device), large), Total(view.shard))
-                if own_blocks and self.kernel is not None and _is_one_row(view, g):
-                    wanted.append(Wanted(part.reshape(1, -1), 1, total, view, large, whole=True))
-                elif not exact and g.dtype != torch.float64 and _as_a_whole(view, g, own_blocks):
-                    tensors, uses = whole.setdefault(g.device, ([], []))
-                    tensors.append(part.reshape(-1))
-                    uses.append((total, view if own_blocks else None))
-                elif own_blocks:
-                    wanted.append(Wanted(part, view.dim, total, view, large))
-                elif total is not None:
-                    wanted += self._everything(part, total, exact)
-        for key, (shard, tensors) in plain.items():
-            (totals.get(key) or totals.setdefault(key, Total(shard))).squares += self._plain(tensors, exact)
-        for tensors, uses in whole.values():
-            # In one pass over memory, in fp64. Never run on a GPU so far.
-            squares = torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square_()
-            for value, (_, owner) in zip(squares.split(1), uses, strict=True):
-                if owner is not None:
-                    blocks[id(owner), False] = Partial(value, owner.shard)
-            for total in {id(total): total for total, _ in uses if total is not None}.values():
-                own = [i for i, (other, _) in enumerate(uses) if other is total]
-                total.squares.append(squares if len(own) == len(uses) else squares[own])
-        for one, squares in zip(wanted, self._squares(wanted, exact), strict=True):
-            if one.total is not None:
-                one.total.squares.append(squares)
-            if one.view is not None:
-                values = squares if one.whole else one.view.gather(squares)
-                blocks[id(one.view), one.large] = Partial(values, one.view.shard)
-        return blocks, {key: Partial(total.sum(), total.shard) for key, total in totals.items()}
+    def _by_block(self, pairs: Sequence[Sequence[Any]]) -> list[tuple[ParamView, bool, Tensor]]:
+        """Sums over the blocks of views, and whether they are those of large elements."""
+        matrices, found = [], []
+        for view, g in pairs:
+            for large, (part,) in _by_size([view.rows_of(g)]).items():
+                if view.n_blocks == 1 and view.by_row:  # added up in the order of a step in one pass
+                    found.append((view, large, _sum(self._everything([part])).view(1)))
+                else:
+                    matrices.append((view, large, part))
+        sums = self._rows([part for *_, part in matrices], [view.dim for view, *_ in matrices])
+        return found + [(v, large, v.gather(own)) for (v, large, _), own in zip(matrices, sums, strict=True)]
 
-    def _plain(self, tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
-        """Sums of g*g that together are those over everything."""
-        assert self.kernel is not None
-        found = self.kernel.total(tensors, exact)
-        if found is not None:
-            return [torch.tensor([found], dtype=torch.float64, device="cpu")]
-        return [row_squares(part.view(1, -1), 1) for g in tensors for part in g.reshape(-1).split(CHUNK)]
+    def _rows(self, matrices: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+        """Sums of g*g over a dimension of each, as vectors."""
+        own = [i for i, g in enumerate(matrices) if g.dim() == 2 and Kernel.takes(g)]
+        kernel = self._kernel() if own else None
+        by_kernel: dict[int, Tensor] = {}
+        if kernel is not None:
+            sums = kernel([matrices[i] for i in own], [dims[i] for i in own], self.exact)
+            by_kernel = dict(zip(own, sums, strict=True))
+        pairs = enumerate(zip(matrices, dims, strict=True))
+        return [by_kernel[i] if i in by_kernel else row_squares(*pair).reshape(-1) for i, pair in pairs]
 
-    def _squares(self, wanted: Sequence[Wanted], exact: bool) -> list[Tensor]:
-        """Sums of g*g over a dimension of matrices, as vectors."""
-        own: list[Tensor | None] = [None] * len(wanted)
-        if self.kernel is not None and wanted:
-            own = self.kernel.row_squares([one.g for one in wanted], [one.dim for one in wanted], exact)
-        eager = row_squares if exact else quick_row_squares
-        return [
-            eager(one.g, one.dim).reshape(-1) if found is None else found
-            for one, found in zip(wanted, own, strict=True)
-        ]
+    def _everything(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Vectors that add up to the sum of all g*g."""
+        own = [g for g in tensors if Kernel.takes(g)]
+        kernel = self._kernel() if own else None
+        sums = []
+        if kernel is not None:
+            sums.append(torch.tensor([kernel.total(own, self.exact)], dtype=torch.float64, device="cpu"))
+            tensors = [g for g in tensors if not Kernel.takes(g)] if len(own) < len(tensors) else []
+        pieces = (piece for g in tensors for piece in g.reshape(-1).split(CHUNK))
+        return sums + [row_squares(piece, 0).view(1) for piece in pieces]
 
-    def _everything(self, g: Tensor, total: Total, exact: bool) -> list[Wanted]:
-        """Add a tensor to a total, or say as which matrix it is to be summed up."""
-        flat = g.reshape(-1)
-        if g.dtype == torch.float32 and not exact:
-            if flat.numel() <= SMALL:
-                total.small.append(flat)
-            else:
-                total.norms += quick_norms(flat)
-            return []
-        width = math.gcd(flat.numel(), 3 * 4096)
-        if width >= 256:
-            return [Wanted(flat.view(flat.numel() // width, width), 1, total, None)]
-        total.squares += [row_squares(part.view(1, -1), 1) for part in flat.split(CHUNK)]
-        return []
+    def _kernel(self) -> Kernel | None:
+        return None if self.backends is None else self.backends.cpp.of_squares
 
 
-def _is_one_row(view: ParamView, g: Tensor) -> bool:
-    """Whether a kernel sums it up as one block, in the order of a step in one pass."""
-    return view.n_blocks == 1 and view.numel <= SMALL and on_cpu(g) and g.dtype in QUICK and not view.part
-
-
-def _as_a_whole(view: ParamView, g: Tensor, by_block: bool) -> bool:
-    """Whether its squares are summed up in one number, with those of others like it."""
-    small = view.param.numel() <= SMALL
-    return view.n_blocks == 1 and (small or not on_cpu(g)) if by_block else not on_cpu(g)
-
-
-def on_cpu(tensor: Tensor) -> bool:
-    """Whether a tensor is on the CPU, where asking is free."""
-    return tensor.device.type == "cpu"
-
-
-def _by_size(g: Tensor) -> list[tuple[bool, Tensor]]:
-    """A gradient as it is; in fp64 as the sum of its small elements and, in units of UNIT, all others, NaN included."""
-    if g.dtype != torch.float64:
-        return [(False, g)]
-    small = g.abs() < LARGE
-    return [(False, torch.where(small, g, 0.0)), (True, torch.where(small, 0.0, g / UNIT))]
-
-
-def _overflowed(parts: Parts) -> bool:
-    """Whether a sum may have; asked on the CPU only."""
-    values = [partial.values for partial in parts.values() if partial.values.device.type == "cpu"]
-    return bool(values) and not math.isfinite(torch.cat(values).sum())
+def _by_size(tensors: Sequence[Tensor]) -> dict[bool, Sequence[Tensor]]:
+    """Tensors as they are; of fp64 ones the small elements and, in units of UNIT (True), all others, NaN included."""
+    if not any(g.dtype == torch.float64 for g in tensors):
+        return {False: tensors}
+    small = [g.abs() < LARGE for g in tensors]
+    return {
+        False: [torch.where(own, g, 0.0) for own, g in zip(small, tensors, strict=True)],
+        True: [torch.where(own, 0.0, g.double() / UNIT) for own, g in zip(small, tensors, strict=True)],
+    }
 
 
 def _sum(vectors: Sequence[Tensor]) -> Tensor:
@@ -301,37 +185,30 @@ def _sum(vectors: Sequence[Tensor]) -> Tensor:
     return vector.view(()) if vector.numel() == 1 else vector.sum()
 
 
-def _joined(parts: Parts, key: Any) -> SquareSum | None:
+def _joined(by_size: Mapping[bool, Partial]) -> SquareSum:
     """The sums of all elements, from those of small and of large ones."""
-    if (key, False) not in parts:
-        return None
-    small = parts[key, False].values
-    if (key, True) not in parts:
+    small = by_size[False].values
+    if True not in by_size:
         return SquareSum(small)
-    large = parts[key, True].values
+    large = by_size[True].values
     some = large != 0  # NaN too
     values = torch.where(some, large + small / UNIT / UNIT, small)
     return SquareSum(values, torch.where(some, torch.full_like(values, UNIT), 1.0))
 
 
-def _total(parts: Parts) -> SquareSum | None:
+def _total(partials: Mapping[Any, Partial]) -> SquareSum:
     """The sum over everything."""
-    if not parts:
-        return None
-    by_size: Parts = {}
-    for large in {large for _, large in parts}:
-        own = [partial.values for (_, of), partial in parts.items() if of == large]
+    by_size = {}
+    for large in {large for *_, large in partials}:
+        own = [partial.values for (*_, of), partial in partials.items() if of == large]
         # Not on the CPU, if there is a device: copies from there are waited for.
         device = max((value.device for value in own), key=lambda device: device.type != "cpu")
         values = _sum([value.to(device, non_blocking=True) for value in own])
-        by_size[None, large] = Partial(values, next(iter(parts.values())).shard)
-    return _joined(by_size, None)
+        by_size[large] = Partial(values, next(iter(partials.values())).shard)
+    return _joined(by_size)
 
 
-# -- sums of squares in torch operations -------------------------------------------------------------------------------
-
-RUN = 1 << 10
-"""Elements whose squares are added in fp32."""
+# -- sums in torch operations ------------------------------------------------------------------------------------------
 
 
 def row_squares(g: Tensor, dim: int) -> Tensor:
@@ -345,24 +222,3 @@ def row_sums(x: Tensor, dim: int, of: Callable[[Tensor], Tensor] = Tensor.double
         return of(x).sum(dim)
     parts = [of(part).sum(dim) for part in x.split(max(1, CHUNK * x.shape[0] // x.numel()))]
     return torch.stack(parts).sum(0) if dim == 0 else torch.cat(parts)
-
-
-def quick_norms(flat: Tensor) -> list[Tensor]:
-    """Norms of runs that together are `flat`, fp32: over more than a run they would lose digits."""
-    n = flat.numel()
-    whole = n - n % RUN
-    parts = [flat[:whole].view(-1, RUN)] if whole else []
-    parts += [flat[whole:].view(1, -1)] if whole < n or not n else []
-    return [torch.linalg.vector_norm(part, dim=1) for part in parts]
-
-
-def quick_row_squares(g: Tensor, dim: int) -> Tensor:
-    """As `row_squares`, of fp32 sums over runs where that is quicker: fp32 on the CPU. Beyond 1.8e19 they overflow."""
-    run = g.shape[-1] if g.shape[-1] <= RUN else math.gcd(g.shape[-1], RUN)
-    if g.device.type != "cpu" or g.dtype != torch.float32 or g.dim() != 2 or run < 32:
-        return row_squares(g, dim)
-    if dim == 1:
-        norms = torch.linalg.vector_norm(g.unflatten(1, (g.shape[1] // run, run)), dim=2).double()
-        return norms.square_().sum(1)
-    parts = [torch.sum(part * part, 0) for part in g.split(max(1, PIECE // g.shape[1]))]
-    return torch.stack(parts).sum(0, dtype=torch.float64)

@@ -58,8 +58,8 @@ from sharpwise.table import Table
 
 logger = logging.getLogger(__name__)
 _COMPILES_ITSELF = (
-    "the step of a sharpwise optimizer compiles itself (compile=True, or by itself where it pays), and stays out of "
-    "torch.compile: compile the model, or forward and backward, and call optimizer.step() outside"
+    "the step of a sharpwise optimizer compiles itself, and stays out of torch.compile: compile the model, or forward "
+    "and backward, and call optimizer.step() outside"
 )
 _KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
 
@@ -218,7 +218,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
             self._read |= rehearse(rule, settings)
         block_lr = self.options.block_lr
         factors = [] if block_lr is None else factor_maps(block_lr, self._known.segments)
-        positive = all(m > 0 for by_name in factors for own in by_name.values() for m in own)
         for view in views:
             view.decays = tuple(not {str(s.role), "bias" if s.bias else ""} & self.no_decay for s in view.segments)
         if not self.options.decoupled:
@@ -233,8 +232,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
             if block_lr is not None:
                 view.multipliers = tuple(own[view.state_key("lr_multiplier")].tolist())
             view.varies = self.options.varies
-            # Where they vary, an ablation may hand the 0 of a factor to any block.
-            view.positive = positive if view.varies else min(view.multipliers) > 0
         self._note_skipped()
         multipliers = Multipliers(
             views, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said

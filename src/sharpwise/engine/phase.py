@@ -34,14 +34,10 @@ class _Batch:
 
 
 class BlockPhase:
-    """Moves block state.
+    """Moves block state."""
 
-    Args:
-        rounds: whether scalars are rounded as those of compiled kernels are: whoever does it, the same bits.
-    """
-
-    def __init__(self, scalars: StepScalars, rounds: bool) -> None:
-        self.scalars, self.rounds = scalars, rounds
+    def __init__(self, scalars: StepScalars) -> None:
+        self.scalars = scalars
         self._batches: dict[tuple[int, ...], _Batch] = {}
 
     def run(self, views: Sequence[ParamView], sums: Sequence[SquareSum | None]) -> dict[int, Tensor]:
@@ -69,9 +65,8 @@ class BlockPhase:
         """Step sizes per block of every view."""
         first, scalars = batch.views[0], self.scalars
         dtype, ok = first.dtype, scalars.ok_of(first)
-        of_rule = scalars.of_rule(first)
-        if self.rounds:
-            of_rule = {name: rounded(value, dtype) for name, value in of_rule.items()}
+        # As kernels round them: the same bits, whoever does it.
+        of_rule = {name: rounded(value, dtype) for name, value in scalars.of_rule(first).items()}
         held = {name: [view.blocks[name] for view in batch.views] for name in first.blocks}
         old = {name: torch.cat(tensors) for name, tensors in held.items()}
         mean = squares.mean(batch.counts, scalars.clip_of(first))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import Backend, Backends, Spec
-from sharpwise.engine.backends.base import pays, unavailable
 from sharpwise.engine.options import Options
 from sharpwise.engine.view import ParamView
 
@@ -45,17 +44,14 @@ class Plan:
 
     def __init__(self, backends: Backends, views: Sequence[ParamView], options: Options) -> None:
         self.backends, self.options = backends, options
-        self.fast = options.compile is not False
-        self.total = sum({id(view.param): view.param.numel() for view in views}.values())
+        self.kernels = options.compile is not False
         self._chosen: dict[tuple[int, torch.dtype], Choice] = {}
         self._views = list(views)  # whose ids are in use
-        specs = [self.spec(view, view.param.dtype) for view in views]
-        self.compiles = any(not (unavailable if spec.view.device.type == "cpu" else pays)(spec) for spec in specs)
         self._works: tuple[Sequence[ParamView], list[torch.dtype], list[Work], list[bool], int] = ((), [], [], [], 0)
 
     def spec(self, view: ParamView, grad: torch.dtype) -> Spec:
         """What back ends are asked about."""
-        return Spec(view, grad, self.options, self.total)
+        return Spec(view, grad, self.options)
 
     def choose(self, view: ParamView, grad: torch.dtype, anew: bool = False) -> Choice:
         """The first back end of the device's list that does not refuse a view with such a gradient.
@@ -65,7 +61,7 @@ class Plan:
         key = id(view), grad
         if anew or key not in self._chosen:
             refusals: list[tuple[str, str]] = []
-            for backend in self.backends.of(view, self.fast):
+            for backend in self.backends.of(view, self.kernels):
                 reason = backend.refuses(self.spec(view, grad))
                 if not reason:
                     self._chosen[key] = Choice(backend, tuple(refusals))

@@ -22,12 +22,10 @@ class Row(NamedTuple):
     """The step of a segment.
 
     Attributes:
-        multiplier: of the learning rate; lr: with it; rate: that over the bias correction.
-        decay: factor on the parameter, where decay is decoupled; weight_decay: in units of `lr`, None if it is off.
+        rate: learning rate times multiplier, over the bias correction.
+        decay: factor on the parameter, where decay is decoupled; weight_decay: None if it is off.
     """
 
-    multiplier: float
-    lr: Any
     rate: Any
     decay: Any
     weight_decay: Any
@@ -58,7 +56,6 @@ class StepScalars:
         decoupled: whether weight decay shrinks the parameter; else it is added to the gradient.
         scales_decay: whether it follows the multiplier.
         stochastic: whether bf16 is rounded stochastically.
-        varies, follows_lr: whether multipliers change while training, or with the learning rate.
         now: the multipliers of a view.
 
     Attributes:
@@ -74,13 +71,10 @@ class StepScalars:
         decoupled: bool,
         scales_decay: bool,
         stochastic: bool,
-        varies: bool,
-        follows_lr: bool,
         now: Callable[[ParamView], tuple[float, ...]],
     ) -> None:
         self.counter, self._now, self.stochastic = counter, now, stochastic
-        self.decoupled, self._scales_decay, self._varies = decoupled, scales_decay, varies
-        self._follows_lr = follows_lr
+        self.decoupled, self._scales_decay = decoupled, scales_decay
         kinds: dict[Any, int] = {}
         self._kind = {
             id(v): kinds.setdefault((id(v.group), v.rule, any(v.decays), v.device), len(kinds)) for v in views
@@ -123,11 +117,6 @@ class StepScalars:
         self._sorts.clear()
         self._sort_numbers.clear()
         self._changes += 1
-
-    @property
-    def stamp(self) -> int | None:
-        """Views have the multipliers that they had under the same stamp; None where the learning rate changes them."""
-        return None if self._follows_lr else self._changes
 
     def class_key(self, view: ParamView) -> Any:
         """Views of one class are of one group, rule and device, and have taken the same number of steps."""
@@ -172,14 +161,12 @@ class StepScalars:
     def factors(self, view: ParamView) -> list[tuple[Any, float, float, Any, float]]:
         """What `rows` are worked out from, per segment.
 
-        The learning rate, its factors for the step and for decay, weight decay (0: off), its factor where coupled.
+        The learning rate, its factors for the step and for decay, weight decay (0: off), its factor where coupled: 1,
+        as it is a part of the gradient.
         """
         lr, wd = live(view.settings["lr"]), live(view.settings["weight_decay"])
-        found = []
-        for m, decays in zip(self._now(view), view.decays, strict=True):
-            coupled = 1.0 if self._scales_decay or not m else 1.0 / m
-            found.append((lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0, coupled))
-        return found
+        pairs = zip(self._now(view), view.decays, strict=True)
+        return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0, 1.0) for m, decays in pairs]
 
     def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
@@ -216,33 +203,23 @@ class StepScalars:
         """Where learning rate and multiplier meet, and where decay and multiplier do."""
         found = own.rows.get((multiplier, decays))
         if found is None:
-            lr = own.lr * multiplier
-            wd = own.weight_decay if decays else None
-            decay = _OFF
+            lr, wd, decay = own.lr * multiplier, own.weight_decay if decays else None, _OFF
             if wd is not None and self.decoupled:
                 if own.decay is None and not self._scales_decay:
                     own.decay = 1 - own.lr * wd  # one number for all rows: those of a device are not compared
                 decay = 1 - lr * wd if self._scales_decay else own.decay
-                wd = wd if self._scales_decay or not multiplier else wd / multiplier
-            found = own.rows[multiplier, decays] = Row(multiplier, lr, lr / own.correction, decay, wd)
+            found = own.rows[multiplier, decays] = Row(lr / own.correction, decay, wd)
         return found
 
-    def by_row(self, view: ParamView) -> bool:
-        """Whether rates differ by row. Those that vary stay so where they are equal for once: the other way would be
-        another graph."""
+    def _decays_by_row(self, view: ParamView) -> bool:
+        """Whether its rows differ in their factors of decay."""
         rows = self.rows(view)
-        return len(rows) > 1 and (self._varies or any(row.rate is not rows[0].rate for row in rows))
-
-    def decays_by_row(self, view: ParamView) -> bool:
-        """Whether the factors of decay do."""
-        rows = self.rows(view)
-        if len(rows) == 1 or not self.decoupled or all(row.weight_decay is None for row in rows):
+        if not self.decoupled or all(row.weight_decay is None for row in rows):
             return False
-        changes = self._varies and self._scales_decay
-        return changes or any(_differ(row.decay, rows[0].decay) for row in rows)
+        return any(_differ(row.decay, rows[0].decay) for row in rows)
 
     def named(self, view: ParamView) -> dict[str, Any]:
-        """Scalars of `kernels.update` by name: those of the rule, and `step`, `decay`, `weight_decay`, `clip`, `ok`
+        """Scalars of `reference.update` by name: those of the rule, and `step`, `decay`, `weight_decay`, `clip`, `ok`
         where there are such, and they are the same for all rows."""
         key = "named", self.key(view)
         if key not in self._kept:
@@ -251,7 +228,7 @@ class StepScalars:
             s["step"] = first.rate
             if first.weight_decay is not None and not self.decoupled:
                 s["weight_decay"] = first.weight_decay
-            elif self.decoupled and not self.decays_by_row(view) and first.weight_decay is not None:
+            elif self.decoupled and not self._decays_by_row(view) and first.weight_decay is not None:
                 s["decay"] = first.decay
             if self.clip is not None:
                 s["clip"] = self.clip_of(view)
@@ -261,14 +238,6 @@ class StepScalars:
         found: dict[str, Any] = self._kept[key]
         return found
 
-    def packed(self, view: ParamView) -> Tensor:
-        """`named` in one tensor, in its order, in the type of the arithmetic and on the device of the view."""
-        key = "packed", self.key(view), view.dtype, view.device
-        if key not in self._kept:
-            self._kept[key] = _pack(list(self.named(view).values()), view.dtype, view.device)
-        found: Tensor = self._kept[key]
-        return found
-
     def clip_of(self, view: ParamView) -> Any:
         """The factor on its gradients: None, a number, or a tensor on its device."""
         return self._placed("clip", self.clip, view.device)
@@ -276,16 +245,6 @@ class StepScalars:
     def ok_of(self, view: ParamView) -> Any:
         """Whether it moves: True, or a tensor on its device."""
         return self._placed("ok", self.ok, view.device)
-
-    def left_out(self, view: ParamView) -> Tensor | None:
-        """1 where it does not move, fp32 on its device; None where the host has decided."""
-        if self.ok is True:
-            return None
-        key = "left out", view.device
-        if key not in self._kept:
-            self._kept[key] = (~self.ok_of(view)).to(torch.float32).view(())
-        found: Tensor = self._kept[key]
-        return found
 
     def _placed(self, name: str, value: Any, device: torch.device) -> Any:
         """A number of the step where it is needed, copied there once."""
@@ -299,11 +258,12 @@ class StepScalars:
 
     def row_rate(self, view: ParamView) -> Tensor | None:
         """Rates of its rows, shaped to broadcast, None where they are all the same; for rules without blocks."""
-        return self._by_row(view, "rate") if self.by_row(view) else None
+        rows = self.rows(view)
+        return self._by_row(view, "rate") if any(row.rate is not rows[0].rate for row in rows) else None
 
     def row_decay(self, view: ParamView) -> Tensor | None:
         """Factors of decay of its rows, shaped to broadcast, None where they are all the same."""
-        return self._by_row(view, "decay") if self.decays_by_row(view) else None
+        return self._by_row(view, "decay") if self._decays_by_row(view) else None
 
     def spread(self, views: Sequence[ParamView], what: str, index: Tensor) -> Any:
         """Rates or decays of the rows of several views on one device, at these places; one number where all agree."""

@@ -58,15 +58,13 @@ class Stepper:
             decoupled=options.decoupled,
             scales_decay=block_lr is not None and block_lr.decay == "scaled",
             stochastic=options.stochastic_rounding,
-            varies=options.varies,
-            follows_lr=block_lr is not None and block_lr.follows_lr,
             now=multipliers.now,
         )
         self.plan = Plan(backends, views, options)
-        self.phase = BlockPhase(self.scalars, rounds=self.plan.compiles)
+        self.phase = BlockPhase(self.scalars)
         for view in views:  # what is compiled is built now, before anything is written
             self.plan.choose(view, view.param.dtype)
-        self.guard = Guard(options, self.on_host, backends if self.plan.fast else None)
+        self.guard = Guard(options, self.on_host, backends if self.plan.kernels else None)
 
     # Made at the first step, not when state is bound: every process has to take part where a group has to be made.
     @cached_property
@@ -83,9 +81,8 @@ class Stepper:
         """
         kept = [t for view in self.views for t in (view.param, *view.own.values())]
         clips = self.options.max_grad_norm is not None
-        exact = not self.plan.fast or (clips and any(t.dtype.itemsize < 4 for t in kept))
-        kernel = self.plan.backends.cpp if self.plan.compiles else None
-        return Sums(self.group, kernel, self.options.guarded, exact)
+        exact = clips and any(t.dtype.itemsize < 4 for t in kept)
+        return Sums(self.group, self.plan.backends if self.plan.kernels else None, self.options.guarded, exact)
 
     def run(self, gradients: Sequence[Tensor | None], scaling: Scaling | None = None) -> None:
         """Take a step with the parameters that have gradients, unless it is skipped for a non-finite one.

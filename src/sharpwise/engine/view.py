@@ -33,7 +33,7 @@ class ParamView:
         shape: of the view of what is held here; `dim` is the dimension summed over, so that rows remain.
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
-        varies: whether multipliers change while training, each on its own; positive: whether none is ever 0.
+        varies: whether multipliers change while training, each on its own.
         own: its state by the names of the rule; `step` among it.
         kept: what back ends keep of it.
     """
@@ -54,7 +54,6 @@ class ParamView:
     row_shape: tuple[int, ...] = ()
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
-    positive: bool = True
     decays: tuple[bool, ...] = (True,)
     own: dict[str, Tensor] = field(default_factory=dict)
     siblings: "tuple[ParamView, ...]" = ()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Role, Segment
 from sharpwise.rules.adamw import AdamW
-from sharpwise.rules.base import Kind, Rule, Scalars, State, divide, lerp, root
+from sharpwise.rules.base import Kind, Rule, Scalars, State, divide, lerp
 
 _BY_ROW = {Role.TOK_EMB, Role.HEAD, Role.V, Role.O, Role.O_GATE, Role.GATE, Role.UP, Role.DOWN, Role.ROUTER}
 
@@ -84,7 +84,7 @@ class AdamMini(Rule):
 
     def block_phase(self, blocks: State, mean_square: Tensor, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
         v = blocks["exp_avg_sq"] * s["b2"] + s["one_minus_b2"] * mean_square
-        return {"exp_avg_sq": v}, divide(root(v), s["root_correction2"]) + s["eps"]
+        return {"exp_avg_sq": v}, divide(v.sqrt(), s["root_correction2"]) + s["eps"]
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         m = lerp(state["exp_avg"], g, s["one_minus_b1"])

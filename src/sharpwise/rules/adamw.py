@@ -35,7 +35,6 @@ class AdamW(Rule):
     eps: float = 1e-8
 
     name: ClassVar[str] = "adamw"
-    torch_kernel: ClassVar[str] = "adamw"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
     second_moment: ClassVar[str | None] = "exp_avg_sq"
 

@@ -13,8 +13,9 @@ a `MatrixRule`.
 The engine then moves p by -lr * multiplier * numerator / (bias_correction * denominator). A fraction is returned in
 two parts because torch divides last, and bit-equality with torch's own loop is worth more than one symbol.
 
-Scalars arrive as Python floats in the eager reference and as 0-d tensors in compiled graphs. The helpers below call
-torch's own scalar kernels in the first case, so that the eager path rounds exactly as torch does.
+Scalars arrive as Python floats in the reference, and as 0-d tensors where arithmetic is traced for kernels or only a
+device knows them. The helpers below call torch's own scalar kernels in the first case, whose roundings several
+operations do not repeat: the reference is to be equal with torch's own loop to the bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +69,6 @@ class Rule:
     hyperparameters: ClassVar[tuple[str, ...]]
     second_moment: ClassVar[str | None] = None
     """The state that averages squares of gradients, v <- b2 v + (1-b2) g^2 from v = 0; None where none does."""
-    torch_kernel: ClassVar[str] = ""
-    """The kernel of torch that computes exactly this rule, as its own class says: a subclass may compute another."""
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
 
@@ -198,13 +197,8 @@ def add_square(x: Tensor, y: Tensor, weight: Any) -> Tensor:
 
 
 def divide(x: Tensor, s: Any) -> Tensor:
-    """x / s for a scalar s. A vector division by the same number is a waste in a compiled loop."""
+    """x / s for a scalar s. In a kernel, where no compiler may do so by itself, x times one reciprocal."""
     return x / s if isinstance(s, float) else x * s.reciprocal()
-
-
-def root(x: Tensor) -> Tensor:
-    """The square root, rounded right: torch's of fp32 on the CPU is off in the last bit, a compiled one is not."""
-    return x.double().sqrt().to(x.dtype)
 
 
 def sign(x: Tensor) -> Tensor:

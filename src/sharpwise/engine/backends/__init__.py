@@ -6,8 +6,6 @@ import torch
 
 from sharpwise.engine.backends.base import Backend, Spec
 from sharpwise.engine.backends.cpp import Cpp
-from sharpwise.engine.backends.fused import TorchFused
-from sharpwise.engine.backends.inductor import Inductor
 from sharpwise.engine.backends.matrices import Matrices
 from sharpwise.engine.backends.reference import Reference
 from sharpwise.engine.backends.triton import DeviceGuard, Triton
@@ -17,7 +15,7 @@ from sharpwise.rules.base import MatrixRule
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp",),
-    "cuda": ("triton", "torch", "inductor"),
+    "cuda": ("triton",),
 }
 """By kind of device, which back ends are asked, in this order; then, and everywhere else, the reference."""
 
@@ -31,16 +29,16 @@ class Backends:
 
     def __init__(self, replicas: Any = None) -> None:
         self.cpp = Cpp()
-        self.by_name: dict[str, Backend] = {b.name: b for b in (Triton(), TorchFused(), self.cpp, Inductor())}
-        self._references = {fast: Reference(fast) for fast in (False, True)}
-        self.matrices = {fast: Matrices(fast, replicas) for fast in (False, True)}
+        self.by_name: dict[str, Backend] = {b.name: b for b in (Triton(), self.cpp)}
+        self._reference = Reference()
+        self.matrices = {batched: Matrices(batched, replicas) for batched in (False, True)}
 
-    def of(self, view: ParamView, fast: bool) -> list[Backend]:
-        """Those to be asked for a view, the reference last; not fast: the reference alone."""
+    def of(self, view: ParamView, kernels: bool) -> list[Backend]:
+        """Those to be asked for a view, the reference last; without kernels it alone."""
         if isinstance(view.rule, MatrixRule):
-            return [self.matrices[fast]]
-        names = ORDER.get(view.device.type, ()) if fast else ()
-        return [*(self.by_name[name] for name in names), self._references[fast]]
+            return [self.matrices[kernels]]
+        names = ORDER.get(view.device.type, ()) if kernels else ()
+        return [*(self.by_name[name] for name in names), self._reference]
 
     def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:
         """What decides about a step in one launch on a device; None where no kernel of ours runs."""

@@ -1,8 +1,9 @@
 """What a back end is: it moves views by a step, or refuses them and says why."""
 
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +14,16 @@ from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 class Spec(NamedTuple):
-    """What a back end is asked to take: a view whose gradient is of this type, in an optimizer of so many elements."""
+    """What a back end is asked to take: a view whose gradient is of this type."""
 
     view: ParamView
     grad: torch.dtype
     options: Options
-    total: int
 
 
 class Found(NamedTuple):
@@ -95,26 +98,35 @@ def row_step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | No
     return view.spread(found.rates[id(view)]) if id(view) in found.rates else scalars.row_rate(view)
 
 
-LEAST = 1 << 16
-"""Elements below which calling a compiled kernel for one tensor costs more than it brings."""
-COMPILE_TOTAL = 10_000_000
-"""Below this many parameters compiling costs more than it brings."""
+def compiler_present() -> bool:
+    """Whether there is a C++ compiler."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
-def unavailable(spec: Spec) -> str:
-    """Why nothing is compiled for this view, or "": it is not asked for, or cannot be."""
-    if spec.options.compile is False:
-        return "compile=False asks for the reference"
-    return "" if compiler_present(spec.view.device) else f"no compiler for {spec.view.device.type}"
+def built(build: Callable[[], T]) -> T | str:
+    """What `build` makes; where that fails, why, for `refuses`: the next back end serves.
+
+    A failure is logged once; an operation that a printer has no words for (NotImplementedError) is none.
+    """
+    try:
+        return build()
+    except NotImplementedError as error:
+        return _first_line(error)
+    except Exception as error:  # whatever a compiler and its driver raise
+        reason = f"building a kernel failed: {_first_line(error)}"
+        say_once(f"{reason}; going on without")
+        return reason
 
 
-def pays(spec: Spec) -> str:
-    """Why compiling a graph is not for this view, or "": where it does not pay, or is unavailable."""
-    if spec.options.compile is None and spec.total < COMPILE_TOTAL:
-        return f"below {COMPILE_TOTAL:,} parameters only by compile=True"
-    return unavailable(spec)
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
-def compiler_present(device: torch.device) -> bool:
-    """Whether graphs can be compiled for the device."""
-    return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++"))))
+def say_once(message: str) -> None:
+    """Log a warning, once in a process: what holds for the machine, whichever optimizer finds it."""
+    if message not in _SAID:
+        _SAID.add(message)
+        logger.warning(message)
+
+
+_SAID: set[str] = set()

@@ -4,16 +4,16 @@ Where a view lies whole in this process, a block is summed up and moved in one p
 the gradient comes from memory once. Elsewhere the sums come first, and the elements are moved by rates per block.
 """
 
-import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import loops
-from sharpwise.engine.backends.base import Backend, Found, Spec, unavailable
+from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once
 from sharpwise.engine.backends.launch import TOGETHER, LaunchTable, index_refused
 from sharpwise.engine.backends.loops import TYPES, Form
 from sharpwise.engine.layout import Run
@@ -21,10 +21,9 @@ from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
 
-logger = logging.getLogger(__name__)
-
 ONE_THREAD = 1 << 20
 """Elements up to which one thread may do it all: a position embedding, one block."""
+ABSENT = "no C++ compiler"
 
 
 class Cpp(Backend):
@@ -33,20 +32,20 @@ class Cpp(Backend):
     name: ClassVar[str] = "cpp"
 
     def __init__(self) -> None:
-        self._kernels: dict[Any, Any] = {}
-        self._failures: dict[Any, str] = {}
+        self._kernels: dict[Any, Any] = {}  # or why they cannot be built
         self._tables: tuple[Any, Any, list[LaunchTable]] = (None, None, [])
 
     @property
     def built(self) -> int:
-        return len({kernel.source for kernel in self._kernels.values() if kernel is not None})
+        return len({kernel.source for kernel in self._kernels.values() if not isinstance(kernel, str)})
 
     def refuses(self, spec: Spec) -> str:
         view = spec.view
         if view.device.type != "cpu":
             return f"not for {view.device.type}"
-        if reason := unavailable(spec):
-            return reason
+        if not compiler_present():
+            say_once(f"{ABSENT}: steps on the CPU are the reference's, as right and slower; install g++ or clang++")
+            return ABSENT
         if view.rule.reductions:
             return "the rule looks at whole matrices"
         if not view.numel:
@@ -60,9 +59,8 @@ class Cpp(Backend):
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason
         view.kept["cpp", spec.grad] = spec
-        if self.sums_blocks(spec) or self._kernel(_form(spec, False)) is not None:
-            return ""
-        return self._failures[_form(spec, False)]
+        kernel = None if self.sums_blocks(spec) else self._kernel(_form(spec, False))
+        return kernel if isinstance(kernel, str) else ""
 
     def sums_blocks(self, spec: Spec) -> bool:
         # Gradients that are read for their norm have their columns summed up there: it takes longer than reading them.
@@ -83,8 +81,8 @@ class Cpp(Backend):
             shared = blocks if view.dim == 1 else view.shape[0] // 8
             serial = shared < 2 * threads and view.numel > ONE_THREAD
             # Built here, as the number of threads may change between two steps.
-            serial = serial and self._kernel(_form(spec, False)) is not None
-            view.kept[key] = [] if serial or not runs or self._kernel(_form(spec, True)) is None else runs
+            serial = serial and not isinstance(self._kernel(_form(spec, False)), str)
+            view.kept[key] = [] if serial or not runs or isinstance(self._kernel(_form(spec, True)), str) else runs
         found: Sequence[Run] = view.kept[key]
         return found
 
@@ -115,40 +113,18 @@ class Cpp(Backend):
         self._tables = views, stamp, tables
         return tables
 
-    def total(self, tensors: Sequence[Tensor], exact: bool) -> float | None:
-        """The sum of all squares of contiguous tensors of `TYPES`; None if there is no kernel."""
-        kernel = self._build("squares", loops.Squares)
-        found: float | None = None if kernel is None else kernel.total(tensors, exact)
-        return found
+    @property
+    def of_squares(self) -> loops.Squares | None:
+        """The kernel of sums of squares; None where there is none."""
+        kernel = self._kernel(None)
+        return kernel if isinstance(kernel, loops.Squares) else None
 
-    def row_squares(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool) -> list[Tensor | None]:
-        """Sums of g*g over a dimension of matrices, fp64; None of those that it does not take."""
-        own = [i for i, g in enumerate(matrices) if not _matrix_refused(g)]
-        kernel = self._build("squares", loops.Squares) if own else None
-        found: list[Tensor | None] = [None] * len(matrices)
-        if kernel is not None:
-            sums = kernel([matrices[i] for i in own], [dims[i] for i in own], exact)
-            for i, values in zip(own, sums, strict=True):
-                found[i] = values
-        return found
-
-    def _kernel(self, form: Form) -> Any:
-        """The kernel of a form, None if it cannot be built; see `loops.Kernel`."""
-        return self._build(form, lambda: loops.Kernel(form))
-
-    def _build(self, key: Any, build: Callable[[], Any]) -> Any:
-        if key not in self._kernels:
-            try:
-                self._kernels[key] = build()
-            except Exception as error:  # whatever the compiler's driver raises: there is another back end
-                self._kernels[key] = None
-                reason = str(error).split("\n")[0]
-                if not isinstance(error, NotImplementedError):
-                    reason = f"building a kernel failed: {reason}"
-                    level = logging.DEBUG if reason in self._failures.values() else logging.WARNING
-                    logger.log(level, "%s; going on without", reason)
-                self._failures[key] = reason
-        return self._kernels[key]
+    def _kernel(self, form: Form | None) -> Any:
+        """The kernel of a form, or (None) that of sums of squares; why it cannot be built, if so. See `loops`."""
+        if form not in self._kernels:
+            build = loops.Squares if form is None else partial(loops.Kernel, form)
+            self._kernels[form] = built(build) if compiler_present() else ABSENT
+        return self._kernels[form]
 
 
 def _form(spec: Spec, with_blocks: bool) -> Form:
@@ -182,7 +158,3 @@ def _types_refused(tensors: Sequence[Tensor]) -> str:
     if wrong:
         return f"fp32 and bf16 alone, not {str(wrong[0].dtype)[6:]}"
     return "" if all(t.is_contiguous() for t in tensors) else "state is not contiguous"
-
-
-def _matrix_refused(g: Tensor) -> bool:
-    return g.dim() != 2 or g.device.type != "cpu" or g.dtype not in TYPES or not g.is_contiguous()

@@ -1,4 +1,4 @@
-"""Our own loops in C++, for the CPU: what a compiler of graphs does not write.
+"""Our own loops in C++, for the CPU.
 
 They take all matrices of a step in one call, sum up a block and move it while its gradient is in the cache, and need
 none of torch's headers, so that they are built in a second. The arithmetic of a rule is not written twice: it is traced
@@ -20,7 +20,7 @@ from torch import Tensor
 from sharpwise.engine.program import Language, Program, usual_defaults
 from sharpwise.rules.base import Rule
 
-_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # inductor's are the other way round
+_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # torch's own are the other way round
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """What can be read and written; the arithmetic is fp32."""
 _OURS = ("clip", "weight_decay")
@@ -69,8 +69,13 @@ class Squares:
         self._library = _built(self.source)
         self._library.total.restype = ctypes.c_double
 
+    @staticmethod
+    def takes(g: Tensor) -> bool:
+        """Whether it reads such a tensor: contiguous, of `TYPES`, on the CPU."""
+        return g.device.type == "cpu" and g.dtype in TYPES and g.is_contiguous()
+
     def __call__(self, matrices: Sequence[Tensor], dims: Sequence[int], exact: bool = False) -> list[Tensor]:
-        """Sums of g*g over dimension 1 or 0 of contiguous matrices [rows, columns] of `TYPES`, as fp64 vectors.
+        """Sums of g*g over dimension 1 or 0 of matrices [rows, columns] that it takes, as fp64 vectors.
 
         Unless exact, groups of squares are added in fp32.
         """
@@ -89,7 +94,7 @@ class Squares:
         return list(sums.split(sizes))
 
     def total(self, tensors: Sequence[Tensor], exact: bool = False) -> float:
-        """The sum of all squares of contiguous tensors of `TYPES`."""
+        """The sum of all squares of tensors that it takes."""
         table, before = [], 0
         for g in tensors:
             n = g.numel()
@@ -203,7 +208,9 @@ def _built(source: str) -> ctypes.CDLL:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_own_folder())
     try:
-        with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():  # see inductor._compile
+        # torch proves each vector instruction set by building and importing a test library, 15 s on a cold machine. The
+        # processor's own flags are read all the same.
+        with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():
             return CppCodeCache.load(source, extra_flags=_FLAGS)
     finally:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR")

@@ -120,7 +120,7 @@ class Matrices(Backend):
     """Moves parameters whose rule takes whole matrices.
 
     Args:
-        fast: matrices are worked on in batches; else one by one, so that a result does not depend on its neighbours.
+        batched: matrices are worked on in batches; else one by one, so that a result does not depend on its neighbours.
         replicas: a group of processes that hold the same plain parameters, and share the work.
 
     Attributes:
@@ -129,8 +129,8 @@ class Matrices(Backend):
 
     name: ClassVar[str] = "matrices"
 
-    def __init__(self, fast: bool, replicas: Any) -> None:
-        self.fast, self.replicas, self.worked = fast, replicas, 0
+    def __init__(self, batched: bool, replicas: Any) -> None:
+        self.batched, self.replicas, self.worked = batched, replicas, 0
         self._planned: tuple[Any, list[Batch]] = (None, [])
 
     def refuses(self, spec: Spec) -> str:
@@ -213,7 +213,7 @@ class Matrices(Backend):
         names = [name for name, kind in rule.state.items() if kind == "whole"]
         small = {name: torch.stack([one.view.own[name][one.places] for one in own]) for name in names}
         self.worked += len(own)
-        if self.fast or len(own) == 1:
+        if self.batched or len(own) == 1:
             return rule.owner(whole, small, s)
         each = [rule.owner(whole[i : i + 1], {n: t[i : i + 1] for n, t in small.items()}, s) for i in range(len(own))]
         return torch.cat([u for u, _ in each]), {n: torch.cat([new[n] for _, new in each]) for n in names}
