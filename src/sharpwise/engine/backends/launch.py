@@ -161,7 +161,7 @@ class LaunchTable:
             values += [row.rate for row in rows]
             values += [row.decay for row in rows]
         if scalars.stochastic:
-            keys = [int(step_key(scalars.t(view), view.group["seed"])) for view in self._classes]
+            keys = [step_key(int(scalars.t(view)), view.group["seed"]) for view in self._classes]
             own = torch.tensor(keys, dtype=torch.int64, device="cpu")[self._class_of_row]
             self.table[:, self._of_name["key"]] = (self._names + own) & 0xFFFFFFFF
         kept = []
