@@ -49,6 +49,7 @@ def engine_arguments(
     stochastic_rounding: bool,
     seed: int,
     no_decay: Collection[str],
+    cautious_decay: bool,
     max_grad_norm: float | None,
     on_nonfinite: Literal["ignore", "raise", "skip"],
     compile: bool | None,
@@ -77,9 +78,15 @@ def engine_arguments(
         raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, or None, got {max_grad_norm!r}")
     if type(seed) is not int:
         raise TypeError(f"{who}: seed must be a whole number, got {seed!r}")
-    for key, flag in (("stochastic_rounding", stochastic_rounding), ("strict", strict)):
+    flags = {"stochastic_rounding": stochastic_rounding, "strict": strict, "cautious_decay": cautious_decay}
+    for key, flag in flags.items():
         if type(flag) is not bool:
             raise TypeError(f"{who}: {key} must be True or False, got {flag!r}")
+    if cautious_decay and not decoupled:
+        raise ValueError(
+            f"{who}: cautious_decay=True is for decay that shrinks the parameter, here it is added to the gradient; "
+            f"give decoupled_weight_decay=True as well"
+        )
     if compile not in (None, True, False):
         raise ValueError(f"{who}: compile must be None or True (kernels), or False (the reference), got {compile!r}")
     if on_nonfinite not in ("ignore", "raise", "skip"):
@@ -88,6 +95,7 @@ def engine_arguments(
         raise ValueError(f"{who}: total_steps must be a whole number >= 1, got {total_steps!r}")
     options = Options(
         decoupled,
+        cautious_decay,
         per_block,
         stochastic_rounding,
         seed,

@@ -46,6 +46,7 @@ class AdamW(BlockOptimizer):
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
         compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
@@ -79,6 +80,7 @@ class AdamW(BlockOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
+        cautious_decay: bool = False,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
         compile: bool | None = None,
@@ -87,10 +89,10 @@ class AdamW(BlockOptimizer):
     ) -> None:
         rule = rules.AdamW(betas, eps)
         common = engine_arguments(
-            "AdamW", "adamw",
-            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
-            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
-            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+            "AdamW", "adamw", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
+            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
+            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
+            probe_batches=probe_batches,
         )  # fmt: skip
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
@@ -118,6 +120,7 @@ class AdamMini(BlockOptimizer):
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
         compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
@@ -146,6 +149,7 @@ class AdamMini(BlockOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
+        cautious_decay: bool = False,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
         compile: bool | None = None,
@@ -154,10 +158,10 @@ class AdamMini(BlockOptimizer):
     ) -> None:
         rule = rules.AdamMini(betas, eps, v_by, cut)
         common = engine_arguments(
-            "AdamMini", "adam-mini",
-            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
-            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
-            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+            "AdamMini", "adam-mini", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
+            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
+            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
+            probe_batches=probe_batches,
         )  # fmt: skip
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
@@ -181,6 +185,7 @@ class Lion(BlockOptimizer):
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
         compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
@@ -206,6 +211,7 @@ class Lion(BlockOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
+        cautious_decay: bool = False,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
         compile: bool | None = None,
@@ -214,10 +220,10 @@ class Lion(BlockOptimizer):
     ) -> None:
         rule = rules.Lion(betas)
         common = engine_arguments(
-            "Lion", "lion",
-            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
-            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
-            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+            "Lion", "lion", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
+            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
+            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
+            probe_batches=probe_batches,
         )  # fmt: skip
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
@@ -260,6 +266,7 @@ class Muon(BlockOptimizer):
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
         compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
@@ -300,6 +307,7 @@ class Muon(BlockOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
+        cautious_decay: bool = False,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
         compile: bool | None = None,
@@ -312,10 +320,10 @@ class Muon(BlockOptimizer):
             normalize_rows, per_head, precision, bf16_exchange,
         )  # fmt: skip
         common = engine_arguments(
-            "Muon", "muon",
-            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
-            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
-            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+            "Muon", "muon", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
+            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
+            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
+            probe_batches=probe_batches,
         )  # fmt: skip
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
         rules.muon.list_left_out("Muon", self.blocks.segments)
@@ -342,6 +350,7 @@ class SGD(BlockOptimizer):
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
         compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
@@ -370,6 +379,7 @@ class SGD(BlockOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
+        cautious_decay: bool = False,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
         compile: bool | None = None,
@@ -378,10 +388,10 @@ class SGD(BlockOptimizer):
     ) -> None:
         rule = rules.SGD(momentum, dampening, nesterov)
         common = engine_arguments(
-            "SGD", "sgd", decoupled_weight_decay,
-            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
-            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
-            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+            "SGD", "sgd", decoupled_weight_decay, model=model, blocks=blocks, strict=strict,
+            block_lr=block_lr, storage=storage, stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay,
+            cautious_decay=cautious_decay, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile,
+            total_steps=total_steps, probe_batches=probe_batches,
         )  # fmt: skip
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
@@ -406,6 +416,7 @@ class SGDSaI(BlockOptimizer):
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
+        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
         compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
@@ -432,6 +443,7 @@ class SGDSaI(BlockOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
+        cautious_decay: bool = False,
         max_grad_norm: float | None = None,
         on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
         compile: bool | None = None,
@@ -440,10 +452,10 @@ class SGDSaI(BlockOptimizer):
     ) -> None:
         rule = rules.SGD(momentum, None, False)
         common = engine_arguments(
-            "SGDSaI", "sgd-sai", own_lr=GradientSNR(normalize=normalize),
-            model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage, seed=seed,
-            stochastic_rounding=stochastic_rounding, no_decay=no_decay, max_grad_norm=max_grad_norm, compile=compile,
-            on_nonfinite=on_nonfinite, total_steps=total_steps, probe_batches=probe_batches,
+            "SGDSaI", "sgd-sai", own_lr=GradientSNR(normalize=normalize), model=model, blocks=blocks, strict=strict,
+            block_lr=block_lr, storage=storage, stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay,
+            cautious_decay=cautious_decay, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile,
+            total_steps=total_steps, probe_batches=probe_batches,
         )  # fmt: skip
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 

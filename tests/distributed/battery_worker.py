@@ -43,13 +43,13 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: 
     if case.rule in RULES:
         options = Options(**guard, **eager)
         return BlockOptimizer(model, RULES[case.rule], lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
-    storage, _, rounding = case.storage.partition(", ")
+    storage, _, more = case.storage.partition(", ")
     block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)
     if case.rule == "muon":
         guard |= {"normalize_rows": case.guard, "process_group": dist.group.WORLD if shared else None}
     return sharpwise.create_optimizer(
         model, case.rule, lr=1e-2, weight_decay=0.1, block_lr=block_lr, storage=storage,
-        stochastic_rounding=bool(rounding), blocks=blocks, **guard, **eager,
+        stochastic_rounding=more == "stochastic", cautious_decay=more == "cautious", blocks=blocks, **guard, **eager,
     )  # fmt: skip
 
 

@@ -87,6 +87,10 @@ STAGES = [
     Case(rule, "", "fp32", True, "default", "llama (grouped)", placement)
     for rule, placement in itertools.product(["adam-mini", *RULES], WIDE)
 ]
+CAUTIOUS = [
+    Case("adam-mini", "blockwise", "fp32, cautious", *way, "gpt2 (Conv1D, fused, tied)", placement)
+    for way, placement in zip(WAYS, ("fsdp 2", "tp 2", "fsdp 3", "fsdp 2 x tp 2"), strict=True)
+]
 ODD_HEADS = [
     Case("adam-mini", "blockwise", "fp32", *way, model, placement)
     for model, placement, way in itertools.product(ODD, PLANNED, WAYS)

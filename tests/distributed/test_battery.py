@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from .cases import EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
+from .cases import CAUTIOUS, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
 from .launch import launch
 
+CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + ODD_HEADS
 EXPECTED = {"low rank": 2, "largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
 
@@ -37,10 +38,10 @@ def _found(cases: list[Case], tmp_path_factory: pytest.TempPathFactory, timeout:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
     """What 2, 3 and 4 processes found, all cases in one start each."""
-    return _found(PAIRWISE + ROUNDS + PARTED + ODD_HEADS, tmp_path_factory, 600)
+    return _found(CASES, tmp_path_factory, 600)
 
 
-@pytest.mark.parametrize("case", PAIRWISE + ROUNDS + PARTED + ODD_HEADS, ids=lambda case: ", ".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(map(str, case)))
 def test_the_mesh_changes_nothing(found: dict[Case, dict[str, Any]], case: Case) -> None:
     judge(case, found[case])
 

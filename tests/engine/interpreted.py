@@ -94,7 +94,7 @@ RULES = {
     "sgd": ("sgd", {"momentum": 0.9}),
     "coupled": ("sgd", {"momentum": 0.9, "decoupled_weight_decay": False}),
     "adam-mini": ("adam-mini", {}),
-    "adam-mini by tensor": ("adam-mini", {"v_by": "tensor"}),
+    "adam-mini by tensor": ("adam-mini", {"v_by": "tensor", "cautious_decay": True}),
 }
 FORMATS = {
     "fp32": (torch.float32, {}),

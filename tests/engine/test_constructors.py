@@ -28,6 +28,7 @@ GIVEN = {
     "stochastic_rounding": True,
     "seed": 7,
     "no_decay": ("norm", "bias"),
+    "cautious_decay": True,
     "max_grad_norm": 0.5,
     "on_nonfinite": "skip",
     "compile": False,
@@ -143,8 +144,10 @@ def test_help_shows_every_option_with_its_default(kind):
 @every_class
 def test_every_option_reaches_the_engine(kind):
     model = GIVEN["model"]
-    optimizer = kind(list(model.named_parameters()), **GIVEN)
+    decoupled = {"decoupled_weight_decay": True} if kind is sharpwise.SGD else {}
+    optimizer = kind(list(model.named_parameters()), **GIVEN, **decoupled)
     options = optimizer.options
+    assert options.cautious and not kind(model).options.cautious
     for key in ("stochastic_rounding", "seed", "max_grad_norm", "on_nonfinite", "compile", "total_steps"):
         assert getattr(options, key) == GIVEN[key] != getattr(kind(model).options, key), key
     assert options.probe_batches is GIVEN["probe_batches"] and kind(model).options.probe_batches is None

@@ -37,11 +37,12 @@ FORMATS = {
     "bf16": (B, B, B, True),
     "bf16 nearest": (B, B, B, False),
 }
+DECAYS = {"plain": (False, False), "coupled": (True, False), "cautious": (False, True)}
 KEYS = [("tiles", False), ("tiles", True), ("rows", False), ("rows", True), ("columns",), "phase"]
 EVERY = [
-    (rule, formats, coupled, key if key == "phase" else (*key, aligned), arch)
-    for rule, formats, coupled, key, aligned, arch in itertools.product(
-        RULES, FORMATS, (False, True), KEYS, (True, False), (80, 90)
+    (rule, formats, decay, key if key == "phase" else (*key, aligned), arch)
+    for rule, formats, decay, key, aligned, arch in itertools.product(
+        RULES, FORMATS, DECAYS, KEYS, (True, False), (80, 90)
     )
     if (rule == "adam-mini" or key == ("tiles", False)) and not (key == "phase" and not aligned)
     and (rule, key) != ("adam-mini", ("tiles", False))
@@ -90,14 +91,14 @@ def wide(ptx, what):
     return len(re.findall(rf"{what}\.global[^;]*\.v4\.b32", ptx))
 
 
-def check(name, formats, coupled, key, arch, folder):
+def check(name, formats, decay, key, arch, folder):
     rule = RULES[name]
     param, grad, state, stochastic = FORMATS[formats]
     elements = [n for n, kind in rule.state.items() if kind == "element"]
     blocks = [n for n, kind in rule.state.items() if kind == "block"]
     own = Formats(param, grad, (state,) * len(elements), (F,) * len(blocks), stochastic)
     kernel, constants = triton.kernel_and_constants(key, own.granule)
-    module = triton_print.module(triton_print.kernels(rule, own, coupled).text)
+    module = triton_print.module(triton_print.kernels(rule, own, *DECAYS[decay]).text)
     found, ptx = compiled(getattr(module, kernel), triton.ARGUMENTS[kernel], constants, arch, folder)
     registers, stack, local = found
     aligned = key[-1] if key != "phase" else True

@@ -127,6 +127,7 @@ def options_of(draw, name):
         options["by"] = tuple((role, draw.choice(rules)) for role in ROLES if role != "norm")
     if name == "adam-mini":
         options["cut"] = draw.choice([None, "tensor", "element"])
+    options["cautious_decay"] = options.get("decoupled_weight_decay", True) and draw.random() < 0.3
     return options
 
 

@@ -10,6 +10,8 @@ number per block in the order of that list. `lr` and `decay_lr` are numbers, or 
 
 import numpy as np
 
+from reference.decay import decayed
+
 STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -19,7 +21,7 @@ def init(p, blocks):
     return {"step": 0, "exp_avg": np.zeros_like(p), "exp_avg_sq": np.zeros(len(blocks))}
 
 
-def step(p, g, state, *, blocks, lr, decay_lr, betas, eps, weight_decay):
+def step(p, g, state, *, blocks, lr, decay_lr, betas, eps, weight_decay, cautious_decay=False):
     """Returns the new p and the new state."""
     b1, b2 = betas
     t = state["step"] + 1
@@ -30,5 +32,6 @@ def step(p, g, state, *, blocks, lr, decay_lr, betas, eps, weight_decay):
         v[number] = b2 * v[number] + (1 - b2) * np.mean(g.ravel()[index] ** 2)
         v_of_element[index] = v[number]
     v_of_element = v_of_element.reshape(p.shape)
-    p = p * (1 - decay_lr * weight_decay) - lr * (m / (1 - b1**t)) / (np.sqrt(v_of_element / (1 - b2**t)) + eps)
+    u = (m / (1 - b1**t)) / (np.sqrt(v_of_element / (1 - b2**t)) + eps)
+    p = decayed(p, u, decay_lr, weight_decay, cautious_decay) - lr * u
     return p, {"step": t, "exp_avg": m, "exp_avg_sq": v}

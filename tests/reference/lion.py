@@ -9,6 +9,8 @@
 
 import numpy as np
 
+from reference.decay import decayed
+
 STATE = ("exp_avg",)
 
 
@@ -16,10 +18,10 @@ def init(p):
     return {"step": 0, "exp_avg": np.zeros_like(p)}
 
 
-def step(p, g, state, *, lr, decay_lr, betas, weight_decay):
+def step(p, g, state, *, lr, decay_lr, betas, weight_decay, cautious_decay=False):
     """Returns the new p and the new state."""
     b1, b2 = betas
     m = state["exp_avg"]
     u = np.sign(b1 * m + (1 - b1) * g)
-    p = p * (1 - decay_lr * weight_decay) - lr * u
+    p = decayed(p, u, decay_lr, weight_decay, cautious_decay) - lr * u
     return p, {"step": state["step"] + 1, "exp_avg": b2 * m + (1 - b2) * g}

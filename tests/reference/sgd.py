@@ -10,6 +10,8 @@
 when the momentum falls to 0 is kept as it is.
 """
 
+from reference.decay import decayed
+
 STATE = ("momentum_buffer",)
 
 
@@ -29,16 +31,17 @@ def step(
     weight_decay=0.0,
     nesterov=False,
     decoupled_weight_decay=False,
+    cautious_decay=False,
 ):
     """Returns the new p and the new state."""
     new = {**state, "step": state["step"] + 1}
-    if decoupled_weight_decay:
-        p = p * (1 - decay_lr * weight_decay)
-    else:
+    if not decoupled_weight_decay:
         g = g + weight_decay * p
     u = g
     if momentum:
         b = momentum * state["momentum_buffer"] + (1 - dampening) * g if "momentum_buffer" in state else g.copy()
         new["momentum_buffer"] = b
         u = g + momentum * b if nesterov else b
+    if decoupled_weight_decay:
+        p = decayed(p, u, decay_lr, weight_decay, cautious_decay)
     return p - lr * u, new

@@ -13,13 +13,13 @@ from reference.test_rules import MAX_NORM
 HYPER = {"lr": 3e-3, "betas": (0.83, 0.961), "eps": 1e-4, "weight_decay": 0.23}
 
 
-def setup(model_name, dtype=torch.float32, v_by="row", **options):
+def setup(model_name, dtype=torch.float32, v_by="row", hyper=HYPER, **options):
     model = models.build(model_name, dtype)
     named = list(model.named_parameters())
     pieces = driver.pieces_of(model_name, named)
     blocks = {name: cuts.mini_blocks(parts, v_by) for name, parts in pieces.items()}
-    optimizer = sharpwise.AdamMini(model, **HYPER, v_by=v_by, **options)
-    twin = driver.Twin(adam_mini, named, [(driver.names_of(named), HYPER)], blocks=blocks)
+    optimizer = sharpwise.AdamMini(model, **hyper, v_by=v_by, **options)
+    twin = driver.Twin(adam_mini, named, [(driver.names_of(named), hyper)], blocks=blocks)
     return optimizer, named, twin
 
 
@@ -45,6 +45,14 @@ def test_clipping(model, compiled):
     """Block sums are taken before the factor is known, which they have twice."""
     optimizer, named, twin = setup(model, max_grad_norm=MAX_NORM, compile=compiled)
     driver.run(optimizer, named, twin, lambda t: [driver.schedule(HYPER["lr"], t)], max_norm=MAX_NORM)
+
+
+@pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
+@pytest.mark.parametrize("model", models.BUILD)
+def test_cautious_decay(model, compiled):
+    """Blocks and decay in one pass: the sign of an update is known only as it moves."""
+    optimizer, named, twin = setup(model, hyper={**HYPER, "cautious_decay": True}, compile=compiled)
+    driver.run(optimizer, named, twin, lambda t: [driver.schedule(HYPER["lr"], t)])
 
 
 @pytest.mark.parametrize("model", models.BUILD)

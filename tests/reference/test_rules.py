@@ -46,6 +46,11 @@ CASES = {
         {"lr": 0.02, "momentum": 0.9, "dampening": 0.9, "weight_decay": 0.4, "decoupled_weight_decay": True},
     ),
 }
+CASES |= {
+    f"{case}, cautious": (rule, constructor, {**hyper, "cautious_decay": True})
+    for case, (rule, constructor, hyper) in CASES.items()
+    if case in ("adamw", "lion", "sgd, decoupled")
+}
 
 
 @pytest.mark.parametrize("compiled", COMPILE, ids=lambda c: f"compile={c}")

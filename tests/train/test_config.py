@@ -23,6 +23,7 @@ def test_written_down_and_read_back_it_is_the_same(tmp_path) -> None:
         'optimizer.block_lr={name = "blockwise", emb = 5.0, floor = 1e-5}',
         "optimizer.betas=[0.9, 0.95]",
         "optimizer.v_by=tensor",
+        "optimizer.cautious_decay=true",
         "model.settings.n_layer=3",
         "schedule.tokens=1_000_000",
         "seed=7",
@@ -33,7 +34,7 @@ def test_written_down_and_read_back_it_is_the_same(tmp_path) -> None:
     assert again == config
     assert make_config(as_given(config)) == config
     assert again.optimizer.block_lr == "blockwise(emb=5, floor=1e-5)"
-    assert again.optimizer.options["v_by"] == "tensor"
+    assert (again.optimizer.options["v_by"], again.optimizer.options["cautious_decay"]) == ("tensor", True)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,10 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         cut, m = view.cuts[i], stepper.multipliers.now(view)[i]
-        blocks, decay = s.blocks(cut), float(view.settings["weight_decay"]) * view.decays[i]
+        blocks = s.blocks(cut)
+        decay: Any = float(view.settings["weight_decay"]) * view.decays[i]
+        if stepper.options.cautious and decay:
+            decay = f"{decay:.4g} (cautious)"
         size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
         if isinstance(view.rule, MatrixRule):
             size += s.copies * s.rows * sizes["whole"]

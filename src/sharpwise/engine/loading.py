@@ -381,9 +381,15 @@ def check_decay(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) ->
     ours = group["decoupled_weight_decay"]
     # torch's SGD, the only one with a dampening, has coupled decay and no key for it.
     theirs = saved.get("decoupled_weight_decay", ours if "rule" in saved or "dampening" not in saved else False)
-    if theirs != ours and saved.get("weight_decay"):
-        how = {True: "decoupled (shrinks the parameter)", False: "coupled (added to the gradient)"}
+    how = {
+        (True, False): "decoupled (shrinks the parameter)",
+        (True, True): "cautious (shrinks the parameter where the update does too)",
+        (False, False): "coupled (added to the gradient)",
+    }
+    here = how[ours, group.get("cautious_decay", False)]
+    there = how[bool(theirs), bool(saved.get("cautious_decay", False))]
+    if there != here and saved.get("weight_decay"):
         raise ValueError(
-            f"{who}: the state dict was saved with weight_decay={saved['weight_decay']} {how[bool(theirs)]}, here it "
-            f"is {how[ours]}. Build an optimizer that decays so, or set weight_decay to 0 in the saved groups"
+            f"{who}: the state dict was saved with weight_decay={saved['weight_decay']} {there}, here it "
+            f"is {here}. Build an optimizer that decays so, or set weight_decay to 0 in the saved groups"
         )

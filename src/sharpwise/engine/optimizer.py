@@ -100,6 +100,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._reset()
         defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
         defaults["decoupled_weight_decay"] = options.decoupled
+        if options.cautious:
+            defaults["cautious_decay"] = True
         if options.stochastic_rounding:
             defaults["seed"] = options.seed
         if options.on_nonfinite == "skip":

@@ -18,6 +18,7 @@ class Options:
     """What holds for the whole optimizer, whatever the rule."""
 
     decoupled: bool = True
+    cautious: bool = False
     block_lr: BlockLR | None = None
     stochastic_rounding: bool = False
     seed: int = 0

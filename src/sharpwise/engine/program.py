@@ -1,6 +1,6 @@
 """The step of one element, traced once from the torch code of its parts: what every printed kernel computes.
 
-    load -> clip, coupled decay -> direction -> (control) -> decay -> move -> store
+    load -> clip, coupled decay -> direction -> (control) -> decay (plain or cautious) -> move -> store
 
 A program is straight-line arithmetic of numbers with named inputs and outputs. A back end prints it by a table of
 operations and puts it into its frames, which know where tensors lie. A step that is not to be taken is of the frame
@@ -188,15 +188,21 @@ class Program:
 
     @staticmethod
     def of(
-        rule: Rule, scalars: Sequence[str] | None = None, *, coupled: bool = False, extra: bool = False
+        rule: Rule,
+        scalars: Sequence[str] | None = None,
+        *,
+        coupled: bool = False,
+        cautious: bool = False,
+        extra: bool = False,
     ) -> "Program":
         """Trace a rule.
 
         Args:
             scalars: names of the rule's own, if they are known.
-            coupled: decay is added to the gradient.
+            coupled: decay is added to the gradient; cautious: it shrinks what the update shrinks too.
             extra: the rule finds one more number per element in its state, `x`.
         """
+        assert not (coupled and cautious)
         elements = tuple(name for name, kind in rule.state.items() if kind == "element")
         blocks = tuple(name for name, kind in rule.state.items() if kind == "block")
         if scalars is None:
@@ -213,7 +219,7 @@ class Program:
             new, numerator, below = rule.direction(g, old, _short(v, "scalar"))
             # The control has its place here.
             if not coupled:
-                x = x * v["decay"]
+                x = decayed(x, numerator, v["decay"], cautious)
             x = add(x, numerator, -v["rate"]) if below is None else x - (v["rate"] * numerator) / below
             return {"p": x, **{f"state.{name}": new[name] for name in elements}}
 
@@ -229,6 +235,15 @@ class Program:
             Arithmetic.of(move, dict.fromkeys(inputs, torch.float32)),
             Arithmetic.of(phase, {**dict.fromkeys(of_block, torch.float32), "mean": torch.float64}) if blocks else None,
         )
+
+
+def decayed(p: Tensor, u: Tensor, factor: Any, cautious: bool) -> Tensor:
+    """p times a factor of decay; if cautious, only where p and what is subtracted from it, u, agree in sign.
+
+    arXiv 2510.12402: p - lr (u + wd 1[u p >= 0] p). Of u the sign counts alone, which no positive denominator changes.
+    """
+    shrunk = p * factor
+    return torch.where(p * u >= 0, shrunk, p) if cautious else shrunk
 
 
 def _short(values: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

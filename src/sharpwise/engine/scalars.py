@@ -53,7 +53,8 @@ class StepScalars:
     """The scalars of a step, worked out once for all views that share them.
 
     Args:
-        decoupled: whether weight decay shrinks the parameter; else it is added to the gradient.
+        decoupled: whether weight decay shrinks the parameter; else it is added to the gradient. cautious: whether only
+            where the update does too.
         scales_decay: whether it follows the multiplier.
         stochastic: whether bf16 is rounded stochastically.
         now: the multipliers of a view.
@@ -69,11 +70,12 @@ class StepScalars:
         counter: StepCounter,
         *,
         decoupled: bool,
+        cautious: bool,
         scales_decay: bool,
         stochastic: bool,
         now: Callable[[ParamView], tuple[float, ...]],
     ) -> None:
-        self.counter, self._now, self.stochastic = counter, now, stochastic
+        self.counter, self._now, self.stochastic, self.cautious = counter, now, stochastic, cautious
         self.decoupled, self._scales_decay = decoupled, scales_decay
         kinds: dict[Any, int] = {}
         self._kind = {

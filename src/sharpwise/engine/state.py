@@ -14,8 +14,8 @@ from sharpwise.storage import Dense
 
 OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
-FIXED = ("rule", "decoupled_weight_decay", "block_lr")
-"""Keys of groups that hold for the whole optimizer: fixed when it is built."""
+FIXED = {"rule": None, "decoupled_weight_decay": True, "cautious_decay": False, "block_lr": None}
+"""Keys of groups that hold for the whole optimizer, fixed when it is built; with what holds where there is no key."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
 """Keys of torch's groups that are no hyperparameters here."""
 
@@ -149,10 +149,11 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], who: str)
     missing = sorted(set(defaults) - set(group) - TORCH_ONLY)
     if missing:
         raise ValueError(f"{who}: a parameter group has lost {', '.join(missing)}; set them again")
-    for key in FIXED:
-        if key in defaults and group[key] != defaults[key]:
+    for key, without in FIXED.items():
+        ours = defaults.get(key, without)
+        if group.get(key, without) != ours:
             raise ValueError(
-                f"{who}: {key} is fixed when the optimizer is built, here as {defaults[key]!r}; a group has "
+                f"{who}: {key} is fixed when the optimizer is built, here as {ours!r}; a group has "
                 f"{group[key]!r}. Build another optimizer, and load the state of this one if it fits"
             )
     if "seed" in defaults and type(group["seed"]) is not int:

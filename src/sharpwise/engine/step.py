@@ -56,6 +56,7 @@ class Stepper:
             views,
             self.counter,
             decoupled=options.decoupled,
+            cautious=options.cautious,
             scales_decay=block_lr is not None and block_lr.decay == "scaled",
             stochastic=options.stochastic_rounding,
             now=multipliers.now,

@@ -138,6 +138,7 @@ def _form(spec: Spec, with_blocks: bool) -> Form:
         state,
         with_blocks,
         coupled=not options.decoupled,
+        cautious=options.cautious,
         stochastic=options.stochastic_rounding,
     )
 

@@ -114,7 +114,7 @@ class Form:
         param, grad: dtypes; state: of each state tensor, by name.
         with_blocks: block state included. Rows are blocks then, columns are or make up blocks, and their denominators
             are worked into the step. Else rates per row are all that is known of blocks.
-        coupled: decay is added to the gradient; stochastic: bf16 is rounded by hash.
+        coupled, cautious: as a program's; stochastic: bf16 is rounded by hash.
     """
 
     rule: Rule
@@ -123,6 +123,7 @@ class Form:
     state: tuple[tuple[str, torch.dtype], ...]
     with_blocks: bool = False
     coupled: bool = False
+    cautious: bool = False
     stochastic: bool = False
 
 
@@ -151,7 +152,7 @@ class Kernel:
     """
 
     def __init__(self, form: Form) -> None:
-        program = Program.of(form.rule, coupled=form.coupled)
+        program = Program.of(form.rule, coupled=form.coupled, cautious=form.cautious)
         state = (*program.elements, *(program.blocks if form.with_blocks else ()))
         self.tensors = ("p", "g", *(f"state.{name}" for name in state))
         self.scalars = (*program.scalars, *_OURS)

@@ -272,7 +272,7 @@ class Matrices(Backend):
         if row.weight_decay is not None and scalars.decoupled:
             own["decay"] = row.decay
         p = one.mine.take(local(view.param), view)
-        update(_GIVEN, own, p, u, [], noise=_noise(one, scalars))
+        update(_GIVEN, own, p, u, [], noise=_noise(one, scalars), cautious=scalars.cautious)
         one.mine.put(local(view.param), view, p)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import Backend, Found, Spec, row_step
+from sharpwise.engine.program import decayed
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView, compute_dtype
 from sharpwise.rules.base import Rule, add
@@ -38,11 +39,13 @@ def update(
     row_step: Tensor | None = None,
     row_decay: Tensor | None = None,
     noise: Noise | None = None,
+    cautious: bool = False,
 ) -> None:
     """Move p and its element state by one step, in place.
 
     Scalars besides the rule's own: `step` (lr * multiplier / bias correction), `decay` (1 - lr wd), and, where asked
-    for, `clip` (factor on the gradient), `ok` (0: keep everything as it was), `weight_decay` (coupled).
+    for, `clip` (factor on the gradient), `ok` (0: keep everything as it was), `weight_decay` (coupled). Cautious: decay
+    only where the update and p agree in sign.
     """
     names = [name for name, kind in rule.state.items() if kind == "element"]
     dtype = compute_dtype(p.dtype)
@@ -52,10 +55,9 @@ def update(
     if "weight_decay" in s:
         g = add(g, x, s["weight_decay"])
     new, numerator, denominator = rule.direction(g, dict(zip(names, old, strict=True)), s)
-    if row_decay is not None:
-        x = x * row_decay
-    elif "decay" in s:
-        x = x * s["decay"]
+    factor = s.get("decay") if row_decay is None else row_decay
+    if factor is not None:
+        x = decayed(x, numerator, factor, cautious)
     step = s["step"] if row_step is None else row_step
     if denominator is None:
         x = add(x, numerator, -step)
@@ -109,7 +111,7 @@ class Reference(Backend):
         for i in range(0, p.shape[0], rows):
             j = slice(i, i + rows)
             own = None if noise is None else Noise(_cut(noise.row, j), noise.column, noise.key)
-            update(rule, s, p[j], g[j], [t[j] for t in stored], _cut(step, j), _cut(decay, j), own)
+            update(rule, s, p[j], g[j], [t[j] for t in stored], _cut(step, j), _cut(decay, j), own, scalars.cautious)
         view.write_back(p, stored)
 
 

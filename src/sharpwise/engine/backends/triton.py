@@ -73,7 +73,9 @@ class Triton(Backend):
         key = rule, formats
         if key not in self._printed:
             try:
-                self._printed[key] = triton_print.kernels(rule, formats, not self.options.decoupled)
+                self._printed[key] = triton_print.kernels(
+                    rule, formats, not self.options.decoupled, self.options.cautious
+                )
             except Exception as error:  # arithmetic that cannot be traced, or has no words: there is another back end
                 reason = str(error).split("\n")[0]
                 self._printed[key] = reason if isinstance(error, NotImplementedError) else f"tracing failed: {reason}"

@@ -94,13 +94,13 @@ def width(formats: Formats) -> int:
     return len(FIELDS) + 1 + len(formats.elements) + len(formats.blocks)
 
 
-def kernels(rule: Rule, formats: Formats, coupled: bool) -> Printed:
+def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False) -> Printed:
     """The kernels that move views of a rule.
 
     Raises:
         NotImplementedError: for an operation that Triton lacks.
     """
-    program = Program.of(rule, coupled=coupled)
+    program = Program.of(rule, coupled=coupled, cautious=cautious)
     noisy = formats.stochastic and torch.bfloat16 in (formats.param, *formats.elements)
     elements = [f"{name}_" for name in program.elements]
     blocks = [f"{name}_" for name in program.blocks]
