@@ -12,12 +12,12 @@ from sharpwise.compare.tuning import HORIZONS, Space, Trial, at_edge, best, need
 LRS = (1e-3, 3e-3, 1e-2)
 
 
-def play(spaces, loss, *, seeds=(1, 2, 3), order=None, limit=1000):
+def play(spaces, loss, *, seeds=(1, 2, 3), order=None, limit=1000, taken=None):
     """Run a study in which `loss(trial)` is the result of a trial; some trials at a time, in a random order."""
     done: dict[Trial, float] = {}
     chance = random.Random(order)
     for _ in range(limit):
-        trials = needed(spaces, "base", seeds, done)
+        trials = needed(spaces, "base", seeds, done, taken=taken or {})
         if not trials:
             return done
         assert not any(trial in done for trial in trials)
@@ -108,6 +108,20 @@ def test_a_learning_rate_between_others_is_no_edge_whatever_else_was_set() -> No
     assert best("base", done).setting == (("optimizer.lr", 3e-3), ("optimizer.weight_decay", 0.3))
     assert {t.lr for t in tried("base", done) if len(t.setting) == 2} == {3e-3, 5.48e-3}
     assert at_edge("base", done) == ""  # 1e-3 was tried, and worse
+
+
+@pytest.mark.parametrize("order", [None, 1])
+def test_an_arm_that_takes_a_setting_has_final_runs_alone(order) -> None:
+    spaces = {"tuned": Space(LRS, {"optimizer.weight_decay": (0.3,)}), "other": Space(LRS)}
+    found = play(spaces, bowl({"tuned": 2e-3, "other": 9e-3, "base": 1.0}), order=order, taken={"base": "tuned"})
+    own = [trial for trial in found if trial.arm == "base"]
+    assert {trial.setting for trial in own} == {best("tuned", found).setting}
+    stages = sorted((trial.stage, trial.horizon, trial.seed) for trial in own)
+    assert stages == [("final", 1.0, seed) for seed in (1, 2, 3)] + [
+        ("horizon", share, seed) for share in HORIZONS for seed in (1, 2, 3)
+    ]
+    alone = play(spaces, bowl({"tuned": 2e-3, "other": 9e-3}), order=order)
+    assert {trial for trial in found if trial.arm != "base"} == set(alone)
 
 
 def test_diverged_trials_are_results() -> None:

@@ -15,6 +15,7 @@ from sharpwise.block_lr import (
     Shuffled,
     make_block_lr,
 )
+from sharpwise.compare.report.arms import setting_words
 from sharpwise.compare.study import Arm, Study
 from sharpwise.report.blocks import names_of_roles
 
@@ -102,6 +103,8 @@ def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, 
             if not block_lr.sources:  # else they are measured on the way
                 text += ": " + factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
             text += "; a control" * isinstance(block_lr, Ablation)
+        if own := {key: v for key, v in arm.settings.items() if any(o.settings.get(key) != v for o in study.arms)}:
+            text += f"; {setting_words(own)}"
         told.add(optimizer)
         found[arm.name] = f"{'The baseline: ' * (arm.name == study.baseline)}{text}."
     return found

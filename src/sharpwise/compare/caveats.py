@@ -32,10 +32,10 @@ def caveats(state: StudyState, arms: Sequence[Arm]) -> list[str]:
             "the tuning may be at the edge of what is stable: learning rates closer together (lrs in the study file), "
             "or a longer budget, would tell."
         )
-    if any((arm["mean_multiplier"] or 0) > LARGER for arm in arms):
+    if any((arm["mean_multiplier"] or 0) > LARGER and not arm["setting_of"] for arm in arms):
         notes.append(
-            "Multipliers above 1 make larger steps at the same lr. The lr of every arm is tuned by itself, so that "
-            "this is no advantage: compare 'lr x mean factor' under Settings and costs."
+            "Multipliers above 1 make larger steps at the same lr. The lr of an arm that has trials is tuned for it, "
+            "so that this is no advantage: compare 'lr x mean factor' under Settings and costs."
         )
     if (count := len(arms) - 1) > 2:
         notes.append(
@@ -47,6 +47,13 @@ def caveats(state: StudyState, arms: Sequence[Arm]) -> list[str]:
 
 def _of_arm(arm: Arm) -> list[str]:
     notes = []
+    if arm["setting_of"]:
+        notes.append(
+            f"{arm['name']} was not tuned: its runs have the setting that was best for {arm['setting_of']}. With one "
+            "of its own it might be better."
+            + " Its multipliers make larger steps at that lr, and what it gains may come from these."
+            * ((arm["mean_multiplier"] or 0) > LARGER)
+        )
     if arm["edge"]:
         other = "smaller" if arm["edge"] == "smallest" else "larger"
         notes.append(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def results(state: StudyState) -> Result:
         arm |= {"definition": said[arm["name"]], "mean_multiplier": mean, "mean_lr": lr}
     horizons = [_horizon(state, share) for share in study.horizons]
     done, places = len(state.results), _places(state)
-    shared = as_given(make_config(study.config(Trial(study.baseline, "tune", (), 0), budget.steps)))
+    first = Trial(study.baseline, "tune", (("optimizer.lr", study.arm(study.baseline).space.lrs[0]),), 0)
+    shared = as_given(make_config(study.config(first, budget.steps)))
     for name in ("optimizer", "seed"):
         del shared[name]
     result = {
@@ -91,8 +92,9 @@ def _expected(state: StudyState) -> int:
 
 def _arm(state: StudyState, arm: Arm) -> Result:
     losses = losses_of(state.results)
-    tuning = tried(arm.name, losses)
-    chosen = best(arm.name, losses) if any(math.isfinite(loss) for loss in tuning.values()) else None
+    tuned = tried(arm.tuned, losses)
+    tuning = {} if arm.setting_of else tuned
+    chosen = best(arm.tuned, losses) if any(math.isfinite(loss) for loss in tuned.values()) else None
     final = list(_runs(state, arm.name, "final").values())
     records = [state.results[trial] for trial in final]
     mean = mean_interval([record["final_loss"] for record in records], LEVEL) if records else None
@@ -100,9 +102,10 @@ def _arm(state: StudyState, arm: Arm) -> Result:
     setting = None if chosen is None else dict(chosen.setting)
     return {
         "name": arm.name,
-        "code": "" if chosen is None else _code(state, chosen),
+        "setting_of": arm.setting_of,
+        "code": "" if chosen is None else _code(state, replace(chosen, arm=arm.name)),
         "setting": setting,
-        "edge": "" if chosen is None else at_edge(arm.name, losses),
+        "edge": "" if chosen is None or arm.setting_of else at_edge(arm.name, losses),
         "state_bytes": next((r["state_bytes"] for r in records if r["state_bytes"] is not None), None),
         "divergence_edge": min(diverged, default=None),
         "tuning": [
@@ -127,10 +130,10 @@ def _runs(state: StudyState, arm: str, stage: Stage, share: float = 1.0) -> dict
 
     There may be others, of what was best before another arm was added, and with it trials for all.
     """
-    losses = losses_of(state.results)
-    if not tried(arm, losses):
+    losses, tuned = losses_of(state.results), state.study.arm(arm).tuned
+    if not tried(tuned, losses):
         return {}
-    setting = best(arm, losses).setting
+    setting = best(tuned, losses).setting
     trials = {seed: Trial(arm, stage, setting, seed, share) for seed in state.study.seed_numbers}
     return {seed: trial for seed, trial in trials.items() if trial in losses}
 
@@ -259,8 +262,7 @@ def _plain(gain: Speedup) -> Result:
 
 def _multipliers(state: StudyState, arm: Arm) -> list[float]:
     """Multiplier of the learning rate of every segment."""
-    trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
-    own = make_config(state.study.config(trial, state.budget.steps)).optimizer
+    own = make_config(state.study.config(arm.example, state.budget.steps)).optimizer
     found = build_optimizer(own, state.first.model, None, state.budget.steps, [torch.zeros(1, 2, dtype=torch.int64)])
     return [float(row["multiplier"]) for row in found.lr_multipliers()]
 

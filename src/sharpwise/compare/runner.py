@@ -184,9 +184,8 @@ def build_arms(study: Study, arms: Collection[Arm]) -> Built:
     """
     found: Built | None = None
     for arm in sorted(arms, key=lambda arm: arm.name == study.baseline):
-        trial = Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0)
         try:
-            found = build(make_config(study.config(trial, steps=FEWEST_STEPS)))
+            found = build(make_config(study.config(arm.example, steps=FEWEST_STEPS)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"arm {arm.name!r} cannot be built: {error}") from error
     assert found is not None
@@ -209,19 +208,20 @@ def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: 
             f"optimizer; {FEWEST_STEPS * per_step:,} tokens are the least"
         )
     others = study.seeds * (len(study.arms) + sum(study.horizons))
-    further = max(sum(len(v) for v in arm.space.search.values()) for arm in study.arms)
-    least = max(len(arm.space.lrs) for arm in study.arms) + further
-    most = max(arm.space.most for arm in study.arms) + further
+    tuned = study.spaces.values()
+    further = max(sum(len(v) for v in space.search.values()) for space in tuned)
+    least = (max(len(space.lrs) for space in tuned) + further) * len(tuned)
+    most = (max(space.most for space in tuned) + further) * len(tuned)
     seconds = None
     if timed and (per_token := _seconds_per_token(study, built, steps)) is not None:
         others -= sum(trial.horizon for trial in done)
         seconds = (
-            per_token * tokens * max(0.0, least * len(study.arms) + others) / jobs,
-            per_token * tokens * max(0.0, most * len(study.arms) + others) / jobs,
+            per_token * tokens * max(0.0, least + others) / jobs,
+            per_token * tokens * max(0.0, most + others) / jobs,
         )
     count = study.seeds * (len(study.arms) + len(study.horizons))
     return Budget(
-        runs=(least * len(study.arms) + count, most * len(study.arms) + count),
+        runs=(least + count, most + count),
         done=len(done),
         tokens=steps * per_step,
         steps=steps,
@@ -321,9 +321,9 @@ class _Runner:
 
 def expected(study: Study, done: Losses) -> Mapping[float, int]:
     """How many runs a study has in the end, as far as is known, by their share of the tokens."""
-    tuning = max(*(len(tried(arm.name, done)) for arm in study.arms), *(len(arm.space.lrs) for arm in study.arms))
+    tuning = max(max(len(tried(arm, done)), len(space.lrs)) for arm, space in study.spaces.items())
     runs = Counter(dict.fromkeys(study.horizons, study.seeds))
-    runs[1.0] += (tuning + study.seeds) * len(study.arms)
+    runs[1.0] += tuning * len(study.spaces) + study.seeds * len(study.arms)
     return runs
 
 

@@ -1,8 +1,8 @@
 """What a study compares: its arms, what all its runs share, and how much it may spend."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sharpwise.block_lr import Ablation, make_block_lr
@@ -21,7 +21,7 @@ _KEYS = (
     "name", "arms", "baseline", "seeds", "tokens", "ratio", "margin", "ablations", "run", "lrs", "search", "settings",
     "most", "horizons",
 )  # fmt: skip
-_ARM_KEYS = ("lrs", "search", "settings")
+_ARM_KEYS = ("name", "lrs", "search", "settings", "setting_of")
 # What `run` may not say, as every run has its own; the same for arms, which differ in nothing but the optimizer and its
 # schedule: another model, text, batch or number of steps would be another comparison.
 _OWN = {
@@ -37,12 +37,27 @@ _OF_ARMS = ("optimizer.", "schedule.")
 
 @dataclass(frozen=True)
 class Arm:
-    """One optimizer of the comparison; `settings` by dotted key are those besides what `space` tunes."""
+    """One optimizer of the comparison; `settings` by dotted key are those besides what `space` tunes.
+
+    `setting_of` is the arm whose tuned setting it takes, "" where it is tuned itself; `space` is then that one's.
+    """
 
     name: str
     optimizer: Mapping[str, Any]
     space: Space
     settings: Mapping[str, Any] = field(default_factory=dict)
+    setting_of: str = ""
+
+    @property
+    def tuned(self) -> str:
+        """The arm whose trials are those of this one."""
+        return self.setting_of or self.name
+
+    @property
+    def example(self) -> Trial:
+        """A trial with a value for everything that is tuned, to see whether the arm can be built."""
+        first = {"optimizer.lr": self.space.lrs[0], **{key: values[0] for key, values in self.space.search.items()}}
+        return Trial(self.name, "tune", tuple(first.items()), 0)
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,8 @@ class Study:
 
     @property
     def spaces(self) -> dict[str, Space]:
-        """What each arm may try."""
-        return {arm.name: arm.space for arm in self.arms}
+        """What each arm that is tuned may try."""
+        return {arm.name: arm.space for arm in self.arms if not arm.setting_of}
 
     @property
     def model(self) -> ModelConfig:
@@ -101,7 +116,8 @@ class Study:
 
     def needed(self, done: Losses) -> list[Trial]:
         """The trials that can be started now; none when the study is complete."""
-        return needed(self.spaces, self.baseline, self.seed_numbers, done, self.horizons)
+        taken = {arm.name: arm.setting_of for arm in self.arms if arm.setting_of}
+        return needed(self.spaces, self.baseline, self.seed_numbers, done, self.horizons, taken)
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -122,10 +138,11 @@ def make_study(given: Mapping[str, Any]) -> Study:
     """The study that is meant.
 
     Args:
-        given: as TOML gives it: `arms` (names, or tables by name with `lrs`, `settings`, `search`), `run` (what all
-            runs share, as for `sharpwise train`), `baseline` (the first arm), `seeds` (3), `tokens` or `ratio` (of 20
-            tokens per parameter outside the embeddings), `margin`, `ablations`; `lrs`, `settings` and `search` for all
-            arms; `most` learning rates of an arm (7), `horizons` of the baseline (0.5 and 2).
+        given: as TOML gives it: `arms` (names, or tables by name with `lrs`, `settings`, `search`, or `setting_of`
+            another arm, and `name` of the optimizer where the arm is called otherwise), `run` (what all runs share, as
+            for `sharpwise train`), `baseline` (the first arm), `seeds` (3), `tokens` or `ratio` (of 20 tokens per
+            parameter outside the embeddings), `margin`, `ablations`; `lrs`, `settings` and `search` for all arms;
+            `most` learning rates of an arm (7), `horizons` of the baseline (0.5 and 2).
 
     Raises:
         ValueError: what cannot be meant, or an arm that cannot be built.
@@ -138,16 +155,13 @@ def make_study(given: Mapping[str, Any]) -> Study:
     if given.get("ablations"):
         tables |= _ablations(tables)
     run = _run_of(given)
-    arms = tuple(_make_arm(name, table, given) for name, table in tables.items())
+    arms = _with_taken([_make_arm(name, table, given) for name, table in tables.items()])
     if len(arms) < 2:
         raise ValueError(f"a comparison needs two arms or more, got {[arm.name for arm in arms]}")
     names = [arm.name for arm in arms]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two arms are the same: {', '.join(sorted(doubled))}")
-    baseline = given.get("baseline", names[0])
-    baseline = _canonical(baseline)
-    if baseline not in names:
-        raise ValueError(f"the baseline {baseline!r} is no arm{nearest(baseline, names)}; arms are {', '.join(names)}")
+    baseline = _called(given.get("baseline", names[0]), names, "the baseline")
     seeds = given.get("seeds", 3)
     if not isinstance(seeds, int) or seeds < 2:
         raise ValueError(f"seeds must be 2 or more, got {seeds!r}: with one nothing can be said about chance")
@@ -163,7 +177,11 @@ def make_study(given: Mapping[str, Any]) -> Study:
         raise ValueError(f"name must be text, got {name!r}")
     study = Study(name, run, arms, baseline, seeds, tokens, ratio, float(margin), horizons, given)
     for arm in arms:
-        make_config(study.config(Trial(arm.name, "tune", (("optimizer.lr", arm.space.lrs[0]),), 0), steps=1))
+        try:
+            make_config(study.config(arm.example, steps=1))
+        except ValueError as error:
+            source = f" with the setting of {arm.setting_of}" if arm.setting_of else ""
+            raise ValueError(f"arm {arm.name!r}{source}: {error}") from None
     return study
 
 
@@ -178,13 +196,14 @@ def _budget_of(given: Mapping[str, Any]) -> tuple[int | None, float | None]:
 
 
 def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
+    """An arm by itself; that its `setting_of` is another one shows when all are known."""
     if not isinstance(table, Mapping):
         raise ValueError(f"arm {name!r}: expected a table, got {table!r}")
     for key in table:
         if key not in _ARM_KEYS:
             allowed = ", ".join(_ARM_KEYS)
             raise ValueError(f"arm {name!r} has no {key!r}{nearest(key, _ARM_KEYS)}; it may have {allowed}")
-    optimizer = parse_arm(name)
+    optimizer = parse_arm(table.get("name", name))
     middle = MIDDLE.get(optimizer["name"], 1e-3) / (3 if optimizer.get("block_lr") else 1)
     lrs = table.get("lrs", given.get("lrs", [middle / math.sqrt(10), middle, middle * math.sqrt(10)]))
     rounded = tuple(sorted({float(f"{lr:.3g}") for lr in lrs})) if _numbers(lrs) else ()
@@ -205,18 +224,75 @@ def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
             f"most must be a whole number, at least the {len(rounded)} learning rates to begin with: {most!r}"
         )
     space = Space(rounded, {key: tuple(map(_frozen, values)) for key, values in search.items()}, most=most)
-    return Arm(_canonical(name), optimizer, space, settings)
+    setting_of = table.get("setting_of", "")
+    if not isinstance(setting_of, str):
+        raise ValueError(f"arm {name!r}: setting_of must be the name of another arm, got {setting_of!r}")
+    if own := [key for key in ("lrs", "search") if setting_of and key in table]:
+        raise ValueError(
+            f"arm {name!r} takes the setting of {setting_of!r} and has {' and '.join(own)} of its own, which it would "
+            "not try; leave out one of them"
+        )
+    return Arm(_name_of(name, table), optimizer, space, settings, setting_of)
+
+
+def _name_of(name: str, table: Mapping[str, Any]) -> str:
+    """What an arm is called: as its optimizer is spelled, or where the table names that, as the study says."""
+    if "name" not in table:
+        return _spelled(parse_arm(name))
+    own = _spelled(parse_arm(table["name"]))
+    if not name.strip() or not name.isprintable():
+        raise ValueError(f"an arm needs a name that can be shown, got {name!r}")
+    try:
+        meant = _spelled(parse_arm(name))
+    except ValueError:  # it is called as nothing else is
+        return name
+    if meant != own:
+        raise ValueError(f"arm {name!r}: its optimizer is {own}, and {meant} is another one; call the arm otherwise")
+    return own
+
+
+def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """The arms, those that take the setting of another with the space of the one that is tuned in the end."""
+    by_name = {arm.name: arm for arm in arms}
+    found = []
+    for arm in arms:
+        chain = [arm]
+        while chain[-1].setting_of:
+            what = f"arm {arm.name!r}: setting_of"
+            chain.append(by_name[_called(chain[-1].setting_of, by_name, what)])
+            if chain[-1] in chain[:-1]:
+                way = " -> ".join(one.name for one in chain)
+                raise ValueError(f"{what} comes back to where it was: {way}; one of them has to be tuned itself")
+        of = chain[-1]
+        if twice := [key for key in of.space.search if of is not arm and key in arm.settings]:
+            raise ValueError(
+                f"arm {arm.name!r} takes the setting of {of.name}, which tunes {', '.join(twice)}, and sets that "
+                "itself; leave it out of its settings"
+            )
+        found.append(arm if of is arm else replace(arm, space=of.space, setting_of=of.name))
+    return tuple(found)
+
+
+def _called(name: Any, names: Collection[str], what: str) -> str:
+    """The arm that is meant by a name of it. Raises ValueError, with `what` names it, where there is none."""
+    found = name if name in names else _spelled(parse_arm(name))
+    if found not in names:
+        raise ValueError(f"{what} {name!r} is no arm{nearest(found, names)}; arms are {', '.join(names)}")
+    return found
 
 
 def _ablations(tables: Mapping[str, Any]) -> dict[str, Any]:
     """The arms that `ablations` adds: those of every arm with a block_lr that is none itself, and is not there yet."""
     found: dict[str, Any] = {}
-    there = {_canonical(name) for name in tables}
+    there = {_name_of(name, table) for name, table in tables.items()}
     for name, table in tables.items():
-        arm = parse_arm(name)
+        arm = parse_arm(table.get("name", name))
         block_lr = arm.get("block_lr")
-        if block_lr is not None and not isinstance(make_block_lr(block_lr), Ablation):
-            found |= {f"{arm['name']}+{kind}({block_lr})": table for kind in ABLATIONS}
+        if block_lr is None or isinstance(make_block_lr(block_lr), Ablation):
+            continue
+        for kind in ABLATIONS:
+            spelled = f"{arm['name']}+{kind}({block_lr})"
+            found |= {f"{name}, {kind}": {**table, "name": spelled}} if "name" in table else {spelled: table}
     return {name: table for name, table in found.items() if name not in there}
 
 
@@ -247,9 +323,8 @@ def _numbers(values: Any) -> bool:
     return isinstance(values, Sequence) and not isinstance(values, str) and all(map(_positive, values))
 
 
-def _canonical(name: str) -> str:
-    parsed = parse_arm(name)
-    return f"{parsed['name']}+{parsed['block_lr']}" if parsed.get("block_lr") else str(parsed["name"])
+def _spelled(optimizer: Mapping[str, str]) -> str:
+    return "+".join(optimizer.values())
 
 
 def _unique(names: Any) -> list[str]:
@@ -296,4 +371,6 @@ def differences(stored: Study, wanted: Study) -> list[str]:
 
 def _said(arm: Arm) -> str:
     space = arm.space
-    return f"lrs {list(space.lrs)}, most {space.most}, settings {dict(arm.settings)}, search {dict(space.search)}"
+    tuned = f"lrs {list(space.lrs)}, most {space.most}, search {dict(space.search)}"
+    how = f"setting_of {arm.setting_of}" if arm.setting_of else tuned
+    return f"{_spelled(arm.optimizer)}, {how}, settings {dict(arm.settings)}"

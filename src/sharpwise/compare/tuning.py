@@ -6,6 +6,8 @@
     final    the best setting of every arm, on the same fresh seeds
     horizon  the baseline's best setting on half and on twice the tokens, on the same seeds: what speed-ups are read off
 
+An arm may take the setting of another: it has no trials, and its final runs are at what is best for that one.
+
 All of `tune` and `even` is on one seed that `final` does not use. What is decided depends on complete sets of results
 only, never on the order in which they came: one process and ten decide alike.
 """
@@ -14,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 Stage = Literal["tune", "even", "final", "horizon"]
@@ -69,15 +72,17 @@ def needed(
     seeds: Sequence[int],
     done: Losses,
     horizons: Sequence[float] = HORIZONS,
+    taken: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Trial]:
     """The trials that can be started now; none when the study is complete.
 
     Args:
-        spaces: of every arm, in the order of the study.
-        baseline: one of them.
+        spaces: of every arm that is tuned, in the order of the study.
+        baseline: one of the arms.
         seeds: of the final runs.
         done: results so far. What is running is still among the needed ones.
         horizons: shares of the budget that the baseline is trained on too.
+        taken: further arms, each with the one of `spaces` whose setting it takes.
     """
     trials: list[Trial] = []
     for arm, space in spaces.items():
@@ -89,8 +94,8 @@ def needed(
         trials += even_out(arm, most, done)
     if trials:
         return trials
-    for arm in spaces:
-        setting = best(arm, done).setting
+    for arm in (*spaces, *taken):
+        setting = best(taken.get(arm, arm), done).setting
         trials += [Trial(arm, "final", setting, seed) for seed in seeds]
         if arm == baseline:
             trials += [Trial(arm, "horizon", setting, seed, share) for share in horizons for seed in seeds]

@@ -107,6 +107,7 @@ def arm(i: int, seeds: list[int], *, lost: int = 0, count: int = 5, weight_decay
         "name": name,
         "code": f"sharpwise.create_optimizer(model, {name!r}, lr={lr:g}, weight_decay=0.1)",
         "setting": best["setting"],
+        "setting_of": "",
         "edge": "largest" if name == "lion" else "",
         "definition": f"What {name} is.",
         "mean_multiplier": 5.2 if "(" in name or "blockwise" in name else 1.0,

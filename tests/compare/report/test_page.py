@@ -294,8 +294,8 @@ def test_the_csv_has_a_row_per_run() -> None:
     rows = list(csv.DictReader(io.StringIO(csv_text(result))))
     assert len(rows) == 2 * (5 + 2 + 3) + 2 * 3
     assert list(rows[0]) == [
-        "arm", "stage", "seed", "share", "tokens", "optimizer.lr", "optimizer.weight_decay", "final_loss",
-        "diverged_at_step", "chosen", "folder",
+        "arm", "setting_of", "stage", "seed", "share", "tokens", "optimizer.lr", "optimizer.weight_decay",
+        "final_loss", "diverged_at_step", "chosen", "folder",
     ]  # fmt: skip
     lost = next(row for row in rows if row["arm"] == "adamw+blockwise" and row["stage"] == "final")
     assert (lost["seed"], lost["final_loss"], lost["diverged_at_step"]) == ("1", "", "31")

@@ -223,7 +223,7 @@ def _ablations(result: Result) -> str:
     if not result["ablations"]:
         return ""
     hint = (
-        "An arm against itself with other multipliers or settings, each at its own best learning rate, paired by seed. "
+        "An arm against itself with other multipliers or settings, each at the lr that tuning gave it, paired by seed. "
         "If it ends no lower than a control, what helped is the size of the steps and not which block gets the large "
         "ones. p is adjusted for the number of these pairs, apart from those with the baseline: another question."
     )

@@ -76,14 +76,18 @@ def csv_text(result: Result) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
-        ["arm", "stage", "seed", "share", "tokens", *keys, "final_loss", "diverged_at_step", "chosen", "folder"]
-    )
+        [
+            "arm", "setting_of", "stage", "seed", "share", "tokens", *keys, "final_loss", "diverged_at_step", "chosen",
+            "folder",
+        ]
+    )  # fmt: skip
+    setting_of = {arm["name"]: arm["setting_of"] for arm in result["arms"]}
     for run in runs:
         settings = [_cell(run.setting.get(key)) for key in keys]
         writer.writerow(
             [
-                run.arm, run.stage, run.seed, run.share, run.tokens, *settings, _cell(run.final_loss),
-                _cell(run.stopped_at), "yes" if run.chosen else "no", run.folder,
+                run.arm, setting_of[run.arm], run.stage, run.seed, run.share, run.tokens, *settings,
+                _cell(run.final_loss), _cell(run.stopped_at), "yes" if run.chosen else "no", run.folder,
             ]
         )  # fmt: skip
     return file.getvalue()

@@ -91,7 +91,10 @@ def costs(result: Result) -> str:
     columns: list[Column] = [
         ("learning rate", [(_rate(arm), "") for arm in arms]),
         ("further settings", [(setting_words(further(arm["setting"])) or "-", "") for arm in arms]),
-        ("tuning runs", [(str(len(arm["tuning"])), "") for arm in arms]),
+        (
+            "tuning runs",
+            [(f"those of {arm['setting_of']}" if arm["setting_of"] else str(len(arm["tuning"])), "") for arm in arms],
+        ),
         ("diverged from lr", [(number(arm["divergence_edge"], "g"), "") for arm in arms]),
         ("mean lr factor", [(number(arm["mean_multiplier"], ".3g"), "") for arm in arms]),
         ("lr x mean factor", [(number(arm["mean_lr"], ".3g"), "") for arm in arms]),

@@ -113,13 +113,19 @@ def _times(count: int) -> str:
 
 
 def _tuning(result: Result) -> str:
-    counts = sorted({len(arm["tuning"]) for arm in result["arms"]})
+    counts = sorted({len(arm["tuning"]) for arm in result["arms"] if not arm["setting_of"]})
+    taken = "".join(
+        f" {arm['name']} has no trials, but the best setting of {arm['setting_of']}."
+        for arm in result["arms"]
+        if arm["setting_of"]
+    )
+    each = "Each other" if taken else "Each"
     keys = {key for arm in result["arms"] for run in arm["tuning"] for key in run["setting"]}
     what = "learning rate" if len(keys) < 2 else "learning rate and further settings"
     if len(counts) == 1 and result["complete"]:
-        return f"Each was tuned with the same number of trials: {counts[0]} runs to find its best {what}."
+        return f"{each} was tuned with the same number of trials: {counts[0]} runs to find its best {what}.{taken}"
     had = f"{counts[0]} each" if len(counts) == 1 else f"between {counts[0]} and {counts[-1]}"
-    return f"Each gets the same number of trials, runs to find its best {what}; so far they had {had}."
+    return f"{each} gets the same number of trials, runs to find its best {what}; so far they had {had}.{taken}"
 
 
 def together(result: Result) -> str:
