@@ -269,7 +269,7 @@ class Muon(BlockOptimizer):
         cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
         max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
         on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None (kernels, where there is a compiler), True (graphs for small models too), False (the reference).
+        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
         total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
         probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
 

@@ -42,6 +42,7 @@ SETTINGS = {
     "adam-mini": {"block_lr": "blockwise"},
     "adamw": {"block_lr": testing.EXAMPLES["sharpness"]},
     "lion": {"storage": "bf16", "stochastic_rounding": True},
+    "muon": {"normalize_rows": True, "storage": "bf16", "stochastic_rounding": True},
     "sgd": {"block_lr": testing.EXAMPLES["llr"], "momentum": 0.9},
     "sgd-sai": {},
 }

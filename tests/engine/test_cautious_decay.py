@@ -39,7 +39,7 @@ def two_kinds_of_rows(transposed, dtype):
     return model, BlockMap(segments)
 
 
-@pytest.mark.skipif(not compiler_present(torch.device("cpu")), reason="needs a C++ compiler")
+@pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_optimizer
