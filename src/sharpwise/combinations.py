@@ -97,6 +97,7 @@ def engine_arguments(
         decoupled,
         cautious_decay,
         per_block,
+        None,
         stochastic_rounding,
         seed,
         max_grad_norm,

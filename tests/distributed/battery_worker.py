@@ -23,10 +23,12 @@ import sharpwise
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.options import Options
+from sharpwise.rules import AdamMini, AdamW
 from sharpwise.shards import Shard
 from sharpwise.testing import EXAMPLES
 
 from .cases import Case
+from .controls import CONTROLS
 from .placements import MODELS, ODD, PLACEMENTS, PLANNED, WIDE, gradient_as, held, part_of, worst
 from .rules import RULES
 
@@ -40,10 +42,11 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: 
     """shared: whether replicas share the work on whole matrices."""
     guard: dict[str, Any] = {"max_grad_norm": 1.0, "on_nonfinite": "skip"} if case.guard else {}
     eager = {"compile": False} if case.path == "eager" else {}
-    if case.rule in RULES:
-        options = Options(**guard, **eager)
-        return BlockOptimizer(model, RULES[case.rule], lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     storage, _, more = case.storage.partition(", ")
+    if case.rule in RULES or more in CONTROLS:
+        rule = RULES.get(case.rule) or {"adamw": AdamW(), "adam-mini": AdamMini()}[case.rule]
+        options = Options(control=CONTROLS.get(more), **guard, **eager)
+        return BlockOptimizer(model, rule, lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)
     if case.rule == "muon":
         guard |= {"normalize_rows": case.guard, "process_group": dist.group.WORLD if shared else None}

@@ -91,6 +91,22 @@ CAUTIOUS = [
     Case("adam-mini", "blockwise", "fp32, cautious", *way, "gpt2 (Conv1D, fused, tied)", placement)
     for way, placement in zip(WAYS, ("fsdp 2", "tp 2", "fsdp 3", "fsdp 2 x tp 2"), strict=True)
 ]
+CONTROLLED = [
+    Case(rule, "", f"fp32, {control}", *way, model, placement)
+    for (rule, control, model, placement), way in zip(
+        [
+            ("adam-mini", "turned", "llama (grouped)", "fsdp 2"),
+            ("adamw", "turned", "gpt2 (Conv1D, fused, tied)", "fsdp 3"),
+            ("adam-mini", "sized", "gpt2 (Conv1D, fused, tied)", "tp 2"),
+            ("low rank", "sized", "llama (grouped)", "fsdp 3"),
+            ("adamw", "sized", "mixtral (experts)", "fsdp 2"),
+            ("adamw", "sideways", "llama (grouped)", "fsdp 2 x tp 2"),
+            ("adam-mini", "sideways", "gpt_neox (interleaved)", "hsdp 2x2"),
+        ],
+        itertools.cycle(WAYS),
+        strict=False,
+    )
+]
 ODD_HEADS = [
     Case("adam-mini", "blockwise", "fp32", *way, model, placement)
     for model, placement, way in itertools.product(ODD, PLANNED, WAYS)

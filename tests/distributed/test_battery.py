@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from .cases import CAUTIOUS, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
+from .cases import CAUTIOUS, CONTROLLED, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
+from .controls import CONTROLS
 from .launch import launch
 
-CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + ODD_HEADS
+CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + CONTROLLED + ODD_HEADS
 EXPECTED = {"low rank": 2, "largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
 
@@ -90,8 +91,8 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert (exchanges > 0) == (case.rule in MATRICES and shared)
     once, alone = result["worked on"]
     assert once == alone * (1 if shared else case.world), "a matrix is worked on once in the world"
-    assert result["bad step"] == _collectives(case, result["cut"], skipped=case.guard) + exchanges * (not case.guard)
-    assert result["collectives"] == _collectives(case, result["cut"]) + exchanges
+    assert result["bad step"] == _collectives(case, result, skipped=case.guard) + exchanges * (not case.guard)
+    assert result["collectives"] == _collectives(case, result) + exchanges
     assert result["alone"] == 0
 
 
@@ -101,9 +102,12 @@ def _of_state(case: Case) -> float:
     return 1e-5 if case.rule == "low rank" or (case.rule == "muon" and case.guard) else 1e-6
 
 
-def _collectives(case: Case, cut: bool, skipped: bool = False) -> int:
+def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> int:
+    cut = result["cut"]
     if not cut or skipped:
         return int(cut)
+    control = CONTROLS.get(case.storage.partition(", ")[2])
+    more = control is not None and (control.over == "matrix" or bool(result["rows cut"]))
     if case.rule in EXPECTED:  # the first sums ride with the norm
-        return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted"))
-    return int(case.guard or case.rule == "adam-mini")
+        return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted")) + more
+    return int(case.guard or case.rule == "adam-mini") + more

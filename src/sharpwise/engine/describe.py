@@ -22,7 +22,8 @@ def lr_table(stepper: Stepper) -> Table:
 
 def explanation(stepper: Stepper, storage: str) -> Table:
     """Per segment: rule, cut and blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
-    rows = []
+    control = stepper.options.control
+    rows: list[tuple[Any, ...]] = []
     for view, i, s in _in_order(stepper):
         sizes = dict.fromkeys(("element", "block", "whole"), 0)
         for name, kind in view.rule.state.items():
@@ -41,8 +42,10 @@ def explanation(stepper: Stepper, storage: str) -> Table:
             size += s.copies * s.rows * sizes["whole"]
         how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, choice.why)
         rows.append((s.name, str(s.role), s.describe_rows(), *how))
+        if control is not None:
+            rows[-1] += (control.name if view.is_matrix else None,)
     columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
-    return Table((*columns, "backend", "why"), rows)
+    return Table((*columns, "backend", "why", *(["control"] if control is not None else [])), rows)
 
 
 def representation(name: str, groups: Sequence[Mapping[str, Any]]) -> str:

@@ -45,6 +45,21 @@ class Layout:
     counts: Tensor | None = None
     segment_of_block: Tensor | None = None
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """Sums per row [rows] -> sums per block [n_blocks], rows elsewhere counted as 0."""
+        if self.block_of_row is None:
+            return rows
+        parts = []
+        padded: Tensor | None = None
+        for where in self.gathers:
+            if isinstance(where, Run):
+                own = rows[where.rows]
+                parts.append(own if where.size == 1 else own.view(-1, where.size).sum(1))
+            else:
+                padded = torch.cat((rows, rows.new_zeros(1))) if padded is None else padded
+                parts.append(padded[where].sum(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def to(self, device: torch.device) -> "Layout":
         """The same on a device."""
 

@@ -48,7 +48,7 @@ from sharpwise.engine.layout import Layouts
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
-from sharpwise.engine.rehearsal import live, on_a_device, rehearse
+from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import views_of
 from sharpwise.rules import Rule
@@ -98,22 +98,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
         self._replicas = replicas_of(model, process_group, who)
         self._reset()
-        defaults = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
-        defaults["decoupled_weight_decay"] = options.decoupled
-        if options.cautious:
-            defaults["cautious_decay"] = True
-        if options.stochastic_rounding:
-            defaults["seed"] = options.seed
-        if options.on_nonfinite == "skip":
-            defaults["skipped_steps"] = 0
-        if options.block_lr is not None and options.block_lr.follows_lr:
-            defaults["peak_lr"] = 0.0
-        if options.block_lr is not None:
-            defaults["block_lr"] = str(options.block_lr)
-            if options.varies:
-                defaults |= {"block_lr_step": 0, "multiplier_ramp": (0, 0) * len(options.block_lr.parts)}
-                check_sources(options, rule, self._model() is not None, who)
-        super().__init__(groups, defaults)
+        if options.varies:
+            check_sources(options, rule, self._model() is not None, who)
+        if options.control is not None:
+            rehearse_control(options.control, options.decoupled, who)
+        settings = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
+        super().__init__(groups, settings | options.settings)
         self._warn_if_frozen()
 
     def _reset(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from sharpwise.block_lr import BlockLR
+from sharpwise.controls import Control
 from sharpwise.hints import nearest
 
 ModelProbe = Callable[..., dict[str, list[float]]]
@@ -20,6 +21,7 @@ class Options:
     decoupled: bool = True
     cautious: bool = False
     block_lr: BlockLR | None = None
+    control: Control | None = None
     stochastic_rounding: bool = False
     seed: int = 0
     max_grad_norm: float | None = None
@@ -28,6 +30,24 @@ class Options:
     total_steps: int | None = None
     probe_batches: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     probe: ModelProbe | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it stands in every group: what users read there, and what has to be saved."""
+        found: dict[str, Any] = {"decoupled_weight_decay": self.decoupled}
+        if self.cautious:
+            found["cautious_decay"] = True
+        if self.stochastic_rounding:
+            found["seed"] = self.seed
+        if self.on_nonfinite == "skip":
+            found["skipped_steps"] = 0
+        if self.block_lr is not None:
+            found |= {"peak_lr": 0.0} if self.block_lr.follows_lr else {}
+            found["block_lr"] = str(self.block_lr)
+        if self.varies:
+            assert self.block_lr is not None
+            found |= {"block_lr_step": 0, "multiplier_ramp": (0, 0) * len(self.block_lr.parts)}
+        return found
 
     @property
     def varies(self) -> bool:

@@ -1,4 +1,4 @@
-"""A rule is run on a number before the first step, so that what fails in it fails before anything is written."""
+"""A rule, or a control, is run on a number before the first step: what fails in it fails before anything is written."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpwise.controls.base import OVERS, Control, Sums
 from sharpwise.rules.base import MatrixRule, Rule
 
 OWN_SCALARS = {"step", "decay", "clip", "ok", "weight_decay"}
@@ -46,6 +47,30 @@ def rehearse(rule: Rule, group: Mapping[str, Any]) -> set[str]:
     if taken := sorted(OWN_SCALARS & set(s)):
         raise ValueError(f"rule {rule.name!r} calls scalars {taken}: these names are the engine's; take others")
     return read & set(rule.defaults)
+
+
+def rehearse_control(control: Control, decoupled: bool, who: str) -> None:
+    """Run a control on two rows, one of them all zeros, for the same reason.
+
+    Raises:
+        ValueError: for one that raises, or whose factors are not two finite numbers per unit; for coupled decay, which
+            a control cannot tell from the gradient.
+    """
+    if control.over not in OVERS:
+        raise ValueError(f"{who}: control {control.name!r} is over {control.over!r}; it may be over {', '.join(OVERS)}")
+    if not decoupled:
+        raise ValueError(f"{who}: a control is for decoupled weight decay: decoupled=True")
+    some = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
+    try:
+        found = control.factors(Sums(some, some, some, some + 1), {"lr": some + 1, "decay": some + 1})
+        fits = [x.shape == some.shape and bool(x.isfinite().all()) for x in found] == [True, True]
+    except Exception as error:
+        raise ValueError(f"{who}: control {control.name!r} fails on a row: {type(error).__name__}: {error}") from error
+    if not fits:
+        raise ValueError(
+            f"{who}: control {control.name!r} must return two finite numbers per row or matrix, of zeros too; of two, "
+            f"of which one is all zeros, it returns {found}"
+        )
 
 
 def on_a_device(value: Any) -> bool:

@@ -22,10 +22,11 @@ class Row(NamedTuple):
     """The step of a segment.
 
     Attributes:
-        rate: learning rate times multiplier, over the bias correction.
+        lr: learning rate times multiplier; rate: that over the bias correction.
         decay: factor on the parameter, where decay is decoupled; weight_decay: None if it is off.
     """
 
+    lr: Any
     rate: Any
     decay: Any
     weight_decay: Any
@@ -210,7 +211,7 @@ class StepScalars:
                 if own.decay is None and not self._scales_decay:
                     own.decay = 1 - own.lr * wd  # one number for all rows: those of a device are not compared
                 decay = 1 - lr * wd if self._scales_decay else own.decay
-            found = own.rows[multiplier, decays] = Row(lr / own.correction, decay, wd)
+            found = own.rows[multiplier, decays] = Row(lr, lr / own.correction, decay, wd)
         return found
 
     def _decays_by_row(self, view: ParamView) -> bool:

@@ -1,9 +1,10 @@
 """The order of a step, whatever the combination.
 
     gradients -> sums over blocks, norm, first terms of reductions (one collective) -> guard (skip? clip?) -> reductions
-    -> scalars of the step -> multipliers -> count -> block state -> every back end moves its views
+    -> scalars of the step -> multipliers -> count -> block state -> control -> every back end moves its views
 
-A view moves so: load -> clip, coupled decay -> direction -> decay, move -> store; see `backends.reference.update`.
+A view moves so: load -> clip, coupled decay -> direction -> decay, move -> store; see `backends.reference.update`. With
+a control that is done twice: as far as the direction, for its sums, and then all of it, by rates and decays of rows.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found
+from sharpwise.engine.control import Bounds
 from sharpwise.engine.counter import StepCounter
 from sharpwise.engine.guard import Guard, Scaling, decided_by_host
 from sharpwise.engine.mesh import Bucket, ReduceGroup
@@ -65,6 +67,7 @@ class Stepper:
         self.phase = BlockPhase(self.scalars)
         for view in views:  # what is compiled is built now, before anything is written
             self.plan.choose(view, view.param.dtype)
+        self.bounds = None if options.control is None else Bounds(options.control, views)
         self.guard = Guard(options, self.on_host, backends if self.plan.kernels else None)
 
     # Made at the first step, not when state is bound: every process has to take part where a group has to be made.
@@ -117,7 +120,9 @@ class Stepper:
             scalars.multipliers_changed()
         scalars.ok, scalars.clip = ok, clip
         self.counter.advance(active, ok, self.guard.taken)
-        found = Found(self.phase.run(active, sums), reductions.localized(scalars))
+        found = Found(self.phase.run(active, sums), reductions.localized(scalars), {})
+        if self.bounds is not None:
+            found = found._replace(lines=self.bounds.lines(active, grads, scalars, found, Bucket(self.group)))
         for backend, places, views in works:
             backend.step(views, [grads[i] for i in places], scalars, found)
         # Kernels write past autograd: what it saved for a backward pass has changed.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
-from sharpwise.engine.layout import Layout, Layouts, Run
+from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.rules.base import MatrixRule, Rule
 from sharpwise.shards import Shard, local
 
@@ -107,6 +107,11 @@ class ParamView:
         return len(self.segments) == 1 or alike
 
     @cached_property
+    def is_matrix(self) -> bool:
+        """Whether its rows are those of matrices, and no numbers of norms and biases."""
+        return all(segment.is_matrix for segment in self.segments)
+
+    @cached_property
     def by_row(self) -> bool:
         """Whether its rows are the rows of a matrix; else they are its columns, or those of stacked matrices."""
         return self.dim == 1 and len(self.shape) == 2
@@ -199,18 +204,7 @@ class ParamView:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Sums per row [rows] -> sums per block [n_blocks], rows elsewhere counted as 0."""
-        if self.layout.block_of_row is None:
-            return rows
-        parts = []
-        padded: Tensor | None = None
-        for where in self.layout.gathers:
-            if isinstance(where, Run):
-                own = rows[where.rows]
-                parts.append(own if where.size == 1 else own.view(-1, where.size).sum(1))
-            else:
-                padded = torch.cat((rows, rows.new_zeros(1))) if padded is None else padded
-                parts.append(padded[where].sum(1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.layout.gather(rows)
 
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Global element numbers as the sum of a part per row of the view and a part per column, int64."""

@@ -25,6 +25,18 @@ class Spec(NamedTuple):
     grad: torch.dtype
     options: Options
 
+    @property
+    def controlled(self) -> bool:
+        """Whether a control bounds its updates: its sums come first, and rows have rates and decays of their own."""
+        return self.options.control is not None and self.view.is_matrix
+
+
+class Lines(NamedTuple):
+    """What a view moves by, one number per row, shaped to broadcast: step sizes and factors of decay."""
+
+    rate: Tensor
+    decay: Tensor
+
 
 class Found(NamedTuple):
     """What sums over more than an element gave, by id of the view.
@@ -32,10 +44,12 @@ class Found(NamedTuple):
     Attributes:
         rates: step sizes of its blocks [n_blocks], for those whose back end does not sum them up by itself.
         rules: of those whose rule has reductions, the rule that holds what these found for the part at hand.
+        lines: of those with a control, in place of `rates` and of the rates and decays among the scalars.
     """
 
     rates: Mapping[int, Tensor]
     rules: Mapping[int, Rule]
+    lines: Mapping[int, Lines]
 
 
 class Squares(NamedTuple):
@@ -95,7 +109,14 @@ class Backend:
 
 def row_step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | None:
     """Step sizes of the rows of a view, shaped to broadcast; None where they are all the same."""
+    if id(view) in found.lines:
+        return found.lines[id(view)].rate
     return view.spread(found.rates[id(view)]) if id(view) in found.rates else scalars.row_rate(view)
+
+
+def row_decay(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | None:
+    """Their factors of decay, likewise."""
+    return found.lines[id(view)].decay if id(view) in found.lines else scalars.row_decay(view)
 
 
 def compiler_present() -> bool:

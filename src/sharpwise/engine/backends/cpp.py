@@ -63,6 +63,8 @@ class Cpp(Backend):
         return kernel if isinstance(kernel, str) else ""
 
     def sums_blocks(self, spec: Spec) -> bool:
+        if spec.controlled:  # the control wants to know the direction before anything moves
+            return False
         # Gradients that are read for their norm have their columns summed up there: it takes longer than reading them.
         columns = not spec.view.by_row and spec.view.numel >= TOGETHER
         return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
@@ -109,7 +111,7 @@ class Cpp(Backend):
             if with_blocks:
                 runs[id(view)] = self._one_pass(spec)
             together.setdefault(self._kernel(_form(spec, with_blocks)), []).append((i, view))
-        tables = [LaunchTable(kernel, own, runs, found.rates, scalars) for kernel, own in together.items()]
+        tables = [LaunchTable(kernel, own, runs, found, scalars) for kernel, own in together.items()]
         self._tables = views, stamp, tables
         return tables
 

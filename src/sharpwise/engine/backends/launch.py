@@ -5,7 +5,7 @@ Only addresses of gradients, the scalars of the step and what sums over blocks g
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class LaunchTable:
     Args:
         views: with numbers by which their gradients are found.
         runs: of those whose blocks the kernel sums up.
-        by_block: those whose rates are found per block, by id.
+        found: what sums gave: here, of which views rates are found per block, or rates and decays per row.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LaunchTable:
         kernel: Kernel,
         views: Sequence[tuple[int, ParamView]],
         runs: Mapping[int, Sequence[Run]],
-        by_block: Mapping[int, Any],
+        found: Found,
         scalars: StepScalars,
     ) -> None:
         self.kernel = kernel
@@ -47,16 +47,17 @@ class LaunchTable:
         self._class: dict[Any, int] = {}
         self._places: list[tuple[int, int, int]] = []  # of their scalars, rates and decays among the values of a step
         self._kept: list[Tensor] = []
-        self._found: list[tuple[int, int, int]] = []  # rows whose rates are those of a view by id, from one on
+        self._found: list[tuple[int, str, ParamView, int]] = []  # rows, and from where on which numbers of a view
         self._of_class: list[int] = []
         self._size = self.total = self.elements = self.widest = 0
         for number, view in views:
             own = self._class_of(view, scalars)
-            for row in self._matrices(view, runs.get(id(view), ()), id(view) in by_block, scalars.stochastic):
+            given = _given(view, found)
+            for row in self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic):
                 row |= dict(zip(("scalars_at", "rates_at", "decays_at"), self._places[own], strict=True))
-                if id(view) in by_block:
-                    self._found.append((len(self._rows), id(view), row["rates"]))
-                    row["rates_at"] = -1
+                for what in given:
+                    self._found.append((len(self._rows), what, view, row[what]))
+                    row[f"{what}_at"] = -1
                 row["owner"] = number
                 self._rows.append([row.get(name, 0) for name in self._of_name])
                 self._of_class.append(own)
@@ -74,8 +75,10 @@ class LaunchTable:
             self._size += of_rule + 2 * segments
         return self._class[key]
 
-    def _matrices(self, view: ParamView, runs: Sequence[Run], by_block: bool, stochastic: bool) -> list[dict[str, int]]:
-        """A view as matrices, in the words of the kernel."""
+    def _matrices(
+        self, view: ParamView, runs: Sequence[Run], given: Collection[str], stochastic: bool
+    ) -> list[dict[str, int]]:
+        """A view as matrices, in the words of the kernel; for `given` see `_given`."""
         layout, by_row = view.layout, view.by_row
         first, stride = first_index(view)
         shape, segments = (view.shape[-2], view.shape[-1]), layout.segment_of_row
@@ -95,7 +98,7 @@ class LaunchTable:
             row |= {f"state.{name}": self._address(t) for name, t in view.blocks.items()}
             row |= {"counts": self._address(layout.counts), "block_of": self._address(layout.block_of_row)}
             return [row | self._by_line(view, segments)]
-        if view.uniform and not by_block and not (stochastic and scattered(view)):
+        if view.uniform and not given and not (stochastic and scattered(view)):
             return [self._row(view, 0, (1, view.numel), True) | {"first": first}]
         if by_row and shape[1] == 1:
             shape, by_row = (1, shape[0]), False  # numbers with rates of their own
@@ -104,9 +107,13 @@ class LaunchTable:
             row = self._row(view, copy * shape[0] * shape[1], shape, by_row)
             row |= {"first": first + copy * shape[0] * stride, "stride": stride}
             row |= self._by_line(view, segments, copy * shape[1])
-            if by_block:
-                owner = self._address(layout.block_of_row, copy * shape[1])
-                row |= {"rate_of": owner, "rate_stride": 1, "rates": 0 if owner else copy * shape[1]}
+            start = copy * shape[1]
+            if "decays" in given:
+                row |= {"rate_of": 0, "rate_stride": 1, "rates": start}
+                row |= {"decay_of": 0, "decay_stride": 1, "decays": start}
+            elif given:
+                owner = self._address(layout.block_of_row, start)
+                row |= {"rate_of": owner, "rate_stride": 1, "rates": 0 if owner else start}
             found.append(row)
         return found
 
@@ -165,12 +172,19 @@ class LaunchTable:
             own = torch.tensor(keys, dtype=torch.int64, device="cpu")[self._class_of_row]
             self.table[:, self._of_name["key"]] = (self._names + own) & 0xFFFFFFFF
         kept = []
-        for row, view_id, start in self._found:
-            kept.append(found.rates[view_id].float().contiguous())
-            self.table[row, self._of_name["rates"]] = kept[-1].data_ptr() + 4 * start
+        for row, what, view, start in self._found:
+            kept.append(_given(view, found)[what].float().contiguous())
+            self.table[row, self._of_name[what]] = kept[-1].data_ptr() + 4 * start
         numbers = array("f", values)
         clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
         self._move(gradients.buffer_info()[0], numbers.buffer_info()[0], clip)
+
+
+def _given(view: ParamView, found: Found) -> dict[str, Tensor]:
+    """What of a view is not among the values of the step: its rates per block, or rates and decays per row."""
+    if id(view) in found.lines:
+        return {"rates": found.lines[id(view)].rate, "decays": found.lines[id(view)].decay}
+    return {"rates": found.rates[id(view)]} if id(view) in found.rates else {}
 
 
 _OFF = {"clip": 1.0, "weight_decay": 0.0}

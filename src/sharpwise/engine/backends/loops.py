@@ -129,16 +129,16 @@ class Form:
 
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
-    *("rates_at", "rate_stride", "decays_at", "scalars_at", "first", "stride", "key", "blocks"),
+    *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks"),
 )
 """What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
 if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
 where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
-where its factors of decay and the scalars are; the global number of its first element, from row to row; the key of its
-noise; blocks of columns."""
+its factors of decay likewise; where the scalars are; the global number of its first element, from row to row; the key
+of its noise; blocks of columns."""
 TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
 """And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
-rates are (0: the first); `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
+rates are; `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
 
 
 class Kernel:
@@ -274,12 +274,12 @@ inline void begin_step(Job* jobs, int64_t count, const int64_t* gradients, const
   for (Job* m = jobs; m < jobs + count; ++m) {{
     m->g = reinterpret_cast<G*>(gradients[m->owner]) + m->offset;
     if (m->rates_at >= 0) m->rates = values + m->rates_at;
-    m->decays = values + m->decays_at;
+    if (m->decays_at >= 0) m->decays = values + m->decays_at;
     m->scalars = reinterpret_cast<const Scalars*>(values + m->scalars_at);
   }}
 }}
 inline float rate(const Job& m, int64_t r) {{ return m.rates[m.rate_of ? m.rate_of[r] : r * m.rate_stride]; }}
-inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.decay_of[r] : 0]; }}
+inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.decay_of[r] : r * m.decay_stride]; }}
 template <typename Rates, typename Decays>
 inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays, int64_t index) {{
 {pointers}{"".join(keys)}  #pragma omp simd

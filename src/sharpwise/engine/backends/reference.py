@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends.base import Backend, Found, Spec, row_step
+from sharpwise.engine.backends.base import Backend, Found, Spec, row_decay, row_step
 from sharpwise.engine.program import decayed
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView, compute_dtype
@@ -30,6 +30,20 @@ class Noise(NamedTuple):
     key: Any
 
 
+def aimed(
+    rule: Rule, s: Mapping[str, Any], p: Tensor, g: Tensor, stored: Sequence[Tensor]
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+    """Load, clip, coupled decay, direction: p as a number, new state, numerator and denominator. Nothing is written."""
+    dtype = compute_dtype(p.dtype)
+    x, g, *old = (Dense.of(t.dtype).decode({"": t}, dtype) for t in (p, g, *stored))
+    if "clip" in s:
+        g = g * s["clip"]
+    if "weight_decay" in s:
+        g = add(g, x, s["weight_decay"])
+    names = [name for name, kind in rule.state.items() if kind == "element"]
+    return x, *rule.direction(g, dict(zip(names, old, strict=True)), s)
+
+
 def update(
     rule: Rule,
     s: Mapping[str, Any],
@@ -47,14 +61,7 @@ def update(
     for, `clip` (factor on the gradient), `ok` (0: keep everything as it was), `weight_decay` (coupled). Cautious: decay
     only where the update and p agree in sign.
     """
-    names = [name for name, kind in rule.state.items() if kind == "element"]
-    dtype = compute_dtype(p.dtype)
-    x, g, *old = (Dense.of(t.dtype).decode({"": t}, dtype) for t in (p, g, *stored))
-    if "clip" in s:
-        g = g * s["clip"]
-    if "weight_decay" in s:
-        g = add(g, x, s["weight_decay"])
-    new, numerator, denominator = rule.direction(g, dict(zip(names, old, strict=True)), s)
+    x, new, numerator, denominator = aimed(rule, s, p, g, stored)
     factor = s.get("decay") if row_decay is None else row_decay
     if factor is not None:
         x = decayed(x, numerator, factor, cautious)
@@ -66,6 +73,7 @@ def update(
     else:
         x = x - (step * numerator) / denominator
     store(p, x, s, noise, 0)
+    names = [name for name, kind in rule.state.items() if kind == "element"]
     for slot, (name, tensor) in enumerate(zip(names, stored, strict=True), start=1):
         store(tensor, new[name], s, noise, slot)
 
@@ -100,8 +108,8 @@ class Reference(Backend):
             self._move(view, view.rows_of(g), scalars, found)
 
     def _move(self, view: ParamView, g: Tensor, scalars: StepScalars, found: Found) -> None:
-        step = row_step(view, scalars, found)
-        decay, s = scalars.row_decay(view), scalars.named(view)
+        step, decay = row_step(view, scalars, found), row_decay(view, scalars, found)
+        s = scalars.named(view)
         noise = noise_of(view, scalars.t(view)) if scalars.stochastic else None
         p, stored = view.parameter(), view.stored()
         rule = found.rules.get(id(view), view.rule)
@@ -110,10 +118,12 @@ class Reference(Backend):
             rows = max(1, CHUNK * rows // max(view.numel, 1))
         for i in range(0, p.shape[0], rows):
             j = slice(i, i + rows)
-            own = None if noise is None else Noise(_cut(noise.row, j), noise.column, noise.key)
-            update(rule, s, p[j], g[j], [t[j] for t in stored], _cut(step, j), _cut(decay, j), own, scalars.cautious)
+            own = None if noise is None else Noise(cut_rows(noise.row, j), noise.column, noise.key)
+            lines = cut_rows(step, j), cut_rows(decay, j)
+            update(rule, s, p[j], g[j], [t[j] for t in stored], *lines, own, scalars.cautious)
         view.write_back(p, stored)
 
 
-def _cut(tensor: Tensor | None, rows: slice) -> Any:
-    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
+def cut_rows(tensor: Any, rows: slice) -> Any:
+    """Of numbers that broadcast against a view, those of some of its rows."""
+    return tensor[rows] if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[0] > 1 else tensor

@@ -58,6 +58,8 @@ class Triton(Backend):
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
+        if spec.controlled:
+            return "a control: rows have decays of their own"
         if reason := _tensors_refused(spec):
             return reason
         printed = self._kernels(view.rule, formats_of(view, spec.grad, spec.options))

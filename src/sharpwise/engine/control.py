@@ -1,0 +1,116 @@
+"""Sums over rows or matrices before anything moves, and what a control makes of them.
+
+Stage A of a step with a control: the direction is worked out as the reference does, summed up, and forgotten. Nothing
+is written. Where a mesh cuts rows or matrices, one collective completes all sums. Stage B is the step of every back
+end, by rates and decays per row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharpwise.blocks import Cut
+from sharpwise.controls import Control, Over, Sums
+from sharpwise.engine.backends.base import Found, Lines, row_step
+from sharpwise.engine.backends.reference import CHUNK, aimed, cut_rows
+from sharpwise.engine.layout import Layout, Layouts
+from sharpwise.engine.mesh import Bucket, Partial
+from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.view import ParamView
+from sharpwise.rules.base import MatrixRule
+from sharpwise.shards import local
+
+CUTS: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
+"""Units are blocks."""
+
+
+class Bounds:
+    """What a control makes of the views of an optimizer.
+
+    Raises:
+        ValueError: if a rule takes whole matrices, whose updates are not known before they move.
+    """
+
+    def __init__(self, control: Control, views: Sequence[ParamView]) -> None:
+        matrix_rule = next((view.rule for view in views if isinstance(view.rule, MatrixRule)), None)
+        if matrix_rule is not None:
+            raise ValueError(
+                f"a control ({control.name}) does not bound rules of whole matrices yet, such as {matrix_rule.name!r}"
+            )
+        self.control = control
+        self._layouts = Layouts()
+
+    def lines(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found, bucket: Bucket
+    ) -> dict[int, Lines]:
+        """Rates and decays of the rows of matrices, by id of the view.
+
+        Args:
+            bucket: an empty one of the processes that hold parts.
+        """
+        partials: list[tuple[ParamView, Partial]] = []
+        for view, g in zip(views, grads, strict=True):
+            if view.is_matrix:
+                sums = _row_sums(view, g, scalars, found)
+                sums = torch.stack([self._units(view).gather(own) for own in sums])
+                cut = self.control.over == "matrix" or _cuts_rows(view)
+                partials.append((view, bucket.add(sums, view.shard) if cut else Partial(sums, view.shard)))
+        bucket.reduce()
+        return {id(view): self._lines(view, partial.values, scalars, found) for view, partial in partials}
+
+    def _units(self, view: ParamView) -> Layout:
+        if "units" not in view.kept:
+            cuts, held = (CUTS[self.control.over],) * len(view.segments), tuple(local(view.param).shape)
+            view.kept["units"] = self._layouts.of(view.segments, cuts, not view.part, held, view.shard, view.device)
+        found: Layout = view.kept["units"]
+        return found
+
+    def _lines(self, view: ParamView, sums: Tensor, scalars: StepScalars, found: Found) -> Lines:
+        units = self._units(view)
+        counts, of = units.counts, units.segment_of_block
+        assert counts is not None
+        of = torch.zeros_like(counts, dtype=torch.int64) if of is None else of
+        lr, decay = (
+            torch.as_tensor(scalars.spread([view], what, of), dtype=torch.float64, device=view.device).expand_as(counts)
+            for what in ("lr", "decay")
+        )
+        per_lr = torch.where(lr != 0, lr.reciprocal(), 0.0)
+        own = Sums(sums[0] * per_lr * per_lr, sums[1] * per_lr, sums[2], counts)
+        a, c = self.control.factors(own, {"lr": lr, "decay": decay})
+        lines = (x if units.block_of_row is None else x[units.block_of_row] for x in (a, c * decay))
+        a, decay = (x.view(view.row_shape) for x in lines)
+        return Lines((a * _step(view, scalars, found)).to(view.dtype), decay.to(view.dtype))
+
+
+def _step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | float:
+    """Its step sizes before the control, per row or for all."""
+    rows = row_step(view, scalars, found)
+    step: Tensor | float = scalars.named(view)["step"] if rows is None else rows
+    return step
+
+
+def _row_sums(view: ParamView, g: Tensor, scalars: StepScalars, found: Found) -> Tensor:
+    """Sums of d d, p d and p p over the rows held here, where -d is what would be added to p: fp64 [3, rows]."""
+    step, s = _step(view, scalars, found), scalars.named(view)
+    rule = found.rules.get(id(view), view.rule)
+    p, g, stored = view.parameter(), view.rows_of(g), view.stored()
+    size = max(1, p.shape[0])
+    if rule is view.rule:  # else it knows the matrix as a whole
+        size = max(1, CHUNK * size // max(view.numel, 1))
+    parts = [torch.zeros(3, *p[:0].sum(view.dim).shape, dtype=torch.float64, device=p.device)]
+    for i in range(0, p.shape[0], size):
+        j = slice(i, i + size)
+        x, _, u, below = aimed(rule, s, p[j], g[j], [t[j] for t in stored])
+        d = cut_rows(step, j) * u
+        d, x = (d if below is None else d / below).double(), x.double()
+        parts.append(torch.stack([(a * b).sum(view.dim) for a, b in ((d, d), (x, d), (x, x))]))
+    whole = torch.stack(parts).sum(0) if view.dim == 0 else torch.cat(parts, 1)
+    return whole.view(3, -1)
+
+
+def _cuts_rows(view: ParamView) -> bool:
+    """Whether a mesh cuts its rows: a row has parts in several processes."""
+    first = view.segments[0]
+    lines = {first.dim, 0} if first.stacked else {first.dim}
+    return any(view.shard.placements[d].dim not in lines for d in view.shard.cut)
