@@ -15,7 +15,7 @@ from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options
 from sharpwise.hints import kind_of, nearest
 from sharpwise.probes.fisher import sharpness_by_name
-from sharpwise.storage import BF16, FP32, Dense
+from sharpwise.storage import BF16, FP32, Dense, Format
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def engine_arguments(
     blocks: BlockMap | Mapping[str, Any] | None,
     strict: bool,
     block_lr: str | Mapping[str, Any] | BlockLR | None,
-    storage: Literal["fp32", "bf16"],
+    storage: Literal["fp32", "bf16"] | Format,
     stochastic_rounding: bool,
     seed: int,
     no_decay: Collection[str],
@@ -70,7 +70,7 @@ def engine_arguments(
         TypeError, ValueError: for options of a wrong kind or out of range, and for what does not combine.
     """
     per_block = _block_lr_of(who, block_lr)
-    where = _one_of(who, "storage", storage, STORAGES)
+    where = storage if isinstance(storage, Format) else _one_of(who, "storage", storage, STORAGES)
     _check_combination(who, name, per_block, storage)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
@@ -151,10 +151,10 @@ def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
     return table[name]
 
 
-def _check_combination(who: str, name: str, block_lr: BlockLR | None, storage: str) -> None:
+def _check_combination(who: str, name: str, block_lr: BlockLR | None, storage: str | Format) -> None:
     lrs, storages = COMBINES[name]
     known = all(part.name in lrs or part.name not in BLOCK_LRS or _probes(part) for part in _parts(block_lr))
-    if not known or storage not in storages:
+    if not known or not (isinstance(storage, Format) or storage in storages):
         for part in _parts(block_lr):
             if isinstance(part, SharpnessLR) and not known:
                 raise ValueError(f"{who}: {no_second_moment_message(part, name)}")

@@ -18,6 +18,7 @@ from sharpwise.blocks import BlockMap, Cut
 from sharpwise.combinations import COMBINES, STORAGES, engine_arguments
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
+from sharpwise.storage import Format
 
 __all__ = [
     "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "SGD", "STORAGES", "AdamMini", "AdamW", "Lion", "Muon",
@@ -42,7 +43,7 @@ class AdamW(BlockOptimizer):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
@@ -76,7 +77,7 @@ class AdamW(BlockOptimizer):
         blocks: BlockMap | Mapping[str, Any] | None = None,
         strict: bool = False,
         block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] = "fp32",
+        storage: Literal["fp32", "bf16"] | Format = "fp32",
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
@@ -116,7 +117,7 @@ class AdamMini(BlockOptimizer):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
@@ -145,7 +146,7 @@ class AdamMini(BlockOptimizer):
         blocks: BlockMap | Mapping[str, Any] | None = None,
         strict: bool = False,
         block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] = "fp32",
+        storage: Literal["fp32", "bf16"] | Format = "fp32",
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
@@ -181,7 +182,7 @@ class Lion(BlockOptimizer):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
@@ -207,7 +208,7 @@ class Lion(BlockOptimizer):
         blocks: BlockMap | Mapping[str, Any] | None = None,
         strict: bool = False,
         block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] = "fp32",
+        storage: Literal["fp32", "bf16"] | Format = "fp32",
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
@@ -262,7 +263,7 @@ class Muon(BlockOptimizer):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
@@ -303,7 +304,7 @@ class Muon(BlockOptimizer):
         blocks: BlockMap | Mapping[str, Any] | None = None,
         strict: bool = False,
         block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] = "fp32",
+        storage: Literal["fp32", "bf16"] | Format = "fp32",
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
@@ -346,7 +347,7 @@ class SGD(BlockOptimizer):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
@@ -375,7 +376,7 @@ class SGD(BlockOptimizer):
         blocks: BlockMap | Mapping[str, Any] | None = None,
         strict: bool = False,
         block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] = "fp32",
+        storage: Literal["fp32", "bf16"] | Format = "fp32",
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),
@@ -412,7 +413,7 @@ class SGDSaI(BlockOptimizer):
         blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
         strict: raise where a parameter is not explained, even if nothing depends on it.
         block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32" or "bf16"; state by block is always fp32.
+        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
         stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
         seed: of stochastic rounding.
         no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
@@ -439,7 +440,7 @@ class SGDSaI(BlockOptimizer):
         blocks: BlockMap | Mapping[str, Any] | None = None,
         strict: bool = False,
         block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] = "fp32",
+        storage: Literal["fp32", "bf16"] | Format = "fp32",
         stochastic_rounding: bool = False,
         seed: int = 0,
         no_decay: Collection[str] = (),

@@ -14,6 +14,7 @@ from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.view import ParamView
 from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor, local, place_gradient
+from sharpwise.storage import Format
 
 _ROUNDING = 1e-12
 """By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
@@ -57,6 +58,17 @@ def _check_places(group: Mapping[str, Any], rule: Rule, who: str) -> None:
                 f"{who}: {key} is a tensor on {tensor.device}, and its parameters are on {', '.join(places)}; give a "
                 f"number, a tensor on the CPU, or one on their device"
             )
+
+
+def check_storage(storage: Format, who: str) -> None:
+    """Raise ValueError for a format of several tensors, or one whose zeros are no zeros: so state begins."""
+    parts = storage.parts(torch.float32)
+    if list(parts) != [""]:
+        raise ValueError(
+            f"{who}: storage {storage.name!r} keeps {sorted(parts)} of a tensor; it may keep one number per element, ''"
+        )
+    if storage.decode({"": torch.zeros(1, dtype=parts[""], device="cpu")}).any():
+        raise ValueError(f"{who}: storage {storage.name!r} does not decode zeros to zeros, with which state begins")
 
 
 def check_device(named: Sequence[tuple[str, Tensor]], who: str) -> None:

@@ -101,7 +101,7 @@ def _row_sums(view: ParamView, g: Tensor, scalars: StepScalars, found: Found) ->
     parts = [torch.zeros(3, *p[:0].sum(view.dim).shape, dtype=torch.float64, device=p.device)]
     for i in range(0, p.shape[0], size):
         j = slice(i, i + size)
-        x, _, u, below = aimed(rule, s, p[j], g[j], [t[j] for t in stored])
+        x, _, u, below = aimed(rule, s, p[j], g[j], [t[j] for t in stored], view.storage)
         d = cut_rows(step, j) * u
         d, x = (d if below is None else d / below).double(), x.double()
         parts.append(torch.stack([(a * b).sum(view.dim) for a, b in ((d, d), (x, d), (x, x))]))

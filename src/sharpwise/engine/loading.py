@@ -17,7 +17,7 @@ from sharpwise.engine.state import FIXED, TORCH_ONLY, block_lr_keys, is_of_block
 from sharpwise.engine.view import ParamView
 from sharpwise.hints import kind_of
 from sharpwise.shards import is_dtensor, local
-from sharpwise.storage import Dense
+from sharpwise.storage import Format
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +245,10 @@ def _check_values(what: str, value: Tensor, own: Tensor) -> None:
         raise ValueError(f"{what} is on the meta device and holds no numbers; load the file with map_location='cpu'")
     if value.layout != torch.strided or value.is_complex() or value.is_quantized:
         raise ValueError(f"{what} must be a dense tensor of real numbers, got {value.layout} of {value.dtype}")
+    if value.dim() and value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+        raise ValueError(
+            f"{what} is stored as {value.dtype}, here as {own.dtype}: build the optimizer with its storage"
+        )
 
 
 def _check_shards(what: str, value: Any, own: Any) -> None:
@@ -259,7 +263,7 @@ def _check_shards(what: str, value: Any, own: Any) -> None:
 
 
 def prepared(
-    view: ParamView, own: dict[str, Any], saved: Mapping[str, Any], storage: Dense, ours: bool, who: str
+    view: ParamView, own: dict[str, Any], saved: Mapping[str, Any], storage: Format, ours: bool, who: str
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs (allocated, new value) for the state of one parameter, local parts; what was not saved is zero. All of it,
     whichever of its views is given.

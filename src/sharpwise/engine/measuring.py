@@ -20,6 +20,7 @@ from sharpwise.engine.options import Options
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard, local
+from sharpwise.storage import Dense
 
 Found = list[list[float]]
 """Per view, per segment; NaN where there is nothing."""
@@ -114,7 +115,9 @@ def _moments(view: ParamView) -> tuple[Tensor, Shard]:
         sizes = [s.blocks(c) for s, c in zip(view.segments, view.cuts, strict=True)]
         return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
     dim = -1 if view.layout.segment_of_row is None else view.dim  # along memory, where that will do
-    return _by_segment(view, row_sums(view.rows_of(v, name), dim)), view.shard
+    held = view.rows_of(v, name)
+    held = held if type(view.storage) is Dense else view.decoded(held)
+    return _by_segment(view, row_sums(held, dim)), view.shard
 
 
 def _by_segment(view: ParamView, rows: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from sharpwise.engine.checks import (
     check_coupled,
     check_device,
     check_settings,
+    check_storage,
     is_empty_step,
     were_exchanged,
 )
@@ -53,7 +54,7 @@ from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import views_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
-from sharpwise.storage import FP32, Dense
+from sharpwise.storage import FP32, Format
 from sharpwise.table import Table
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         lr: float | Tensor,
         weight_decay: float | Tensor,
         options: Options,
-        storage: Dense = FP32,
+        storage: Format = FP32,
         blocks: BlockMap | Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
         strict: bool = False,
@@ -100,6 +101,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._reset()
         if options.varies:
             check_sources(options, rule, self._model() is not None, who)
+        check_storage(storage, who)
         if options.control is not None:
             rehearse_control(options.control, options.decoupled, who)
         settings = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
@@ -215,6 +217,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if not self.options.decoupled:
             check_coupled(by_param, self.no_decay, self.who)
         for view in views:
+            view.storage = self.storage
             parts = [view.of_segments(by_name[view.name]) for by_name in factors]
             view.multipliers = product(parts, len(view.segments))
             own = self.state[view.param]

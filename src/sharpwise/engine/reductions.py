@@ -36,7 +36,7 @@ class _Pending:
         """The contribution of the part at hand."""
         dtype = self.view.dtype
         names = [name for name, kind in self.rule.state.items() if kind == "element"]
-        own = {name: tensor.to(dtype) for name, tensor in zip(names, self.view.stored(), strict=True)}
+        own = {name: self.view.decoded(tensor) for name, tensor in zip(names, self.view.stored(), strict=True)}
         g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
         return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.view.shard)
 

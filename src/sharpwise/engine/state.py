@@ -10,7 +10,7 @@ from sharpwise.block_lr import BlockLR
 from sharpwise.engine.counter import values_of
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import like, local
-from sharpwise.storage import Dense
+from sharpwise.storage import Dense, Format
 
 OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
@@ -21,7 +21,7 @@ TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", 
 
 
 def complete(
-    view: ParamView, own: dict[str, Any], storage: Dense, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
+    view: ParamView, own: dict[str, Any], storage: Format, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
 ) -> None:
     """Allocate missing state of a view, in that of its parameter: `step`, the rule's tensors, and those of a block_lr.
 
@@ -45,7 +45,7 @@ def complete(
         own |= {view.state_key(name): t for name, t in of_block_lr(view, block_lr, factors, device).items()}
 
 
-def zeros(view: ParamView, name: str, storage: Dense) -> Tensor:
+def zeros(view: ParamView, name: str, storage: Format) -> Tensor:
     """One of the rule's tensors before the first step."""
     inner, kind = local(view.param), view.rule.all_state[name]
     if kind == "block":
@@ -86,8 +86,9 @@ def block_lr_keys(view: ParamView) -> set[str]:
 def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the state that a step uses has the shape and the device of its parameter."""
     shape, device = tuple(view.param.shape), local(view.param).device
-    for name in view.rule.state:
-        _check_type(own[view.state_key(name)], name, view, who)
+    for name, kind in view.rule.state.items():
+        if kind != "element" or type(view.storage) is Dense:
+            _check_type(own[view.state_key(name)], name, view, who)
     for name, kind in view.rule.state.items():
         key = view.state_key(name)
         tensor = own[key]

@@ -14,6 +14,7 @@ from sharpwise.blocks import Cut, Segment
 from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.rules.base import MatrixRule, Rule
 from sharpwise.shards import Shard, local
+from sharpwise.storage import FP32, Dense, Format
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class ParamView:
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
         varies: whether multipliers change while training, each on its own.
-        own: its state by the names of the rule; `step` among it.
+        storage: of element state; own: its state by the names of the rule; `step` among it.
         kept: what back ends keep of it.
     """
 
@@ -55,6 +56,7 @@ class ParamView:
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
     decays: tuple[bool, ...] = (True,)
+    storage: Format = FP32
     own: dict[str, Tensor] = field(default_factory=dict)
     siblings: "tuple[ParamView, ...]" = ()
     kept: dict[Any, Any] = field(default_factory=dict)
@@ -151,6 +153,10 @@ class ParamView:
     @cached_property
     def _stored(self) -> list[Tensor]:
         return [self.rows_of(self.own[name], name) for name, kind in self.rule.state.items() if kind == "element"]
+
+    def decoded(self, stored: Tensor) -> Tensor:
+        """A piece of element state, in the type of the arithmetic."""
+        return Dense.stores(stored, self.storage).decode({"": stored}, self.dtype)
 
     def stored(self) -> list[Tensor]:
         """Element state as rows; copies where `copied`."""

@@ -24,17 +24,19 @@ class Dense(Format):
     name: str
     dtype: torch.dtype
 
-    def dtype_for(self, compute: torch.dtype) -> torch.dtype:
-        """The type of element state for a parameter whose arithmetic runs in `compute`."""
-        return compute if self.dtype == torch.float32 else self.dtype
-
     @staticmethod
     def of(dtype: torch.dtype) -> "Dense":
         """The format of a tensor of a type: a weight, say."""
         return {torch.float32: FP32, torch.bfloat16: BF16}.get(dtype) or Dense(str(dtype).removeprefix("torch."), dtype)
 
+    @staticmethod
+    def stores(tensor: Tensor, storage: Format) -> Format:
+        """The format of a state tensor of an optimizer with this storage: of numbers as they are, their own type's, as
+        users may have put them there."""
+        return Dense.of(tensor.dtype) if type(storage) is Dense else storage
+
     def parts(self, compute: torch.dtype) -> dict[str, torch.dtype]:
-        return {"": self.dtype_for(compute)}
+        return {"": compute if self.dtype == torch.float32 else self.dtype}
 
     def decode(self, parts: Mapping[str, Tensor], compute: torch.dtype = torch.float32) -> Tensor:
         return parts[""].to(compute)

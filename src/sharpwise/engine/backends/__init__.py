@@ -18,6 +18,27 @@ ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton",),
 }
 """By kind of device, which back ends are asked, in this order; then, and everywhere else, the reference."""
+BACKENDS: dict[str, type[Backend]] = {kind.name: kind for kind in (Triton, Cpp)}
+"""Those by their names."""
+
+
+def add_backend(kind: type[Backend], device: str) -> None:
+    """Have a back end asked before all others about views on a kind of device, by optimizers that are built after this.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if kind.name in BACKENDS or kind.name == Reference.name:
+        raise ValueError(f"a back end is called {kind.name!r} already: {', '.join(sorted(BACKENDS))}, {Reference.name}")
+    BACKENDS[kind.name] = kind
+    ORDER[device] = (kind.name, *ORDER.get(device, ()))
+
+
+def remove_backend(kind: type[Backend]) -> None:
+    """Take back `add_backend`; an optimizer that moves by it keeps it until it is bound anew."""
+    del BACKENDS[kind.name]
+    for device, names in ORDER.items():
+        ORDER[device] = tuple(name for name in names if name != kind.name)
 
 
 class Backends:
@@ -28,17 +49,21 @@ class Backends:
     """
 
     def __init__(self, replicas: Any = None) -> None:
-        self.cpp = Cpp()
-        self.by_name: dict[str, Backend] = {b.name: b for b in (Triton(), self.cpp)}
+        self.by_name: dict[str, Backend] = {name: kind() for name, kind in BACKENDS.items()}
         self._reference = Reference()
         self.matrices = {batched: Matrices(batched, replicas) for batched in (False, True)}
+
+    @property
+    def cpp(self) -> Any:
+        """Whose kernels add up squares too."""
+        return self.by_name["cpp"]
 
     def of(self, view: ParamView, kernels: bool) -> list[Backend]:
         """Those to be asked for a view, the reference last; without kernels it alone."""
         if isinstance(view.rule, MatrixRule):
             return [self.matrices[kernels]]
         names = ORDER.get(view.device.type, ()) if kernels else ()
-        return [*(self.by_name[name] for name in names), self._reference]
+        return [*(self.by_name[name] for name in names if name in self.by_name), self._reference]
 
     def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:
         """What decides about a step in one launch on a device; None where no kernel of ours runs."""
@@ -50,4 +75,4 @@ class Backends:
         return sum(backend.built for backend in self.by_name.values())
 
 
-__all__ = ["ORDER", "Backend", "Backends", "Reference", "Spec"]
+__all__ = ["ORDER", "Backend", "Backends", "Reference", "Spec", "add_backend", "remove_backend"]

@@ -13,6 +13,7 @@ from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard
+from sharpwise.storage import Dense
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -117,6 +118,11 @@ def row_step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | No
 def row_decay(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | None:
     """Their factors of decay, likewise."""
     return found.lines[id(view)].decay if id(view) in found.lines else scalars.row_decay(view)
+
+
+def format_refused(view: ParamView) -> str:
+    """Why nothing is printed for how its state is stored, or ""."""
+    return "" if type(view.storage) is Dense else f"nothing is printed for storage {view.storage.name!r} yet"
 
 
 def compiler_present() -> bool:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import loops
-from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once
+from sharpwise.engine.backends.base import (
+    Backend,
+    Found,
+    Spec,
+    built,
+    compiler_present,
+    format_refused,
+    say_once,
+)
 from sharpwise.engine.backends.launch import TOGETHER, LaunchTable, index_refused
 from sharpwise.engine.backends.loops import TYPES, Form
 from sharpwise.engine.layout import Run
@@ -54,7 +62,7 @@ class Cpp(Backend):
             return "state is not contiguous" if view.contiguous else "not contiguous"
         if spec.grad not in TYPES:
             return f"fp32 and bf16 alone, not {str(spec.grad)[6:]}"
-        if reason := _types_refused([local(view.param), *view.stored()]):
+        if reason := format_refused(view) or _types_refused([local(view.param), *view.stored()]):
             return reason
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason

@@ -23,7 +23,6 @@ from sharpwise.engine.view import ParamView
 from sharpwise.rules import SGD
 from sharpwise.rules.base import MatrixRule, add
 from sharpwise.shards import local, region_of
-from sharpwise.storage import Dense
 
 BATCH = 1 << 28
 """Bytes of a batch of matrices at the most; one that is larger is a batch of its own."""
@@ -184,10 +183,10 @@ class Matrices(Backend):
             g = add(g, part.take(local(view.param), view).to(view.dtype), row.weight_decay)
         held = {n: local(view.own[n]) for n, kind in rule.state.items() if kind == "element"}
         rows = {name: part.take(tensor, view) for name, tensor in held.items()}
-        old = {n: Dense.of(t.dtype).decode({"": t}, view.dtype) for n, t in rows.items()}
+        old = {n: view.decoded(t) for n, t in rows.items()}
         new, m = rule.input(g, old, s)
         for slot, (name, target) in enumerate(rows.items(), start=1):
-            store(target, new[name], s, _noise(one, scalars), slot)
+            store(target, new[name], s, _noise(one, scalars), slot, view.storage)
             part.put(held[name], view, target)
         return m
 

@@ -15,7 +15,7 @@ from sharpwise.engine.program import decayed
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView, compute_dtype
 from sharpwise.rules.base import Rule, add
-from sharpwise.storage import Dense
+from sharpwise.storage import FP32, Dense, Format
 from sharpwise.storage.dense import mix, step_key
 
 CHUNK = 1 << 22
@@ -31,11 +31,12 @@ class Noise(NamedTuple):
 
 
 def aimed(
-    rule: Rule, s: Mapping[str, Any], p: Tensor, g: Tensor, stored: Sequence[Tensor]
+    rule: Rule, s: Mapping[str, Any], p: Tensor, g: Tensor, stored: Sequence[Tensor], storage: Format
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """Load, clip, coupled decay, direction: p as a number, new state, numerator and denominator. Nothing is written."""
     dtype = compute_dtype(p.dtype)
-    x, g, *old = (Dense.of(t.dtype).decode({"": t}, dtype) for t in (p, g, *stored))
+    x, g = (Dense.of(t.dtype).decode({"": t}, dtype) for t in (p, g))
+    old = (Dense.stores(t, storage).decode({"": t}, dtype) for t in stored)
     if "clip" in s:
         g = g * s["clip"]
     if "weight_decay" in s:
@@ -54,6 +55,7 @@ def update(
     row_decay: Tensor | None = None,
     noise: Noise | None = None,
     cautious: bool = False,
+    storage: Format = FP32,
 ) -> None:
     """Move p and its element state by one step, in place.
 
@@ -61,7 +63,7 @@ def update(
     for, `clip` (factor on the gradient), `ok` (0: keep everything as it was), `weight_decay` (coupled). Cautious: decay
     only where the update and p agree in sign.
     """
-    x, new, numerator, denominator = aimed(rule, s, p, g, stored)
+    x, new, numerator, denominator = aimed(rule, s, p, g, stored, storage)
     factor = s.get("decay") if row_decay is None else row_decay
     if factor is not None:
         x = decayed(x, numerator, factor, cautious)
@@ -75,14 +77,17 @@ def update(
     store(p, x, s, noise, 0)
     names = [name for name, kind in rule.state.items() if kind == "element"]
     for slot, (name, tensor) in enumerate(zip(names, stored, strict=True), start=1):
-        store(tensor, new[name], s, noise, slot)
+        store(tensor, new[name], s, noise, slot, storage)
 
 
-def store(target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int) -> None:
+def store(
+    target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int, storage: Format = FP32
+) -> None:
     """Round and write one tensor, of which `slot` is the number, unless the step is not taken."""
-    rounds = noise is not None and target.dtype == torch.bfloat16
+    format = Dense.stores(target, storage)
+    rounds = noise is not None and (target.dtype == torch.bfloat16 or not isinstance(format, Dense))
     own = (noise.row + noise.column, mix(noise.key + slot)) if noise is not None and rounds else None
-    rounded = Dense.of(target.dtype).encode(value, own)[""]
+    rounded = format.encode(value, own)[""]
     target.copy_(torch.where(s["ok"] != 0, rounded, target) if "ok" in s else rounded)
 
 
@@ -120,7 +125,7 @@ class Reference(Backend):
             j = slice(i, i + rows)
             own = None if noise is None else Noise(cut_rows(noise.row, j), noise.column, noise.key)
             lines = cut_rows(step, j), cut_rows(decay, j)
-            update(rule, s, p[j], g[j], [t[j] for t in stored], *lines, own, scalars.cautious)
+            update(rule, s, p[j], g[j], [t[j] for t in stored], *lines, own, scalars.cautious, view.storage)
         view.write_back(p, stored)
 
 

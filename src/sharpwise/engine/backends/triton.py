@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
-from sharpwise.engine.backends.base import Backend, Found, Spec, Squares
+from sharpwise.engine.backends.base import Backend, Found, Spec, Squares, format_refused
 from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT, SHORT_TILE, TALL, WIDE, in_pieces, kernel_of, runs_of
 from sharpwise.engine.backends.triton_print import TYPES, DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
@@ -60,7 +60,7 @@ class Triton(Backend):
             return "the rule looks at whole matrices"
         if spec.controlled:
             return "a control: rows have decays of their own"
-        if reason := _tensors_refused(spec):
+        if reason := format_refused(view) or _tensors_refused(spec):
             return reason
         printed = self._kernels(view.rule, formats_of(view, spec.grad, spec.options))
         if isinstance(printed, str):
