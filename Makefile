@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types bench clean FORCE
+.PHONY: help demo test test-all lint format types bench bench-gpu clean FORCE
 
 help:
 	@echo 'make demo      compare three optimizers on a small transformer, write one HTML page'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint      ruff check and format --check, figures of the documents; `make format` applies both'
 	@echo 'make types     mypy'
 	@echo 'make bench     time the optimizer step on GPT-2 124M shapes (about 15 minutes, 10 GB of memory)'
+	@echo 'make bench-gpu on a machine with a GPU: the tests that need one, then the time of steps, with TORCH=a CUDA build'
 	@echo 'make clean     remove .venv and caches'
 
 demo: $(VENV)/demo
@@ -50,6 +51,12 @@ types: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/step_time.py
+
+# Times of kernels that are wrong are worth nothing: the tests come first.
+bench-gpu: $(VENV)/dev
+	@$(BIN)/python benchmarks/step_time.py --device cuda --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/step_time.py --device cuda
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

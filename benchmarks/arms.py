@@ -28,6 +28,7 @@ class Arm:
         bytes_per_element: what its step has to move, per parameter element.
         clip: norm that torch clips the gradients to before the step, None for no such pass.
         slow: takes part in every third round only.
+        reads_gradients: how many times a step reads them: twice where their norm comes first.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Arm:
     bytes_per_element: int
     clip: float | None = None
     slow: bool = False
+    reads_gradients: int = 1
 
 
 def adam_mini_package(model: nn.Module) -> torch.optim.Optimizer:
@@ -95,6 +97,20 @@ PAIRS = [
     ("sharpwise AdamW clip skip", CLIPPED_BASE),
     ("adam-mini package", "sharpwise AdamMini"),
     ("pytorch_optimizer AdamMini", "sharpwise AdamMini"),
+]
+# On a device; bytes are counted from the tensors there.
+DEVICE_ARMS = [
+    Arm(BASE, torch_adamw(fused=True), ADAMW),
+    Arm("torch AdamW foreach", torch_adamw(foreach=True), ADAMW),
+    Arm("sharpwise AdamW", sharpwise_adamw(), ADAMW),
+    Arm("sharpwise AdamW BlockwiseLR", sharpwise_adamw(block_lr="blockwise"), ADAMW),
+    Arm("sharpwise AdamW bf16 state", sharpwise_adamw(storage="bf16", stochastic_rounding=True), 20),
+    Arm("sharpwise AdamW cautious decay", sharpwise_adamw(cautious_decay=True), ADAMW),
+    Arm(CLIPPED_BASE, torch_adamw(fused=True), ADAMW + CLIPPED, clip=1.0, reads_gradients=2),
+    Arm("sharpwise AdamW clip skip", sharpwise_adamw(**GUARD), ADAMW + CLIPPED, reads_gradients=2),
+    Arm("sharpwise AdamMini", lambda model: sharpwise.AdamMini(model, lr=LR, weight_decay=WEIGHT_DECAY), MINI),
+    Arm("sharpwise Lion", lambda model: sharpwise.Lion(model, lr=LR, weight_decay=WEIGHT_DECAY), 20),
+    Arm("sharpwise SGD", lambda model: sharpwise.SGD(model, lr=LR, momentum=0.9, weight_decay=WEIGHT_DECAY), 20),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 

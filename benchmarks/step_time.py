@@ -3,6 +3,7 @@
     python benchmarks/step_time.py              everything, result in benchmarks/results/step_time.json
     python benchmarks/step_time.py --quick      a small shape, to see that it runs; saves nothing
     python benchmarks/step_time.py --again      medians and intervals anew from the saved rounds; times nothing
+    python benchmarks/step_time.py --device cuda     on a GPU: see on_device.py; `make bench-gpu` runs its tests first
 
 The arms take turns, in an order that rotates from round to round, on the same parameters and gradients (each arm has
 its state). Each is timed between two steps of torch's fused AdamW, and its ratio is to the mean of these two, so that
@@ -26,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import on_device
 import torch
 from arms import ARMS, BASE, CLIPPED_BASE, COLD, LR, PAIRS, TINY_ARMS, WEIGHT_DECAY, state_bytes
 from environment import environment
@@ -50,7 +52,16 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="substring of the arms to time (with the base); saves nothing")
     parser.add_argument("--skip-cold", action="store_true", help="no fresh processes; saves nothing")
     parser.add_argument("--again", action="store_true", help="summarize the saved rounds anew; times nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda", "fake"), default="cpu", help="see on_device.py")
+    parser.add_argument("--check", action="store_true", help="only whether there is such a device")
     args = parser.parse_args()
+    if reason := on_device.refusal(args.device):
+        parser.exit(1, f"{parser.prog}: {reason}\n")
+    if args.check:
+        return
+    if args.device != "cpu":
+        run_on_device(args)
+        return
     path = HERE / "results" / f"{args.name}.json"
     if args.again:
         save(path, again(json.loads(path.read_text())))
@@ -78,6 +89,15 @@ def main() -> None:
         print("\nNothing saved: this was not a full run.")
         return
     save(path, result)
+
+
+def run_on_device(args: argparse.Namespace) -> None:
+    settings = on_device.quick() if args.quick else {"shape": FULL, "rounds": 15, "repeats": 20}
+    result = on_device.measured(args.device, only=args.only, **settings)
+    if args.device == "fake" or args.quick or args.only:
+        print("\nNothing saved: this was not a full run on a device.")
+        return
+    save(HERE / "results" / f"{args.name}_cuda.json", result)
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
