@@ -2,16 +2,13 @@
 
 import shutil
 from collections.abc import Callable
-from typing import ClassVar
 
 import pytest
 import torch
 
 import sharpwise
-from sharpwise.engine import backends
 from sharpwise.engine.backends import base, loops
 from sharpwise.engine.backends.base import compiler_present
-from sharpwise.engine.backends.reference import Reference
 from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
 
 needs_compiler = pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
@@ -108,37 +105,3 @@ def test_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch, caplog: 
     assert [record.getMessage() for record in caplog.records] == [
         "no C++ compiler: steps on the CPU are the reference's, as right and slower; install g++ or clang++"
     ]
-
-
-def test_one_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A back end is a class and a name in the table."""
-
-    class Own(Reference):
-        name: ClassVar[str] = "own"
-        steps: ClassVar[list[int]] = []
-
-        def refuses(self, spec: backends.Spec) -> str:
-            return "" if spec.view.name.endswith("bias") else "for biases"
-
-        def step(self, views, grads, scalars, found) -> None:
-            self.steps.append(len(views))
-            super().step(views, grads, scalars, found)
-
-    monkeypatch.setitem(backends.ORDER, "cpu", ("own",))
-    made = backends.Backends.__init__
-
-    def with_own(self: backends.Backends) -> None:
-        made(self)
-        self.by_name["own"] = Own()
-
-    monkeypatch.setattr(backends.Backends, "__init__", with_own)
-    models = [tiny_model() for _ in range(2)]
-    first, second = (sharpwise.AdamW(m, lr=1e-2, compile=c) for m, c in zip(models, (None, False), strict=True))
-    for model, optimizer in zip(models, (first, second), strict=True):
-        fill_gradients(model, 0)
-        optimizer.step()
-    assert moved_by(first)["c_attn.bias"] == {"own"}
-    assert {row["why"] for row in first.explain() if row["backend"] == "reference"} == {"own: for biases"}
-    assert Own.steps == [sum(name.endswith("bias") for name, _ in models[0].named_parameters())]
-    for p, q in zip(*(m.parameters() for m in models), strict=True):
-        assert (p - q).norm() <= 1e-6 * q.norm()
