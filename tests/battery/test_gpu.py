@@ -13,12 +13,13 @@ OPTIONS = {
     "blockwise": {"block_lr": "blockwise"},
     "clip": {"max_grad_norm": 0.5},
     "skip": {"on_nonfinite": "skip", "max_grad_norm": 0.5},
+    "cautious": {"cautious_decay": True},
     "eager": {"compile": False},
 }
 
 
 def make(name, model, options):
-    extra = {"momentum": 0.9} if name == "sgd" else {}
+    extra = {"momentum": 0.9, "decoupled_weight_decay": "cautious_decay" in options} if name == "sgd" else {}
     return create_optimizer(model, name, lr=1e-3, weight_decay=0.1, **extra, **options)
 
 
