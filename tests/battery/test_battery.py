@@ -102,10 +102,10 @@ def test_stochastic_rounding_is_a_function_of_seed_and_step(name):
     assert not testing.same(results[0], results[2])
 
 
-def test_rounding_by_hash_is_the_same_compiled_gathered_and_eager():
+def test_rounding_by_hash_is_the_same_by_kernels_and_eager():
     """The hash knows the element, not the path: bf16 weights that start alike end alike."""
-    models = [testing.tiny_model(torch.bfloat16) for _ in range(3)]
-    for model, compile in zip(models, (False, None, True), strict=True):
+    models = [testing.tiny_model(torch.bfloat16) for _ in range(2)]
+    for model, compile in zip(models, (False, None), strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(7)
             model.get_submodule("transformer").add_module("wide", torch.nn.Linear(256, 384, dtype=torch.bfloat16))
@@ -113,6 +113,5 @@ def test_rounding_by_hash_is_the_same_compiled_gathered_and_eager():
         optimizer = make_of("lion", None, "bf16", True)(model, **options)
         testing.run(model, optimizer, range(4))
         assert (optimizer.compiled_graphs > 0) == (compile is not False)
-    assert testing.same(models[1], models[2])
-    for p, q in zip(models[0].parameters(), models[2].parameters(), strict=True):
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert (p != q).float().mean() < 1e-3  # a sum that compiled code contracts may round to the other side

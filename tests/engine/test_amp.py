@@ -115,8 +115,8 @@ def test_a_scaled_run_is_the_run_without_its_bad_step(name, how):
     assert all(a == b for a, b in norms)
     assert bool(norms) == ("clip" in how or "skip" in how or "raise" in how)
     assert mine.skipped_steps == ("skip" in how)
-    if how in COMPILED and name != "adamw":
-        assert {"cpp", "inductor"} & {row["backend"].split()[0] for row in mine.explain()}
+    if how in COMPILED:
+        assert {row["backend"].split()[0] for row in mine.explain()} == {"cpp"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def half_ulps(got, want):
 
 
 @pytest.mark.parametrize("scale", [None, 64.0], ids=["", "scaled"])
-@pytest.mark.parametrize("compile", [False, None, True], ids=["reference", "default", "compiled"])
+@pytest.mark.parametrize("compile", [False, None], ids=["reference", "default"])
 @pytest.mark.parametrize("case", HALF)
 def test_half_precision_weights(case, compile, scale):
     """The reference starts each step from the stored weights, and rounds to fp16: half a unit in the last place."""

@@ -82,7 +82,7 @@ def one_step(optimizer, p, **settings):
     return (before - p.detach()).mean().item() / optimizer.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("compile", [False, None, True])
+@pytest.mark.parametrize("compile", [None, False])
 def test_a_number_that_direction_reads_off_its_rule_is_read_at_every_step(compile):
     model = nn.Linear(300, 300, bias=False)
     optimizer = BlockOptimizer(model, Flagged(), lr=0.5, weight_decay=0.0, options=Options(compile=compile))

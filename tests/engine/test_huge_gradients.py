@@ -23,7 +23,7 @@ SEGMENTS = {
     "bias": Segment("bias", (60,), role=Role.UP, bias=True, source="said"),
     "scalar": Segment("scalar", (), role=Role.OTHER, source="said"),
 }
-"""Rows and columns, with and without our own loops, and what is gathered in one buffer."""
+"""Rows and columns, large and small."""
 
 
 def model_of(dtype, device):
@@ -66,7 +66,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compile", [True, None, False], ids=["compiled", "default", "eager"])
+@pytest.mark.parametrize("compile", [None, False], ids=["default", "eager"])
 @pytest.mark.parametrize(("dtype", "exponents", "tolerance"), TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("name", COMBINES)
 def test_clipped_they_are_as_any(name, dtype, exponents, tolerance, compile, device):
@@ -77,7 +77,7 @@ def test_clipped_they_are_as_any(name, dtype, exponents, tolerance, compile, dev
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compile", [True, None, False], ids=["compiled", "default", "eager"])
+@pytest.mark.parametrize("compile", [None, False], ids=["default", "eager"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
 def test_not_clipped_adam_mini_is_free_of_scale(dtype, tolerance, compile, device):
     """As long as (1-b2) times a mean of squares is in range, which the mean itself is not."""
@@ -89,7 +89,7 @@ def test_not_clipped_adam_mini_is_free_of_scale(dtype, tolerance, compile, devic
     assert_alike(huge, small, tolerance)
 
 
-@pytest.mark.parametrize("compile", [True, None, False], ids=["compiled", "default", "eager"])
+@pytest.mark.parametrize("compile", [None, False], ids=["default", "eager"])
 @pytest.mark.parametrize("size", [1e19, 1e20, 5e20, 7e20, 1e22])
 def test_not_clipped_adam_mini_is_out_of_range_where_adamw_is(size, compile):
     """A block of equal gradients is AdamW's element; and once v is infinite, nothing moves any more."""
@@ -112,7 +112,7 @@ def test_not_clipped_adam_mini_is_out_of_range_where_adamw_is(size, compile):
         assert (models[0].weight - models[1].weight).norm() <= 1e-6 * models[1].weight.norm()
 
 
-@pytest.mark.parametrize("compile", [True, None, False], ids=["compiled", "default", "eager"])
+@pytest.mark.parametrize("compile", [None, False], ids=["default", "eager"])
 def test_one_huge_element(compile):
     """The largest number of the type: nothing but its block feels it, and that goes on."""
     model = nn.Linear(300, 301, bias=False)

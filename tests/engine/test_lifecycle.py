@@ -58,11 +58,11 @@ def test_state_moved_by_hand_is_found(name, move):
     )
 
 
-@pytest.mark.parametrize("compile", [None, True, False])
+@pytest.mark.parametrize("compile", [None, False])
 @pytest.mark.parametrize("name", sharpwise.list_optimizers())
 def test_data_of_parameters_exchanged_between_steps(name, compile):
     """Weights are loaded, averaged or offloaded by `p.data = ...`, too."""
-    models = [TinyGPT(width=256, heads=16, vocabulary=300) if compile else tiny_model() for _ in range(2)]
+    models = [tiny_model() if compile is False else TinyGPT(width=256, heads=16, vocabulary=300) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     first, second = (sharpwise.create_optimizer(m, name, lr=1e-2, compile=compile) for m in models)
     for step in range(3):
@@ -279,7 +279,7 @@ def test_a_schedule_may_miss_zero_by_rounding(name):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("compile", [False, None, True])
+@pytest.mark.parametrize("compile", [None, False])
 @pytest.mark.parametrize("name", sharpwise.list_optimizers())
 def test_numbers_of_numpy_are_numbers(name, compile):
     models = [tiny_model() for _ in range(2)]

@@ -14,7 +14,7 @@ from sharpwise.testing import TinyGPT, fill_gradients, same
 
 
 def model_of(seed=0):
-    """Wide enough for graphs: fused qkv of 16 heads, rows, tokens."""
+    """Wide, of fused qkv of 16 heads, rows, tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TinyGPT(width=256, heads=16, vocabulary=300)

@@ -160,24 +160,6 @@ def lopsided(name: str) -> dict[str, Any]:
     return {"parameters": difference(sharded, alone), "state": state_difference(*optimizers, (sharded, alone))}
 
 
-class Vectors(nn.Module):
-    """Tensors whose shards are gathered in one process and, by one element, too large for it in the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        sizes = (100, 32769, 200)
-        self.v = nn.ParameterList([nn.Parameter(torch.randn(n, generator=generator)) for n in sizes])
-
-
-def sizes_astride() -> dict[str, Any]:
-    sharded, alone = fully_shard(Vectors()), Vectors()
-    optimizers = [sharpwise.AdamMini(model, lr=LR, cut="tensor") for model in (sharded, alone)]
-    for model, optimizer in zip((sharded, alone), optimizers, strict=True):
-        train(model, optimizer, range(3))
-    return {"parameters": difference(sharded, alone), "state": state_difference(*optimizers, (sharded, alone))}
-
-
 def live(name: str) -> dict[str, Any]:
     """Real gradients: each process sees half of every batch, one process alone sees all of it."""
     sharded, alone = shard(gpt2()), gpt2()
@@ -213,7 +195,6 @@ def cases() -> dict[str, Case]:
     for name in ("adamw", "adam-mini"):
         found[f"live, {name}"] = lambda name=name: live(name)
         found[f"lopsided, {name}"] = lambda name=name: lopsided(name)
-    found["sizes astride"] = sizes_astride
     return found
 
 

@@ -3,8 +3,8 @@
 The contract: given the same gradients, equal to the bit where no output row is cut, else max|dp| <= 1e-6 max|p|. FSDP
 cuts dimension 0: those are the output rows in the Linear layout (so no row is cut, though heads are), and the input
 dimension in Hugging Face's Conv1D layout (so every row of a matrix is cut). To the bit holds on the eager path. The
-default uses torch's fused kernel and gathered buffers, whose vector loops round their last elements differently from
-the others, so that there the place of a cut shows in the last bit.
+default uses kernels, whose vector loops may round their last elements differently from the others, so that there the
+place of a cut shows in the last bit.
 """
 
 import pytest
@@ -63,7 +63,7 @@ def test_losses_with_live_gradients_agree(found: Found, name: str) -> None:
     assert result["fell"] != 0.0
 
 
-@pytest.mark.parametrize("case", ["lopsided, adamw", "lopsided, adam-mini", "sizes astride"])
+@pytest.mark.parametrize("case", ["lopsided, adamw", "lopsided, adam-mini"])
 def test_no_process_decides_alone(found: Found, case: str) -> None:
     """Whether to step, and what is summed together, may not depend on the shard that a process holds."""
     result = of(found, case)

@@ -31,10 +31,10 @@ def test_clipping_is_torchs(max_norm):
     near(first, second)
 
 
-@pytest.mark.parametrize("compiled", [None, False, True], ids=lambda c: f"compile={c}")
+@every_path
 @pytest.mark.parametrize("rule", BARE)
 def test_clipping_is_clipping_by_hand(rule, compiled):
-    """Matrices that are compiled one by one and small tensors; steps that are clipped, and others."""
+    """Large matrices and small tensors; steps that are clipped, and others."""
     constructor, hyper = BARE[rule]
     first, second = wide_gpt2(), wide_gpt2()
     grads = driver.gradients(named(first), 4)

@@ -263,9 +263,7 @@ def test_compiled_is_eager(rule, options):
             assert driver.error(value, driver.as_array(two.state[q][key])) <= 1e-6, (name, key)
 
 
-@pytest.mark.parametrize(
-    "compiled", [None, False, pytest.param(True, marks=pytest.mark.slow)], ids=lambda c: f"compile={c}"
-)
+@every_path
 def test_huge_is_finite(compiled):
     """Squares that overflow float32 are no reason to skip a step; infinity is."""
     first, second = wide_gpt2(), wide_gpt2()
@@ -347,7 +345,7 @@ def test_the_hash_of_rounding_loses_nothing():
 
 @pytest.mark.parametrize("rule", ["adamw", "adam-mini", "lion", "sgd"])
 def test_stochastic_rounding_does_not_depend_on_the_path(rule):
-    """The hash is of seed, step and element: gathered in a buffer or alone, an element is rounded alike.
+    """The hash is of seed, step and element: an element is rounded alike, whoever moves it.
 
     The paths differ in the last fp32 bit, which decides about one rounding in 2^16.
     """

@@ -65,7 +65,7 @@ def same_state(one, two, first, second, keys):
             assert torch.equal(got.reshape(-1).double(), want.reshape(-1).double()), (name, key)
 
 
-# On the default path small tensors are gathered and AdamW is torch's own kernel: nearly equal, and by other code.
+# By kernels, which are nearly equal, and by the reference.
 every_path = pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
 
 ADAMW = {"lr": 2e-3, "betas": (0.87, 0.963), "eps": 1e-6, "weight_decay": 0.17}
@@ -82,7 +82,7 @@ BARE = {
 
 
 def wide_gpt2():
-    """Matrices beyond the size from which they are compiled one by one (Conv1D and Linear layout, fused q, k, v)."""
+    """Matrices that several threads share (Conv1D and Linear layout, fused q, k, v)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(2)

@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import loops
-from sharpwise.engine.backends.base import (
-    Backend,
-    Found,
-    Spec,
-    built,
-    compiler_present,
-    format_refused,
-    say_once,
-)
-from sharpwise.engine.backends.launch import TOGETHER, LaunchTable, index_refused
-from sharpwise.engine.backends.loops import TYPES, Form
+from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, format_refused, say_once
+from sharpwise.engine.backends.launch import LaunchTable, index_refused
+from sharpwise.engine.backends.loops import SHARED, TYPES, Form
 from sharpwise.engine.layout import Run
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
@@ -74,7 +66,7 @@ class Cpp(Backend):
         if spec.controlled:  # the control wants to know the direction before anything moves
             return False
         # Gradients that are read for their norm have their columns summed up there: it takes longer than reading them.
-        columns = not spec.view.by_row and spec.view.numel >= TOGETHER
+        columns = not spec.view.by_row and spec.view.numel >= SHARED
         return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
 
     def _one_pass(self, spec: Spec) -> Sequence[Run]:

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import Found
-from sharpwise.engine.backends.loops import NUMBERS, TABLES, Kernel, threads_for
+from sharpwise.engine.backends.loops import NUMBERS, SHARED, TABLES, Kernel, threads_for
 from sharpwise.engine.layout import Run
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
 from sharpwise.storage.dense import step_key
-
-TOGETHER = 1 << 16
-"""Elements of columns from which it pays that all threads meet over one matrix."""
 
 
 class LaunchTable:
@@ -93,7 +90,7 @@ class LaunchTable:
                 found.append(row | self._by_line(view, layout.segment_of_block, blocks.start))
             return found
         if runs:
-            row = self._row(view, 0, shape, False, together=view.numel >= TOGETHER)
+            row = self._row(view, 0, shape, False, together=view.numel >= SHARED)
             row |= {"first": first, "stride": stride, "blocks": view.n_blocks}
             row |= {f"state.{name}": self._address(t) for name, t in view.blocks.items()}
             row |= {"counts": self._address(layout.counts), "block_of": self._address(layout.block_of_row)}

@@ -23,6 +23,8 @@ from sharpwise.rules.base import Rule
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # torch's own are the other way round
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 """What can be read and written; the arithmetic is fp32."""
+SHARED = 1 << 16
+"""Elements from which it pays that threads share them, if they have to meet for it."""
 _OURS = ("clip", "weight_decay")
 _aten = torch.ops.aten
 _COMPARED = {"ne": "!=", "eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -185,7 +187,7 @@ class Kernel:
 
 def threads_for(elements: int) -> int:
     """How many threads so many elements are worth."""
-    return 1 if elements < 1 << 16 else torch.get_num_threads()
+    return 1 if elements < SHARED else torch.get_num_threads()
 
 
 def empty(n: int, dtype: torch.dtype) -> Tensor:
