@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine.backends import cpp, loops
+from sharpwise.engine.backends import cpp
 
 PATHS = pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
 MAKE = {"adamw": sharpwise.AdamW, "adam-mini": sharpwise.AdamMini, "lion": sharpwise.Lion}
@@ -226,38 +226,24 @@ def threads():
 
 
 def test_another_number_of_threads(threads, monkeypatch):
-    """A kernel that only then is asked for, and cannot be built, is not needed."""
+    """A block that no other thread helps with is summed up before it moves; nothing is built for that."""
     monkeypatch.setattr(cpp, "ONE_THREAD", 1 << 10)
-    models, blocks = [], BLOCKS | {"wide": {"role": "q", "heads": 4}}
-    for fails in (False, True):
-        built = []
-        kernel = loops.Kernel
-
-        def build(form, fails=fails, built=built, kernel=kernel):
-            built.append(form.with_blocks)
-            if fails and not form.with_blocks:
-                raise RuntimeError("no compiler any more")
-            return kernel(form)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(loops, "Kernel", build)
-            torch.set_num_threads(1)
-            model = Model()
-            optimizer = sharpwise.AdamMini(model, lr=1e-2, blocks=blocks, compile=True)
-            for t in range(4):
-                torch.set_num_threads(4 if t >= 2 else 1)
-                gradients(model, t)
-                optimizer.step()
-            torch.set_num_threads(1)
-            models.append(model)
-            assert built == [True, False]
-    plain = Model()
-    optimizer = sharpwise.AdamMini(plain, lr=1e-2, blocks=blocks, compile=False)
+    blocks = BLOCKS | {"wide": {"role": "q", "heads": 4}}
+    models = [Model() for _ in range(2)]
+    optimizer, plain = (
+        sharpwise.AdamMini(m, lr=1e-2, blocks=blocks, compile=c) for m, c in zip(models, (None, False), strict=True)
+    )
+    passes, built = [], []
     for t in range(4):
-        gradients(plain, t)
-        optimizer.step()
-    for model in models:
-        near(model, plain)
+        torch.set_num_threads(4 if t >= 2 else 1)
+        for model, own in zip(models, (optimizer, plain), strict=True):
+            gradients(model, t)
+            own.step()
+        passes.append(next(row["backend"] for row in optimizer.explain() if row["name"] == "wide"))
+        built.append(optimizer.compiled_graphs)
+    assert passes == ["cpp (one pass)"] * 2 + ["cpp"] * 2
+    assert built[:2] == [1, 1] and set(built[2:]) == {2}  # that of sums
+    near(*models)
 
 
 @PATHS

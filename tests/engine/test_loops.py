@@ -201,13 +201,24 @@ def test_a_rule_of_ones_own():
     assert_alike(optimizers, [model.weight for model in models])
 
 
-def test_a_rule_without_words_is_refused():
+class CubedBlocks(AdamMini):
+    """Of a rule that no loop has words for where it looks at blocks."""
+
+    name = "cubed blocks"
+
+    def block_phase(self, blocks, mean_square, s):
+        new, denominator = super().block_phase(blocks, mean_square, s)
+        return new, denominator**3
+
+
+@pytest.mark.parametrize("rule", [Cubed, CubedBlocks])
+def test_a_rule_without_words_is_refused(rule):
     models = [nn.Linear(300, 301) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     blocks = {"weight": "up"}
     settings = {"lr": 1e-2, "weight_decay": 0.1, "blocks": blocks}
     optimizers = [
-        BlockOptimizer(m, Cubed(), options=Options(compile=c), **settings)
+        BlockOptimizer(m, rule(), options=Options(compile=c), **settings)
         for m, c in zip(models, (True, False), strict=True)
     ]
     for t in range(2):

@@ -29,7 +29,7 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         for name, kind in view.rule.state.items():
             sizes[kind] += view.own[name].element_size()
         dtype = stepper.grad_dtype(view)
-        choice = stepper.plan.choose(view, dtype, anew=True)
+        choice = stepper.plan.choose(view, dtype)
         one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         cut, m = view.cuts[i], stepper.multipliers.now(view)[i]

@@ -53,13 +53,10 @@ class Plan:
         """What back ends are asked about."""
         return Spec(view, grad, self.options)
 
-    def choose(self, view: ParamView, grad: torch.dtype, anew: bool = False) -> Choice:
-        """The first back end of the device's list that does not refuse a view with such a gradient.
-
-        anew: ask again, as a kernel may have turned out not to build.
-        """
+    def choose(self, view: ParamView, grad: torch.dtype) -> Choice:
+        """The first back end of the device's list that does not refuse a view with such a gradient."""
         key = id(view), grad
-        if anew or key not in self._chosen:
+        if key not in self._chosen:
             refusals: list[tuple[str, str]] = []
             for backend in self.backends.of(view, self.kernels):
                 reason = backend.refuses(self.spec(view, grad))

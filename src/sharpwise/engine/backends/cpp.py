@@ -59,7 +59,7 @@ class Cpp(Backend):
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason
         view.kept["cpp", spec.grad] = spec
-        kernel = None if self.sums_blocks(spec) else self._kernel(_form(spec, False))
+        kernel = self._kernel(_form(spec))
         return kernel if isinstance(kernel, str) else ""
 
     def sums_blocks(self, spec: Spec) -> bool:
@@ -75,16 +75,14 @@ class Cpp(Backend):
         if not view.rule.has_blocks:
             return ()
         threads = torch.get_num_threads()
-        key = "one pass", threads, spec.grad
+        key = "one pass", threads
         if key not in view.kept:
-            runs = runs_of(view) if not _types_refused(list(view.blocks.values())) else []
+            runs = runs_of(view) if len(_form(spec).state) == len(view.rule.state) else []
             # Threads share blocks of rows, or rows of columns by the eight.
             blocks = min((run.blocks.stop - run.blocks.start for run in runs), default=0)
             shared = blocks if view.dim == 1 else view.shape[0] // 8
             serial = shared < 2 * threads and view.numel > ONE_THREAD
-            # Built here, as the number of threads may change between two steps.
-            serial = serial and not isinstance(self._kernel(_form(spec, False)), str)
-            view.kept[key] = [] if serial or not runs or isinstance(self._kernel(_form(spec, True)), str) else runs
+            view.kept[key] = [] if serial else runs
         found: Sequence[Run] = view.kept[key]
         return found
 
@@ -107,10 +105,9 @@ class Cpp(Backend):
         runs: dict[int, Sequence[Run]] = {}
         for i, (view, g) in enumerate(zip(views, grads, strict=True)):
             spec: Spec = view.kept["cpp", g.dtype]
-            with_blocks = view.rule.has_blocks and id(view) not in found.rates
-            if with_blocks:
+            if view.rule.has_blocks and id(view) not in found.rates:
                 runs[id(view)] = self._one_pass(spec)
-            together.setdefault(self._kernel(_form(spec, with_blocks)), []).append((i, view))
+            together.setdefault(self._kernel(_form(spec)), []).append((i, view))
         tables = [LaunchTable(kernel, own, runs, found, scalars) for kernel, own in together.items()]
         self._tables = views, stamp, tables
         return tables
@@ -129,16 +126,15 @@ class Cpp(Backend):
         return self._kernels[form]
 
 
-def _form(spec: Spec, with_blocks: bool) -> Form:
+def _form(spec: Spec) -> Form:
     view, options = spec.view, spec.options
-    kinds = ("element", "block") if with_blocks else ("element",)
+    kinds = ("element",) if _types_refused(list(view.blocks.values())) else ("element", "block")
     state = tuple((name, view.own[name].dtype) for k in kinds for name, kind in view.rule.state.items() if kind == k)
     return Form(
         view.rule,
         view.param.dtype,
         spec.grad,
         state,
-        with_blocks,
         coupled=not options.decoupled,
         cautious=options.cautious,
         stochastic=options.stochastic_rounding,

@@ -113,9 +113,7 @@ class Form:
     """What a kernel depends on.
 
     Attributes:
-        param, grad: dtypes; state: of each state tensor, by name.
-        with_blocks: block state included. Rows are blocks then, columns are or make up blocks, and their denominators
-            are worked into the step. Else rates per row are all that is known of blocks.
+        param, grad: dtypes; state: of each state tensor, by name. Without block state it takes rates by block alone.
         coupled, cautious: as a program's; stochastic: bf16 is rounded by hash.
     """
 
@@ -123,7 +121,6 @@ class Form:
     param: torch.dtype
     grad: torch.dtype
     state: tuple[tuple[str, torch.dtype], ...]
-    with_blocks: bool = False
     coupled: bool = False
     cautious: bool = False
     stochastic: bool = False
@@ -155,12 +152,10 @@ class Kernel:
 
     def __init__(self, form: Form) -> None:
         program = Program.of(form.rule, coupled=form.coupled, cautious=form.cautious)
-        state = (*program.elements, *(program.blocks if form.with_blocks else ()))
-        self.tensors = ("p", "g", *(f"state.{name}" for name in state))
+        self.tensors = ("p", "g", *(f"state.{name}" for name, _ in form.state))
         self.scalars = (*program.scalars, *_OURS)
         self.width = len(self.tensors) + len(NUMBERS) + len(TABLES)
-        text = _text("blocks" if form.with_blocks else "elements")
-        self.source = _text("sums") + _written(program, form) + text
+        self.source = _text("sums") + _written(program, form) + _text("step")
         self._call = _built(self.source).step
 
     def call(self, table: Tensor, total: int, widest: int, threads: int) -> Callable[[int, int, float], Any]:
@@ -241,8 +236,8 @@ def _own_folder() -> Path:
 
 
 def _written(program: Program, form: Form) -> str:
-    """What blocks.cpp and elements.cpp need to know of a rule."""
-    elements, blocks = program.elements, program.blocks if form.with_blocks else ()
+    """What step.cpp needs to know of a rule."""
+    elements, blocks = program.elements, [name for name, _ in form.state if name in program.blocks]
     types = {"p": form.param, "g": form.grad, **{_named(name): dtype for name, dtype in form.state}}
     names = ["p", *map(_named, elements)]
     inputs = {"p": "load(p + i)", "g": "load(g + i)", "rate": "rates[i]", "decay": "decays[i]", "clip": "s.clip"}
@@ -255,7 +250,7 @@ def _written(program: Program, form: Form) -> str:
         for k, (name, value, noise) in enumerate(zip(names, values.values(), noisy, strict=True))
     ]
     pointers = "".join(_pointer(name, TYPES[types[name]], "at", name == "g") for name in ["p", "g", *names[1:]])
-    phase = _denominator(program, {name: TYPES[types[_named(name)]] for name in blocks}) if blocks else ""
+    phase = _denominator(program, {name: TYPES[types[_named(name)]] for name in blocks}) if blocks else _NO_PHASE
     return f"""
 using P = {TYPES[form.param]};
 using G = {TYPES[form.grad]};
@@ -292,6 +287,9 @@ inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rat
 }}
 {phase}
 """
+
+
+_NO_PHASE = "inline double denominator(const Scalars&, const Job&, int64_t, double) { return 1; }"
 
 
 def _denominator(program: Program, kinds: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
-// A step of a rule with block state, for a list of matrices: a row that is a block is summed up and moved while it is in
-// the cache; a matrix of columns is summed up whole and then moved, while what the last cache holds of it is there: by all
-// threads together, or by one if it is small.
+// A step for a list of matrices. Where the blocks of one are known here (`counts`), a row that is a block is summed up and
+// moved while it is in the cache; a matrix of columns is summed up whole and then moved, while what the last cache holds
+// of it is there: by all threads together, or by one if it is small. Else all is known but the elements themselves.
 //
 // Comes after sums.cpp and what loops.py writes: the types P, G, Scalars and Job, and out of the rule
 //   denominator(s, m, b, mean)                 moves the state of a block on and returns its denominator
@@ -8,21 +8,35 @@
 
 namespace {
 
+// Threads share a row of a thing that is all alike.
+void step_flat(const Job& m, const Range& part) {
+  move(*m.scalars, m, part.begin, part.end - part.begin, Same{rate(m, 0)}, Same{decay(m, 0)}, m.first + part.begin);
+}
+
 inline double mean_square(const Job& m, int64_t b, double squares, double clip) {
   return squares / m.counts[b] * clip * clip;
 }
 
 void step_rows(const Job& m, const Range& part, double clip) {
   const Scalars s = *m.scalars;
-  for (int64_t b = part.begin / m.columns; b * m.columns < part.end; ++b) {
-    const double squares = row_squares<float>(static_cast<const G*>(m.g) + b * m.columns, m.columns);
-    const float own = float(rate(m, b) / denominator(s, m, b, mean_square(m, b, squares, clip)));
-    move(s, m, b * m.columns, m.columns, Same{own}, Same{decay(m, b)}, m.first + b * m.stride);
+  for (int64_t r = part.begin / m.columns; r * m.columns < part.end; ++r) {
+    float own = rate(m, r);
+    if (m.counts) {
+      const double squares = row_squares<float>(static_cast<const G*>(m.g) + r * m.columns, m.columns);
+      own = float(own / denominator(s, m, r, mean_square(m, r, squares, clip)));
+    }
+    move(s, m, r * m.columns, m.columns, Same{own}, Same{decay(m, r)}, m.first + r * m.stride);
   }
 }
 
-void step_columns(const Team& team, const Job& m, double clip, double* groups, double* parts, float* rates,
-                  float* decays, double* sums) {
+void step_columns(const Job& m, int64_t begin, int64_t end, const float* rates, const float* decays) {
+  const Scalars s = *m.scalars;
+  for (int64_t r = begin; r < end; ++r)
+    move<const float*, const float*>(s, m, r * m.columns, m.columns, rates, decays, m.first + r * m.stride);
+}
+
+void step_columns_of_blocks(const Team& team, const Job& m, double clip, double* groups, double* parts, float* rates,
+                            float* decays, double* sums) {
   const Scalars s = *m.scalars;
   all_column_squares<float>(team, static_cast<const G*>(m.g), m.rows, m.columns, groups, parts);
   if (m.block_of && team.thread == 0) {
@@ -38,8 +52,7 @@ void step_columns(const Team& team, const Job& m, double clip, double* groups, d
     decays[c] = decay(m, c);
   }
   team.meet();
-  for (int64_t r = team.begin(m.rows, STREAMS), last = team.end(m.rows, STREAMS); r < last; ++r)
-    move<const float*, const float*>(s, m, r * m.columns, m.columns, rates, decays, m.first + r * m.stride);
+  step_columns(m, team.begin(m.rows, STREAMS), team.end(m.rows, STREAMS), rates, decays);
 }
 
 }  // namespace
@@ -55,17 +68,25 @@ extern "C" void step(const int64_t* gradients, const float* values, double clip,
     float* common = rates + 2 * widest * team.threads;
     for (const Job* m = matrices; m < matrices + count; ++m)
       if (m->before < 0)
-        step_columns(team, *m, clip, groups, parts, common, common + widest, sums + widest * team.threads);
-    const int64_t own = widest * team.thread;
+        step_columns_of_blocks(team, *m, clip, groups, parts, common, common + widest, sums + widest * team.threads);
+    const int64_t at = widest * team.thread;
+    float *own = rates + 2 * at, *decays = own + widest;
     for (const Job* m = matrices; m < matrices + count; ++m) {
       const int64_t n = m->rows * m->columns;
       if (m->before < 0) continue;
-      const Range part(team, total, m->before, n, m->by_row ? m->columns : n);
+      const bool whole = m->counts && !m->by_row, flat = !m->counts && m->by_row && m->rows == 1;
+      const Range part(team, total, m->before, n, whole ? n : flat ? 64 : m->columns);
       if (part.begin >= part.end) continue;
-      if (m->by_row)
+      if (whole) {
+        step_columns_of_blocks(alone, *m, clip, groups + at, parts + at, own, decays, sums + at);
+      } else if (flat) {
+        step_flat(*m, part);
+      } else if (m->by_row) {
         step_rows(*m, part, clip);
-      else
-        step_columns(alone, *m, clip, groups + own, parts + own, rates + 2 * own, rates + 2 * own + widest, sums + own);
+      } else {
+        for (int64_t c = 0; c < m->columns; ++c) own[c] = rate(*m, c), decays[c] = decay(*m, c);
+        step_columns(*m, part.begin / m->columns, part.end / m->columns, own, decays);
+      }
     }
   }
 }
