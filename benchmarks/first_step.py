@@ -2,7 +2,7 @@
 
     python benchmarks/first_step.py LAYOUT ARM [--quick] [--threads N]
 
-Started by step_time.py with a TMPDIR and a TORCHINDUCTOR_CACHE_DIR of its own: empty (cold), then filled (warm).
+Started by step_time.py with folders of its own for what is compiled: empty (cold), then filled (warm).
 
 Memory beyond state is the sum of two things, both at the fourth step, when everything is compiled and allocated:
 tensors that stay alive and are neither parameter, gradient nor state (scratch); and the highest resident size during

@@ -244,10 +244,7 @@ def pair(arm: Timed, other: Timed, rounds: int) -> dict[str, Any]:
 
 
 def fresh_processes(quick: bool, threads: int, only: list[str] | None) -> dict[str, Any]:
-    """First step on a machine that has compiled nothing yet, then with all kernels in the cache; memory beyond state.
-
-    What torch keeps of a compilation, precompiled headers among it, lies below these two folders.
-    """
+    """First step where nothing was ever compiled, then with all kernels in the cache; memory beyond state."""
     found: dict[str, Any] = {}
     print("\nIn a fresh process: first step where nothing was ever compiled, and where all was; memory beyond state")
     print(f"{'':42}{'cold s':>8}{'warm s':>8}{'scratch MiB':>13}{'temporary MiB':>15}")
@@ -257,7 +254,7 @@ def fresh_processes(quick: bool, threads: int, only: list[str] | None) -> dict[s
                 continue
             command = [sys.executable, str(HERE / "first_step.py"), layout, name, "--threads", str(threads)]
             with tempfile.TemporaryDirectory() as fresh:
-                empty = {"TMPDIR": fresh, "TORCHINDUCTOR_CACHE_DIR": f"{fresh}/kernels"}
+                empty = {"TMPDIR": fresh, "XDG_CACHE_HOME": f"{fresh}/cache", "TRITON_CACHE_DIR": f"{fresh}/triton"}
                 cold, warm = (run_json(command + ["--quick"] * quick, **empty) for _ in range(2))
             found[f"{layout}, {name}"] = {"cold": cold, "warm": warm}
             scratch, temporary = (warm[key] for key in ("scratch_bytes", "temporary_bytes"))
@@ -302,7 +299,7 @@ def in_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def tiny_models(rounds: int) -> dict[str, dict[str, Any]]:
-    """Steps of models too small to compile, against torch's clipping and fused step: median ms, ratio, difference."""
+    """Steps of small models, against torch's clipping and fused step: median ms, ratio, difference."""
     found: dict[str, dict[str, Any]] = {}
     for layers, width in TINY:
         shape = Shape(n_layer=layers, n_head=4, n_embd=width, vocab_size=4096, block_size=256)
