@@ -19,11 +19,8 @@ class Choice(NamedTuple):
 
     @property
     def why(self) -> str:
-        """The refusals in words; what all of them say is said once."""
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.refusals:
-            reasons.setdefault(reason, []).append(name)
-        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        """The refusals in words."""
+        return "; ".join(f"{name}: {reason}" for name, reason in self.refusals)
 
 
 class Work(NamedTuple):

@@ -81,7 +81,6 @@ class Squares:
 
         Unless exact, groups of squares are added in fp32.
         """
-        function = self._library.exact_squares if exact else self._library.squares
         sizes = [g.shape[1 - dim] for g, dim in zip(matrices, dims, strict=True)]
         sums = empty(sum(sizes), torch.float64)
         table, out = [], sums.data_ptr()
@@ -92,7 +91,7 @@ class Squares:
         threads = torch.get_num_threads()
         scratch = [empty(widest * threads, torch.float64) for _ in range(2)]
         arguments = torch.tensor(table, dtype=torch.int64, device="cpu")
-        function(_at(arguments), ctypes.c_int64(len(matrices)), *map(_at, scratch), threads)
+        self._library.squares(_at(arguments), ctypes.c_int64(len(matrices)), *map(_at, scratch), int(exact), threads)
         return list(sums.split(sizes))
 
     def total(self, tensors: Sequence[Tensor], exact: bool = False) -> float:
@@ -289,7 +288,10 @@ inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rat
 """
 
 
-_NO_PHASE = "inline double denominator(const Scalars&, const Job&, int64_t, double) { return 1; }"
+_NO_PHASE = """
+constexpr bool BLOCKS = false;
+inline double denominator(const Scalars&, const Job&, int64_t, double) { return 1; }
+"""
 
 
 def _denominator(program: Program, kinds: Mapping[str, str]) -> str:
@@ -300,6 +302,7 @@ def _denominator(program: Program, kinds: Mapping[str, str]) -> str:
     stores = [f"  store({_named(name)}, {value});" for name, value in zip(program.blocks, new, strict=True)]
     pointers = "".join(_pointer(_named(name), kinds[name], "b") for name in program.blocks)
     return f"""
+constexpr bool BLOCKS = true;
 inline double denominator(const Scalars& s, const Job& m, int64_t b, double mean) {{
 {pointers}{worked_out}
 {chr(10).join(stores)}

@@ -56,11 +56,8 @@ void all_squares(const Matrix* matrices, int64_t count, double* groups, double* 
 }  // namespace
 
 // `groups` and `parts` hold the most columns of any matrix, per thread.
-extern "C" void squares(const Matrix* matrices, int64_t count, double* groups, double* parts, int threads) {
-  all_squares<float>(matrices, count, groups, parts, threads);
-}
-extern "C" void exact_squares(const Matrix* matrices, int64_t count, double* groups, double* parts, int threads) {
-  all_squares<double>(matrices, count, groups, parts, threads);
+extern "C" void squares(const Matrix* matrices, int64_t count, double* groups, double* parts, int exact, int threads) {
+  (exact ? all_squares<double> : all_squares<float>)(matrices, count, groups, parts, threads);
 }
 extern "C" double total(const Flat* tensors, int64_t count, int64_t total, int exact, int threads) {
   return exact ? everything<double>(tensors, count, total, threads) : everything<float>(tensors, count, total, threads);

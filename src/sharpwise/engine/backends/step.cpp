@@ -3,6 +3,7 @@
 // of it is there: by all threads together, or by one if it is small. Else all is known but the elements themselves.
 //
 // Comes after sums.cpp and what loops.py writes: the types P, G, Scalars and Job, and out of the rule
+//   BLOCKS                                     whether it has block state, and then
 //   denominator(s, m, b, mean)                 moves the state of a block on and returns its denominator
 //   move(s, m, at, n, rates, decays, index)    moves n elements from `at` on, each by its rate; `index` is the first's
 
@@ -13,6 +14,9 @@ void step_flat(const Job& m, const Range& part) {
   move(*m.scalars, m, part.begin, part.end - part.begin, Same{rate(m, 0)}, Same{decay(m, 0)}, m.first + part.begin);
 }
 
+// False at once for rules without: nothing is compiled for what they do not have.
+inline bool has_blocks(const Job& m) { return BLOCKS && m.counts; }
+
 inline double mean_square(const Job& m, int64_t b, double squares, double clip) {
   return squares / m.counts[b] * clip * clip;
 }
@@ -21,7 +25,7 @@ void step_rows(const Job& m, const Range& part, double clip) {
   const Scalars s = *m.scalars;
   for (int64_t r = part.begin / m.columns; r * m.columns < part.end; ++r) {
     float own = rate(m, r);
-    if (m.counts) {
+    if (has_blocks(m)) {
       const double squares = row_squares<float>(static_cast<const G*>(m.g) + r * m.columns, m.columns);
       own = float(own / denominator(s, m, r, mean_square(m, r, squares, clip)));
     }
@@ -67,14 +71,14 @@ extern "C" void step(const int64_t* gradients, const float* values, double clip,
     const Team team = all_threads(), alone{0, 1};
     float* common = rates + 2 * widest * team.threads;
     for (const Job* m = matrices; m < matrices + count; ++m)
-      if (m->before < 0)
+      if (BLOCKS && m->before < 0)
         step_columns_of_blocks(team, *m, clip, groups, parts, common, common + widest, sums + widest * team.threads);
     const int64_t at = widest * team.thread;
     float *own = rates + 2 * at, *decays = own + widest;
     for (const Job* m = matrices; m < matrices + count; ++m) {
       const int64_t n = m->rows * m->columns;
       if (m->before < 0) continue;
-      const bool whole = m->counts && !m->by_row, flat = !m->counts && m->by_row && m->rows == 1;
+      const bool whole = has_blocks(*m) && !m->by_row, flat = !has_blocks(*m) && m->by_row && m->rows == 1;
       const Range part(team, total, m->before, n, whole ? n : flat ? 64 : m->columns);
       if (part.begin >= part.end) continue;
       if (whole) {
