@@ -25,6 +25,7 @@ def build(**settings):
 """
 MODEL = '[model]\nname = "planted.inner:build"\n[model.settings]\nwidth = 7\n'
 DATA = '[data]\npath = "tokens"\n'
+OPTIMIZER = '[optimizer]\nname = "planted.inner:build"\nlr = 0.1\nwidth = 7\n'
 STUDY = (
     f'arms = ["adamw", "lion"]\ntokens = 10000\n{MODEL.replace("[model", "[run.model")}[run.data]\npath = "tokens"\n'
 )
@@ -92,6 +93,51 @@ def test_a_function_that_a_file_names_has_to_be_confirmed(here: Path, source: st
     result = call(*command, "--trust-code")
     assert (here / "ran").exists(), result.output
     assert "ran with {" in result.stderr and "'width': 7" in result.stderr
+
+
+def _with_optimizer(here: Path) -> None:
+    """The files name a model that runs no code, and a class for the optimizer."""
+    text = f'[model]\nname = "gpt2-tiny"\n{OPTIMIZER}{DATA}'
+    for name in ("run/config.toml", "given.toml"):
+        (here / name).write_text(text)
+    arms = '[arms.adamw]\n[arms.mine]\nname = "planted.inner:build"\nsettings = {"optimizer.width" = 7}\n'
+    study = f'tokens = 100000\n{arms}[run.model]\nname = "gpt2-tiny"\n[run.data]\npath = "tokens"\n'
+    for name in ("study/study.toml", "compared.toml"):
+        (here / name).write_text(study)
+
+
+@pytest.mark.parametrize(("source", "command"), COMMANDS, ids=[" ".join(command) for _, command in COMMANDS])
+def test_a_class_that_a_file_names_has_to_be_confirmed(here: Path, source: str, command: list[str]) -> None:
+    _with_optimizer(here)
+    result = call(*command)
+    assert result.exit_code == 2, result.output
+    assert not (here / "ran").exists() and "planted" not in sys.modules
+    said = result.stderr.replace(str(here) + "/", "")
+    assert said.startswith(f"error: {source} has a class for its optimizer: ")
+    assert "would import planted.inner (planted/inner.py) and call build(lr=" in said and ", width=7), which" in said
+    assert "--trust-code" in said
+
+    result = call(*command, "--trust-code")
+    assert (here / "ran").exists(), result.output
+    assert "planted.inner:build is the function build, expected a class derived from torch.optim" in result.stderr
+
+
+def test_a_class_that_was_typed_is_imported_and_not_that_of_the_file(here: Path) -> None:
+    _with_optimizer(here)
+    (here / "other.py").write_text("class Own: ...\n")
+    typed = ["--set", "optimizer.name=other:Own"]
+    for command in (["train", "given.toml"], ["train", "run"], ["train", "run/config.toml", "--out", "x"]):
+        assert "other:Own is the class Own, expected a class" in call(*command, *typed).stderr
+    result = call("compare", "adamw", "other:Own", "--budget", "1M", "--model", "gpt2-tiny", "--data", "tokens")
+    assert "arm 'other:Own' cannot be built: other:Own is the class Own, expected" in result.stderr
+    assert not (here / "ran").exists()
+    (here / "run" / "config.toml").write_text(f"{MODEL}{OPTIMIZER}{DATA}")
+    said = call("train", "run", *typed).stderr
+    assert "has its model built by a function: it would import planted.inner" in said and "other" not in said
+    said = call("train", "run").stderr
+    assert "has its model built by a function, and a class for its optimizer: it would import planted.inner" in said
+    assert said.count("and call build(") == 2
+    assert not (here / "ran").exists()
 
 
 def test_a_function_that_was_typed_runs(here: Path) -> None:

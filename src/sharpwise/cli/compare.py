@@ -28,8 +28,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="ARM...|STUDY",
-            help="Optimizers, as adamw, adam-mini, adamw+blockwise, 'adamw+reversed(blockwise)'; or a study file "
-            "(TOML); or nothing, to go on with the study in --out.",
+            help="Optimizers, as adamw, adam-mini, adamw+blockwise, 'adamw+reversed(blockwise)', or module:class of "
+            "another library; or a study file (TOML); or nothing, to go on with the study in --out.",
             show_default=False,
         ),
     ] = None,
@@ -67,7 +67,8 @@ def compare(
     trust_code: Annotated[
         bool,
         typer.Option(
-            "--trust-code", help="Run the function that a file has for its model (that of --model runs anyway)."
+            "--trust-code",
+            help="Run code that a file names: of its model (that of --model runs anyway), of optimizers.",
         ),
     ] = False,
     jobs: Annotated[
@@ -126,8 +127,8 @@ def _study(
     """The study as TOML would give it, None to go on with the stored one; and its folder."""
     from sharpwise.compare.recipes import find_recipe
     from sharpwise.compare.study import make_study
+    from sharpwise.train.code import confirm_code
     from sharpwise.train.config_file import read_given, set_keys, sets
-    from sharpwise.train.models import confirm_code
 
     if recipe is not None and arms:
         raise ValueError("--recipe is a whole study; leave out the arms")
@@ -160,8 +161,9 @@ def _study(
     if "tokens" not in given and "ratio" not in given:
         raise ValueError("say how long a run is: --budget 4M (tokens), or --budget 1x (20 tokens per parameter)")
     given.setdefault("name", "study")
-    if path is not None and not sets(assignments, "model.name"):
-        confirm_code(make_study(given).model, path, trust_code)
+    if path is not None:
+        typed = [key for key in ("model.name",) if sets(assignments, key)]
+        confirm_code(make_study(given).configs, path, trust_code, typed)
     if out is None:
         name = given["name"]
         out = Path("runs") / (name if name == recipe else checked_name(name, "name"))

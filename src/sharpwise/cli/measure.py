@@ -46,7 +46,9 @@ Select = Annotated[
     list[str] | None,
     typer.Option("--select", "-s", help="Block types (VO), roles (q) or globs on parameters. Repeatable."),
 ]
-Trust = Annotated[bool, typer.Option("--trust-code", help="Run the function that the run has for its model.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-code", help="Run the code that the run names for its model or optimizer.")
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: RUN|MODEL/measure.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
 

@@ -52,7 +52,9 @@ def train(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="A folder that `sharpwise prepare` wrote. Sets data.path.")
     ] = None,
-    optimizer: Annotated[str | None, typer.Option("--optimizer", help="Sets optimizer.name.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="As adamw, or module:class. Sets optimizer.name.")
+    ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate. Sets optimizer.lr.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sets schedule.steps.")] = None,
     init_from: Annotated[
@@ -66,7 +68,7 @@ def train(
     ] = None,
     trust_code: Annotated[
         bool,
-        typer.Option("--trust-code", help="Run the function that a stored run has for its model."),
+        typer.Option("--trust-code", help="Run the code that a stored run names for its model or optimizer."),
     ] = False,
     profile: Annotated[
         int, typer.Option("--profile", min=0, metavar="STEPS", help="Train a few steps, show where their time goes.")
@@ -94,7 +96,7 @@ def train(
     with user_errors(), _logging_to(log):
         with log.status("Starting"):
             from sharpwise.train import config_file
-            from sharpwise.train.models import confirm_code
+            from sharpwise.train.code import confirm_code
 
             source = what / "config.toml" if what is not None and what.is_dir() else what
             is_run = source != what
@@ -105,12 +107,10 @@ def train(
             given: dict[str, Any] | None = said
             if not assignments and (is_run or (what is None and (folder / "config.toml").exists())):
                 given = None  # and `run` reads what is stored
-            elif (
-                source is not None
-                and (is_run or source.with_name("metrics.jsonl").exists())  # what a run wrote, its file by itself too
-                and not config_file.sets(assignments, "model.name")
-            ):
-                confirm_code(config_file.make_config(said).model, source, trust_code)
+            elif source is not None and (is_run or source.with_name("metrics.jsonl").exists()):
+                # What a run wrote, its file by itself too.
+                typed = [key for key in ("model.name", "optimizer.name") if config_file.sets(assignments, key)]
+                confirm_code([config_file.make_config(said)], source, trust_code, typed)
         if profile:
             _profile(log, given, folder, profile, trust_code)
             return
@@ -221,12 +221,13 @@ class View:
         """Say what is trained, on what, and from where."""
         self.started = True
         facts, config = start.facts, start.config
+        state = facts["state_bytes"]
         lines = [
             f"{config.model.init_from or config.model.name}: {facts['parameters']:,} parameters, "
             f"{facts['non_embedding_parameters']:,} without embeddings",
             f"{config.data.path}: {facts['data']['train_tokens']:,} tokens to train on, vocabulary "
             f"{facts['vocabulary']:,}",
-            f"{facts['optimizer']}, {facts['state_bytes'] / 2**20:.1f} MiB of state",
+            facts["optimizer"] + ("" if state is None else f", {state / 2**20:.1f} MiB of state"),
             f"{facts['steps']:,} steps of {facts['tokens_per_step']:,} tokens, {config.schedule.kind} schedule, "
             f"{config.compute.precision} on {config.compute.device}",
         ]
@@ -270,17 +271,17 @@ def _say_end(console: Console, outcome: "Outcome") -> None:
 
 def _to_confirm(run: Path) -> str:
     """The option that a run needs to go on."""
+    from sharpwise.train.code import runs_code
     from sharpwise.train.config_file import make_config, read_given
-    from sharpwise.train.models import runs_code
 
-    return " --trust-code" if runs_code(make_config(read_given(run / "config.toml")).model) else ""
+    return " --trust-code" if runs_code([make_config(read_given(run / "config.toml"))]) else ""
 
 
 def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: int, trust_code: bool) -> None:
     from sharpwise.train.build import build
+    from sharpwise.train.code import confirm_code
     from sharpwise.train.config_file import make_config, read_given
     from sharpwise.train.launch import Launch
-    from sharpwise.train.models import confirm_code
     from sharpwise.train.profile import profile_steps
 
     if Launch.of_environment().size > 1:
@@ -288,7 +289,7 @@ def _profile(log: Console, given: dict[str, Any] | None, folder: Path, steps: in
     with log.status(Text(f"Training a few steps under the profiler; nothing is written to {folder}")):
         config = make_config(read_given(folder / "config.toml") if given is None else given)
         if given is None:
-            confirm_code(config.model, folder / "config.toml", trust_code)
+            confirm_code([config], folder / "config.toml", trust_code)
         _print_profile(Console(highlight=False, markup=False), profile_steps(build(config), steps))
 
 

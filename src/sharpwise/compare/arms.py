@@ -95,7 +95,8 @@ def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, 
     for arm in study.arms:
         optimizer, block_lr = str(arm.optimizer["name"]), block_lr_of(arm)
         known = optimizer in told and block_lr is not None
-        text = optimizer if known else first_line(RULES[optimizer])
+        text = optimizer if known or optimizer not in RULES else first_line(RULES[optimizer])
+        text += ", of another library" * (optimizer not in RULES)
         if optimizer in OWN and not known:
             text += f", with {_lower(first_line(OWN[optimizer]))}"
         if block_lr is not None:

@@ -108,9 +108,9 @@ def of_horizons(state: StudyState, arms: Sequence[Arm], horizons: Sequence[Mappi
 
 
 def of_places(places: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs from run to run in where they were made."""
+    """What differs from run to run in where they were made; of a library, among those that it has a part in."""
     keys = dict.fromkeys(key for place in places for key in place if key != "date")
-    differ = [key.replace("_", " ") for key in keys if len({str(place.get(key)) for place in places}) > 1]
+    differ = [key.replace("_", " ") for key in keys if len({str(place[key]) for place in places if key in place}) > 1]
     if not differ:
         return []
     return [f"Not all runs were made alike: they differ in {', '.join(differ)}. Times can be compared with care only."]

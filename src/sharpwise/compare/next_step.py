@@ -9,7 +9,7 @@ from sharpwise.block_lr import Ablation
 from sharpwise.compare.arms import block_lr_of
 from sharpwise.compare.statistics import seeds_needed
 from sharpwise.compare.study import TOKENS_PER_PARAMETER, Study
-from sharpwise.train.models import runs_code
+from sharpwise.train.code import runs_code
 
 LONGER = 4
 """Times the tokens of the next study, where runs were short."""
@@ -28,7 +28,7 @@ def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str
         result: of `results`: its `complete`, `budget`, `seeds`, `arms` and `ablations`.
         folder: of the study, as a command has to name it.
     """
-    trust = "--trust-code " if runs_code(study.model) else ""
+    trust = "--trust-code " if runs_code(study.configs) else ""
     stored = f"sharpwise compare {trust}{shlex.quote(str(folder / 'study.toml'))}"
     here = f"--out {shlex.quote(str(folder))}"
     if not result["complete"]:

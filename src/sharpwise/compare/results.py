@@ -72,7 +72,7 @@ def results(state: StudyState) -> Result:
             "context": built.plan.context,
         },
         "data": dict(built.data.about),
-        "environment": places[-1] if places else environment(built.config),
+        "environment": {k: v for place in places for k, v in place.items()} or environment(built.config),
         "config": shared,
         "arms": arms,
         "ablations": _ablations(state),

@@ -23,8 +23,8 @@ from sharpwise.compare.workers import Workers
 from sharpwise.files import check_name, held, remove_leftovers, write_whole
 from sharpwise.model_facts import count_parameters
 from sharpwise.train.build import Built, build, validation_every
+from sharpwise.train.code import confirm_code
 from sharpwise.train.config_file import make_config, read_given
-from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import train_steps
 
 logger = logging.getLogger("sharpwise.compare")
@@ -91,8 +91,8 @@ def open_study(given: Mapping[str, Any] | None, folder: Path, *, trust_code: boo
     Args:
         given: as `make_study` takes it; None goes on with the stored study.
         folder: of the study.
-        trust_code: the stored study may have its models built by a function, `module:function`; one in `given` may in
-            any case.
+        trust_code: the stored study may name code to import, `module:function` for its models, `module:class` for an
+            optimizer; one in `given` may in any case.
 
     Raises:
         ValueError: `given` contradicts it; or there is none and `given` is None.
@@ -102,7 +102,7 @@ def open_study(given: Mapping[str, Any] | None, folder: Path, *, trust_code: boo
     if given is None:
         if stored is None:
             raise ValueError(f"{folder} holds no study to go on with; name arms, or a study file")
-        confirm_code(stored.model, path, trust_code)
+        confirm_code(stored.configs, path, trust_code)
         return stored
     study = make_study(given)
     if stored is not None and (lines := differences(stored, study)):

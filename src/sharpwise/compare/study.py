@@ -8,8 +8,8 @@ from typing import Any
 from sharpwise.block_lr import Ablation, make_block_lr
 from sharpwise.compare.tuning import HORIZONS, Losses, Space, Trial, needed
 from sharpwise.hints import nearest
-from sharpwise.optim import parse_arm
-from sharpwise.train.config import ModelConfig
+from sharpwise.train.code import parse_optimizer
+from sharpwise.train.config import Config
 from sharpwise.train.config_file import make_config, set_keys
 
 TOKENS_PER_PARAMETER = 20  # Training Compute-Optimal Large Language Models, arXiv 2203.15556
@@ -110,9 +110,9 @@ class Study:
         return {arm.name: arm.space for arm in self.arms if not arm.setting_of}
 
     @property
-    def model(self) -> ModelConfig:
-        """What all its runs train."""
-        return make_config({"model": self.run.get("model", {})}).model
+    def configs(self) -> list[Config]:
+        """A configuration of every arm, with a value for everything that is tuned."""
+        return [make_config(self.config(arm.example, steps=1)) for arm in self.arms]
 
     def needed(self, done: Losses) -> list[Trial]:
         """The trials that can be started now; none when the study is complete."""
@@ -203,7 +203,7 @@ def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
         if key not in _ARM_KEYS:
             allowed = ", ".join(_ARM_KEYS)
             raise ValueError(f"arm {name!r} has no {key!r}{nearest(key, _ARM_KEYS)}; it may have {allowed}")
-    optimizer = parse_arm(table.get("name", name))
+    optimizer = parse_optimizer(table.get("name", name))
     middle = MIDDLE.get(optimizer["name"], 1e-3) / (3 if optimizer.get("block_lr") else 1)
     lrs = table.get("lrs", given.get("lrs", [middle / math.sqrt(10), middle, middle * math.sqrt(10)]))
     rounded = tuple(sorted({float(f"{lr:.3g}") for lr in lrs})) if _numbers(lrs) else ()
@@ -238,12 +238,12 @@ def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
 def _name_of(name: str, table: Mapping[str, Any]) -> str:
     """What an arm is called: as its optimizer is spelled, or where the table names that, as the study says."""
     if "name" not in table:
-        return _spelled(parse_arm(name))
-    own = _spelled(parse_arm(table["name"]))
+        return _spelled(parse_optimizer(name))
+    own = _spelled(parse_optimizer(table["name"]))
     if not name.strip() or not name.isprintable():
         raise ValueError(f"an arm needs a name that can be shown, got {name!r}")
     try:
-        meant = _spelled(parse_arm(name))
+        meant = _spelled(parse_optimizer(name))
     except ValueError:  # it is called as nothing else is
         return name
     if meant != own:
@@ -275,7 +275,7 @@ def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
 def _called(name: Any, names: Collection[str], what: str) -> str:
     """The arm that is meant by a name of it. Raises ValueError, with `what` names it, where there is none."""
-    found = name if name in names else _spelled(parse_arm(name))
+    found = name if name in names else _spelled(parse_optimizer(name))
     if found not in names:
         raise ValueError(f"{what} {name!r} is no arm{nearest(found, names)}; arms are {', '.join(names)}")
     return found
@@ -286,7 +286,7 @@ def _ablations(tables: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     there = {_name_of(name, table) for name, table in tables.items()}
     for name, table in tables.items():
-        arm = parse_arm(table.get("name", name))
+        arm = parse_optimizer(table.get("name", name))
         block_lr = arm.get("block_lr")
         if block_lr is None or isinstance(make_block_lr(block_lr), Ablation):
             continue

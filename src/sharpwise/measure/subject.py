@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from sharpwise.model_facts import max_context, vocabulary_of
 from sharpwise.train.build import Built, build
 from sharpwise.train.checkpoint import OtherVersion, read_checkpoint, saved_steps
+from sharpwise.train.code import confirm_code
 from sharpwise.train.config import Config, MeshConfig
 from sharpwise.train.config_file import make_config, read_given
 from sharpwise.train.data import Prepared, Tokens, open_tokens, window_starts
 from sharpwise.train.environment import environment
-from sharpwise.train.models import confirm_code, load_pretrained
+from sharpwise.train.models import load_pretrained
 
 LONGEST = 1024  # tokens of context, where nobody says
 CONFIG = "config.toml"
@@ -96,7 +97,7 @@ def open_subject(
         path: of the run or model.
         data: text, from `sharpwise prepare`; by default the run's own.
         context: tokens of a window; by default the run's, or what the model takes, at most 1024.
-        trust_code: the run's model may be built by a function, `module:function`.
+        trust_code: the run may name code to import, `module:function` for its model, `module:class` for its optimizer.
 
     Raises:
         ValueError: it is neither, or the text does not fit the model.
@@ -115,7 +116,7 @@ def _of_run(path: Path, data: Path | None, context: int | None, trust_code: bool
         config = make_config(read_given(path / CONFIG))
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} cannot be used: {error}") from None
-    confirm_code(config.model, path / CONFIG, trust_code)
+    confirm_code([config], path / CONFIG, trust_code)
     built = build(replace(config, mesh=MeshConfig()))  # several processes may have trained; here is one
     text = built.data if data is None else _open(data, built.model)
     steps = (0, *saved_steps(path / "checkpoints"))

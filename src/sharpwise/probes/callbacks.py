@@ -188,6 +188,8 @@ def momentum_of(model: nn.Module, optimizer: Any, weight: float | None = None) -
 
 def _average(optimizer: Any) -> tuple[float | None, str]:
     """The decay of the optimizer's average of gradients, and its name in the state; None where it keeps none."""
+    if not optimizer.state:  # nor does it matter what its groups have
+        return None, ""
     decays = {}
     for group in optimizer.param_groups:
         if "betas" not in group:

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap
+from sharpwise.blocks.map import blocks_for
 from sharpwise.blocks.unclear import without_options
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import nearest
 from sharpwise.model_facts import enable_activation_checkpointing, logits_of, max_context, vocabulary_of
 from sharpwise.optim import create_optimizer
+from sharpwise.train.code import names_class
 from sharpwise.train.config import Config, OptimizerConfig, steps_of
 from sharpwise.train.config_file import as_flat
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
+from sharpwise.train.foreign import Foreign, build_foreign, foreign_code
 from sharpwise.train.launch import Launch
 from sharpwise.train.models import load_model, load_pretrained, tokenizer_of, usable_settings
 from sharpwise.train.schedule import Schedule
@@ -40,7 +43,7 @@ class Built:
     config: Config
     data: Prepared
     model: nn.Module
-    optimizer: BlockOptimizer
+    optimizer: BlockOptimizer | Foreign
     plan: Plan
     forward: Callable[[Tensor], Any]
 
@@ -75,6 +78,11 @@ def build(config: Config, world: World = ALONE) -> Built:
 
 def _build_here(config: Config, world: World) -> tuple[Config, Prepared, nn.Module, Plan]:
     """The model on its device, or where it is still to be cut, on the CPU."""
+    if world.size > 1 and names_class(config.optimizer.name):
+        raise ValueError(
+            f"optimizer.name: {config.optimizer.name} is of another library, and trains in one process here, not "
+            f"{world.size}; take one of sharpwise's"
+        )
     world.arrange(config.mesh, config.batch.sequences)
     data = _open(config.data.path)
     config = _on_this_machine(config, data, world)
@@ -341,7 +349,7 @@ def build_optimizer(
     blocks: BlockMap | None = None,
     steps: int | None = None,
     batches: list[Tensor] | None = None,
-) -> BlockOptimizer:
+) -> BlockOptimizer | Foreign:
     """The optimizer that a configuration names.
 
     `blocks` of the model, where they are known already; the `steps` of the run and `batches` to probe the model on, for
@@ -351,6 +359,8 @@ def build_optimizer(
     Raises:
         ValueError, TypeError: from its constructor.
     """
+    if names_class(own.name):
+        return build_foreign(own, model, blocks_for(model, blocks, own.name, include_frozen=True))
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in own.options.items()}
     if blocks is not None:
         options["blocks"] = blocks
@@ -369,6 +379,8 @@ def build_optimizer(
 
 def as_code(own: OptimizerConfig, steps: int | None = None) -> str:
     """The optimizer as a user would write it, for a training of so many steps."""
+    if names_class(own.name):
+        return foreign_code(own)
     arguments: dict[str, Any] = {"lr": own.lr, **own.options}
     if own.block_lr:
         arguments["block_lr"] = own.block_lr

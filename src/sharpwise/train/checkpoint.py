@@ -376,6 +376,8 @@ def _copied(value: Any, seen: dict[Any, Tensor]) -> Any:
     """A copy on the CPU; tensors that are one and the same stay so."""
     if isinstance(value, Tensor):
         own = local(value)
+        if hasattr(own, "__tensor_flatten__"):  # made of others, as quantized state may be: no memory to tell it by
+            return own.detach().to("cpu", copy=True)
         key = (own.untyped_storage().data_ptr(), own.storage_offset(), value.shape, value.stride(), value.dtype)
         if value.numel() == 0 or key not in seen:
             seen[key] = value.detach().to("cpu", copy=True)

@@ -70,8 +70,9 @@ class OptimizerConfig:
     """Which optimizer; further keys of the table are arguments of its constructor, such as `betas` or `storage`.
 
     Args:
-        name: one of `sharpwise.list_optimizers()`; where it is read from, also with a block_lr: "adamw+blockwise".
-        lr: peak of the schedule; None takes the constructor's default.
+        name: one of `sharpwise.list_optimizers()`; where it is read from, also with a block_lr: "adamw+blockwise". Or
+            `module:class`, an optimizer of another library (`sharpwise.train.foreign`).
+        lr: peak of the schedule; None takes the constructor's default. A class of another library needs one.
         block_lr: a spelling as `sharpwise.make_block_lr` reads it, or a table with `name` and its arguments, "" for
             none.
         max_grad_norm: clip the global norm to this; 0 does not clip.

@@ -12,6 +12,7 @@ from sharpwise.combinations import COMMON
 from sharpwise.hints import nearest
 from sharpwise.installing import needs
 from sharpwise.optim import OPTIMIZERS, split_arm
+from sharpwise.train.code import names_class, parse_optimizer
 from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block_lr
 
 Given = Mapping[str, Any]
@@ -96,6 +97,11 @@ def _gather_options(table: Any) -> Any:
     own = {f.name for f in fields(OptimizerConfig)} - {"options"}
     table = _apart({"name": OptimizerConfig.name, **table})
     name = table["name"]
+    if names_class(name):  # what its constructor takes is known when it may be imported
+        return {
+            **{key: value for key, value in table.items() if key in own},
+            "options": {key: _as_toml(value) for key, value in table.items() if key not in own},
+        }
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
     allowed = set(parameters) - {"first", *_OF_A_RUN, *own}
     for key in table.keys() - own:
@@ -121,9 +127,16 @@ def _apart(table: Given) -> dict[str, Any]:
     if isinstance(block_lr, (str, Mapping)):
         table = {**table, "block_lr": spelled_block_lr(block_lr)}
     try:
-        return split_arm(table)
+        name = parse_optimizer(table["name"])["name"]
+        if not names_class(name):
+            return split_arm(table)
     except ValueError as error:
         raise ValueError(f"optimizer.name: {error}") from None
+    if block_lr:
+        raise ValueError(f"optimizer.block_lr: {name} is of another library, and moves all blocks alike; leave it out")
+    if "lr" not in table:
+        raise ValueError(f"optimizer.lr: say one; {name} is of another library, and has no default here")
+    return {**table}
 
 
 def _as_toml(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """By which multiplier each role moves: what a run notes down at a cadence."""
 
-from sharpwise.engine import BlockOptimizer
+from typing import Any
 
 
-def multipliers_by_role(optimizer: BlockOptimizer) -> dict[str, float | list[float]]:
+def multipliers_by_role(optimizer: Any) -> dict[str, float | list[float]]:
     """The multiplier of the learning rate of each role; a list where layers differ, in their order, the rest last.
 
     Where segments of a role and layer differ, as a matrix and its bias may, it is their mean over elements.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sharpwise.train.code import names_class
 from sharpwise.train.config import Config
 
 PACKAGES = ("numpy", "transformers", "tokenizers")
@@ -19,6 +20,7 @@ PACKAGES = ("numpy", "transformers", "tokenizers")
 def environment(config: Config) -> dict[str, Any]:
     """Versions, commit, processor and threads of this process, as plain values."""
     device = config.compute.device or "cpu"
+    library = config.optimizer.name.partition(":")[0].partition(".")[0] if names_class(config.optimizer.name) else ""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "sharpwise": version("sharpwise"),
@@ -26,6 +28,7 @@ def environment(config: Config) -> dict[str, Any]:
         "torch": version("torch"),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
+        **({library: version(library)} if library else {}),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": available_cpus(),
         "threads": torch.get_num_threads(),

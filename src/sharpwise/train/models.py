@@ -1,14 +1,10 @@
 """Models: from presets, Hugging Face configs, folders with weights and functions of the user."""
 
-import importlib
-import importlib.util
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from torch import nn
 
 from sharpwise.hints import nearest
 from sharpwise.installing import needs
-from sharpwise.train.config import ModelConfig
+from sharpwise.train.code import current_directory_first, find, names_function
 from sharpwise.train.presets import PRESETS, build_config, cannot_build, read_config, transformers_for
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -62,39 +58,6 @@ def usable_settings(spec: str | Path, settings: Mapping[str, Any]) -> dict[str, 
     build = _function(text) if names_function(text) else None
     allowed = settings if build is None else _takes(build, settings)
     return {name: value for name, value in settings.items() if name in allowed}
-
-
-def names_function(spec: str | Path) -> bool:
-    """Whether `load_model` would import a module and call a function of it. Nothing is imported."""
-    text = os.fspath(spec)
-    return text not in PRESETS and not Path(text).exists() and _parts(text) is not None
-
-
-def runs_code(model: ModelConfig) -> bool:
-    """Whether a function of somebody's builds this model."""
-    return not model.init_from and names_function(model.name)
-
-
-def confirm_code(model: ModelConfig, source: str | Path, trust_code: bool) -> None:
-    """Stop where a file says to run a function and nobody has confirmed that. Nothing is imported.
-
-    Args:
-        model: what the file says.
-        source: the file, for the message.
-        trust_code: whether it was confirmed.
-
-    Raises:
-        ValueError: it was not; the message says what would run.
-    """
-    if trust_code or not runs_code(model):
-        return
-    module, function = _parts(model.name) or ("", "")
-    arguments = ", ".join(f"{name}={value!r}" for name, value in model.settings.items())
-    raise ValueError(
-        f"{source} has its model built by a function: it would import {module} ({_file_of(module)}) and call "
-        f"{function}({arguments}), which may do anything that you may. Look at that code; if you trust it, say so with "
-        "--trust-code (in Python trust_code=True)"
-    )
 
 
 def load_pretrained(folder: str | Path, *, settings: Mapping[str, Any] | None = None) -> nn.Module:
@@ -246,56 +209,11 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def _function(spec: str) -> Callable[..., object] | None:
     """What `module:function` names, None where the text has not this form."""
-    parts = _parts(spec)
-    if parts is None:
-        return None
-    with _current_directory_first():
-        return _find(*parts, spec)
-
-
-def _parts(spec: str) -> tuple[str, str] | None:
-    """Module and function of `module:function`, None where the text has not this form."""
-    module, colon, function = spec.partition(":")
-    parts = (*module.split("."), *function.split("."))
-    return (module, function) if colon and all(part.isidentifier() for part in parts) else None
-
-
-def _file_of(module: str) -> str:
-    """Where a module would be imported from. Nothing is imported, not even the packages around it."""
-    name, places, found = "", None, None
-    with _current_directory_first():
-        for part in module.split("."):
-            if name and places is None:  # in what is no package
-                return "not found"
-            name = f"{name}.{part}" if name else part
-            try:
-                found = PathFinder.find_spec(name, places) if places else importlib.util.find_spec(name)
-            except (ImportError, ValueError):  # of a module that runs and came from no file
-                return "of no file"
-            if found is None:
-                return "not found"
-            places = found.submodule_search_locations
-    return str(found.origin if found and found.origin else ", ".join(places or ["of no file"]))
-
-
-def _find(module: str, function: str, spec: str) -> Callable[..., object]:
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-            raise ValueError(f"{spec}: importing {module} failed: {error}") from error
+    found = find(spec, f"give module:function, or one of the presets {', '.join(PRESETS)}")
+    if found is not None and (not callable(found) or isinstance(found, nn.Module)):
         raise ValueError(
-            f"{spec}: no module {module!r} here or among the installed ones; give module:function, "
-            f"or one of the presets {', '.join(PRESETS)}"
-        ) from None
-    except Exception as error:
-        raise ValueError(f"{spec}: importing {module} failed: {type(error).__name__}: {error}") from error
-    for part in function.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{spec}: module {module!r} has no {function!r}")
-        found = getattr(found, part)
-    if not callable(found) or isinstance(found, nn.Module):
-        raise ValueError(f"{spec}: {function!r} is a {type(found).__name__}, expected a function that returns a module")
+            f"{spec}: {spec.partition(':')[2]!r} is a {type(found).__name__}, expected a function that returns a module"
+        )
     return found
 
 
@@ -310,7 +228,7 @@ def _from_function(
                 "what it builds; give it one, or leave the setting out"
             )
     try:
-        with _current_directory_first(), torch.device(device):
+        with current_directory_first(), torch.device(device):
             model = build(**settings)
     except Exception as error:
         raise ValueError(f"{spec}: the function raised {type(error).__name__}: {error}") from error
@@ -328,14 +246,3 @@ def _takes(build: Callable[..., object], names: Iterable[str]) -> list[str]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return list(names)
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
-@contextmanager
-def _current_directory_first() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)

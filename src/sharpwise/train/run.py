@@ -17,13 +17,13 @@ from sharpwise.model_facts import count_parameters
 from sharpwise.probes.callbacks import Probes
 from sharpwise.train.build import Built, as_code, build
 from sharpwise.train.checkpoint import Checkpoint, Checkpoints, OtherVersion
+from sharpwise.train.code import confirm_code
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import Given, differences, flat, make_config, taking_over
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder, changed_lines, read_starts
 from sharpwise.train.launch import joined
-from sharpwise.train.models import confirm_code
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points
 from sharpwise.train.world import World, is_everywhere, is_marked, mark
@@ -86,8 +86,8 @@ def run(
     Args:
         given: the configuration as TOML gives it; None goes on with the stored one.
         folder: of the run, made if need be.
-        trust_code: the stored configuration may have its model built by a function, `module:function`; one in `given`
-            may in any case.
+        trust_code: the stored configuration may name code to import, `module:function` for the model, `module:class`
+            for the optimizer; one in `given` may in any case.
         on_start: called once on rank 0, before the first step.
         on_step: called after each, on rank 0.
         should_stop: asked after each step, on every rank; if one of them says so, the run saves and ends, to be gone
@@ -130,7 +130,7 @@ def _agree(place: RunFolder, given: Given | None, world: World, trust_code: bool
         config = replace(config, compute=replace(config.compute, threads=None))
     finished = _finished(place, config)
     if given is None and finished is None:
-        confirm_code(config.model, place.path / "config.toml", trust_code)
+        confirm_code([config], place.path / "config.toml", trust_code)
     return config, finished
 
 
@@ -198,9 +198,7 @@ class _Run:
         self.validation_loss: float | None = None
         self.best_loss: float | None = None
         found = self.checkpoints.latest()
-        sizes = (0, 0)
-        if found is not None:
-            sizes = self._restore(found)
+        sizes = (0, 0) if found is None else self._restore(found)
         self.metrics = place.lines("metrics.jsonl", sizes[0])
         try:
             self.timing = place.lines("timing.jsonl", sizes[1])
@@ -253,15 +251,14 @@ class _Run:
             with ExitStack() as opened:
                 for part in (self.metrics, self.timing, self.checkpoints):
                     opened.callback(part.close)
-                facts = self._facts()
                 self.place.clear_status()
-                self.place.write_json("facts.json", facts)
+                self._write_facts()
                 self.place.add_start({"step": self.start + 1, **environment(self.config), **self.world.about()})
                 trackers = self.world.on_main(lambda: make_trackers(self.config, self.place.path, self.start)) or []
                 for tracker in trackers:
                     opened.callback(tracker.close)
                 if self.world.is_main:
-                    on_start(Start(self.place.path, self.config, self.start, facts))
+                    on_start(Start(self.place.path, self.config, self.start, self.facts))
                 return self._end(self._train(trackers, on_step, should_stop))
         except OSError as error:
             self._note("failed", str(error))
@@ -297,6 +294,8 @@ class _Run:
                     self._check(step)
                 self._write(step)
                 self.at = step.step
+                if self.facts["state_bytes"] is None:  # it is allocated in a step
+                    self._write_facts()
                 if shown := points(step, plan.schedule.total):
                     for tracker in trackers:
                         tracker.add(shown, step.step)
@@ -384,10 +383,10 @@ class _Run:
         )
         return Outcome(self.place.path, state, at, total, self.validation_loss, message)
 
-    def _facts(self) -> dict[str, Any]:
+    def _write_facts(self) -> None:
         built, plan = self.built, self.plan
         parameters, without_embedding = count_parameters(built.model)
-        return {
+        self.facts = {
             "parameters": parameters,
             "non_embedding_parameters": without_embedding,
             "vocabulary": built.data.vocabulary,
@@ -398,3 +397,4 @@ class _Run:
             "data": built.data.about,
             "optimizer": as_code(self.config.optimizer, self.config.schedule.steps),
         }
+        self.place.write_json("facts.json", self.facts)

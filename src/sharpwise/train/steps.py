@@ -106,7 +106,8 @@ def train_steps(
 
     Args:
         model: maps int64 tokens [sequences, context] to logits (`model_facts.logits_of`).
-        optimizer: of this package, with on_nonfinite="skip", so that a bad step leaves the weights as they are.
+        optimizer: of this package, with on_nonfinite="skip", so that a bad step leaves the weights as they are; or
+            `foreign.Foreign`.
         train, validation: tokens from `open_tokens`.
         plan: see there.
         start: steps that were taken already.
