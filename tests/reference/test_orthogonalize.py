@@ -89,6 +89,18 @@ def test_nan_stays_in_its_matrix_and_zeros_stay_zeros(method, shape):
     assert distance(got[3], function(m[3])) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (LOOPED + 40, LOOPED)], ids=str)
+@methods
+def test_views_are_as_good_as_copies(method, shape):
+    """Of a Conv1D the transpose, of a fused matrix some rows or columns, of stacked experts every second one."""
+    function = METHODS[method][0]
+    m = matrices(shape, n=4, dtype=torch.float32)
+    for view in (m.mT, m[:, 3:-4], m[..., 5:-1], m[::2], m[:, ::2, ::3]):
+        before = view.clone()
+        assert distance(function(view), function(view.contiguous())) < 1e-5
+        assert view.equal(before)
+
+
 @methods
 def test_rank_one(method):
     function, reference, _ = METHODS[method]
