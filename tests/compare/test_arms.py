@@ -113,6 +113,7 @@ def test_the_baseline_may_take_a_setting_and_really_trains(data: Path, tmp_path:
             },
             "takes the setting of adamw, which tunes optimizer.weight_decay, and sets that itself",
         ),
+        ({"adamw": {}, "lion": 3}, "arm 'lion': expected a table, got 3"),
         ({"adamw": {}, "lion": {"name": "sgd"}}, "arm 'lion': its optimizer is sgd, and lion is another one"),
         ({"adamw": {}, "x": {"name": "adamv"}}, r"called 'adamv' \(did you mean 'adamw'\?\)"),
         ({"adamw": {}, " ": {"name": "adamw"}}, "an arm needs a name that can be shown, got ' '"),
@@ -120,8 +121,17 @@ def test_the_baseline_may_take_a_setting_and_really_trains(data: Path, tmp_path:
     ],
 )
 def test_what_cannot_be_meant(data: Path, arms: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_study(study(data, arms=arms))
+    for ablations in (False, True):
+        with pytest.raises(ValueError, match=message):
+            make_study(study(data, arms=arms, ablations=ablations))
+
+
+def test_what_all_arms_begin_with_may_be_tuned(data: Path) -> None:
+    arms = {"adamw": {"search": DECAY}, "lion": {"setting_of": "adamw"}}
+    found = make_study(study(data, arms=arms, settings={"optimizer.weight_decay": 0.1}))
+    assert found.arm("lion").settings == {"optimizer.weight_decay": 0.1}
+    tuned = Trial("lion", "final", (("optimizer.weight_decay", 0.3), ("optimizer.lr", 1e-3)), 1)
+    assert found.config(tuned, 50)["optimizer"] == {"name": "lion", "weight_decay": 0.3, "lr": 1e-3}
 
 
 def test_arms_that_are_called_otherwise(data: Path) -> None:

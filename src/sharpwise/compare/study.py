@@ -152,6 +152,9 @@ def make_study(given: Mapping[str, Any]) -> Study:
             raise ValueError(f"a study has no {key!r}{nearest(key, _KEYS)}; it has {', '.join(_KEYS)}")
     named = given.get("arms", ())
     tables = dict(named) if isinstance(named, Mapping) else {name: {} for name in _unique(named)}
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ValueError(f"arm {name!r}: expected a table, got {table!r}")
     if given.get("ablations"):
         tables |= _ablations(tables)
     run = _run_of(given)
@@ -195,10 +198,8 @@ def _budget_of(given: Mapping[str, Any]) -> tuple[int | None, float | None]:
     return tokens, ratio
 
 
-def _make_arm(name: str, table: Any, given: Mapping[str, Any]) -> Arm:
+def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> Arm:
     """An arm by itself; that its `setting_of` is another one shows when all are known."""
-    if not isinstance(table, Mapping):
-        raise ValueError(f"arm {name!r}: expected a table, got {table!r}")
     for key in table:
         if key not in _ARM_KEYS:
             allowed = ", ".join(_ARM_KEYS)
@@ -264,7 +265,8 @@ def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
                 way = " -> ".join(one.name for one in chain)
                 raise ValueError(f"{what} comes back to where it was: {way}; one of them has to be tuned itself")
         of = chain[-1]
-        if twice := [key for key in of.space.search if of is not arm and key in arm.settings]:
+        own = {key: value for key, value in arm.settings.items() if value != of.settings.get(key)}
+        if twice := [key for key in of.space.search if key in own]:
             raise ValueError(
                 f"arm {arm.name!r} takes the setting of {of.name}, which tunes {', '.join(twice)}, and sets that "
                 "itself; leave it out of its settings"
