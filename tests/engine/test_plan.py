@@ -14,6 +14,10 @@ from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
 needs_compiler = pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
 
 
+OF_ELEMENTS = [name for name in sharpwise.list_optimizers() if name != "muon"]
+"""Optimizers of which no part moves whole matrices, which no kernel does."""
+
+
 def large() -> TinyGPT:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -28,7 +32,7 @@ def moved_by(optimizer: torch.optim.Optimizer) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+@pytest.mark.parametrize("name", OF_ELEMENTS)
 def test_not_compiled_is_the_reference(name: str) -> None:
     table = sharpwise.create_optimizer(tiny_model(), name, lr=1e-3, compile=False).explain()
     assert {(row["backend"], row["why"]) for row in table} == {("reference", "")}
@@ -88,7 +92,7 @@ def test_a_kernel_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(*models)
 
 
-@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+@pytest.mark.parametrize("name", OF_ELEMENTS)
 def test_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The reference moves everything, to the bit; that is said once, whatever the number of optimizers."""
     monkeypatch.setattr(base, "_SAID", set())
@@ -105,3 +109,11 @@ def test_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch, caplog: 
     assert [record.getMessage() for record in caplog.records] == [
         "no C++ compiler: steps on the CPU are the reference's, as right and slower; install g++ or clang++"
     ]
+
+
+def test_whole_matrices_have_a_back_end_of_their_own() -> None:
+    for compiled in (None, False):
+        table = sharpwise.Muon(tiny_model(), compile=compiled).explain()
+        own = {row["backend"] for row in table if row["rule"] == "muon"}
+        rest = {row["backend"] for row in table if row["rule"] != "muon"}
+        assert own == {"matrices"} and rest <= {"reference", "cpp"}
