@@ -17,24 +17,24 @@ OWN = ("environment", "fake_device", "launches", "shapes")
 
 BOUNDS = {
     "tiny": """
-                       adamw  adam-mini  lion  sgd  sgd-sai
-plain                  2      4          2     2    2
-clip                   5      7          5     5    5
-clip-skip              6      9          6     6    6
-raise                  4      6          4     4    4
-bf16-weights           2      4          2     2    2
-bf16-state-stochastic  2      4          2     2    2
-bf16-all-stochastic    2      4          2     2    2
-fp64-weights           309    564        253   169  169
-eager                  309    319        253   169  169
-blockwise              2      4          2     2    2
-blockwise-clip         5      7          5     5    5
-everything             6      9          6     6    6
-sharpness              2      4          -     -    -
-sharpness-moving       2      4          -     -    -
-llr                    2      4          2     2    2
-llr-moving             2      4          2     2    2
-gradient_snr           2      4          2     2    -
+                       adamw  adam-mini  lion  muon  sgd  sgd-sai
+plain                  2      4          2     161   2    2
+clip                   5      7          5     201   5    5
+clip-skip              6      9          6     252   6    6
+raise                  4      6          4     188   4    4
+bf16-weights           2      4          2     197   2    2
+bf16-state-stochastic  2      4          2     593   2    2
+bf16-all-stochastic    2      4          2     989   2    2
+fp64-weights           309    564        253   374   169  169
+eager                  309    319        253   635   169  169
+blockwise              2      4          2     161   2    2
+blockwise-clip         5      7          5     201   5    5
+everything             6      9          6     252   6    6
+sharpness              2      4          -     -     -    -
+sharpness-moving       2      4          -     -     -    -
+llr                    2      4          2     161   2    2
+llr-moving             2      4          2     161   2    2
+gradient_snr           2      4          2     161   2    -
 """,
     "gpt2": """
               adamw  adam-mini  lion  sgd
