@@ -1,6 +1,7 @@
 """The Triton kernels, interpreted on the CPU, against the reference. Run by test_triton.py in a process of its own."""
 
 import itertools
+import mmap
 import os
 import sys
 from dataclasses import dataclass
@@ -12,19 +13,26 @@ if (
 
 import pytest
 import torch
+from engine.test_formats import TABLE, TILES, Cubic
 from torch import nn
 
 import sharpwise.engine.step as steps
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.engine import backends
-from sharpwise.engine.backends import triton_jobs, triton_launch, triton_print
+from sharpwise.engine.backends import triton, triton_frames, triton_jobs, triton_launch, triton_print
+from sharpwise.engine.backends.reference import Noise, update
+from sharpwise.engine.layout import Layout, Layouts, Rectangle
 from sharpwise.engine.optimizer import BlockOptimizer
 from sharpwise.engine.options import Options
+from sharpwise.engine.program import Arithmetic
+from sharpwise.engine.view import views_of
 from sharpwise.optim import create_optimizer
-from sharpwise.rules import SGD
-from sharpwise.storage.dense import mix, round_to
+from sharpwise.rules import SGD, AdamMini, Lion
+from sharpwise.storage import BF16, FP32, Dense
+from sharpwise.storage.dense import mix, step_key
 from sharpwise.testing import fill_gradients
 
+NORESERVE = 0x4000  # of Linux, where Triton is
 SIZES = {"one program": 1 << 16, "pieces": 64}
 
 
@@ -196,32 +204,79 @@ def test_it_is_the_reference(case, monkeypatch):
                 assert off <= 1e-6 * expected.double().norm(), (name, key, float(off))
 
 
+def printed(function, values, outputs):
+    """What a function gives of a tile, printed as Triton.
+
+    Args:
+        values: vectors as long as the tile, or of one number; outputs: types, and how many there are.
+    """
+    n = max(map(len, values.values()))
+    own = Arithmetic.of(function, {name: t.dtype for name, t in values.items()}, set(values), constants=True)
+    tables = {node.target: node.meta["val"] for node in own.graph.nodes if node.op == "get_attr"}
+    loads = {name: f"tl.load({name} + {'i' if len(t) > 1 else 'i * 0'}, mask=mask, other=0)"
+             for name, t in values.items()}  # fmt: skip
+    names = ", ".join([*values, *outputs, *tables])
+    text = triton_frames.HEAD + triton_print.function(
+        f"inner({names}, i, mask)",
+        own,
+        loads | {name: name for name in tables},
+        lambda found: [
+            f"tl.store({name} + i, tl.where(mask, {found[name]}, {found[name]}), mask=i < {k})"
+            for name, (_, k) in outputs.items()
+        ],
+    )
+    text += f"\n@triton.jit\ndef run({names}, N: tl.constexpr, M: tl.constexpr):\n    i = tl.arange(0, N)[None, :]\n"
+    text += f"    inner({names}, i, i < M)\n"
+    found = {name: torch.empty(k, dtype=dtype) for name, (dtype, k) in outputs.items()}
+    size = 1 << (n - 1).bit_length()
+    triton_print.module(text).run[(1,)](*values.values(), *found.values(), *tables.values(), N=size, M=n)
+    return found
+
+
 def test_rounding_is_that_of_storage_to_the_bit():
-    import triton
-    import triton.language as tl
-
-    formats = triton_print.Formats(torch.bfloat16, torch.bfloat16, (), (), True)
-    module = triton_print.module(triton_print.kernels(SGD(), formats, False).text)
-    stochastic = module.stochastic
-
-    @triton.jit
-    def rounded(x, index, key, out, N: tl.constexpr):
-        i = tl.arange(0, N)
-        tl.store(out + i, stochastic(tl.load(x + i), tl.load(index + i), tl.load(key).to(tl.uint32)))
-
-    rounded.fn.__globals__["stochastic"] = stochastic
     generator = torch.Generator().manual_seed(0)
     n = 4096
     x = torch.randn(n, generator=generator) * 10.0 ** torch.randint(-30, 30, (n,), generator=generator)
     x[:6] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38])
-    index = torch.randint(0, 1 << 40, (n,), generator=generator)
-    key = mix(0xDEADBEEF)
-    out = torch.empty(n, dtype=torch.bfloat16)
-    globals().update(tl=tl, stochastic=stochastic)
-    rounded[(1,)](x, index, torch.tensor([key]), out, N=n)
-    expected = round_to(x, torch.bfloat16, index, key)
-    assert torch.equal(out.view(torch.int16)[~x.isnan()], expected.view(torch.int16)[~x.isnan()])
-    assert out[4].isnan()
+    given = {"x": x, "index": torch.randint(0, 1 << 40, (n,), generator=generator)}
+    given["key"] = torch.tensor([mix(0xDEADBEEF)]).to(torch.int32)
+    for own in (BF16, FP32):
+        encode = lambda v: {"out": own.encode(v["x"], (v["index"], v["key"]))[""]}  # noqa: B023, E731
+        pair = encode(given)["out"], printed(encode, given, {"out": (own.dtype, n)})["out"]
+        assert torch.equal(*(t.view(torch.uint8).view(n, -1)[~x.isnan()] for t in pair))
+        assert all(t[4].isnan() for t in pair)
+
+
+def test_operations_are_those_of_torch():
+    x = torch.tensor([-2.5, -1.5, -0.5, -0.3, -0.0, 0.5, 1.5, 2.5, 1e9, -8388609.0, 4194304.5, float("nan"), -3.0])
+    functions = {
+        "round": lambda v: v["x"].round(),
+        "clamp": lambda v: v["x"].clamp(-1.0, 1.5),
+        "maximum": lambda v: torch.maximum(v["x"], v["y"]),
+        "maximum of NaN": lambda v: torch.maximum(v["y"], v["x"]),
+    }
+    for name, run in functions.items():
+        given = {"x": x, "y": x.flip(0)}
+        (found,) = printed(lambda v: {"out": run(v)}, given, {"out": (torch.float32, len(x))}).values()  # noqa: B023
+        expected = run(given)
+        assert torch.equal(found.isnan(), expected.isnan()), name
+        assert torch.equal(*(t.view(torch.int32)[~expected.isnan()] for t in (found, expected))), name
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in (divide|cast):RuntimeWarning")  # of what `where` leaves out
+@pytest.mark.parametrize("x", TILES, ids=lambda x: f"{len(x)} elements")
+def test_a_format_of_ones_own(x):
+    """A maximum over the tile, comparisons, rounding, a constant table: what int8 needs."""
+    n, parts = len(x), Cubic().encode(x)
+    codes = {"codes": (torch.uint8, n), "scale": (torch.float32, 1)}
+    found = printed(lambda v: Cubic().encode(v["x"]), {"x": x}, codes)
+    assert torch.equal(found["scale"], parts["scale"].view(1))
+    assert (found["codes"].int() - parts["codes"].int()).abs().max() <= 1
+    assert (found["codes"] == parts["codes"]).float().mean() >= 0.999
+    back = printed(lambda v: {"x": Cubic().decode(v)}, found, {"x": (torch.float32, n)})["x"]
+    assert torch.equal(back, Cubic().decode(found))
+    found = printed(lambda v: Cubic().encode(v["x"]), {"x": x / x[0]}, codes)
+    assert found["scale"].isnan() == x[0].eq(0)  # 0 / 0 reaches the scale
 
 
 def test_sums_of_the_largest_gradients_are_finite():
@@ -261,7 +316,8 @@ def test_only_numbers_that_changed_are_uploaded(monkeypatch):
 
     sent = []
     upload = triton_tables.upload
-    monkeypatch.setattr(triton_tables, "upload", lambda *args: sent.append(len(args)) or upload(*args))
+    for module in (triton_tables, triton_launch):
+        monkeypatch.setattr(module, "upload", lambda *args: sent.append(len(args)) or upload(*args))
     model = model_of()
     optimizer = create_optimizer(model, "adam-mini", lr=1e-3, blocks=BlockMap(tuple(SEGMENTS)))
     fill_gradients(model, 0)
@@ -281,7 +337,7 @@ def test_text_is_the_same_for_other_numbers():
     """No hyperparameter, size or multiplier is in a kernel."""
     from sharpwise.rules import AdamMini
 
-    formats = triton_print.Formats(torch.float32, torch.float32, (torch.float32,), (torch.float32,), False)
+    formats = triton_print.Formats(FP32, FP32, (FP32,), (FP32,), False)
     texts = {triton_print.kernels(AdamMini(betas, eps), formats, False).text for betas, eps in
              (((0.9, 0.99), 1e-8), ((0.5, 0.7), 1e-3))}  # fmt: skip
     assert len(texts) == 1
@@ -306,6 +362,24 @@ def test_arithmetic_without_words_is_the_references(caplog):
     assert {row["backend"] for row in optimizer.explain()} == {"reference"}
     assert {row["why"] for row in optimizer.explain()} == {"triton: no words in Triton for aten.erf.default"}
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("decode", "why"),
+    [
+        (lambda self, parts, compute=torch.float32: parts[""].to(compute).erf(), "no words in Triton for aten.erf"),
+        (lambda self, parts, compute=torch.float32: parts[""].to(compute) * TABLE[0], "a number that comes from else"),
+    ],
+    ids=["an operation", "a table"],
+)
+def test_a_format_without_words_is_the_references(monkeypatch, decode, why):
+    monkeypatch.setattr(Dense, "decode", decode)
+    model = model_of()
+    optimizer = create_optimizer(model, "lion", lr=1e-3, blocks=BlockMap(tuple(SEGMENTS)))
+    fill_gradients(model, 0)
+    optimizer.step()
+    assert {row["backend"] for row in optimizer.explain()} == {"reference"}
+    assert all(row["why"].startswith(f"triton: {why}") for row in optimizer.explain())
 
 
 def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
@@ -343,3 +417,73 @@ def test_groups_whose_scalars_are_worked_out_otherwise(monkeypatch):
             optimizer.step()
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert (p - q).norm() <= 1e-6 * p.norm()
+
+
+FAR = (1 << 31) + (1 << 16)
+"""Elements of a tensor of which memory is there only where a kernel reaches."""
+RECTANGLES = {
+    "tiles": (Lion(), BF16, Rectangle(0, 0, 1, FAR, FAR, 0)),
+    "rows": (AdamMini(), FP32, Rectangle(0, 0, FAR >> 16, 1 << 16, 1 << 16, 0, blocks=FAR >> 16)),
+    "columns": (AdamMini(), FP32, Rectangle(0, 0, 3, 64, 1 << 30, 0, blocks=64, size=1)),
+}
+
+
+@pytest.mark.parametrize("kind", RECTANGLES)
+def test_offsets_have_64_bits(kind):
+    """The last chunk of a tensor of more than 2**31 elements."""
+    rule, own, far = RECTANGLES[kind]
+    pages = [mmap.mmap(-1, FAR * own.dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE) for _ in "pgm"]
+    p, g, m = (torch.frombuffer(page, dtype=own.dtype, count=FAR) for page in pages)
+    group = {**rule.defaults, "seed": 5}
+    (view,) = views_of("w", torch.zeros(2, 2), group, (of("w", (2, 2), Role.TOK_EMB),), rule, Layouts())
+    counts = torch.full((max(far.blocks, 1),), 7.0, dtype=torch.float64)
+    view.param, view.layout, view.rectangles = p, Layout(counts=counts), [far]
+    view.own = {"exp_avg": m, "exp_avg_sq": torch.rand(far.blocks)}
+    noisy = own is BF16
+    formats = triton_print.Formats(own, own, (own,), (FP32,) * rule.has_blocks, noisy)
+    printed_ = triton_print.kernels(rule, formats, False)
+    moves = triton_jobs.MoveJobs(formats.width, formats.granule, noisy)
+    moves.add(view, triton_jobs.Place(0, (0,), 0), g.data_ptr(), own.dtype.itemsize, False)
+    ((key, _),) = moves.jobs.chunks.items()
+    assert key[0] == kind
+    chunk = moves.jobs.chunk_table(key)[-1:]
+    # What it moves, as a matrix.
+    shape = {"tiles": (1, FAR % triton_jobs.SPAN or triton_jobs.SPAN), "rows": (1, 1 << 16), "columns": (3, 64)}[kind]
+    first = 0 if kind == "columns" else FAR - shape[1]
+    near = [t.as_strided(shape, (far.pitch, 1), first) for t in (p, g, m)]
+    for i, t in enumerate(near):
+        t.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+    s = dict(rule.scalars(3, rule.defaults))
+    s.pop("bias_correction", None)
+    s |= {"step": 0.01, "decay": 0.9}
+    x, gradient, old = (t.clone() for t in near)
+    blocks = slice(0, 64) if kind == "columns" else slice(-1, None)
+    rate = None
+    if rule.has_blocks:
+        mean = gradient.double().square().sum(int(kind == "rows")) / 7.0
+        new, below = rule.block_phase({"exp_avg_sq": view.own["exp_avg_sq"][blocks]}, mean, s)
+        rate = (0.01 / below).float().view(-1, 1) if kind == "rows" else (0.01 / below).float()[None]
+    key_ = torch.tensor([[(view.key + step_key(3, 5)) & 0xFFFFFFFF]])
+    noise = Noise(torch.arange(first, FAR)[None], torch.zeros(1, 1, dtype=torch.int64), key_) if noisy else None
+    update(rule, s, x, gradient, [old], rate, None, noise)
+    name, constants = triton.kernel_and_constants(key, formats.granule)
+    values = torch.tensor([{**s, "t": 3.0}[n] for n in printed_.scalars], dtype=torch.float32)
+    arguments = [torch.from_numpy(moves.jobs.table()), torch.from_numpy(chunk), torch.tensor([g.data_ptr()]), values]
+    arguments += [torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.uint8), torch.zeros(1)]
+    kernel = getattr(triton_print.module(printed_.text), name)
+    triton_launch.launch(kernel, 1, arguments[: len(triton.ARGUMENTS[name])], constants, p.device)
+    for mine, theirs in ((near[0], x), (near[2], old)):
+        assert (mine != theirs).sum() <= 0.001 * mine.numel() if noisy else (mine - theirs).norm() <= 1e-6 * mine.norm()
+    if rule.has_blocks:
+        assert (view.own["exp_avg_sq"][blocks] - new["exp_avg_sq"]).norm() <= 1e-6 * new["exp_avg_sq"].norm()
+    if kind == "tiles":
+        sums = triton_jobs.SumJobs()
+        sums.add(view, 0, g.data_ptr(), own.dtype, True, False)
+        ((key, chunks),) = sums.tables()[0].items()
+        chunk, partial = torch.from_numpy(chunks[-1:].copy()), torch.zeros(1, dtype=torch.float64)
+        chunk[0, 2] = 0
+        kernel = triton_print.module(triton_print.squares(own.dtype, len(triton_print.FIELDS))).squares
+        _, constants = triton.kernel_and_constants(key, 8)
+        arguments = (torch.from_numpy(sums.jobs.table()), chunk, torch.tensor([g.data_ptr()]), partial)
+        triton_launch.launch(kernel, 1, arguments, constants, p.device)
+        assert float(partial) == pytest.approx(float(gradient.double().square().sum()), rel=1e-9)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import sharpwise.engine.step as steps
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import backends
 from sharpwise.optim import create_optimizer
@@ -27,6 +28,7 @@ CASES = [
     ("adam-mini", {"block_lr": "blockwise", "max_grad_norm": 0.5, "on_nonfinite": "skip"}),
     ("adamw", BF16),
     ("adam-mini", BF16),
+    ("adam-mini", {"on_nonfinite": "skip", "on_device": True}),
 ]
 
 
@@ -44,7 +46,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def worst(name: str, options: dict, mesh) -> list:
-    blocks = BlockMap(tuple(SEGMENTS))
+    blocks, on_device = BlockMap(tuple(SEGMENTS)), options.get("on_device", False)
+    steps.decided_by_host = lambda views: not on_device  # as where a device alone knows the number of the step
+    options = {key: value for key, value in options.items() if key != "on_device"}
     alone, cut = model_of(), placed(model_of(), mesh, "storage" in options)
     backends.ORDER["cpu"] = ("triton",)
     one, two = (

@@ -11,6 +11,7 @@ import torch
 from sharpwise.engine.backends import triton, triton_launch, triton_print
 from sharpwise.engine.backends.triton_print import FIELDS, Formats
 from sharpwise.rules import SGD, AdamMini, AdamW, Lion
+from sharpwise.storage import FP32, Dense
 
 pytestmark = [
     pytest.mark.skipif(bool(triton_launch.absent()), reason=triton_launch.absent() or "triton is here"),
@@ -96,7 +97,8 @@ def check(name, formats, decay, key, arch, folder):
     param, grad, state, stochastic = FORMATS[formats]
     elements = [n for n, kind in rule.state.items() if kind == "element"]
     blocks = [n for n, kind in rule.state.items() if kind == "block"]
-    own = Formats(param, grad, (state,) * len(elements), (F,) * len(blocks), stochastic)
+    state_ = (Dense.of(state),) * len(elements)
+    own = Formats(Dense.of(param), Dense.of(grad), state_, (FP32,) * len(blocks), stochastic)
     kernel, constants = triton.kernel_and_constants(key, own.granule)
     module = triton_print.module(triton_print.kernels(rule, own, *DECAYS[decay]).text)
     found, ptx = compiled(getattr(module, kernel), triton.ARGUMENTS[kernel], constants, arch, folder)
@@ -111,7 +113,7 @@ def check(name, formats, decay, key, arch, folder):
         return
     tile = {"tiles": constants.get("BLOCK"), "rows": constants.get("PER", 1) * constants.get("BLOCK", 1)}
     each = tile.get(kernel, constants.get("BR", 1) * constants.get("BC", 1)) // THREADS
-    stored = [param, *own.elements]
+    stored = [param, *[state] * len(elements)]
     loaded = [*stored, grad] + [grad] * (kernel != "tiles")  # twice: summed up, then used
     assert wide(ptx, "st") == sum(each * t.itemsize for t in stored) // 16
     assert wide(ptx, "ld") == sum(each * t.itemsize for t in loaded) // 16

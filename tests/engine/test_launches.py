@@ -128,7 +128,15 @@ def test_tables_of_a_large_model_are_small(launches):
         )
         cuda.step(model, optimizer)
         (tables,) = optimizer._backends.by_name["triton"]._tables
-        held = [tables.addresses, tables.scalars, tables.rates, tables.sum_jobs, tables.starts, tables.partial]
+        held = [
+            tables.addresses.tensor,
+            tables.inputs.tensor,
+            tables.scalars,
+            tables.rates,
+            tables.sum_jobs,
+            tables.starts,
+            tables.partial,
+        ]
         held += [own for own, _ in tables.sum_chunks.values()]
         held += [t for family in tables.families for t in (family.jobs, *(own for own, _ in family.chunks.values()))]
         total = sum(p.numel() for p in model.parameters())

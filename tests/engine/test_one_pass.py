@@ -7,8 +7,7 @@ from torch import nn
 import sharpwise
 from sharpwise import rules
 from sharpwise.engine.backends import loops
-from sharpwise.engine.backends.cpp import runs_of
-from sharpwise.engine.layout import Layouts, Run
+from sharpwise.engine.layout import Layouts, Rectangle
 from sharpwise.engine.view import views_of
 from sharpwise.testing import TinyGPT, fill_gradients, same
 
@@ -127,20 +126,22 @@ def test_gradients_of_another_type_take_two_passes():
             assert (value.double() - other).norm() <= 1e-3 * other.norm(), key
 
 
-def runs(model, name, blocks=None):
+def rectangles(model, name, blocks=None):
     blocks = blocks or sharpwise.BlockMap.of(model)
     (view,) = views_of(
         name, model.get_parameter(name), rules.AdamMini().defaults, blocks[name], rules.AdamMini(), Layouts()
     )
-    return runs_of(view)
+    return view.rectangles
 
 
-def test_blocks_as_runs():
-    model = model_of()
-    heads, rows = Run(slice(0, 512), slice(0, 32), 16), Run(slice(512, 768), slice(32, 288), 1)
-    assert runs(model, "transformer.h.0.attn.c_attn.weight") == [heads, rows]
-    assert runs(model, "transformer.wte.weight") == [Run(slice(0, 300), slice(0, 300), 1)]
+def test_a_view_as_rectangles():
+    model, n = model_of(), 256 * 256
+    q, k = (Rectangle(i * n, i * n, 16, 16 * 256, 16 * 256, i, first=i * 16, blocks=16) for i in (0, 1))
+    v = Rectangle(2 * n, 2 * n, 256, 256, 256, 2, first=32, blocks=256)
+    assert rectangles(model, "transformer.h.0.attn.c_attn.weight") == [q, k, v]
+    assert rectangles(model, "transformer.wte.weight") == [Rectangle(0, 0, 300, 256, 256, 0, blocks=300)]
     transposed = nn.Module()
     transposed.w = nn.Parameter(torch.randn(256, 512))
     segment = sharpwise.blocks.Segment("w", (256, 512), role=sharpwise.blocks.Role.UP, dim=1, source="said")
-    assert runs(transposed, "w", sharpwise.BlockMap((segment,))) == [Run(slice(0, 512), slice(0, 512), 1)]
+    columns = Rectangle(0, 0, 256, 512, 512, 0, blocks=512, size=1)
+    assert rectangles(transposed, "w", sharpwise.BlockMap((segment,))) == [columns]

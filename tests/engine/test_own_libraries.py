@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.simulated import fake_device
 from torch import nn
 
 import sharpwise
+from sharpwise.engine.backends import triton, triton_launch
 from sharpwise.engine.backends.base import compiler_present
-from sharpwise.testing import fill_gradients
+from sharpwise.testing import fill_gradients, tiny_model
 
 pytestmark = [
     pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler"),
@@ -80,3 +82,38 @@ def test_another_folder_is_not_used(
     assert [message in record.message for record in caplog.records] == [True]
     torch.testing.assert_close(found, expected)
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(bool(triton_launch.absent()), reason=triton_launch.absent() or "triton is here")
+@pytest.mark.parametrize("kind", ["open to others", "somebody else's", "a file", "below a file", "cannot be written"])
+def test_nor_is_that_of_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    folder = tmp_path / "kernels"
+    message = f"kernels are loaded from {folder} only if it is yours alone, and it is {kind}"
+    if kind == "open to others":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif kind == "somebody else's":
+        folder.mkdir()
+        about = folder.stat().st_uid + 1
+        monkeypatch.setattr(os, "geteuid", lambda: about)
+    elif kind == "cannot be written":
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+        message = f"kernels are kept in {folder}, which {kind}"
+    else:
+        (tmp_path / "file").touch()
+        folder = tmp_path / "file" / "kernels" if kind == "below a file" else tmp_path / "file"
+        message = str(folder)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    triton._warn_once.cache_clear()
+    with fake_device(monkeypatch) as module, module.FakeCuda() as cuda, caplog.at_level(logging.WARNING, "sharpwise"):
+        for _ in range(2):
+            model, blocks = cuda.model(tiny_model)
+            optimizer = sharpwise.Lion(model, lr=1e-3, blocks=blocks)
+            counts = cuda.step(model, optimizer)
+            rows = optimizer.explain()
+    assert [message in record.message for record in caplog.records] == [True]
+    assert {row["backend"] for row in rows} <= {"reference", "inductor"}
+    assert all(message in row["why"] for row in rows)
+    assert not any("Triton" in name for name in counts.launches)

@@ -11,7 +11,6 @@ from distributed.launch import launch
 
 import sharpwise
 from sharpwise.engine.backends import triton_launch
-from sharpwise.engine.backends.triton import Triton
 from sharpwise.testing import fill_gradients, tiny_model
 
 FILE = Path(__file__).with_name("interpreted.py")
@@ -55,13 +54,6 @@ def test_without_triton_the_reference_steps(monkeypatch):
     fill_gradients(model, 0)
     optimizer.step()
     assert "triton" not in {row["backend"] for row in optimizer.explain()}
-
-
-def test_a_step_is_not_captured(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="CUDA graph"):
-        Triton().squares([], [], [])
 
 
 @needs_triton

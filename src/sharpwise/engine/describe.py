@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sharpwise.blocks import Segment
+from sharpwise.engine.capture import fixed
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import MatrixRule
@@ -40,7 +41,8 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
         if isinstance(view.rule, MatrixRule):
             size += s.copies * s.rows * sizes["whole"]
-        how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, choice.why)
+        why = "; ".join(filter(None, (choice.why, fixed(view) if stepper.captured else "")))
+        how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, why)
         rows.append((s.name, str(s.role), s.describe_rows(), *how))
         if control is not None:
             rows[-1] += (control.name if view.is_matrix else None,)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,29 @@ class Run(NamedTuple):
     rows: slice
     blocks: slice
     size: int
+
+
+class Rectangle(NamedTuple):
+    """Elements of one segment as a rectangle of memory; where there are blocks, those one after the other.
+
+    Attributes:
+        start, own: its first element in the parameter, and in state that is of the view alone.
+        rows, columns, pitch: of the rectangle.
+        segment, first, blocks: the number of its segment, its first block, its blocks (0: a rule without).
+        size: columns of a block; 0: a block is a row of the rectangle.
+        whole: whether all of its blocks lie here alone.
+    """
+
+    start: int
+    own: int
+    rows: int
+    columns: int
+    pitch: int
+    segment: int
+    first: int = 0
+    blocks: int = 0
+    size: int = 0
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,3 +207,52 @@ def _rows_of_blocks(block_of_row: Tensor, begin: int, n: int) -> Tensor:
     starts = torch.cumsum(sizes, 0) - sizes
     table[owner, torch.arange(len(order), device=rows.device) - starts[owner]] = order
     return table
+
+
+def rectangles(layout: Layout, shape: tuple[int, ...], by_row: bool, has_blocks: bool, cut: bool) -> list[Rectangle]:
+    """A view as rectangles of a parameter, in the order of its rows.
+
+    Args:
+        shape: of all that is held of the parameter, seen as the view is; by_row: its rows are those of a matrix.
+        cut: whether blocks may lie on several processes.
+    """
+    out = shape[0] if by_row else shape[-1]
+    index = _host(layout.rows, np.arange(out))
+    copies = 1 if by_row or len(shape) == 2 else shape[0]
+    tall = 1 if by_row else shape[-2]
+    n, width = len(index), shape[1] if by_row else 1
+    segments = _host(layout.segment_of_row, np.zeros(copies * n, np.int64)).reshape(copies, n)
+    blocks = _host(layout.block_of_row, np.arange(copies * n)).reshape(copies, n)
+    # Pieces of adjacent rows of one segment and block.
+    ends = np.ones((copies, n), bool)
+    ends[:, 1:] = (np.diff(index) != 1) | (np.diff(segments) != 0) | ((np.diff(blocks) != 0) & has_blocks)
+    copy, begins = np.nonzero(ends)
+    lengths = np.diff(np.concatenate((copy * n + begins, [copies * n])))
+    starts, segment, block = index[begins], segments[copy, begins], blocks[copy, begins]
+    whole = np.bincount(block)[block] == 1 if has_blocks else np.ones(len(begins), bool)
+    # Pieces that are blocks of one length, one after the other, are one rectangle.
+    full = lengths == out  # of columns: all of a copy, which lies in one piece
+    alike = (np.diff(lengths) == 0) & (np.diff(segment) == 0) & (np.diff(block) == 1) & has_blocks
+    next_to = (np.diff(copy) == 0) & (starts[1:] == starts[:-1] + lengths[:-1])
+    if not cut:
+        alike &= whole[1:] == whole[:-1]
+        next_to |= full[1:] & full[:-1] & (np.diff(copy) == 1)
+    heads = np.flatnonzero(~np.concatenate(([False], alike & next_to)))
+    counts = np.diff(np.concatenate((heads, [len(begins)])))
+    found = []
+    for i, count in zip(heads.tolist(), counts.tolist(), strict=True):
+        at, own, size, start = int(copy[i]) * tall * out, int(begins[i]), int(lengths[i]), int(starts[i])
+        more = (int(segment[i]), int(block[i]) * has_blocks, count * has_blocks)
+        if by_row or full[i]:
+            each = size * width * tall
+            one = Rectangle(at + start * width, at + own * width, count, each, each, *more, 0, bool(whole[i]))
+        else:
+            one = Rectangle(at + start, at + own, tall, count * size, out, *more, size * has_blocks, bool(whole[i]))
+        found.append(one)
+    return found
+
+
+def _host(rows: Rows, otherwise: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    if isinstance(rows, slice):
+        return np.arange(rows.start, rows.stop)
+    return otherwise if rows is None else np.array(rows.cpu().tolist(), dtype=np.int64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import Backends
-from sharpwise.engine.backends.base import Squares
+from sharpwise.engine.backends.base import Prepared
 from sharpwise.engine.backends.loops import Squares as Kernel
 from sharpwise.engine.backends.reference import CHUNK
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
@@ -82,7 +82,7 @@ class Sums:
         grads: Sequence[Tensor],
         by_block: Sequence[bool],
         bucket: Bucket,
-        given: Sequence[Squares] = (),
+        given: Sequence[Prepared] = (),
     ) -> tuple[list[SquareSum | None], SquareSum | None]:
         """Sums of g*g per block of the views that are asked for, and over everything (None if not wanted).
 
@@ -103,7 +103,7 @@ class Sums:
 
         for shard, sums in (pair for own in given for pair in own.totals):
             add(shard, [sums])
-        for shard, places in self._without_blocks(views, by_block, set().union(*(own.views for own in given))):
+        for shard, places in self._without_blocks(views, by_block, set().union(*(own.summed for own in given))):
             own = [views[i].rows_of(grads[i]) if views[i].part else grads[i] for i in places]
             for large, tensors in _by_size(own).items():
                 add(shard, self._everything(tensors), large)

@@ -121,6 +121,9 @@ class Arithmetic:
     def printed(self, language: Language, inputs: Mapping[str, str], indent: str = "  ") -> tuple[str, dict[str, str]]:
         """Statements that compute it from expressions of its inputs, and the variables of its outputs by name.
 
+        Args:
+            inputs: of its constant tables too, by their names.
+
         Raises:
             NotImplementedError: for an operation that the language lacks.
         """
@@ -130,6 +133,9 @@ class Arithmetic:
         for node in self.graph.nodes:
             if node.op == "output":
                 break
+            if node.op == "get_attr":
+                names[node] = inputs[node.target]
+                continue
             dtype = node.meta["val"].dtype
             value = inputs[next(given)] if node.op == "placeholder" else expression(language, node, names)
             names[node] = f"v{len(names)}"
@@ -162,8 +168,13 @@ def _operand(language: Language, names: Mapping[fx.Node, str], node: fx.Node, op
         operand = operand[0]
     if isinstance(operand, fx.Node):
         return names[operand]
+    if isinstance(operand, torch.dtype):
+        return language.types[operand]
     kinds = [a.meta["val"].dtype for a in node.args if isinstance(a, fx.Node)]
     kind = next((k for k in kinds if k.is_floating_point), node.meta["val"].dtype)
+    if isinstance(operand, int) and not any(k.is_floating_point for k in kinds):
+        # A comparison of whole numbers gives a bool: they are of the type that is compared.
+        return language.literal.format(type=language.types[kinds[0]], value=repr(operand))
     return language.literal.format(type=language.types[kind], value=repr(float(operand)))
 
 

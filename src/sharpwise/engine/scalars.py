@@ -3,7 +3,7 @@
 Learning rate and multiplier meet here, and nowhere else; so do weight decay and multiplier.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -89,31 +89,27 @@ class StepScalars:
         self.ok: Any = True
         self.clip: Any = None
         self._labels = counter.labels
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget the numbers of the last step."""
         self._classes: dict[Any, Class] = {}
         self._rows: dict[Any, tuple[Row, ...]] = {}
         self._kept: dict[Any, Any] = {}
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def begin(self, active: Sequence[ParamView], works: Sequence[Any] = ()) -> None:
+    def begin(self, active: Sequence[ParamView], late: Collection[int] = ()) -> None:
         """Work out the rules' scalars of the step to come, before anything is written: what is wrong shows here.
 
-        Not those of views whose back end works them out on a device that alone knows the number of the step.
+        Args:
+            late: ids of views whose back end works theirs out itself.
         """
-        self._clear()
         self.ok, self.clip, self._labels = True, None, self.counter.labels
         if self._representatives[0] is not active or not self._labels.level:
             self._representatives = (active, list({self.class_key(view): view for view in active}.values()))
-        by_table = [(view, w.backend) for w in works if w.backend.by_table for view in w.views]
-        late = {
-            id(view) for view, backend in by_table if self.on_device(view) and backend.scalars_on_device(view, self)
-        }
-        for view in self._representatives[1]:
-            if id(view) not in late:
-                self._class(view)
+        for view in [view for view in active if id(view) not in late] if late else self._representatives[1]:
+            self._class(view)
 
     def multipliers_changed(self) -> None:
         """Forget which views share theirs."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from sharpwise.engine import capture
 from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found
 from sharpwise.engine.control import Bounds
@@ -36,6 +37,7 @@ class Stepper:
 
     Attributes:
         named: the parameters; guard: decides whether steps are taken, and counts those that are not.
+        captured: whether a step is part of a CUDA graph.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Stepper:
         places = {id(param): i for i, (_, param) in enumerate(self.named)}
         self._of_view = [places[id(view.param)] for view in views]
         self._reduces = any(view.rule.reductions for view in views)
+        self.captured = False
         self._active: tuple[list[bool], list[ParamView]] = ([], [])
         # Where some are on the CPU, the host has to know what the gradients of all sum up to.
         self.on_host = decided_by_host(views)
@@ -102,19 +105,22 @@ class Stepper:
         bucket, pairs = Bucket(self.group), zip(active, grads, strict=True) if self._reduces else ()
         reductions = Reductions(self.group, pairs, scalars.hyper)
         reductions.begin(bucket)
-        given = [
-            backend.squares(
-                own, [grads[i] for i in places], [self.sums.wants_total and not by_block[i] for i in places]
-            )
-            for backend, places, own in works
-            if backend.by_table
+        scalars.clear()
+        if capture.capturing():
+            capture.check(self.options, [(work.backend.name, work.views) for work in works], scalars)
+            self.counter.leave_to_device()  # which counts when the graph is replayed
+        total_of = [self.sums.wants_total and not own for own in by_block]
+        own_grads = [[grads[i] for i in work.places] for work in works]
+        prepared = [
+            work.backend.prepare(work.views, own, [total_of[i] for i in work.places], scalars)
+            for work, own in zip(works, own_grads, strict=True)
         ]
-        sums, total = self.sums.of(active, grads, by_block, bucket, given)
+        sums, total = self.sums.of(active, grads, by_block, bucket, prepared)
         ok, clip = self.guard.decide(total, scaling, active)
         if ok is False:
             return
         reductions.run(clip)
-        scalars.begin(active, works)
+        scalars.begin(active, set().union(*(own.scalars for own in prepared)))
         # What can be wrong shows up to here. From here on things are written.
         if self.multipliers.advance(active, ok, self.group):
             scalars.multipliers_changed()
@@ -123,8 +129,9 @@ class Stepper:
         found = Found(self.phase.run(active, sums), reductions.localized(scalars), {})
         if self.bounds is not None:
             found = found._replace(lines=self.bounds.lines(active, grads, scalars, found, Bucket(self.group)))
-        for backend, places, views in works:
-            backend.step(views, [grads[i] for i in places], scalars, found)
+        for work, own in zip(works, own_grads, strict=True):
+            work.backend.step(work.views, own, scalars, found)
+        self.captured |= capture.capturing()
         # Kernels write past autograd: what it saved for a backward pass has changed.
         increment_version([view.param for view in active])
 

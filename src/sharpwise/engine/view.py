@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
-from sharpwise.engine.layout import Layout, Layouts
+from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
 from sharpwise.rules.base import MatrixRule, Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import FP32, Dense, Format
@@ -133,6 +133,13 @@ class ParamView:
         if isinstance(rows, Tensor) or not local(self.param).is_contiguous():
             return False
         return rows is None or self.by_row
+
+    @cached_property
+    def rectangles(self) -> list[Rectangle]:
+        """Its rows as rectangles of memory."""
+        if not self.numel:
+            return []
+        return rectangles(self.layout, self.whole_shape, self.by_row, self.rule.has_blocks, bool(self.shard.cut))
 
     # -- state -----------------------------------------------------------------------------------------------------
 

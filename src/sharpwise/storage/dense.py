@@ -15,6 +15,8 @@ from torch import Tensor
 from sharpwise.storage.base import Format
 
 _MASK = 0xFFFFFFFF
+STEP_FACTOR, SEED_FACTOR = 0x9E3779B1, 0x85EBCA6B
+"""Of the number of the step and of the seed in a key."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,22 @@ BF16 = Dense("bf16", torch.bfloat16)
 
 
 def mix(x: Any) -> Any:
-    """A 32-bit finalizer of two multiplications; for ints and int64 tensors, whose products stay below 2**63.
+    """A 32-bit finalizer of two multiplications; for ints and int64 tensors, whose products stay below 2**63, and for
+    int32 tensors, which wrap: the same bits, of which the highest is the sign.
 
     >>> mix(1) != mix(2) and 0 <= mix(12345) < 2**32
     True
     """
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
-    return x ^ (x >> 15)
+    mask = -1 if isinstance(x, Tensor) and x.dtype == torch.int32 else _MASK
+    x = x & mask
+    x = ((x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD) & mask
+    x = ((x ^ ((x >> 15) & 0x1FFFF)) * 0x735A2D97) & mask
+    return x ^ ((x >> 15) & 0x1FFFF)
 
 
 def step_key(step: Any, seed: int) -> Any:
     """The part of the key that all tensors have of a step; that of a tensor is the sum with its own, in 32 bits."""
-    return (step * 0x9E3779B1 + seed * 0x85EBCA6B) & _MASK
+    return (step * STEP_FACTOR + seed * SEED_FACTOR) & _MASK
 
 
 def round_to(x: Tensor, dtype: torch.dtype, index: Tensor | None, key: Any) -> Tensor:
@@ -74,8 +78,10 @@ def round_to(x: Tensor, dtype: torch.dtype, index: Tensor | None, key: Any) -> T
     """
     if index is None or dtype != torch.bfloat16:
         return x.to(dtype)
-    noise = mix(index ^ key ^ ((index >> 32) * 0x5BD1E995)) & 0xFFFF
-    bits = (x.float().view(torch.int32).to(torch.int64) & _MASK) + noise
-    bits = bits & 0xFFFF0000
-    bits = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
-    return torch.where(torch.isfinite(x), bits.view(torch.float32), x.float()).to(dtype)
+    # In int32, of which a GPU does several times as many as of int64.
+    key = key.to(torch.int32) if isinstance(key, Tensor) else (key + 2**31) % 2**32 - 2**31
+    noise = mix(index.to(torch.int32) ^ key ^ (index >> 32).to(torch.int32) * 0x5BD1E995) & 0xFFFF
+    x = x.float()
+    bits = x.view(torch.int32)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return torch.where(finite, ((bits + noise) & -0x10000).view(torch.float32), x).to(dtype)

@@ -8,8 +8,7 @@ from sharpwise.engine.backends.base import Backend, Spec
 from sharpwise.engine.backends.cpp import Cpp
 from sharpwise.engine.backends.matrices import Matrices
 from sharpwise.engine.backends.reference import Reference
-from sharpwise.engine.backends.triton import DeviceGuard, Triton
-from sharpwise.engine.backends.triton_launch import refused
+from sharpwise.engine.backends.triton import Triton
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import MatrixRule
 
@@ -66,8 +65,9 @@ class Backends:
         return [*(self.by_name[name] for name in names if name in self.by_name), self._reference]
 
     def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:
-        """What decides about a step in one launch on a device; None where no kernel of ours runs."""
-        return None if refused(device) else DeviceGuard(device, max_norm, skips)
+        """What decides about a step in one launch on a device; None where no kernel of ours does."""
+        kernels = (self.by_name[name].guard(device, max_norm, skips) for name in ORDER.get(device.type, ()))
+        return next((own for own in kernels if own is not None), None)
 
     @property
     def built(self) -> int:

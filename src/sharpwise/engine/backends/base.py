@@ -1,9 +1,12 @@
 """What a back end is: it moves views by a step, or refuses them and says why."""
 
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, TypeVar
+import stat
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,24 +56,24 @@ class Found(NamedTuple):
     lines: Mapping[int, Lines]
 
 
-class Squares(NamedTuple):
-    """Sums of g*g that a back end took by itself, in fp64, before anything moves.
+class Prepared(NamedTuple):
+    """What a back end has done for views by itself, before anything moves.
 
     Attributes:
-        totals: vectors that add up to the sum over everything held here, of parameters that are cut as a shard is.
-        views: ids of the views whose gradients are in them.
+        totals: vectors, fp64, that add up to the sum of g*g over all views in `summed`, of parameters that are cut as a
+            shard is; summed: ids of these.
+        scalars: ids of views whose scalars it works out itself, as only a device knows the number of the step.
     """
 
-    totals: list[tuple[Shard, Tensor]]
-    views: set[int]
+    totals: Sequence[tuple[Shard, Tensor]] = ()
+    summed: Collection[int] = ()
+    scalars: Collection[int] = ()
 
 
 class Backend:
     """Base of all back ends. One of each lives as long as its optimizer and keeps what it compiles."""
 
     name: ClassVar[str]
-    by_table: ClassVar[bool] = False
-    """Whether it takes sums and scalars by kernels of its own: `squares` and `scalars_on_device` are asked."""
 
     def refuses(self, spec: Spec) -> str:
         """Why it does not take a view; "" if it does. What it compiles is built here, before anything is written."""
@@ -80,13 +83,19 @@ class Backend:
         """Whether it works out block sums and block state of a view that it takes by itself, as it moves it."""
         return False
 
-    def squares(self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool]) -> Squares:
-        """Sums of g*g of views that it is about to move; nothing is written to these. Called once in every step.
+    def prepare(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool], scalars: StepScalars
+    ) -> Prepared:
+        """Called once in every step, with the arguments of `step`; nothing is written to the views.
 
         Args:
             total: of which views the squares enter the sum over everything, where it takes that.
         """
-        return Squares([], set())
+        return Prepared()
+
+    def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:
+        """What decides about a step in one launch on a device; None if it has no such kernel."""
+        return None
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         """Move views of which it refused none.
@@ -98,14 +107,22 @@ class Backend:
         """
         raise NotImplementedError
 
-    def scalars_on_device(self, view: ParamView, scalars: StepScalars) -> bool:
-        """Whether it works out the scalars of a view by itself, where only a device knows the number of the step."""
-        return False
-
     @property
     def built(self) -> int:
         """How many kernels it has built."""
         return 0
+
+
+def check_own(folder: Path, others: int, what: str) -> None:
+    """Raise PermissionError unless a folder that code is loaded from is this user's own.
+
+    Args:
+        others: permissions that nobody else may have; what: is loaded.
+    """
+    about = folder.lstat()
+    if os.name == "posix" and (about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & others):
+        owner = "somebody else's" if about.st_uid != os.geteuid() else "open to others"
+        raise PermissionError(f"{what} are loaded from {folder} only if it is yours alone, and it is {owner}")
 
 
 def row_step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | None:

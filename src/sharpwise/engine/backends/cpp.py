@@ -16,7 +16,7 @@ from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, format_refused, say_once
 from sharpwise.engine.backends.launch import LaunchTable, index_refused
 from sharpwise.engine.backends.loops import SHARED, TYPES, Form
-from sharpwise.engine.layout import Run
+from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
@@ -69,7 +69,7 @@ class Cpp(Backend):
         columns = not spec.view.by_row and spec.view.numel >= SHARED
         return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
 
-    def _one_pass(self, spec: Spec) -> Sequence[Run]:
+    def _one_pass(self, spec: Spec) -> Sequence[Rectangle]:
         """The runs of a view that moves in one pass; none if it does not, or has too little for all threads."""
         view = spec.view
         if not view.rule.has_blocks:
@@ -77,13 +77,13 @@ class Cpp(Backend):
         threads = torch.get_num_threads()
         key = "one pass", threads
         if key not in view.kept:
-            runs = runs_of(view) if len(_form(spec).state) == len(view.rule.state) else []
+            runs = _whole(view) if len(_form(spec).state) == len(view.rule.state) else []
             # Threads share blocks of rows, or rows of columns by the eight.
-            blocks = min((run.blocks.stop - run.blocks.start for run in runs), default=0)
+            blocks = min((run.blocks for run in runs), default=0)
             shared = blocks if view.dim == 1 else view.shape[0] // 8
             serial = shared < 2 * threads and view.numel > ONE_THREAD
             view.kept[key] = [] if serial else runs
-        found: Sequence[Run] = view.kept[key]
+        found: Sequence[Rectangle] = view.kept[key]
         return found
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
@@ -102,7 +102,7 @@ class Cpp(Backend):
         if self._tables[0] is views and self._tables[1] == stamp:
             return self._tables[2]
         together: dict[Any, list[tuple[int, ParamView]]] = {}
-        runs: dict[int, Sequence[Run]] = {}
+        runs: dict[int, Sequence[Rectangle]] = {}
         for i, (view, g) in enumerate(zip(views, grads, strict=True)):
             spec: Spec = view.kept["cpp", g.dtype]
             if view.rule.has_blocks and id(view) not in found.rates:
@@ -141,15 +141,11 @@ def _form(spec: Spec) -> Form:
     )
 
 
-def runs_of(view: ParamView) -> list[Run]:
-    """The blocks of a view as runs of its rows, in their order; of columns as one. Empty if they are none."""
-    layout = view.layout
-    if len(view.shape) != 2 or view.shard.cut or layout.counts is None:
-        return []
-    if view.dim == 0:
-        return [Run(slice(0, view.shape[1]), slice(0, len(layout.counts)), 1)]
-    runs = [where for where in layout.gathers if isinstance(where, Run)]
-    return runs if len(runs) == len(layout.gathers) else []
+def _whole(view: ParamView) -> Sequence[Rectangle]:
+    """The rectangles of a view whose blocks are whole rows that lie together, or columns; none if they are others."""
+    if len(view.shape) != 2 or view.shard.cut or view.layout.counts is None:
+        return ()
+    return view.rectangles if view.dim == 0 or all(own.whole for own in view.rectangles) else ()
 
 
 def _types_refused(tensors: Sequence[Tensor]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharpwise.engine.backends.base import Found
 from sharpwise.engine.backends.loops import NUMBERS, SHARED, TABLES, Kernel, threads_for
-from sharpwise.engine.layout import Run
+from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
@@ -33,7 +33,7 @@ class LaunchTable:
         self,
         kernel: Kernel,
         views: Sequence[tuple[int, ParamView]],
-        runs: Mapping[int, Sequence[Run]],
+        runs: Mapping[int, Sequence[Rectangle]],
         found: Found,
         scalars: StepScalars,
     ) -> None:
@@ -51,7 +51,9 @@ class LaunchTable:
             own = self._class_of(view, scalars)
             given = _given(view, found)
             for row in self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic):
-                row |= dict(zip(("scalars_at", "rates_at", "decays_at"), self._places[own], strict=True))
+                scalars_at, rates_at, decays_at = self._places[own]
+                segment = row.pop("segment", 0)
+                row |= {"scalars_at": scalars_at, "rates_at": rates_at + segment, "decays_at": decays_at + segment}
                 for what in given:
                     self._found.append((len(self._rows), what, view, row[what]))
                     row[f"{what}_at"] = -1
@@ -73,7 +75,7 @@ class LaunchTable:
         return self._class[key]
 
     def _matrices(
-        self, view: ParamView, runs: Sequence[Run], given: Collection[str], stochastic: bool
+        self, view: ParamView, runs: Sequence[Rectangle], given: Collection[str], stochastic: bool
     ) -> list[dict[str, int]]:
         """A view as matrices, in the words of the kernel; for `given` see `_given`."""
         layout, by_row = view.layout, view.by_row
@@ -81,13 +83,11 @@ class LaunchTable:
         shape, segments = (view.shape[-2], view.shape[-1]), layout.segment_of_row
         if runs and by_row:
             found = []
-            for rows, blocks, size in runs:
-                start, n = rows.start * shape[1], blocks.stop - blocks.start
-                row = self._row(view, start, (n, size * shape[1]), True)
-                row |= {"first": first + start, "stride": size * shape[1], "blocks": n}
-                row |= {f"state.{name}": self._address(t, blocks.start) for name, t in view.blocks.items()}
-                row["counts"] = self._address(layout.counts, blocks.start)
-                found.append(row | self._by_line(view, layout.segment_of_block, blocks.start))
+            for run in runs:
+                row = self._row(view, run.own, (run.rows, run.columns), True)
+                row |= {"first": first + run.own, "stride": run.columns, "blocks": run.rows, "segment": run.segment}
+                row |= {f"state.{name}": self._address(t, run.first) for name, t in view.blocks.items()}
+                found.append(row | {"counts": self._address(layout.counts, run.first)})
             return found
         if runs:
             row = self._row(view, 0, shape, False, together=view.numel >= SHARED)

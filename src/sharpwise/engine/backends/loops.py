@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpwise.engine.backends.base import check_own
 from sharpwise.engine.program import Language, Program, usual_defaults
 from sharpwise.rules.base import Rule
 
@@ -225,11 +226,8 @@ def _own_folder() -> Path:
     folder = (base if base.is_absolute() else Path.home() / ".cache") / "sharpwise"
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-    about = folder.lstat()
-    if os.name == "posix" and (about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077):
-        owner = "somebody else's" if about.st_uid != os.geteuid() else "open to others"
-        raise PermissionError(f"libraries are loaded from {folder} only if it is yours alone, and it is {owner}")
-    if not stat.S_ISDIR(about.st_mode):
+    check_own(folder, 0o077, "libraries")
+    if not stat.S_ISDIR(folder.lstat().st_mode):
         raise NotADirectoryError(f"libraries are kept in {folder}, and that is no folder")
     return folder
 

@@ -7,22 +7,23 @@ which are kept between steps: a step uploads the scalars, and the addresses of g
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
-from sharpwise.engine.backends.base import Backend, Found, Spec, Squares, format_refused
-from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT, SHORT_TILE, TALL, WIDE, in_pieces, kernel_of, runs_of
-from sharpwise.engine.backends.triton_print import TYPES, DeviceScalars, Formats, Printed
+from sharpwise.engine.backends.base import Backend, Found, Prepared, Spec, format_refused
+from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT_TILE, TALL, WIDE, in_pieces, kernel_of
+from sharpwise.engine.backends.triton_print import DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
-from sharpwise.engine.options import Options
+from sharpwise.engine.capture import cannot, capturing
 from sharpwise.engine.rehearsal import live
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import Rule
-from sharpwise.shards import local
+from sharpwise.shards import Shard, local
+from sharpwise.storage import Dense
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +32,14 @@ class Triton(Backend):
     """Kernels for lists of tensors."""
 
     name: ClassVar[str] = "triton"
-    by_table: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self.options = Options()
         self._printed: dict[Any, Printed | str] = {}
         self._scalars: dict[Any, DeviceScalars | None] = {}
         self._built: dict[Any, str] = {}
         self._tables: list[Tables] = []
         self._ready: list[Tables] = []
-        self._warned = False
+        self._captured: list[Tables] = []
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -50,11 +49,10 @@ class Triton(Backend):
     # -- what it takes ---------------------------------------------------------------------------------------------
 
     def refuses(self, spec: Spec) -> str:
-        view, self.options = spec.view, spec.options
+        view = spec.view
         if reason := triton_launch.refused(view.device):
-            if view.device.type == "cuda" and not self._warned:
-                self._warned = True
-                logger.warning("%s: steps on a GPU are slower without; pip install triton", reason)
+            if view.device.type == "cuda":
+                _warn_once(f"{reason}: steps on a GPU are slower without Triton")
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
@@ -62,55 +60,43 @@ class Triton(Backend):
             return "a control: rows have decays of their own"
         if reason := format_refused(view) or _tensors_refused(spec):
             return reason
-        printed = self._kernels(view.rule, formats_of(view, spec.grad, spec.options))
+        key = view.rule, _formats(spec), not spec.options.decoupled, spec.options.cautious
+        if key not in self._printed:
+            try:
+                self._printed[key] = triton_print.kernels(*key)
+            except Exception as error:  # arithmetic that cannot be traced, or has no words: there is another back end
+                reason = str(error).split("\n")[0]
+                self._printed[key] = reason if isinstance(error, NotImplementedError) else f"tracing failed: {reason}"
+        printed = self._printed[key]
         if isinstance(printed, str):
             return printed
-        return self._build(view, spec.grad, printed)
+        view.kept["triton", spec.grad] = printed
+        return self._build(spec, printed)
 
     def sums_blocks(self, spec: Spec) -> bool:
         return not spec.view.shard.cut
 
-    def _kernels(self, rule: Rule, formats: Formats) -> Printed | str:
-        """The kernels of a rule, or why there are none."""
-        key = rule, formats
-        if key not in self._printed:
-            try:
-                self._printed[key] = triton_print.kernels(
-                    rule, formats, not self.options.decoupled, self.options.cautious
-                )
-            except Exception as error:  # arithmetic that cannot be traced, or has no words: there is another back end
-                reason = str(error).split("\n")[0]
-                self._printed[key] = reason if isinstance(error, NotImplementedError) else f"tracing failed: {reason}"
-        return self._printed[key]
-
-    def _build(self, view: ParamView, grad: torch.dtype, printed: Printed) -> str:
+    def _build(self, spec: Spec, printed: Printed) -> str:
         """Build what moves a view, aligned or not; why that failed, or ""."""
-        formats = formats_of(view, grad, self.options)
-        runs = runs_of(view)
+        view = spec.view
         wanted: set[tuple[str, Any]] = set()
         for aligned in (True, False):
-            for run in runs:
+            for run in view.rectangles:
                 kernel = kernel_of(run, bool(view.rule.has_blocks and view.shard.cut))
-                key = {
-                    "tiles": ("tiles", False, aligned),
-                    "by rate": ("tiles", True, aligned),
-                    "rows": ("rows", run.columns <= SHORT, aligned),
-                    "columns": ("columns", aligned),
-                }[kernel]
-                wanted.add((printed.text, key))
-            if self.options.guarded or in_pieces(view):
-                wanted.add((triton_print.squares(grad, len(triton_print.FIELDS)), (grad, aligned)))
+                wanted.add((printed.text, (*kernel, aligned)))
+            if spec.options.guarded or in_pieces(view):
+                wanted.add((triton_print.squares(spec.grad, len(triton_print.FIELDS)), (spec.grad, aligned)))
         if in_pieces(view):
             wanted.add((printed.text, "phase"))
         for text, key in sorted(wanted, key=str):
             if (text, key) not in self._built:
-                self._built[text, key] = self._compiled(text, key, formats, view.device)
+                self._built[text, key] = self._compiled(text, key, printed.formats.granule, view.device)
             if self._built[text, key]:
                 return self._built[text, key]
         return ""
 
-    def _compiled(self, text: str, key: Any, formats: Formats, device: torch.device) -> str:
-        name, constants = kernel_and_constants(key, formats.granule)
+    def _compiled(self, text: str, key: Any, granule: int, device: torch.device) -> str:
+        name, constants = kernel_and_constants(key, granule)
         try:
             kernel = getattr(triton_print.module(text), name)
             triton_launch.build(kernel, ARGUMENTS[name], constants, device)
@@ -122,31 +108,53 @@ class Triton(Backend):
             return known
         return ""
 
-    def scalars_of(self, view: ParamView, scalars: StepScalars, names: Sequence[str]) -> DeviceScalars | None:
-        """The kernel that works out a view's scalars on the device; None if these are worked out by torch."""
-        key = kind_of_scalars(view), tuple(names)
-        if view.own["step"].dtype != torch.float32:
-            return None
-        if key not in self._scalars:
-            try:
-                found = triton_print.scalars(view.rule, scalars.hyper(view), names, not self.options.decoupled)
-                triton_launch.build(
-                    triton_print.module(found.text).scalars_of_step,
-                    (torch.float64, torch.int64, torch.float32),
-                    {},
-                    view.device,
-                )
-                self._scalars[key] = found
-            except Exception as error:
-                logger.debug("scalars of %s are worked out by torch: %s", view.rule.name, error)
-                self._scalars[key] = None
-        return self._scalars[key]
-
-    def scalars_on_device(self, view: ParamView, scalars: StepScalars) -> bool:
-        printed = self._kernels(view.rule, formats_of(view, view.param.dtype, self.options))
-        return isinstance(printed, Printed) and self.scalars_of(view, scalars, printed.scalars) is not None
-
     # -- the step --------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool], scalars: StepScalars
+    ) -> Prepared:
+        self._ready = self._tables_of(views, grads, total)
+        totals: list[tuple[Shard, Tensor]] = []
+        summed: set[int] = set()
+        late: set[int] = set()
+        for tables in self._ready:
+            tables.addresses.write(tables.wanted)
+            for (dtype, aligned), (chunks, n) in tables.sum_chunks.items():
+                kernel = triton_print.module(triton_print.squares(dtype, len(triton_print.FIELDS))).squares
+                _, constants = kernel_and_constants((dtype, aligned), 16 // dtype.itemsize)
+                args = (tables.sum_jobs, chunks, tables.addresses.tensor, tables.partial)
+                triton_launch.launch(kernel, n, args, constants, tables.device)
+            totals.extend((shard, tables.partial[where]) for shard, where in tables.totals)
+            summed.update(id(v) for v, own in zip(tables.views, tables.summed, strict=True) if own)
+            for family in tables.families:
+                own = [tables.views[i] for i in family.places]
+                on_device = any(map(scalars.on_device, own))
+                family.scalars = self._scalars_of(own[0], scalars, family.printed) if on_device else None
+                if family.scalars is None and capturing():
+                    raise cannot(f"the scalars of {own[0].rule.name!r} are worked out by torch")
+                if family.scalars is not None:  # parts of blocks are moved on elsewhere, which takes their scalars
+                    late.update(id(view) for view in own if not (view.rule.has_blocks and view.shard.cut))
+        return Prepared(totals, summed, late)
+
+    def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:
+        return None if triton_launch.refused(device) else DeviceGuard(device, max_norm, skips)
+
+    def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
+        for tables in self._ready:
+            tables.take_rates(found.rates)
+            tables.write_scalars(scalars)
+            clip, ok = self._control(tables.device, scalars, tables.views[0])
+            for family in tables.families:
+                module = triton_print.module(family.printed.text)
+                common = tables.scalars, clip, ok
+                for key, (chunks, n) in sorted(family.chunks.items(), key=lambda item: item[0] != "phase"):
+                    name, constants = kernel_and_constants(key, family.printed.formats.granule)
+                    args = [family.jobs, chunks, tables.addresses.tensor, *common]
+                    if name == "phase":
+                        args[2:3] = [tables.partial, tables.starts]
+                    args += [tables.rates] * (name in ("tiles", "phase"))
+                    triton_launch.launch(getattr(module, name), n, args, constants, tables.device)
+            tables.release()
 
     def _tables_of(self, views: Sequence[ParamView], grads: Sequence[Tensor], summed: Sequence[bool]) -> list[Tables]:
         """Tables of views by device; kept as long as these, and the alignment of their gradients, are the same."""
@@ -161,93 +169,52 @@ class Triton(Backend):
             total = [summed[i] for i in own]
             tables = next((t for t in self._tables if t.serve(mine, given, addresses, total)), None)
             if tables is None:
-                tables = self._arranged(mine, given, addresses, total, device)
+                families: dict[Any, Family] = {}
+                for i, (view, g) in enumerate(zip(mine, given, strict=True)):
+                    printed = view.kept["triton", g.dtype]
+                    key = printed.text, kind_of_scalars(view)
+                    families.setdefault(key, Family(printed)).places.append(i)
+                tables = Tables(mine, given, addresses, list(families.values()), total, device)
                 self._tables = [*self._tables[-3:], tables]
             tables.use(given, addresses)
+            if capturing():  # a graph has its tables for itself: other steps would write other addresses to them
+                if tables.inputs is None:
+                    raise cannot("take a step with the same hyperparameters before the capture")
+                self._tables.remove(tables)
+                self._captured.append(tables)
             found.append(tables)
         return found
 
-    def _arranged(
-        self,
-        views: list[ParamView],
-        grads: list[Tensor],
-        addresses: list[int],
-        summed: list[bool],
-        device: torch.device,
-    ) -> Tables:
-        families: dict[Any, Family] = {}
-        for i, (view, g) in enumerate(zip(views, grads, strict=True)):
-            formats = formats_of(view, g.dtype, self.options)
-            printed = self._kernels(view.rule, formats)
-            assert isinstance(printed, Printed)
-            key = printed.text, kind_of_scalars(view)
-            families.setdefault(key, Family(printed, formats)).places.append(i)
-        return Tables(views, grads, addresses, list(families.values()), summed, device)
-
-    def squares(self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool]) -> Squares:
-        triton_launch.check_not_captured()
-        found = Squares([], set())
-        self._ready = self._tables_of(views, grads, total)
-        for tables in self._ready:
-            tables.upload_addresses()
-            for (dtype, aligned), (chunks, n) in tables.sum_chunks.items():
-                kernel = triton_print.module(triton_print.squares(dtype, len(triton_print.FIELDS))).squares
-                _, constants = kernel_and_constants((dtype, aligned), 16 // dtype.itemsize)
-                args = (tables.sum_jobs, chunks, tables.addresses, tables.partial)
-                triton_launch.launch(kernel, n, args, constants, tables.device)
-            found.totals.extend((shard, tables.partial[where]) for shard, where in tables.totals)
-            found.views.update(id(v) for v, summed in zip(tables.views, tables.summed, strict=True) if summed)
-        return found
-
-    def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
-        for tables in self._ready:
-            tables.take_rates(found.rates)
-            self._write_scalars(tables, scalars)
-            clip, ok = self._control(tables.device, scalars, tables.views[0])
-            for family in tables.families:
-                module = triton_print.module(family.printed.text)
-                for key, (chunks, n) in sorted(family.chunks.items(), key=lambda item: item[0] != "phase"):
-                    name, constants = kernel_and_constants(key, family.formats.granule)
-                    lists = {
-                        "phase": (
-                            family.jobs,
-                            chunks,
-                            tables.partial,
-                            tables.starts,
-                            tables.scalars,
-                            clip,
-                            ok,
-                            tables.rates,
-                        ),
-                        "tiles": (family.jobs, chunks, tables.addresses, tables.scalars, clip, ok, tables.rates),
-                    }
-                    args = lists.get(name, lists["tiles"][:-1])
-                    triton_launch.launch(getattr(module, name), n, args, constants, tables.device)
-            tables.release()
+    def _scalars_of(self, view: ParamView, scalars: StepScalars, printed: Printed) -> DeviceScalars | None:
+        """The kernel that works out a view's scalars on the device; None if these are worked out by torch."""
+        key = kind_of_scalars(view), printed.scalars, printed.coupled
+        if view.own["step"].dtype != torch.float32:
+            return None
+        if key not in self._scalars:
+            try:
+                found = triton_print.scalars(view.rule, scalars.hyper(view), printed.scalars, printed.coupled)
+                kernel, types = triton_print.module(found.text).scalars_of_step, ARGUMENTS["scalars_of_step"]
+                triton_launch.build(kernel, types, {}, view.device)
+                self._scalars[key] = found
+            except Exception as error:
+                logger.debug("scalars of %s are worked out by torch: %s", view.rule.name, error)
+                self._scalars[key] = None
+        return self._scalars[key]
 
     def _control(self, device: torch.device, scalars: StepScalars, view: ParamView) -> tuple[Tensor, Tensor]:
         """The factor on gradients, fp64, and whether the step is taken, uint8: on the device."""
         if device not in self._constants:
-            self._constants[device] = (
-                torch.ones(1, dtype=torch.float64, device=device),
-                torch.ones(1, dtype=torch.uint8, device=device),
-            )
+            one = torch.ones(1, dtype=torch.float64, device=device)
+            self._constants[device] = one, one.to(torch.uint8)
         one, yes = self._constants[device]
         clip, ok = scalars.clip_of(view), scalars.ok_of(view)
-        if clip is None:
-            clip = one
-        elif not isinstance(clip, Tensor):
-            clip = torch.full_like(one, clip)
+        clip = one if clip is None else clip if isinstance(clip, Tensor) else torch.full_like(one, clip)
         return clip.double(), yes if ok is True else ok.view(torch.uint8)
 
-    def _write_scalars(self, tables: Tables, scalars: StepScalars) -> None:
-        """The scalars of a step: from the host, or worked out on the device where only that knows the step."""
-        by_kernel = []
-        for family in tables.families:
-            own = [tables.views[i] for i in family.places]
-            device = any(map(scalars.on_device, own))
-            by_kernel.append(self.scalars_of(own[0], scalars, family.printed.scalars) if device else None)
-        tables.write_scalars(scalars, by_kernel, not self.options.decoupled)
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @dataclass
@@ -272,8 +239,7 @@ class DeviceGuard:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._constants = {"CLIPS": self.max_norm is not None, "SKIPS": self.skips}
         kernel = triton_print.module(triton_print.guard()).guard
-        types = (torch.float64, torch.float64, torch.float64, torch.uint8, torch.float32, torch.int64)
-        triton_launch.build(kernel, types, self._constants, self.device)
+        triton_launch.build(kernel, ARGUMENTS["guard"], self._constants, self.device)
 
     def __call__(self, total: Tensor) -> tuple[Any, Any]:
         """(whether to step, factor): of the sum of all squares."""
@@ -284,17 +250,21 @@ class DeviceGuard:
         return (self.ok if self.skips else True), clip
 
 
+_I64, _I32, _F32, _F64, _U8 = torch.int64, torch.int32, torch.float32, torch.float64, torch.uint8
 ARGUMENTS: dict[str, tuple[torch.dtype, ...]] = {
-    "tiles": (torch.int64, torch.int32, torch.int64, torch.float32, torch.float64, torch.uint8, torch.float32),
-    "rows": (torch.int64, torch.int32, torch.int64, torch.float32, torch.float64, torch.uint8),
-    "columns": (torch.int64, torch.int32, torch.int64, torch.float32, torch.float64, torch.uint8),
-    "phase": (
-        *(torch.int64, torch.int32, torch.float64, torch.int32, torch.float32, torch.float64, torch.uint8),
-        torch.float32,
-    ),
-    "squares": (torch.int64, torch.int32, torch.int64, torch.float64),
+    "tiles": (_I64, _I32, _I64, _F32, _F64, _U8, _F32),
+    "rows": (_I64, _I32, _I64, _F32, _F64, _U8),
+    "columns": (_I64, _I32, _I64, _F32, _F64, _U8),
+    "phase": (_I64, _I32, _F64, _I32, _F32, _F64, _U8, _F32),
+    "squares": (_I64, _I32, _I64, _F64),
+    "scalars_of_step": (_F64, _I64, _F32),
+    "guard": (_F64, _F64, _F64, _U8, _F32, _I64),
 }
 """Types of what kernels are called with."""
+
+
+REGISTERS = {(True, True): 72, (True, False): 160, (False, True): 64, (False, False): 96}
+"""Of `rows`, by whether they are short and aligned. Left alone, ptxas spills 8 bytes of some to get by with fewer."""
 
 
 def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
@@ -305,12 +275,12 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
     own: dict[str, Any] = {"ALIGN": 16 if aligned else 1, "G": granule if aligned else 1}
     if name == "rows":
         per, block = SHORT_TILE if how[0] else (1, BLOCK)
-        # For sm_80 ptxas spills 8 bytes to get by with few registers, where some more do as well.
-        most = {} if how[0] != aligned else {"maxnreg": 72 if aligned else 96}
-        return name, {"PER": per, "BLOCK": block, **own, **most}
-    if name == "columns":
-        return name, {"BR": TALL if aligned else TALL // 2, "BC": WIDE, **own}  # fewer registers where loads are many
-    return name, {**({"BY": how[0]} if name == "tiles" else {}), "BLOCK": BLOCK, **own}
+        return name, {"PER": per, "BLOCK": block, **own, "maxnreg": REGISTERS[how[0], aligned]}
+    if name == "columns":  # fewer rows, so fewer registers, where loads are many
+        return name, {"BR": TALL, "BC": WIDE, **own, "maxnreg": 96} if aligned else {"BR": TALL // 2, "BC": WIDE, **own}
+    if name == "tiles":
+        own |= {"BY": how[0], "maxnreg": 112 if aligned else 128}
+    return name, {"BLOCK": BLOCK, **own}
 
 
 def kind_of_scalars(view: ParamView) -> Any:
@@ -322,19 +292,22 @@ def kind_of_scalars(view: ParamView) -> Any:
     return type(rule), flags, own, view.own["step"].dtype
 
 
-def formats_of(view: ParamView, grad: torch.dtype, options: Options) -> Formats:
+def _formats(spec: Spec) -> Formats:
     """How the tensors of a view rest in memory."""
-    types = {
-        kind: tuple(view.own[name].dtype for name, k in view.rule.state.items() if k == kind)
+    view = spec.view
+    elements, blocks = (
+        tuple(Dense.of(view.own[name].dtype) for name, k in view.rule.state.items() if k == kind)
         for kind in ("element", "block")
-    }
-    return Formats(view.param.dtype, grad, types["element"], types["block"], options.stochastic_rounding)
+    )
+    param, grad = Dense.of(view.param.dtype), Dense.of(spec.grad)
+    return Formats(param, grad, elements, blocks, spec.options.stochastic_rounding)
 
 
 def _tensors_refused(spec: Spec) -> str:
     view = spec.view
     tensors = [local(view.param), *(local(view.own[name]) for name in view.rule.state)]
-    wrong = next((t for t in {spec.grad, *(t.dtype for t in tensors)} if t not in TYPES), None)
+    types = {spec.grad, *(t.dtype for t in tensors)} - {torch.float32, torch.bfloat16}
+    wrong = next(iter(types), None)
     if wrong is not None:
         return f"fp32 and bf16 alone, not {str(wrong)[6:]}"
     if not all(t.is_contiguous() for t in tensors):

@@ -16,27 +16,38 @@ def address(at, T: tl.constexpr, ALIGN: tl.constexpr):
     if ALIGN == 16:
         p = tl.multiple_of(p, 16)
     return p
-"""
-
-NOISE = """
-@triton.jit
-def mix(x):
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = (x ^ (x >> 15)) * 0x735A2D97
-    return x ^ (x >> 15)
 
 @triton.jit
-def stochastic(x, index, key):
-    # The hash of storage/dense.py: uint32 wraps where that masks.
-    low = index.to(tl.uint32)
-    high = (index >> 32).to(tl.uint32)
-    noise = mix(low ^ key ^ (high * 0x5BD1E995)) & 0xFFFF
-    bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
-    return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+def larger(a, b):
+    return tl.where((a > b) | (a != a), a, b)
+
+@triton.jit
+def most(x, mask):
+    # Along a line; tl.max leaves NaN out.
+    found = tl.max(tl.where(mask, x, -float("inf")), axis=-1, keep_dims=True)
+    lacks = tl.max((mask & (x != x)).to(tl.int32), axis=-1, keep_dims=True)
+    return tl.where(lacks > 0, float("nan"), found)
+
+@triton.jit
+def nearest(x):
+    # To even where two are as near. From 2**23 on all are whole.
+    whole = (tl.abs(x) + 8388608.0) - 8388608.0
+    whole = tl.where(whole == 0, x * 0.0, tl.where(x < 0, -whole, whole))
+    return tl.where(tl.abs(x) < 8388608.0, whole, x)
 """
 
 _JOB = """    row = jobs + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * $width
     k = tl.load(chunks + 2 * tl.program_id(0) + 1)
+"""
+
+_RECTANGLE = """    columns = tl.load(row + $columns)
+    pitch = tl.multiple_of(tl.load(row + $pitch), G)
+    per = tl.load(row + $per)
+    span = tl.load(row + $span)
+    across = (columns + span - 1) // span
+    r0 = (k // across) * per
+    c0 = (k % across) * span
+    n = tl.multiple_of(tl.minimum(span, columns - c0).to(tl.int32), G)
 """
 
 TILES = f"""
@@ -47,14 +58,7 @@ def tiles($moves, rates, $aligned, BY: tl.constexpr, BLOCK: tl.constexpr):
         return
 {_JOB}
 $elements_head
-    columns = tl.load(row + $columns)
-    pitch = tl.multiple_of(tl.load(row + $pitch), G)
-    per = tl.load(row + $per)
-    span = tl.load(row + $span)
-    across = (columns + span - 1) // span
-    r0 = (k // across) * per
-    c0 = (k % across) * span
-    n = tl.multiple_of(tl.minimum(span, columns - c0).to(tl.int32), G)
+{_RECTANGLE.rstrip()}
     if BY:
         first = tl.load(row + $first)
         by_row = tl.load(row + $by_row)
@@ -69,7 +73,7 @@ $elements_head
             if BY:
                 b = first + r * by_row + ((c0.to(tl.int32) + i) // size) * by_column
                 rate = tl.load(rates + b, mask=mask, other=0.0)
-$move_flat
+            move($elements, at, i, mask, rate)
 """
 
 ROWS = f"""
@@ -95,14 +99,11 @@ $blocks_head
             x = tl.load(g_ + base + j[None, :], mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float64)
             sums += x * x
         mean = tl.sum(sums, axis=1) / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
-$phase_rows
-        rate = (step / $denominator).to(tl.float32)[:, None]
-        at = base
+        rate = block_step($blocks, b, held, held, mean)[:, None]
         for c in range(0, n, BLOCK):
             j = c + tl.arange(0, BLOCK)
             mask = held[:, None] & (j < n)[None, :]
-            i = j[None, :]
-$move_rows
+            move($elements, base, j[None, :], mask, rate)
 """
 
 COLUMNS = f"""
@@ -132,14 +133,13 @@ $blocks_head
         sums += tl.sum(x * x, axis=0)
     total = tl.where(size == 1, sums, tl.sum(sums))
     mean = total / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
-$phase_columns
-    rate = (step / $denominator).to(tl.float32)[None, :]
+    first = lane < tl.where(size == 1, n, 1)
+    rate = block_step($blocks, b, held, first, mean)[None, :]
     for r0 in range(0, count, BR):
         r = r0 + tl.arange(0, BR)
         at = r.to(tl.int64)[:, None] * pitch + c0
-        i = lane[None, :]
         mask = (r < count)[:, None] & held[None, :]
-$move_columns
+        move($elements, at, lane[None, :], mask, rate)
 """
 
 PHASE = f"""
@@ -161,11 +161,10 @@ $blocks_head
     b = k + tl.arange(0, 1)
     held = b >= 0
     mean = tl.sum(sums) / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
-$phase_phase
-    tl.store(rates + tl.load(row + $by_row) + b, (step / $denominator).to(tl.float32), mask=held)
+    tl.store(rates + tl.load(row + $by_row) + b, block_step($blocks, b, held, held, mean), mask=held)
 """
 
-SQUARES = """
+SQUARES = f"""
 @triton.jit(do_not_specialize=$args)
 def squares(jobs, chunks, grads, partial, $aligned, BLOCK: tl.constexpr):
     # The sum of g*g over a chunk, to where the chunk says.
@@ -173,14 +172,7 @@ def squares(jobs, chunks, grads, partial, $aligned, BLOCK: tl.constexpr):
     row = jobs + tl.load(chunk).to(tl.int64) * $width
     k = tl.load(chunk + 1)
     g_ = address(tl.load(grads + tl.load(row + $view)) + tl.load(row + $from_gradient), $gradient, ALIGN)
-    columns = tl.load(row + $columns)
-    pitch = tl.multiple_of(tl.load(row + $pitch), G)
-    per = tl.load(row + $per)
-    span = tl.load(row + $span)
-    across = (columns + span - 1) // span
-    r0 = (k // across) * per
-    c0 = (k % across) * span
-    n = tl.multiple_of(tl.minimum(span, columns - c0).to(tl.int32), G)
+{_RECTANGLE.rstrip()}
     sums = tl.zeros([BLOCK], tl.float64)
     for r in range(r0, tl.minimum(r0 + per, tl.load(row + $rows))):
         at = tl.multiple_of(r * pitch + c0, G)

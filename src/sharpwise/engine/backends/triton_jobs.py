@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sharpwise.engine.backends.triton_print import FIELDS
+from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
+from sharpwise.storage.dense import SEED_FACTOR
 
 Array = np.ndarray[Any, Any]
 
@@ -26,99 +27,6 @@ SHORT = 64
 SHORT_TILE = (64, 16)
 WIDE, TALL = 64, 32
 """A tile of columns: that many of them, and rows."""
-
-
-class Run(NamedTuple):
-    """Elements of one segment as a rectangle of memory; where there are blocks, those one after the other.
-
-    Attributes:
-        start, own: its first element in the parameter, and in state that is of the view alone.
-        rows, columns, pitch: of the rectangle.
-        segment, first, blocks: the number of its segment, its first block, its blocks (0: a rule without).
-        size: columns of a block; 0: a block is a row of the rectangle.
-        whole: whether all of its blocks lie here alone.
-    """
-
-    start: int
-    own: int
-    rows: int
-    columns: int
-    pitch: int
-    segment: int
-    first: int = 0
-    blocks: int = 0
-    size: int = 0
-    whole: bool = True
-
-    @property
-    def numel(self) -> int:
-        """Its elements."""
-        return self.rows * self.columns
-
-
-def runs_of(view: ParamView) -> list[Run]:
-    """A view as rectangles, in the order of its rows; kept."""
-    if "runs" not in view.kept:
-        view.kept["runs"] = _runs(view) if view.numel else []
-    found: list[Run] = view.kept["runs"]
-    return found
-
-
-def _runs(view: ParamView) -> list[Run]:
-    layout, shape, by_row = view.layout, view.whole_shape, view.dim == 1 and len(view.shape) == 2
-    out = shape[0] if by_row else shape[-1]
-    index = np.arange(out) if layout.rows is None else _rows(layout.rows)
-    copies = 1 if by_row or len(shape) == 2 else shape[0]
-    tall = 1 if by_row else shape[-2]
-    n, width = len(index), shape[1] if by_row else 1
-    segments = _host(layout.segment_of_row, np.zeros(copies * n, np.int64)).reshape(copies, n)
-    blocks = None
-    if view.rule.has_blocks:
-        blocks = _host(layout.block_of_row, np.arange(copies * n)).reshape(copies, n)
-    pieces = []
-    for number in range(copies):
-        jump = (np.diff(index) != 1) | (np.diff(segments[number]) != 0)
-        if blocks is not None:
-            jump |= np.diff(blocks[number]) != 0
-        begins = np.concatenate(([0], np.flatnonzero(jump) + 1))
-        lengths = np.diff(np.concatenate((begins, [n])))
-        firsts = np.zeros_like(begins) if blocks is None else blocks[number][begins]
-        pieces.append((np.full_like(begins, number), begins, lengths, segments[number][begins], firsts))
-    copy, begins, lengths, segment, block = map(np.concatenate, zip(*pieces, strict=True))
-    whole = np.bincount(block)[block] == 1 if blocks is not None else np.ones(len(begins), bool)
-    # Pieces that are blocks of one length, one after the other, are one run.
-    starts = index[begins]
-    full = lengths == out  # of columns: all of a copy, which lies in one piece
-    merges = np.zeros(len(begins), bool)
-    if blocks is not None and not view.shard.cut:
-        same = (np.diff(lengths) == 0) & (np.diff(segment) == 0) & (np.diff(block) == 1) & (whole[1:] == whole[:-1])
-        next_to = (np.diff(copy) == 0) & (starts[1:] == starts[:-1] + lengths[:-1])
-        merges[1:] = same & (next_to | (full[1:] & full[:-1] & (np.diff(copy) == 1)))
-    elif blocks is not None:
-        same = (np.diff(lengths) == 0) & (np.diff(segment) == 0) & (np.diff(block) == 1)
-        merges[1:] = same & (np.diff(copy) == 0) & (starts[1:] == starts[:-1] + lengths[:-1])
-    heads = np.flatnonzero(~merges)
-    counts = np.diff(np.concatenate((heads, [len(merges)])))
-    runs = []
-    for i, count in zip(heads.tolist(), counts.tolist(), strict=True):
-        at, own, size = int(copy[i]) * tall * out, int(begins[i]), int(lengths[i])
-        start, has = int(starts[i]), blocks is not None
-        more = (int(segment[i]), int(block[i]), count * has)
-        if by_row or full[i]:
-            each = size * width * tall
-            run = Run(at + start * width, at + own * width, count, each, each, *more, 0, bool(whole[i]))
-        else:
-            run = Run(at + start, at + own, tall, count * size, out, *more, size * has, bool(whole[i]))
-        runs.append(run)
-    return runs
-
-
-def _rows(rows: slice | Tensor) -> Array:
-    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else _host(rows, None)
-
-
-def _host(tensor: Tensor | None, otherwise: Any) -> Array:
-    return otherwise if tensor is None else np.array(tensor.cpu().tolist(), dtype=np.int64)
 
 
 class Place(NamedTuple):
@@ -158,12 +66,12 @@ def _numbered(counts: Array) -> Array:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def tiling(run: Run, most: int = SPAN) -> dict[str, int]:
+def tiling(run: Rectangle, most: int = SPAN) -> dict[str, int]:
     """Rows and columns of a run that a chunk has."""
     return {"per": max(1, most // max(run.columns, 1)), "span": min(run.columns, most)}
 
 
-def chunks_of(run: Run, per: int, span: int) -> int:
+def chunks_of(run: Rectangle, per: int, span: int) -> int:
     """How many chunks that makes."""
     return -(-run.rows // per) * -(-run.columns // span)
 
@@ -196,16 +104,15 @@ class MoveJobs:
         counts = 0 if view.layout.counts is None else view.layout.counts.data_ptr()
         common = {"view": place.number}
         if self.stochastic:
-            common["key"] = (view.key + int(view.group["seed"]) * 0x85EBCA6B) & 0xFFFFFFFF
+            common["key"] = (view.key + int(view.group["seed"]) * SEED_FACTOR) & 0xFFFFFFFF
         lead = int(np.prod(view.param.shape[1:])) if view.shard.offset else 0
-        for run in runs_of(view):
+        for run in view.rectangles:
             addresses = [base + bytes_ * (run.own if own else run.start) for base, bytes_, own in tensors]
             at_g = size * run.start
             kernel = kernel_of(run, by_rate)
-            aligned = not any(a % 16 for a in [*addresses, g + at_g]) and not any(
-                n % self.granule
-                for n in (run.columns, run.pitch, run.size if kernel == "columns" and run.size > 1 else 0)
-            )
+            wide = run.size if kernel[0] == "columns" and run.size > 1 else 0
+            aligned = not any(a % 16 for a in [*addresses, g + at_g])
+            aligned &= not any(n % self.granule for n in (run.columns, run.pitch, wide))
             fields = common | {
                 "rows": run.rows,
                 "columns": run.columns,
@@ -216,26 +123,17 @@ class MoveJobs:
                 "from_gradient": at_g,
                 "noise": run.start + (view.shard.offset[0] * lead if lead else 0),
             }
-            more = [base + bytes_ * run.first for base, bytes_ in block]
-            if kernel == "rows":
-                short = run.columns <= SHORT
-                per = max(1, SPAN // run.columns)
-                per += -per % SHORT_TILE[0] if short else 0
-                self.jobs.add(("rows", short, aligned), -(-run.rows // per), addresses + more, per=per, **fields)
-            elif kernel == "columns":
-                span = run.size if run.size > 1 else WIDE
-                chunks = -(-run.columns // span)
-                self.jobs.add(("columns", aligned), chunks, addresses + more, span=span, **fields)
+            if kernel[0] == "rows":
+                cut = {"per": max(1, SPAN // run.columns), "span": run.columns}
+                cut["per"] += -cut["per"] % SHORT_TILE[0] if kernel[1] else 0
+            elif kernel[0] == "columns":
+                cut = {"per": run.rows, "span": wide or WIDE}
             else:
                 cut = tiling(run)
-                if kernel == "by rate":
-                    fields |= {
-                        "first": place.rates + run.first,
-                        "by_row": int(not run.size),
-                        "by_column": int(run.size > 0),
-                    }
-                chunks = chunks_of(run, **cut)
-                self.jobs.add(("tiles", kernel == "by rate", aligned), chunks, addresses + more, **cut, **fields)
+                if kernel[1]:
+                    fields |= {"first": place.rates + run.first, "by_row": not run.size, "by_column": run.size > 0}
+            addresses += [base + bytes_ * run.first for base, bytes_ in block]
+            self.jobs.add((*kernel, aligned), chunks_of(run, **cut), addresses, **cut, **fields)
 
     def add_phases(self, view: ParamView, place: Place, starts: int) -> int:
         """The block state of a view's blocks that are summed up in pieces, whose partial sums are numbered from
@@ -260,20 +158,18 @@ class MoveJobs:
         return done
 
 
-def kernel_of(run: Run, by_rate: bool) -> str:
-    """Which kernel moves it."""
+def kernel_of(run: Rectangle, by_rate: bool) -> tuple[Any, ...]:
+    """Which kernel moves it: the name, and what else the kernel is found by besides the alignment."""
     if not run.blocks:
-        return "tiles"
-    if by_rate or not run.whole:
-        return "by rate"
-    if run.size:
-        return "columns" if run.size <= WIDE else "by rate"
-    return "rows" if run.columns <= ONE_PROGRAM else "by rate"
+        return "tiles", False
+    if by_rate or not run.whole or (run.size or run.columns) > (WIDE if run.size else ONE_PROGRAM):
+        return "tiles", True
+    return ("columns",) if run.size else ("rows", run.columns <= SHORT)
 
 
-def in_pieces(view: ParamView) -> list[Run]:
+def in_pieces(view: ParamView) -> list[Rectangle]:
     """Runs of blocks that are summed up by several programs."""
-    return [run for run in runs_of(view) if kernel_of(run, False) == "by rate"]
+    return [run for run in view.rectangles if kernel_of(run, False) == ("tiles", True)]
 
 
 def block_ranges(view: ParamView) -> list[tuple[int, int, int]]:
@@ -312,10 +208,10 @@ class SumJobs:
         if total:  # blocks in pieces are of parameters that are not cut: their sums lie before this total's own
             self.totals.setdefault((), -1)
         owner = self.totals.setdefault(view.shard.holders, -1 - len(self.totals)) if total else 0
-        rest = [run for run in runs_of(view) if run not in pieces] if total else []
+        rest = [run for run in view.rectangles if run not in pieces] if total else []
         if not pieces and not view.part and rest:  # all of it, in one piece
             n = local(view.param).numel()
-            rest = [Run(0, 0, 1, n, n, 0)]
+            rest = [Rectangle(0, 0, 1, n, n, 0)]
         for run in (*pieces, *rest):
             cut = tiling(run, SUM_SPAN)
             if run in pieces:

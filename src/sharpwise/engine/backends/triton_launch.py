@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sharpwise.engine.backends.base import check_own
+from sharpwise.engine.capture import cannot, capturing
 
 WARPS = 4
 
@@ -38,7 +42,22 @@ def refused(device: torch.device) -> str:
     """Why no kernel of ours runs on a device, or ""."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"not for {device.type}"
-    return absent()
+    return absent() or (_folder_refused() if device.type == "cuda" else "")
+
+
+def _folder_refused() -> str:
+    """Why kernels are not to be kept where Triton keeps them, and loads code from, or ""."""
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_own(folder.resolve(), 0o022, "kernels")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"kernels are kept in {folder}, which cannot be written")
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def launch(kernel: Any, grid: int, args: Sequence[Tensor], constants: Mapping[str, Any], device: torch.device) -> None:
@@ -54,20 +73,39 @@ def build(kernel: Any, args: Sequence[torch.dtype], constants: Mapping[str, Any]
             kernel.warmup(*args, grid=(1,), **constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
-def check_not_captured() -> None:
-    """Raise RuntimeError where a step would be captured in a CUDA graph."""
-    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a step cannot be captured in a CUDA graph: its scalars come from the host each time")
-
-
 def upload(values: "np.ndarray[Any, Any]", device: torch.device, into: Tensor | None = None) -> Tensor:
     """Numbers on a device: a copy that the host does not wait for.
 
     Pinned memory comes from torch's own cache, which gives it out again only when the copy is done.
     """
+    if capturing():
+        raise cannot("tables of such a step are not there yet; take one with the same gradients before the capture")
     host = torch.from_numpy(values)
     if device.type == "cuda":
         host = host.pin_memory()
     if into is None:
         return host.to(device, non_blocking=True)
     return into.copy_(host, non_blocking=True)
+
+
+class Staged:
+    """A vector on a device, of numbers of 8 bytes, to which the host writes where they have changed.
+
+    A graph copies them anew each time it runs: from memory that was set aside, and is not written again.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.empty(size, dtype=dtype, device=device)
+        self._aside = torch.empty(size, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        self._written: np.ndarray[Any, Any] | None = None
+
+    def write(self, values: "np.ndarray[Any, Any]") -> Tensor:
+        """Write all of them."""
+        if self._written is None or not np.array_equal(values, self._written):
+            if capturing():
+                self._aside.numpy()[:] = values
+                self.tensor.copy_(self._aside, non_blocking=True)
+            else:
+                upload(values.copy(), self.tensor.device, self.tensor)
+            self._written = values
+        return self.tensor

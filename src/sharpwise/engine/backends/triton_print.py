@@ -6,7 +6,7 @@ Kernels are found by their text: what prints alike is one kernel, whatever the r
 import hashlib
 import linecache
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from string import Template
 from types import SimpleNamespace
@@ -18,9 +18,9 @@ from torch import Tensor
 from sharpwise.engine.backends import triton_frames as frames
 from sharpwise.engine.program import Arithmetic, Language, Program
 from sharpwise.rules.base import Rule
+from sharpwise.storage import Dense
+from sharpwise.storage.dense import STEP_FACTOR, mix
 
-TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16"}
-"""What can be read and written; the arithmetic is fp32."""
 FIELDS = (
     *("rows", "columns", "pitch", "per", "span", "size", "first", "by_row", "by_column"),
     *("slot", "noise", "key", "counts", "view", "from_gradient"),
@@ -60,38 +60,56 @@ TRITON = Language(
         **{getattr(_aten, op).Scalar: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
         _aten.where.self: "tl.where({0}, {1}, {2})",
         _aten._to_copy.default: "{0}",
+        _aten.detach.default: "{0}",
+        _aten.view.dtype: "{0}.to({1}, bitcast=True)",
+        _aten.bitwise_and.Scalar: "{0} & {1}",
+        _aten.bitwise_xor.Tensor: "{0} ^ {1}",
+        _aten.__rshift__.Scalar: "{0} >> {1}",
+        _aten.maximum.default: "larger({0}, {1})",
+        _aten.amax.default: "most({0}, mask)",
+        _aten.clamp.default: "tl.where({0} < {1}, {1}, tl.where({0} > {2}, {2}, {0}))",
+        _aten.round.default: "nearest({0})",
+        _aten.index.Tensor: "tl.load({0} + {1})",
     },
-    {torch.bool: "tl.int1", _f32: "tl.float32", _f64: "tl.float64"},
+    {
+        torch.bool: "tl.int1",
+        **{getattr(torch, n): f"tl.{n}" for n in ("float32", "float64", "bfloat16", "int8", "uint8", "int32", "int64")},
+    },
     literal="{value}",
     statement="{name} = ({value}).to({type})",
 )
 
 
 class Formats(NamedTuple):
-    """How tensors rest in memory: types of the parameter, its gradient and its state, and how bf16 is rounded."""
+    """How tensors rest in memory: the parameter, its gradient and its state, and whether they are rounded by hash."""
 
-    param: torch.dtype
-    grad: torch.dtype
-    elements: tuple[torch.dtype, ...]
-    blocks: tuple[torch.dtype, ...]
+    param: Dense
+    grad: Dense
+    elements: tuple[Dense, ...]
+    blocks: tuple[Dense, ...]
     stochastic: bool
 
     @property
     def granule(self) -> int:
         """Elements that are 16 bytes of the narrowest."""
-        return 16 // min(t.itemsize for t in (self.param, self.grad, *self.elements))
+        return 16 // min(own.dtype.itemsize for own in (self.param, self.grad, *self.elements))
+
+    @property
+    def width(self) -> int:
+        """Numbers in a job."""
+        return len(FIELDS) + 1 + len(self.elements) + len(self.blocks)
 
 
 class Printed(NamedTuple):
-    """The kernels of a program, and the names of the scalars that they read."""
+    """The kernels of a program, the names of the scalars that they read, and what they were printed for."""
 
     text: str
     scalars: tuple[str, ...]
+    formats: Formats
+    coupled: bool
 
 
-def width(formats: Formats) -> int:
-    """Numbers in a job."""
-    return len(FIELDS) + 1 + len(formats.elements) + len(formats.blocks)
+# -- the kernels of a rule ---------------------------------------------------------------------------------------------
 
 
 def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False) -> Printed:
@@ -101,55 +119,98 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
         NotImplementedError: for an operation that Triton lacks.
     """
     program = Program.of(rule, coupled=coupled, cautious=cautious)
-    noisy = formats.stochastic and torch.bfloat16 in (formats.param, *formats.elements)
-    elements = [f"{name}_" for name in program.elements]
-    blocks = [f"{name}_" for name in program.blocks]
-    at = len(FIELDS)
-    head = [_pointer("p_", at, formats.param)]
-    head += [_pointer(name, at + 1 + i, t) for i, (name, t) in enumerate(zip(elements, formats.elements, strict=True))]
-    head.append(
-        f"g_ = address(tl.load(grads + tl.load(row + {_at('view')})) + tl.load(row + {_at('from_gradient')}), "
-        f"{TYPES[formats.grad]}, ALIGN)"
-    )
-    own = ["slot = scalars + tl.load(row + " + f"{_at('slot')})"]
+    stored = {"p": formats.param} | _of_state(program.elements, formats.elements)
+    blocks = _of_state(program.blocks, formats.blocks)
+    noisy = formats.stochastic
+    own = [f"slot = scalars + tl.load(row + {_at('slot')})"]
     own += [f"s_{name} = tl.load(slot + {i})" for i, name in enumerate(program.scalars)]
     own += [f"{name} = tl.load(slot + {len(program.scalars) + i})" for i, name in enumerate(OURS)]
     own += ["clip64 = tl.load(clip_)", "clip = clip64.to(tl.float32)"]
+    begin = len(FIELDS)
+    head = [_pointer(name, begin + i, kind) for i, (name, kind) in enumerate(stored.items())]
+    at_gradient = f"tl.load(grads + tl.load(row + {_at('view')})) + tl.load(row + {_at('from_gradient')})"
+    head.append(f"g_ = address({at_gradient}, {_type(formats.grad)}, ALIGN)")
     if noisy:
         head += [f"noise = tl.load(row + {_at('noise')})"]
-        own += [f"key = tl.load(row + {_at('key')}).to(tl.uint32) + t.to(tl.int64).to(tl.uint32) * 0x9E3779B1"]
-    at += 1 + len(elements)
-    begin = [_pointer(name, at + i, t, 1) for i, (name, t) in enumerate(zip(blocks, formats.blocks, strict=True))]
-    begin.append(f"counts_ = address(tl.load(row + {_at('counts')}), tl.float64, 1)")
+        head += [f"key = (tl.load(row + {_at('key')}) + t.to(tl.int64) * {STEP_FACTOR}).to(tl.int32)"]
+    begin += len(stored)
+    of_blocks = [_pointer(name, begin + i, kind, 1) for i, (name, kind) in enumerate(blocks.items())]
+    of_blocks.append(f"counts_ = address(tl.load(row + {_at('counts')}), tl.float64, 1)")
+    scalars = {f"scalar.{name}": f"s_{name}" for name in program.scalars}
+    elements = [*map(_called, stored), "g_", "decay", "clip", *(["noise", "key"] if noisy else []), *scalars.values()]
     values: dict[str, str] = {
         "args": "",
-        "width": str(width(formats)),
+        "width": str(formats.width),
         **{name: str(_at(name)) for name in FIELDS},
         "scalars_head": _lines(own, 1),
-        "elements_head": _lines([*head, *own], 1),
-        "blocks_head": _lines(begin, 1),
-        "move_flat": _move(program, formats, coupled, noisy, 3),
+        "elements_head": _lines([*own, *head], 1),
+        "blocks_head": _lines(of_blocks, 1),
+        "elements": ", ".join(elements),
+        "blocks": ", ".join([*map(_called, blocks), "step", *scalars.values()]),
     }
-    text = frames.HEAD + (frames.NOISE if noisy else "") + _filled(frames.TILES, values)
+    text = frames.HEAD + function(
+        f"move({values['elements']}, at, i, mask, rate)",
+        _in_memory(program.move, {**stored, "g": formats.grad}, list(stored), noisy),
+        {name: name for name in ("rate", "decay", "clip", "key")}
+        | {"weight_decay": "decay", "index": "noise + at + i", **scalars}
+        | {name: f"tl.load({_called(name)} + at + i, mask=mask, other=0)" for name in (*stored, "g")},
+        lambda found: [f"tl.store({_called(name)} + at + i, {found[name]}, mask=mask)" for name in stored],
+    )
+    text += _filled(frames.TILES, values)
     if program.phase is not None:
-        for name, deep, mask in (
-            ("rows", 2, "held"),
-            ("columns", 1, "lane < tl.where(size == 1, n, 1)"),
-            ("phase", 1, "held"),
-        ):
-            values[f"phase_{name}"], values["denominator"] = _phase(program, formats, deep, mask)
-        values["move_rows"] = _move(program, formats, coupled, noisy, 3)
-        values["move_columns"] = _move(program, formats, coupled, noisy, 2)
+        # Every thread reads what one of them writes: all have to have read it before.
+        text += function(
+            f"block_step({values['blocks']}, b, held, mask, mean)",
+            _in_memory(program.phase, blocks, list(blocks), False),
+            {"mean": "mean", **scalars}
+            | {name: f"tl.load({_called(name)} + b, mask=held, other=0)" for name in blocks},
+            lambda found: [
+                "tl.debug_barrier()",
+                *(f"tl.store({_called(name)} + b, {found[name]}, mask=mask)" for name in blocks),
+                f"return (step / {found['denominator']}).to(tl.float32)",
+            ],
+        )
         text += "".join(_filled(frame, values) for frame in (frames.ROWS, frames.COLUMNS, frames.PHASE))
-    return Printed(text, (*program.scalars, *OURS))
+    return Printed(text, (*program.scalars, *OURS), formats, coupled)
+
+
+def function(
+    head: str, own: Arithmetic, values: Mapping[str, str], last: Callable[[dict[str, str]], Sequence[str]]
+) -> str:
+    """A function `head` of Triton.
+
+    Args:
+        values: expressions of the inputs of its arithmetic, and addresses of its constant tables; a maximum over a tile
+            is taken where `mask` holds.
+        last: from the names of what it found to what is done with these.
+
+    Raises:
+        NotImplementedError: for an operation that Triton lacks.
+    """
+    body, found = own.printed(TRITON, values, "    ")
+    return f"\n@triton.jit\ndef {head}:\n{body}\n{_lines(last(found), 1)}\n"
+
+
+def _of_state(names: Sequence[str], formats: Sequence[Dense]) -> dict[str, Dense]:
+    return {f"state.{name}": own for name, own in zip(names, formats, strict=True)}
+
+
+def _called(name: str) -> str:
+    """The address of a tensor."""
+    return f"{name.removeprefix('state.')}_"
 
 
 def _at(field: str) -> int:
     return FIELDS.index(field)
 
 
-def _pointer(name: str, at: int, dtype: torch.dtype, align: Any = "ALIGN") -> str:
-    return f"{name} = address(tl.load(row + {at}), {TYPES[dtype]}, {align})"
+def _type(own: Dense) -> str:
+    """The type of the one part of a format."""
+    return TRITON.types[own.parts(_f32)[""]]
+
+
+def _pointer(name: str, at: int, own: Dense, align: Any = "ALIGN") -> str:
+    return f"{_called(name)} = address(tl.load(row + {at}), {_type(own)}, {align})"
 
 
 def _lines(lines: Sequence[str], deep: int) -> str:
@@ -166,52 +227,23 @@ def _filled(frame: str, values: Mapping[str, str]) -> str:
     return Template(frame).substitute({**values, "args": repr(args)})
 
 
-def _scalars(program: Program) -> dict[str, str]:
-    return {f"scalar.{name}": f"s_{name}" for name in program.scalars}
+def _in_memory(own: Arithmetic, formats: Mapping[str, Dense], outputs: Sequence[str], by_hash: bool) -> Arithmetic:
+    """Arithmetic on numbers that rest in memory in some format; by hash it takes the `index` of each and a `key`."""
 
+    def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = own(**{**v, **{name: kind.decode({"": v[name]}) for name, kind in formats.items()}})
+        noise = [(v["index"], mix(v["key"] + slot)) if by_hash else None for slot in range(len(outputs))]
+        written = {n: formats[n].encode(found[n], pair)[""] for n, pair in zip(outputs, noise, strict=True)}
+        return {**found, **written}
 
-def _move(program: Program, formats: Formats, coupled: bool, noisy: bool, deep: int) -> str:
-    """Load, move and store the elements at `at + i` where `mask` holds."""
-
-    def loaded(name: str) -> str:
-        return f"tl.load({name} + at + i, mask=mask, other=0.0).to(tl.float32)"
-
-    inputs = {"p": loaded("p_"), "g": loaded("g_"), "rate": "rate", "clip": "clip"}
-    inputs["weight_decay" if coupled else "decay"] = "decay"
-    inputs |= {f"state.{name}": loaded(f"{name}_") for name in program.elements} | _scalars(program)
-    moved, values = program.move.printed(TRITON, inputs, "    " * deep)
-    kinds = {"p": formats.param, **dict(zip(program.elements, formats.elements, strict=True))}
-    lines = []
-    for slot, (output, value) in enumerate(values.items()):
-        name = output.removeprefix("state.")
-        value = f"{value}.to({TYPES[kinds[name]]})"
-        if noisy and kinds[name] == torch.bfloat16:
-            value = f"stochastic({values[output]}, noise + at + i, mix(key + {slot}))"
-        lines.append(f"tl.store({name}_ + at + i, {value}, mask=mask)")
-    return moved + "\n" + _lines(lines, deep)
-
-
-def _phase(program: Program, formats: Formats, deep: int, mask: str) -> tuple[str, str]:
-    """Block state of the blocks `b`, stored where `mask` holds; and what the denominator is called."""
-    assert program.phase is not None
-    inputs = {"mean": "mean"} | _scalars(program)
-    inputs |= {f"state.{n}": f"tl.load({n}_ + b, mask=held, other=0.0).to(tl.float32)" for n in program.blocks}
-    worked_out, values = program.phase.printed(TRITON, inputs, "    " * deep)
-    kinds = dict(zip(program.blocks, formats.blocks, strict=True))
-    stores = [
-        f"tl.store({name}_ + b, {values[f'state.{name}']}.to({TYPES[kinds[name]]}), mask={mask})"
-        for name in program.blocks
-    ]
-    # Every thread reads what one of them writes: all have to have read it before.
-    text = f"{worked_out}\n{_lines(['tl.debug_barrier()', *stores], deep)}"
-    # Names of its own: what is assigned before a loop and in it again is carried through it.
-    text = re.sub(r"\bv(\d+)\b", r"w\1", text)
-    return text, values["denominator"].replace("v", "w")
+    inputs = {**own.inputs, **{name: kind.parts(_f32)[""] for name, kind in formats.items()}}
+    inputs |= {"index": torch.int64, "key": torch.int32} if by_hash else {}
+    return Arithmetic.of(run, inputs, tiles={*formats, "index"})
 
 
 def squares(grad: torch.dtype, numbers: int) -> str:
     """The kernel that sums up gradients of a type; `numbers` in a job."""
-    values = {name: str(_at(name)) for name in FIELDS} | {"width": str(numbers), "gradient": TYPES[grad]}
+    values = {name: str(_at(name)) for name in FIELDS} | {"width": str(numbers), "gradient": TRITON.types[grad]}
     return frames.HEAD + _filled(frames.SQUARES, values)
 
 
@@ -232,6 +264,11 @@ class DeviceScalars(NamedTuple):
     text: str
     inputs: tuple[Leaf, ...]
 
+    @property
+    def width(self) -> int:
+        """Numbers of a segment."""
+        return len(FACTORS) + len(self.inputs)
+
 
 FACTORS = ("lr", "of_rate", "of_decay", "weight_decay", "of_weight_decay")
 """Inputs besides the hyperparameters, as `StepScalars.factors` gives them."""
@@ -244,7 +281,7 @@ def scalars(rule: Rule, hyper: Mapping[str, Any], names: Sequence[str], coupled:
         Exception: whatever tracing arithmetic that wants to know a number raises.
     """
     leaves = tuple(_leaves(hyper))
-    inputs = ["t", *FACTORS, *map(_called, leaves)]
+    inputs = ["t", *FACTORS, *map(_of_leaf, leaves)]
 
     def work(v: dict[str, Tensor]) -> dict[str, Tensor]:
         own = {name: _filled_in(name, value, v) for name, value in hyper.items()}
@@ -275,14 +312,14 @@ def _leaves(hyper: Mapping[str, Any]) -> list[Leaf]:
     return found
 
 
-def _called(leaf: Leaf) -> str:
+def _of_leaf(leaf: Leaf) -> str:
     return f"hyper.{leaf[0]}.{leaf[1]}"
 
 
 def _filled_in(name: str, value: Any, v: Mapping[str, Tensor]) -> Any:
     if isinstance(value, tuple):
-        return tuple(v[_called((name, i))] for i in range(len(value)))
-    return v[_called((name, None))] if isinstance(value, (float, Tensor)) else value
+        return tuple(v[_of_leaf((name, i))] for i in range(len(value)))
+    return v[_of_leaf((name, None))] if isinstance(value, (float, Tensor)) else value
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------

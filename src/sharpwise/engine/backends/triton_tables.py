@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
-from sharpwise.engine.backends.triton_jobs import MoveJobs, Place, SumJobs, in_pieces
-from sharpwise.engine.backends.triton_launch import upload
-from sharpwise.engine.backends.triton_print import DeviceScalars, Formats, Printed
+from sharpwise.engine.backends.triton_jobs import Array, MoveJobs, Place, SumJobs, in_pieces
+from sharpwise.engine.backends.triton_launch import Staged, upload
+from sharpwise.engine.backends.triton_print import DeviceScalars, Printed
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import Shard
@@ -22,10 +22,13 @@ Chunks = tuple[Tensor, int]
 
 @dataclass
 class Family:
-    """Views that the kernels of one text move: their places among all, jobs, chunks by kernel, first scalar."""
+    """Views that the kernels of one text move: their places among all, jobs, chunks by kernel, first scalar.
+
+    scalars: the kernel that works out their scalars in this step; None if the host does.
+    """
 
     printed: Printed
-    formats: Formats
+    scalars: DeviceScalars | None = None
     places: list[int] = field(default_factory=list)
     jobs: Any = None
     chunks: dict[Any, Chunks] = field(default_factory=dict)
@@ -54,15 +57,16 @@ class Tables:
         self._groups = list({id(view.group): view.group for view in views}.values())
         self._kind = self._kind_of(grads, addresses)
         self._grads: list[Tensor] = []
-        self._wanted = np.zeros(0, np.int64)
-        self._uploaded = np.zeros(0, np.int64)
+        self.wanted = np.zeros(0, np.int64)
         places = self._place()
         self._sum(grads, addresses)
         self._move(places, grads, addresses)
-        self.addresses = torch.empty(len(views), dtype=torch.int64, device=device)
+        self.addresses = Staged(len(views), torch.int64, device)
         self.scalars = torch.empty(max(self._n_scalars, 1), dtype=torch.float32, device=device)
         self.rates = torch.empty(max(self._n_rates, 1), dtype=torch.float32, device=device)
+        self.inputs: Staged | None = None
         self._counts: dict[int, Tensor] = {}
+        self._late: dict[tuple[int, ...], Tensor] = {}
 
     # -- made once -------------------------------------------------------------------------------------------------
 
@@ -107,8 +111,8 @@ class Tables:
 
     def _move(self, places: Mapping[int, Place], grads: list[Tensor], addresses: list[int]) -> None:
         for family in self.families:
-            formats = family.formats
-            moves = MoveJobs(triton_print.width(formats), formats.granule, formats.stochastic)
+            formats = family.printed.formats
+            moves = MoveJobs(formats.width, formats.granule, formats.stochastic)
             for i in family.places:
                 view = self.views[i]
                 by_rate = bool(view.rule.has_blocks and view.shard.cut)
@@ -134,13 +138,7 @@ class Tables:
 
     def use(self, grads: list[Tensor], addresses: Sequence[int]) -> None:
         """Take the gradients of a step; they are kept until it is done."""
-        self._grads, self._wanted = grads, np.array(addresses, dtype=np.int64)
-
-    def upload_addresses(self) -> None:
-        """Tell the device where gradients lie, if that changed."""
-        if not np.array_equal(self._wanted, self._uploaded):
-            upload(self._wanted.copy(), self.device, self.addresses)
-            self._uploaded = self._wanted
+        self._grads, self.wanted = grads, np.array(addresses, dtype=np.int64)
 
     def release(self) -> None:
         """Let the gradients go."""
@@ -152,59 +150,71 @@ class Tables:
             given = [rates[id(view)] for view in self._given]
             torch.cat(given, out=self.rates[: sum(map(len, given))])
 
-    def write_scalars(self, scalars: StepScalars, kernels: Sequence[DeviceScalars | None], coupled: bool) -> None:
-        """The scalars of a step. `kernels`: of families whose scalars are worked out on the device."""
-        host: list[float] = []
+    def write_scalars(self, scalars: StepScalars) -> None:
+        """The scalars of a step, from the host, or worked out on the device where only that knows the step."""
+        own = [family for family in self.families if family.scalars is not None]
+        if len(own) < len(self.families):
+            numbers, late = self._numbers(scalars, False)
+            with np.errstate(over="ignore"):
+                upload(numbers.astype(np.float32), self.device, self.scalars)
+            self._put(self.scalars, late)
+        if not own:
+            return
+        numbers, late = self._numbers(scalars, True)
+        if self.inputs is None or len(self.inputs.tensor) != len(numbers):
+            self.inputs = Staged(len(numbers), torch.float64, self.device)
+        given = self.inputs.write(numbers)
+        self._put(given, late)
+        for family in own:
+            assert family.scalars is not None
+            if family.slot not in self._counts:
+                views = [self.views[i] for i in family.places]
+                steps = [scalars.counter.step(view).data_ptr() for view in views for _ in view.segments]
+                self._counts[family.slot] = upload(np.array(steps, dtype=np.int64), self.device)
+            own_inputs, given = given.tensor_split([family.segments * family.scalars.width])
+            args = own_inputs, self._counts[family.slot], self.scalars[family.slot :]
+            function = triton_print.module(family.scalars.text).scalars_of_step
+            triton_launch.launch(function, family.segments, args, {}, self.device)
+
+    def _numbers(self, scalars: StepScalars, on_device: bool) -> tuple[Array, list[tuple[int, Tensor]]]:
+        """Scalars of a step, or what the device works them out from, and which of them only a device knows."""
+        numbers: list[float] = []
         late: list[tuple[int, Tensor]] = []
-        for family, kernel in zip(self.families, kernels, strict=True):
+        for family in self.families:
+            if on_device != (family.scalars is not None):
+                numbers += [] if on_device else [0.0] * (family.segments * len(family.printed.scalars))
+                continue
             alike: dict[Any, tuple[list[float], list[tuple[int, Tensor]]]] = {}
             for view in map(self.views.__getitem__, family.places):
-                key = scalars.key(view)
-                if key not in alike:
-                    rows = (
-                        _values(view, scalars, family.printed.scalars, coupled)
-                        if kernel is None
-                        else _inputs(view, scalars, kernel)
-                    )
+                if (key := scalars.key(view)) not in alike:
+                    rows = _inputs(view, scalars, family.scalars) if family.scalars else _values(view, scalars, family)
                     flat = [value for row in rows for value in row]
                     tensors = [(i, value) for i, value in enumerate(flat) if isinstance(value, Tensor)]
                     alike[key] = [0.0 if isinstance(value, Tensor) else value for value in flat], tensors
                 floats, tensors = alike[key]
-                late += [(len(host) + i, value) for i, value in tensors]
-                host += floats
-        numbers = np.array(host, dtype=np.float64)
-        if all(kernel is None for kernel in kernels):
-            with np.errstate(over="ignore"):
-                upload(numbers.astype(np.float32), self.device, self.scalars)
-            _put(self.scalars, late)
-            return
-        given = upload(numbers, self.device)
-        _put(given, late)
-        at = 0
-        for f, (family, kernel) in enumerate(zip(self.families, kernels, strict=True)):
-            width = len(family.printed.scalars)
-            own = self.scalars[family.slot : family.slot + family.segments * width]
-            wide = width if kernel is None else len(triton_print.FACTORS) + len(kernel.inputs)
-            part = given[at : at + family.segments * wide]
-            at += family.segments * wide
-            if kernel is None:
-                own.copy_(part)
-                continue
-            if f not in self._counts:
-                views = [self.views[i] for i in family.places]
-                steps = [scalars.counter.step(view).data_ptr() for view in views for _ in view.segments]
-                self._counts[f] = upload(np.array(steps, dtype=np.int64), self.device)
-            function = triton_print.module(kernel.text).scalars_of_step
-            triton_launch.launch(function, family.segments, (part, self._counts[f], own), {}, self.device)
+                late += [(len(numbers) + i, value) for i, value in tensors]
+                numbers += floats
+        return np.array(numbers, dtype=np.float64), late
+
+    def _put(self, vector: Tensor, late: Sequence[tuple[int, Tensor]]) -> None:
+        """Write numbers that only the device knows."""
+        by_tensor: dict[int, tuple[Tensor, list[int]]] = {}
+        for i, value in late:
+            by_tensor.setdefault(id(value), (value, []))[1].append(i)
+        for value, own in by_tensor.values():
+            if (places := tuple(own)) not in self._late:
+                self._late[places] = upload(np.array(own, dtype=np.int64), vector.device)
+            vector.index_put_((self._late[places],), value.to(vector.device, vector.dtype))
 
 
-def _values(view: ParamView, scalars: StepScalars, names: Sequence[str], coupled: bool) -> list[list[Any]]:
+def _values(view: ParamView, scalars: StepScalars, family: Family) -> list[list[Any]]:
     """The scalars of a view, per segment."""
-    own = [scalars.of_rule(view)[name] for name in names[: -len(triton_print.OURS)]]
+    printed = family.printed
+    own = [scalars.of_rule(view)[name] for name in printed.scalars[: -len(triton_print.OURS)]]
     t = scalars.t(view)
     found = []
     for row in scalars.rows(view):
-        decay = row.decay if not coupled else 0.0 if row.weight_decay is None else row.weight_decay
+        decay = row.decay if not printed.coupled else 0.0 if row.weight_decay is None else row.weight_decay
         found.append([*own, row.rate, decay, t])
     return found
 
@@ -214,13 +224,3 @@ def _inputs(view: ParamView, scalars: StepScalars, kernel: DeviceScalars) -> lis
     hyper = scalars.hyper(view)
     own = [hyper[name] if place is None else hyper[name][place] for name, place in kernel.inputs]
     return [[*factors, *own] for factors in scalars.factors(view)]
-
-
-def _put(vector: Tensor, late: Sequence[tuple[int, Tensor]]) -> None:
-    """Write numbers that only the device knows."""
-    by_tensor: dict[int, tuple[Tensor, list[int]]] = {}
-    for i, value in late:
-        by_tensor.setdefault(id(value), (value, []))[1].append(i)
-    for value, own in by_tensor.values():
-        index = upload(np.array(own, dtype=np.int64), vector.device)
-        vector.index_put_((index,), value.to(vector.device, vector.dtype))
