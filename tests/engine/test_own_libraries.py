@@ -114,6 +114,6 @@ def test_nor_is_that_of_triton(
             counts = cuda.step(model, optimizer)
             rows = optimizer.explain()
     assert [message in record.message for record in caplog.records] == [True]
-    assert {row["backend"] for row in rows} <= {"reference", "inductor"}
+    assert {row["backend"] for row in rows} <= {"reference"}
     assert all(message in row["why"] for row in rows)
     assert not any("Triton" in name for name in counts.launches)
