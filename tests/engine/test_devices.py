@@ -71,7 +71,8 @@ def value(tensor):
 
 
 def made(name, option, model, blocks, **more):
-    options = {**OPTIONS[option], **({"momentum": 0.9} if name == "sgd" else {}), **more}
+    own = {"sgd": {"momentum": 0.9}, "muon": {"precision": "fp32"}}  # on a CPU products are in fp32 anyway
+    options = {**OPTIONS[option], **own.get(name, {}), **more}
     return create_optimizer(model, name, **{"lr": 1e-2, "weight_decay": 0.1, "blocks": blocks, **options})
 
 

@@ -47,7 +47,7 @@ SCALES: dict[str, Any] = {
 }
 
 
-ORIGINAL_FROM, MATCHED_UP_TO = 2e-3, 8e-3
+ORIGINAL_FROM, MATCHED_UP_TO = 2e-3, 1.5e-2
 """Below and above which an lr looks like one for the other scale."""
 logger = logging.getLogger(__name__)
 
