@@ -11,38 +11,10 @@ from torch.optim import Optimizer
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap
-from sharpwise.engine import loading
+from sharpwise.engine import binding, checks, loading
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
 from sharpwise.engine.backends import Backends
-from sharpwise.engine.binding import (
-    bind,
-    check_followed,
-    check_group,
-    check_is_group,
-    check_no_decay,
-    check_ordered,
-    check_roles,
-    check_shapes,
-    check_unique,
-    is_pair,
-    name_of,
-    names_of,
-    replicas_of,
-    unexplained,
-    unexplained_later,
-    warn_if_frozen,
-)
-from sharpwise.engine.checks import (
-    Gradients,
-    Marks,
-    check_coupled,
-    check_device,
-    check_settings,
-    check_storage,
-    is_empty_step,
-    were_exchanged,
-)
 from sharpwise.engine.describe import explanation, lr_table, representation
 from sharpwise.engine.guard import Scaling
 from sharpwise.engine.layout import Layouts
@@ -92,16 +64,16 @@ class BlockOptimizer(KnownOptions, Optimizer):
         who: str = "BlockOptimizer",
     ) -> None:
         self.rule, self.options, self.storage, self.who = rule, options, storage, who
-        self.no_decay, self.strict = check_no_decay(no_decay, who), strict
-        groups, self._known, model = bind(first, model, blocks, who)
+        self.no_decay, self.strict = binding.check_no_decay(no_decay, who), strict
+        groups, self._known, model = binding.bind(first, model, blocks, who)
         self._mapped = isinstance(blocks, BlockMap)
         self.blocks = BlockMap(())
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
-        self._replicas = replicas_of(model, process_group, who)
+        self._replicas = binding.replicas_of(model, process_group, who)
         self._reset()
         if options.varies:
             check_sources(options, rule, self._model() is not None, who)
-        check_storage(storage, who)
+        checks.check_storage(storage, who)
         if options.control is not None:
             rehearse_control(options.control, options.decoupled, who)
         settings = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
@@ -112,7 +84,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if BlockOptimizer._outside_dynamo is None:  # made here, as it imports dynamo, which importing us should not
             BlockOptimizer._outside_dynamo = torch.compiler.disable(BlockOptimizer._step, reason=_COMPILES_ITSELF)
         self._stepper: Stepper | None = None
-        self._marks = Marks([], {})
+        self._marks = checks.Marks([], {})
         self._backends = Backends(self._replicas)
         self._variants: list[tuple[Any, ...]] = []
         self._read: set[str] = set()
@@ -127,13 +99,13 @@ class BlockOptimizer(KnownOptions, Optimizer):
         Raises:
             ValueError: for a parameter that the model does not have, or that is in a group already.
         """
-        check_is_group(param_group, self.who)
+        binding.check_is_group(param_group, self.who)
         group = dict(param_group)
-        check_ordered(group["params"], self.who)
+        binding.check_ordered(group["params"], self.who)
         own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        names = names_of(self._model())
-        group["params"] = [i if is_pair(i) else (name_of(i, names, self.who), i) for i in own]
-        check_unique(group["params"], self.who)
+        names = binding.names_of(self._model())
+        group["params"] = [i if binding.is_pair(i) else (binding.name_of(i, names, self.who), i) for i in own]
+        binding.check_unique(group["params"], self.who)
         present = {n for g in self.param_groups for n in g["param_names"]}
         new = [(name, tensor) for name, tensor in group["params"] if name not in self._known]
         for name, _ in group["params"]:
@@ -141,7 +113,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 raise ValueError(f"{self.who}: parameter {name!r} is in a group already")
         for key, value in self.defaults.items():
             group.setdefault(key, value)
-        check_settings(group, self.defaults, self.rule, self.who)
+        checks.check_settings(group, self.defaults, self.rule, self.who)
         before = self._known
         try:
             if new:
@@ -164,10 +136,10 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
         def unknown(what: str, more: str = "") -> TypeError | ValueError:
             if new:
-                return unexplained_later(who, what, blocks)
-            return unexplained(who, what, blocks, self._known, self._model(), self._mapped, more)
+                return binding.unexplained_later(who, what, blocks)
+            return binding.unexplained(who, what, blocks, self._known, self._model(), self._mapped, more)
 
-        check_roles(blocks, self._known, self.rule, block_lr, self.strict, self._model(), unknown, who)
+        binding.check_roles(blocks, self._known, self.rule, block_lr, self.strict, self._model(), unknown, who)
 
     def _probe(self, taken: int) -> dict[str, list[float]]:
         """The sharpness of the segments of every parameter, by a probe of the model as it is."""
@@ -192,17 +164,17 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if stepper is not None and as_bound and not stepper.multipliers.overwritten():
             return stepper
         self._stepper = self._bound(current)
-        self._marks, self._variants = Marks([p for _, p, _ in current], self.state), self._variants_now()
-        self._gradients = Gradients(self._stepper.named, self.who)
+        self._marks, self._variants = checks.Marks([p for _, p, _ in current], self.state), self._variants_now()
+        self._gradients = checks.Gradients(self._stepper.named, self.who)
         return self._stepper
 
     @torch.inference_mode(False)  # state that is made in a validation loop is trained with later
     def _bound(self, current: list[tuple[str, Tensor, dict[str, Any]]]) -> Stepper:
-        if were_exchanged([(n, p) for n, p, _ in self._parameters()], self.state, self.who):
+        if checks.were_exchanged([(n, p) for n, p, _ in self._parameters()], self.state, self.who):
             self.state.clear()
         named = [(n, p) for n, p, _ in current]
-        check_shapes(named, self.blocks, self.who)
-        check_followed(named, self._model(), self.who)
+        binding.check_shapes(named, self.blocks, self.who)
+        binding.check_followed(named, self._model(), self.who)
         layouts = Layouts()
         by_param = [views_of(n, p, g, self.blocks[n], self.rule, layouts) for n, p, g in current]
         views = [view for own in by_param for view in own]
@@ -215,7 +187,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         for view in views:
             view.decays = tuple(not {str(s.role), "bias" if s.bias else ""} & self.no_decay for s in view.segments)
         if not self.options.decoupled:
-            check_coupled(by_param, self.no_decay, self.who)
+            checks.check_coupled(by_param, self.no_decay, self.who)
         for view in views:
             view.storage = self.storage
             parts = [view.of_segments(by_name[view.name]) for by_name in factors]
@@ -246,12 +218,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     def _warn_if_frozen(self) -> None:
         """Say once that no parameter can move."""
-        if "frozen" not in self._said and warn_if_frozen(self.param_groups, self.who):
+        if "frozen" not in self._said and binding.warn_if_frozen(self.param_groups, self.who):
             self._said.add("frozen")
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
-            check_group(group["param_names"], group["params"], self.who)
+            binding.check_group(group["param_names"], group["params"], self.who)
         return [(n, p, g) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
 
     def _note_skipped(self) -> None:
@@ -281,7 +253,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._note_skipped()
         saved = loading.read(state_dict, self.param_groups, self.rule.name, self.options.block_lr, self.who)
         for group, new in zip(self.param_groups, saved.groups, strict=True):
-            check_settings({**group, **new}, self.defaults, self.rule, self.who)
+            checks.check_settings({**group, **new}, self.defaults, self.rule, self.who)
         with loading.undone_on_error(self):
             for group, new in zip(self.param_groups, saved.groups, strict=True):
                 group.update(new)
@@ -343,22 +315,22 @@ class BlockOptimizer(KnownOptions, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            check_settings(group, self.defaults, self.rule, self.who)
+            checks.check_settings(group, self.defaults, self.rule, self.who)
         before = self._stepper
         stepper = self._bind()
         stepper.guard.squares = None
         stepper.counter.read()
         if stepper is not before or not self._agreed:
-            check_device(stepper.named, self.who)
+            checks.check_device(stepper.named, self.who)
         if not self._agreed:
             check_ranks_agree(stepper.views, self.options, self.who, self._replicas)
             self._agreed = True
         grads = self._gradients.local([p.grad for _, p in stepper.named])
         if all(g is None for g in grads):
             self._warn_if_frozen()
-            check_followed(stepper.named, self._model(), self.who)
+            binding.check_followed(stepper.named, self._model(), self.who)
             return loss
-        if stepper.counter.begun or not is_empty_step(self.param_groups, grads, stepper.group, before is None):
+        if stepper.counter.begun or not checks.is_empty_step(self.param_groups, grads, stepper.group, before is None):
             stepper.run(grads, self._scaling(stepper.on_host))
         return loss
 
