@@ -35,8 +35,7 @@ class _Pending:
     def term(self, asked: Reduction, clip: Any = None) -> Tensor:
         """The contribution of the part at hand."""
         dtype = self.view.dtype
-        names = [name for name, kind in self.rule.state.items() if kind == "element"]
-        own = {name: self.view.decoded(tensor) for name, tensor in zip(names, self.view.stored(), strict=True)}
+        own = dict(zip(self.view.elements, map(self.view.decoded, self.view.stored()), strict=True))
         g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
         return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.view.shard)
 
@@ -55,8 +54,7 @@ class Reductions:
         self._pending: dict[int, _Pending] = {}
         for view, g in pairs:
             if view.rule.reductions:
-                own, kinds = view.own, view.rule.state
-                kept = {name: own[name] for name, kind in kinds.items() if kind == "whole"}
+                kept = view.state_of("whole")
                 whole = {name: tensor.clone() for name, tensor in kept.items()}
                 self._pending[id(view)] = _Pending(view, view.rows_of(g), kept, whole, hyper(view))
 

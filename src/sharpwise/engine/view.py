@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
-from sharpwise.rules.base import MatrixRule, Rule
+from sharpwise.rules.base import Kind, MatrixRule, Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import FP32, Dense, Format
 
@@ -124,7 +124,7 @@ class ParamView:
         state that is not contiguous."""
         if isinstance(self.layout.rows, Tensor):
             return True
-        return not all(local(tensor).is_contiguous() for tensor in (self.param, *self._element_state()))
+        return not all(local(tensor).is_contiguous() for tensor in (self.param, *self.elements.values()))
 
     @cached_property
     def contiguous(self) -> bool:
@@ -151,15 +151,26 @@ class ParamView:
     def attach(self, held: Mapping[str, Tensor]) -> None:
         """Take its state from that of the parameter: the rule's, and `step`."""
         self.own = {name: held[self.state_key(name)] for name in ("step", *self.rule.state)}
-        for kept in ("copied", "blocks", "_stored"):
+        for kept in ("copied", "elements", "blocks", "_stored"):
             self.__dict__.pop(kept, None)
 
-    def _element_state(self) -> list[Tensor]:
-        return [self.own[name] for name, kind in self.rule.state.items() if kind == "element"]
+    def state_of(self, kind: Kind) -> dict[str, Tensor]:
+        """Its state of a kind by name."""
+        return {name: self.own[name] for name, own in self.rule.state.items() if own == kind}
+
+    @cached_property
+    def elements(self) -> dict[str, Tensor]:
+        """Element state by name, as it lies in the state of the parameter."""
+        return self.state_of("element")
+
+    @cached_property
+    def blocks(self) -> dict[str, Tensor]:
+        """Block state by name [n_blocks]."""
+        return self.state_of("block")
 
     @cached_property
     def _stored(self) -> list[Tensor]:
-        return [self.rows_of(self.own[name], name) for name, kind in self.rule.state.items() if kind == "element"]
+        return [self.rows_of(tensor, name) for name, tensor in self.elements.items()]
 
     def decoded(self, stored: Tensor) -> Tensor:
         """A piece of element state, in the type of the arithmetic."""
@@ -170,11 +181,6 @@ class ParamView:
         if self.copied:
             self.__dict__.pop("_stored", None)
         return self._stored
-
-    @cached_property
-    def blocks(self) -> dict[str, Tensor]:
-        """Block state by name [n_blocks]."""
-        return {name: self.own[name] for name, kind in self.rule.state.items() if kind == "block"}
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -196,10 +202,10 @@ class ParamView:
         """Write copies back; nothing to do where rows are views."""
         if not self.copied:
             return
-        names = [name for name, kind in self.rule.state.items() if kind == "element"]
-        for tensor, name, rows in ((self.param, "", p), *zip(map(self.own.get, names), names, stored, strict=True)):
-            target, own = local(tensor), name and self.state_key(name) != name  # type: ignore[arg-type]
-            if own or self.layout.rows is None:
+        of_state = zip(self.elements.values(), self.elements, stored, strict=True)
+        for tensor, name, rows in ((self.param, "", p), *of_state):
+            target = local(tensor)
+            if (name and self.state_key(name) != name) or self.layout.rows is None:
                 target.copy_(rows.view(target.shape))
                 continue
             whole = target.contiguous().view(self.whole_shape)

@@ -128,8 +128,8 @@ class Cpp(Backend):
 
 def _form(spec: Spec) -> Form:
     view, options = spec.view, spec.options
-    kinds = ("element",) if _types_refused(list(view.blocks.values())) else ("element", "block")
-    state = tuple((name, view.own[name].dtype) for k in kinds for name, kind in view.rule.state.items() if kind == k)
+    blocks = {} if _types_refused(list(view.blocks.values())) else view.blocks
+    state = tuple((name, tensor.dtype) for name, tensor in {**view.elements, **blocks}.items())
     return Form(
         view.rule,
         view.param.dtype,

@@ -295,10 +295,7 @@ def kind_of_scalars(view: ParamView) -> Any:
 def _formats(spec: Spec) -> Formats:
     """How the tensors of a view rest in memory."""
     view = spec.view
-    elements, blocks = (
-        tuple(Dense.of(view.own[name].dtype) for name, k in view.rule.state.items() if k == kind)
-        for kind in ("element", "block")
-    )
+    elements, blocks = (tuple(Dense.of(t.dtype) for t in own.values()) for own in (view.elements, view.blocks))
     param, grad = Dense.of(view.param.dtype), Dense.of(spec.grad)
     return Formats(param, grad, elements, blocks, spec.options.stochastic_rounding)
 
@@ -312,9 +309,7 @@ def _tensors_refused(spec: Spec) -> str:
         return f"fp32 and bf16 alone, not {str(wrong)[6:]}"
     if not all(t.is_contiguous() for t in tensors):
         return "not contiguous"
-    by_column = not (view.dim == 1 and len(view.shape) == 2)
-    partial = [name for name, kind in view.rule.state.items() if kind == "element" and view.state_key(name) != name]
-    if by_column and partial:
+    if not view.by_row and any(view.state_key(name) != name for name in view.elements):
         return "columns with state of their own"
     if spec.options.stochastic_rounding and any(view.shard.offset[1:]):
         return "stochastic rounding of a part that is cut within rows"

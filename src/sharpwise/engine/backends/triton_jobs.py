@@ -95,12 +95,8 @@ class MoveJobs:
             by_rate: its steps per block are worked out elsewhere.
         """
         p = local(view.param)
-        elements = [(n, view.own[n]) for n, kind in view.rule.state.items() if kind == "element"]
         tensors = [(p.data_ptr(), p.element_size(), False)]
-        tensors += [(local(t).data_ptr(), t.element_size(), view.state_key(n) != n) for n, t in elements]
-        block = [
-            (view.own[n].data_ptr(), view.own[n].element_size()) for n, k in view.rule.state.items() if k == "block"
-        ]
+        tensors += [(local(t).data_ptr(), t.element_size(), view.state_key(n) != n) for n, t in view.elements.items()]
         counts = 0 if view.layout.counts is None else view.layout.counts.data_ptr()
         common = {"view": place.number}
         if self.stochastic:
@@ -132,23 +128,21 @@ class MoveJobs:
                 cut = tiling(run)
                 if kernel[1]:
                     fields |= {"first": place.rates + run.first, "by_row": not run.size, "by_column": run.size > 0}
-            addresses += [base + bytes_ * run.first for base, bytes_ in block]
+            addresses += _of_blocks(view, run.first)
             self.jobs.add((*kernel, aligned), chunks_of(run, **cut), addresses, **cut, **fields)
 
     def add_phases(self, view: ParamView, place: Place, starts: int) -> int:
         """The block state of a view's blocks that are summed up in pieces, whose partial sums are numbered from
         `starts` on; how many blocks these are."""
-        names = [n for n, kind in view.rule.state.items() if kind == "block"]
         counts = view.layout.counts
         assert counts is not None
-        none = [0] * (1 + sum(kind == "element" for kind in view.rule.state.values()))
+        none = [0] * (1 + len(view.elements))
         done = 0
         for first, blocks, segment in block_ranges(view):
-            addresses = [view.own[n].data_ptr() + view.own[n].element_size() * first for n in names]
             self.jobs.add(
                 "phase",
                 blocks,
-                none + addresses,
+                none + _of_blocks(view, first),
                 first=starts + done,
                 by_row=place.rates + first,
                 slot=place.slots[segment],
@@ -156,6 +150,11 @@ class MoveJobs:
             )
             done += blocks
         return done
+
+
+def _of_blocks(view: ParamView, first: int) -> list[int]:
+    """Addresses of block state from a block on."""
+    return [t.data_ptr() + t.element_size() * first for t in view.blocks.values()]
 
 
 def kernel_of(run: Rectangle, by_rate: bool) -> tuple[Any, ...]:
