@@ -13,7 +13,7 @@ from engine.simulated import fake_device
 from torch import nn
 
 import sharpwise
-from sharpwise.engine.backends import triton, triton_launch
+from sharpwise.engine.backends import base, triton_launch
 from sharpwise.engine.backends.base import compiler_present
 from sharpwise.testing import fill_gradients, tiny_model
 
@@ -106,7 +106,7 @@ def test_nor_is_that_of_triton(
         folder = tmp_path / "file" / "kernels" if kind == "below a file" else tmp_path / "file"
         message = str(folder)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    triton._warn_once.cache_clear()
+    monkeypatch.setattr(base, "_SAID", set())
     with fake_device(monkeypatch) as module, module.FakeCuda() as cuda, caplog.at_level(logging.WARNING, "sharpwise"):
         for _ in range(2):
             model, blocks = cuda.model(tiny_model)

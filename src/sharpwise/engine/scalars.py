@@ -157,15 +157,12 @@ class StepScalars:
         found: bool = self._kept[key]
         return found
 
-    def factors(self, view: ParamView) -> list[tuple[Any, float, float, Any, float]]:
-        """What `rows` are worked out from, per segment.
-
-        The learning rate, its factors for the step and for decay, weight decay (0: off), its factor where coupled: 1,
-        as it is a part of the gradient.
-        """
+    def factors(self, view: ParamView) -> list[tuple[Any, float, float, Any]]:
+        """What `rows` are worked out from, per segment: the learning rate, its factors for the step and for decoupled
+        decay, weight decay (0: off)."""
         lr, wd = live(view.settings["lr"]), live(view.settings["weight_decay"])
         pairs = zip(self._now(view), view.decays, strict=True)
-        return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0, 1.0) for m, decays in pairs]
+        return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0) for m, decays in pairs]
 
     def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""

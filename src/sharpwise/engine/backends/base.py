@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from sharpwise.engine.options import Options
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
-from sharpwise.shards import Shard
+from sharpwise.shards import Shard, local
 from sharpwise.storage import Dense
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,19 @@ def row_decay(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | N
     return found.lines[id(view)].decay if id(view) in found.lines else scalars.row_decay(view)
 
 
-def format_refused(view: ParamView) -> str:
-    """Why nothing is printed for how its state is stored, or ""."""
-    return "" if type(view.storage) is Dense else f"nothing is printed for storage {view.storage.name!r} yet"
+TYPES = (torch.float32, torch.bfloat16)
+"""What kernels read and write; the arithmetic is fp32."""
+
+
+def tensors_refused(view: ParamView, grad: torch.dtype, state: Iterable[Tensor]) -> str:
+    """Why kernels do not take a view for how its gradient, itself or its state are stored, or ""."""
+    if type(view.storage) is not Dense:
+        return f"nothing is printed for storage {view.storage.name!r} yet"
+    tensors = [view.param, *state]
+    wrong = next((dtype for dtype in (grad, *(t.dtype for t in tensors)) if dtype not in TYPES), None)
+    if wrong is not None:
+        return f"fp32 and bf16 alone, not {str(wrong)[6:]}"
+    return "" if all(local(t).is_contiguous() for t in tensors) else "not contiguous"
 
 
 def compiler_present() -> bool:
@@ -155,14 +165,15 @@ def built(build: Callable[[], T]) -> T | str:
     try:
         return build()
     except NotImplementedError as error:
-        return _first_line(error)
+        return first_line(error)
     except Exception as error:  # whatever a compiler and its driver raise
-        reason = f"building a kernel failed: {_first_line(error)}"
+        reason = f"building a kernel failed: {first_line(error)}"
         say_once(f"{reason}; going on without")
         return reason
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The begin of its message."""
     return str(error).split("\n")[0] or type(error).__name__
 
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import loops
-from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, format_refused, say_once
+from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once, tensors_refused
 from sharpwise.engine.backends.launch import LaunchTable, index_refused
-from sharpwise.engine.backends.loops import SHARED, TYPES, Form
+from sharpwise.engine.backends.loops import SHARED, Form
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.shards import local
 
 ONE_THREAD = 1 << 20
 """Elements up to which one thread may do it all: a position embedding, one block."""
@@ -52,9 +51,7 @@ class Cpp(Backend):
             return "empty"
         if not view.contiguous or view.copied:
             return "state is not contiguous" if view.contiguous else "not contiguous"
-        if spec.grad not in TYPES:
-            return f"fp32 and bf16 alone, not {str(spec.grad)[6:]}"
-        if reason := format_refused(view) or _types_refused([local(view.param), *view.stored()]):
+        if reason := tensors_refused(view, spec.grad, view.elements.values()):
             return reason
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason
@@ -128,8 +125,8 @@ class Cpp(Backend):
 
 def _form(spec: Spec) -> Form:
     view, options = spec.view, spec.options
-    blocks = {} if _types_refused(list(view.blocks.values())) else view.blocks
-    state = tuple((name, tensor.dtype) for name, tensor in {**view.elements, **blocks}.items())
+    fits = all(map(loops.Squares.takes, view.blocks.values()))
+    state = tuple((name, t.dtype) for name, t in {**view.elements, **(view.blocks if fits else {})}.items())
     return Form(
         view.rule,
         view.param.dtype,
@@ -146,10 +143,3 @@ def _whole(view: ParamView) -> Sequence[Rectangle]:
     if len(view.shape) != 2 or view.shard.cut or view.layout.counts is None:
         return ()
     return view.rectangles if view.dim == 0 or all(own.whole for own in view.rectangles) else ()
-
-
-def _types_refused(tensors: Sequence[Tensor]) -> str:
-    wrong = [t for t in tensors if t.dtype not in TYPES]
-    if wrong:
-        return f"fp32 and bf16 alone, not {str(wrong[0].dtype)[6:]}"
-    return "" if all(t.is_contiguous() for t in tensors) else "state is not contiguous"

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends.base import check_own
+from sharpwise.engine.backends.base import TYPES, check_own
 from sharpwise.engine.program import Language, Program, usual_defaults
 from sharpwise.rules.base import Rule
 
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # torch's own are the other way round
-TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-"""What can be read and written; the arithmetic is fp32."""
 SHARED = 1 << 16
 """Elements from which it pays that threads share them, if they have to meet for it."""
 _OURS = ("clip", "weight_decay")
@@ -54,6 +52,7 @@ CPP = Language(
         torch.bool: "bool",
         torch.float32: "float",
         torch.float64: "double",
+        torch.bfloat16: "bfloat16",
         torch.int8: "int8_t",
         torch.uint8: "uint8_t",
         torch.int32: "int32_t",
@@ -246,11 +245,11 @@ def _written(program: Program, form: Form) -> str:
         f"    store({name} + i, {value}{f', uint64_t(index + i), key{k}' if noise else ''});"
         for k, (name, value, noise) in enumerate(zip(names, values.values(), noisy, strict=True))
     ]
-    pointers = "".join(_pointer(name, TYPES[types[name]], "at", name == "g") for name in ["p", "g", *names[1:]])
-    phase = _denominator(program, {name: TYPES[types[_named(name)]] for name in blocks}) if blocks else _NO_PHASE
+    pointers = "".join(_pointer(name, CPP.types[types[name]], "at", name == "g") for name in ["p", "g", *names[1:]])
+    phase = _denominator(program, {name: CPP.types[types[_named(name)]] for name in blocks}) if blocks else _NO_PHASE
     return f"""
-using P = {TYPES[form.param]};
-using G = {TYPES[form.grad]};
+using P = {CPP.types[form.param]};
+using G = {CPP.types[form.grad]};
 struct Scalars {{ float {", ".join([*map(_named, program.scalars), *_OURS])}; }};
 struct Job {{
   void {", ".join(f"*{name}" for name in ["p", "g", *map(_named, elements), *map(_named, blocks)])};

@@ -7,14 +7,14 @@ which are kept between steps: a step uploads the scalars, and the addresses of g
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
-from sharpwise.engine.backends.base import Backend, Found, Prepared, Spec, format_refused
+from sharpwise.engine.backends.base import Backend, Found, Prepared, Spec, built, say_once, tensors_refused
 from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT_TILE, TALL, WIDE, in_pieces, kernel_of
 from sharpwise.engine.backends.triton_print import DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
@@ -22,7 +22,7 @@ from sharpwise.engine.capture import cannot, capturing
 from sharpwise.engine.rehearsal import live
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.shards import Shard, local
+from sharpwise.shards import Shard
 from sharpwise.storage import Dense
 
 logger = logging.getLogger(__name__)
@@ -52,21 +52,21 @@ class Triton(Backend):
         view = spec.view
         if reason := triton_launch.refused(view.device):
             if view.device.type == "cuda":
-                _warn_once(f"{reason}: steps on a GPU are slower without Triton")
+                say_once(f"{reason}: steps on a GPU are slower without Triton")
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
         if spec.controlled:
             return "a control: rows have decays of their own"
-        if reason := format_refused(view) or _tensors_refused(spec):
+        if reason := tensors_refused(view, spec.grad, (*view.elements.values(), *view.blocks.values())):
             return reason
+        if not view.by_row and any(view.state_key(name) != name for name in view.elements):
+            return "columns with state of their own"
+        if spec.options.stochastic_rounding and any(view.shard.offset[1:]):
+            return "stochastic rounding of a part that is cut within rows"
         key = view.rule, _formats(spec), not spec.options.decoupled, spec.options.cautious
         if key not in self._printed:
-            try:
-                self._printed[key] = triton_print.kernels(*key)
-            except Exception as error:  # arithmetic that cannot be traced, or has no words: there is another back end
-                reason = str(error).split("\n")[0]
-                self._printed[key] = reason if isinstance(error, NotImplementedError) else f"tracing failed: {reason}"
+            self._printed[key] = built(partial(triton_print.kernels, *key))
         printed = self._printed[key]
         if isinstance(printed, str):
             return printed
@@ -90,22 +90,9 @@ class Triton(Backend):
             wanted.add((printed.text, "phase"))
         for text, key in sorted(wanted, key=str):
             if (text, key) not in self._built:
-                self._built[text, key] = self._compiled(text, key, printed.formats.granule, view.device)
+                self._built[text, key] = built(partial(_compiled, text, key, printed.formats.granule, view.device))
             if self._built[text, key]:
                 return self._built[text, key]
-        return ""
-
-    def _compiled(self, text: str, key: Any, granule: int, device: torch.device) -> str:
-        name, constants = kernel_and_constants(key, granule)
-        try:
-            kernel = getattr(triton_print.module(text), name)
-            triton_launch.build(kernel, ARGUMENTS[name], constants, device)
-        except Exception as error:  # whatever the compiler raises: there is another back end
-            reason = str(error).split("\n")[0]
-            known = f"building a kernel failed: {reason}"
-            level = logging.DEBUG if known in self._built.values() else logging.WARNING
-            logger.log(level, "building a Triton kernel failed, going on without: %s", reason)
-            return known
         return ""
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -212,9 +199,11 @@ class Triton(Backend):
         return clip.double(), yes if ok is True else ok.view(torch.uint8)
 
 
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def _compiled(text: str, key: Any, granule: int, device: torch.device) -> str:
+    """Build a kernel; "" as there is no reason against it."""
+    name, constants = kernel_and_constants(key, granule)
+    triton_launch.build(getattr(triton_print.module(text), name), ARGUMENTS[name], constants, device)
+    return ""
 
 
 @dataclass
@@ -298,19 +287,3 @@ def _formats(spec: Spec) -> Formats:
     elements, blocks = (tuple(Dense.of(t.dtype) for t in own.values()) for own in (view.elements, view.blocks))
     param, grad = Dense.of(view.param.dtype), Dense.of(spec.grad)
     return Formats(param, grad, elements, blocks, spec.options.stochastic_rounding)
-
-
-def _tensors_refused(spec: Spec) -> str:
-    view = spec.view
-    tensors = [local(view.param), *(local(view.own[name]) for name in view.rule.state)]
-    types = {spec.grad, *(t.dtype for t in tensors)} - {torch.float32, torch.bfloat16}
-    wrong = next(iter(types), None)
-    if wrong is not None:
-        return f"fp32 and bf16 alone, not {str(wrong)[6:]}"
-    if not all(t.is_contiguous() for t in tensors):
-        return "not contiguous"
-    if not view.by_row and any(view.state_key(name) != name for name in view.elements):
-        return "columns with state of their own"
-    if spec.options.stochastic_rounding and any(view.shard.offset[1:]):
-        return "stochastic rounding of a part that is cut within rows"
-    return ""

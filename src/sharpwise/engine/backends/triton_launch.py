@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends.base import check_own
+from sharpwise.engine.backends.base import check_own, first_line
 from sharpwise.engine.capture import cannot, capturing
 
 WARPS = 4
@@ -29,7 +29,7 @@ def absent() -> str:
     try:
         import triton.language  # noqa: F401
     except Exception as error:  # a build for another Python, another libc
-        return f"triton cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return f"triton cannot be imported: {first_line(error)}"
     return ""
 
 

@@ -270,7 +270,7 @@ class DeviceScalars(NamedTuple):
         return len(FACTORS) + len(self.inputs)
 
 
-FACTORS = ("lr", "of_rate", "of_decay", "weight_decay", "of_weight_decay")
+FACTORS = ("lr", "of_rate", "of_decay", "weight_decay")
 """Inputs besides the hyperparameters, as `StepScalars.factors` gives them."""
 
 
@@ -289,7 +289,7 @@ def scalars(rule: Rule, hyper: Mapping[str, Any], names: Sequence[str], coupled:
         correction = found.pop("bias_correction", 1.0)
         lr, wd = v["lr"], v["weight_decay"]
         found["step"] = lr * v["of_rate"] / correction
-        found["decay"] = wd * v["of_weight_decay"] if coupled else 1 - lr * v["of_decay"] * wd
+        found["decay"] = wd if coupled else 1 - lr * v["of_decay"] * wd
         found["t"] = v["t"]
         return {n: x.double() if isinstance(x := found[n], Tensor) else 0 * v["t"] + x for n in names}
 
