@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwise.rules.base import Rule, add
+from sharpwise.storage.dense import Dense, mix
 
 
 class Language(NamedTuple):
@@ -117,6 +118,23 @@ class Arithmetic:
         module = fx.GraphModule(tables, self.graph)
         found = fx.Interpreter(module).run(*(values[name] for name in self.inputs))
         return dict(zip(self.outputs, found, strict=True))
+
+    def in_memory(self, formats: Mapping[str, Dense], outputs: Sequence[str], by_hash: bool) -> "Arithmetic":
+        """The same of inputs that rest in memory in these formats, as these outputs do too.
+
+        Args:
+            by_hash: whether it takes the `index` of each number and a `key`, by which formats may round.
+        """
+
+        def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = self(**{**v, **{name: kind.decode({"": v[name]}) for name, kind in formats.items()}})
+            noise = [(v["index"], mix(v["key"] + slot)) if by_hash else None for slot in range(len(outputs))]
+            written = {n: formats[n].encode(found[n], pair)[""] for n, pair in zip(outputs, noise, strict=True)}
+            return {**found, **written}
+
+        inputs = {**self.inputs, **{name: kind.parts(torch.float32)[""] for name, kind in formats.items()}}
+        inputs |= {"index": torch.int64, "key": torch.int32} if by_hash else {}
+        return Arithmetic.of(run, inputs, tiles={*formats, "index"})
 
     def printed(self, language: Language, inputs: Mapping[str, str], indent: str = "  ") -> tuple[str, dict[str, str]]:
         """Statements that compute it from expressions of its inputs, and the variables of its outputs by name.

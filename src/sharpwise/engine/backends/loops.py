@@ -20,8 +20,10 @@ from torch import Tensor
 from sharpwise.engine.backends.base import TYPES, check_own
 from sharpwise.engine.program import Language, Program, usual_defaults
 from sharpwise.rules.base import Rule
+from sharpwise.storage.dense import BF16, Dense
 
-_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno")  # torch's own are the other way round
+_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fwrapv")
+"""The first two torch has the other way round; its whole numbers wrap, as those of a hash do."""
 SHARED = 1 << 16
 """Elements from which it pays that threads share them, if they have to meet for it."""
 _OURS = ("clip", "weight_decay")
@@ -43,10 +45,15 @@ CPP = Language(
         **{getattr(_aten, op).Scalar: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
         _aten.where.self: "{0} ? {1} : {2}",
         _aten.maximum.default: "larger({0}, {1})",
+        _aten.view.dtype: "__builtin_bit_cast({1}, {0})",
+        _aten.bitwise_and.Scalar: "{0} & {1}",
+        _aten.bitwise_xor.Tensor: "{0} ^ {1}",
+        _aten.__rshift__.Scalar: "{0} >> {1}",
         _aten.clamp.default: "clamped({0}, {1}, {2})",
         _aten.round.default: "std::nearbyint({0})",
+        _aten.detach.default: "{0}",
         _aten.index.Tensor: "{0}[{1}]",
-        _aten._to_copy.default: "{0}",
+        _aten._to_copy.default: "to<{type}>({0})",
     },
     {
         torch.bool: "bool",
@@ -233,26 +240,23 @@ def _own_folder() -> Path:
 
 def _written(program: Program, form: Form) -> str:
     """What step.cpp needs to know of a rule."""
-    elements, blocks = program.elements, [name for name, _ in form.state if name in program.blocks]
-    types = {"p": form.param, "g": form.grad, **{_named(name): dtype for name, dtype in form.state}}
-    names = ["p", *map(_named, elements)]
-    inputs = {"p": "load(p + i)", "g": "load(g + i)", "rate": "rates[i]", "decay": "decays[i]", "clip": "s.clip"}
-    inputs |= {"weight_decay": "s.weight_decay", **{f"state.{name}": f"load({_named(name)} + i)" for name in elements}}
-    moved, values = program.move.printed(CPP, inputs | _scalars(program), "    ")
-    noisy = [form.stochastic and types[name] == torch.bfloat16 for name in names]
-    keys = [f"  const uint32_t key{i} = mix(uint32_t(m.key) + {i});\n" for i, noise in enumerate(noisy) if noise]
-    stores = [
-        f"    store({name} + i, {value}{f', uint64_t(index + i), key{k}' if noise else ''});"
-        for k, (name, value, noise) in enumerate(zip(names, values.values(), noisy, strict=True))
-    ]
-    pointers = "".join(_pointer(name, CPP.types[types[name]], "at", name == "g") for name in ["p", "g", *names[1:]])
-    phase = _denominator(program, {name: CPP.types[types[_named(name)]] for name in blocks}) if blocks else _NO_PHASE
+    state = {f"state.{name}": Dense.of(dtype) for name, dtype in form.state}
+    blocks = {name: own for name, own in state.items() if name.removeprefix("state.") in program.blocks}
+    stored = {"p": Dense.of(form.param), **{name: own for name, own in state.items() if name not in blocks}}
+    read = {**stored, "g": Dense.of(form.grad)}
+    noisy = form.stochastic and BF16 in stored.values()
+    inputs = {name: f"{_named(name)}[i]" for name in read} | {"rate": "rates[i]", "decay": "decays[i]"}
+    inputs |= {"clip": "s.clip", "weight_decay": "s.weight_decay", "index": "index + i", "key": "key"}
+    moved, values = program.move.in_memory(read, list(stored), noisy).printed(CPP, inputs | _scalars(program), "    ")
+    stores = [f"    {_named(name)}[i] = {values[name]};" for name in stored]
+    pointers = "".join(_pointer(name, own, "at", "const " * (name == "g")) for name, own in read.items())
+    scalars = [*_scalars(program).values(), *(f"s.{name}" for name in _OURS)]
     return f"""
 using P = {CPP.types[form.param]};
 using G = {CPP.types[form.grad]};
-struct Scalars {{ float {", ".join([*map(_named, program.scalars), *_OURS])}; }};
+struct Scalars {{ float {", ".join(name.removeprefix("s.") for name in scalars)}; }};
 struct Job {{
-  void {", ".join(f"*{name}" for name in ["p", "g", *map(_named, elements), *map(_named, blocks)])};
+  void {", ".join(f"*{_named(name)}" for name in ("p", "g", *state))};
   int64_t {", ".join(NUMBERS)};
   const float* rates;
   const int64_t* rate_of;
@@ -275,13 +279,14 @@ inline float rate(const Job& m, int64_t r) {{ return m.rates[m.rate_of ? m.rate_
 inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.decay_of[r] : r * m.decay_stride]; }}
 template <typename Rates, typename Decays>
 inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays, int64_t index) {{
-{pointers}{"".join(keys)}  #pragma omp simd
+{pointers}  const int64_t key = m.key;
+  #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {{
 {moved}
 {chr(10).join(stores)}
   }}
 }}
-{phase}
+{_denominator(program, blocks) if blocks else _NO_PHASE}
 """
 
 
@@ -291,31 +296,30 @@ inline double denominator(const Scalars&, const Job&, int64_t, double) { return 
 """
 
 
-def _denominator(program: Program, kinds: Mapping[str, str]) -> str:
+def _denominator(program: Program, blocks: Mapping[str, Dense]) -> str:
     assert program.phase is not None
-    inputs = {"mean": "mean", **{f"state.{name}": f"load({_named(name)})" for name in program.blocks}}
-    worked_out, values = program.phase.printed(CPP, inputs | _scalars(program))
-    below, *new = values.values()
-    stores = [f"  store({_named(name)}, {value});" for name, value in zip(program.blocks, new, strict=True)]
-    pointers = "".join(_pointer(_named(name), kinds[name], "b") for name in program.blocks)
+    inputs = {"mean": "mean", **{name: f"to<float>(*{_named(name)})" for name in blocks}, **_scalars(program)}
+    worked_out, values = program.phase.printed(CPP, inputs)
+    stores = [f"  *{_named(name)} = to<{CPP.types[own.dtype]}>({values[name]});" for name, own in blocks.items()]
+    pointers = "".join(_pointer(name, own, "b") for name, own in blocks.items())
     return f"""
 constexpr bool BLOCKS = true;
 inline double denominator(const Scalars& s, const Job& m, int64_t b, double mean) {{
 {pointers}{worked_out}
 {chr(10).join(stores)}
-  return {below};
+  return {values["denominator"]};
 }}
 """
 
 
 def _scalars(program: Program) -> dict[str, str]:
-    return {f"scalar.{name}": f"s.{_named(name)}" for name in program.scalars}
+    return {f"scalar.{name}": f"s.{name}_" for name in program.scalars}
 
 
 def _named(name: str) -> str:
-    return f"{name}_"  # none of ours ends so
+    return f"{name.removeprefix('state.')}_" if name.startswith("state.") else name  # none of ours ends so
 
 
-def _pointer(name: str, kind: str, at: str, constant: bool = False) -> str:
-    kind = f"const {kind}" if constant else kind
-    return f"  {kind}* __restrict__ {name} = static_cast<{kind}*>(m.{name}) + {at};\n"
+def _pointer(name: str, own: Dense, at: str, constant: str = "") -> str:
+    kind = constant + CPP.types[own.dtype]
+    return f"  {kind}* __restrict__ {_named(name)} = static_cast<{kind}*>(m.{_named(name)}) + {at};\n"

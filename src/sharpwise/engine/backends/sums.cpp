@@ -8,33 +8,22 @@
 #include <cmath>
 #include <cstdint>
 #include <omp.h>
+#include <type_traits>
 
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
+// Its bits, and no struct: loops over those are not vectorized.
+enum bfloat16 : uint16_t {};
 
-inline float load(const float* x) { return *x; }
-inline float load(const bfloat16* x) { return __builtin_bit_cast(float, uint32_t(x->bits) << 16); }
-inline void store(float* x, float value) { *x = value; }
-inline void store(bfloat16* x, float value) {  // the nearest, of two the even one
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  x->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Stochastic rounding: see storage/dense.py, whose 32-bit numbers wrap by themselves here.
-inline uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x21F0AAADu;
-  x = (x ^ (x >> 15)) * 0x735A2D97u;
-  return x ^ (x >> 15);
-}
-inline void store(bfloat16* x, float value, uint64_t index, uint32_t key) {
-  const uint32_t noise = mix(uint32_t(index) ^ key ^ uint32_t(index >> 32) * 0x5BD1E995u) & 0xffff;
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const bool finite = (bits & 0x7f800000) != 0x7f800000;
-  const uint16_t rounded = uint16_t((bits + noise) >> 16), other = value != value ? 0x7fc0 : uint16_t(bits >> 16);
-  x->bits = finite ? rounded : other;
+template <typename To, typename From> inline To to(From x) {
+  if constexpr (std::is_same_v<From, bfloat16>) {
+    return To(__builtin_bit_cast(float, uint32_t(x) << 16));
+  } else if constexpr (std::is_same_v<To, bfloat16>) {  // the nearest, of two the even one
+    const uint32_t bits = __builtin_bit_cast(uint32_t, float(x));
+    return bfloat16(x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+  } else {
+    return To(x);
+  }
 }
 
 template <typename T> T larger(T x, T y) { return x > y || x != x ? x : y; }
@@ -76,7 +65,7 @@ template <typename A, typename T> double row_squares(const T* x, int64_t n) {
     }
     a = (a + b) + (c + d);
     total += ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
-    for (; i < end; ++i) total += double(load(x + i)) * load(x + i);
+    for (; i < end; ++i) total += double(to<float>(x[i])) * to<float>(x[i]);
   }
   if constexpr (OVERFLOWS<A>)
     if (!std::isfinite(total)) return row_squares<double>(x, n);
@@ -102,10 +91,10 @@ void column_squares(const T* x, int64_t rows, int64_t columns, A* group, double*
         own[0] = a, own[1] = b;
       }
       for (; c < columns; ++c)
-        for (int64_t k = 0; k < STREAMS; ++k) group[c] += A(load(y + k * columns + c)) * load(y + k * columns + c);
+        for (int64_t k = 0; k < STREAMS; ++k) group[c] += A(to<float>(y[k * columns + c])) * to<float>(y[k * columns + c]);
     }
     for (; r < end; ++r)
-      for (int64_t c = 0; c < columns; ++c) group[c] += A(load(x + r * columns + c)) * load(x + r * columns + c);
+      for (int64_t c = 0; c < columns; ++c) group[c] += A(to<float>(x[r * columns + c])) * to<float>(x[r * columns + c]);
     for (int64_t c = 0; c < columns; ++c) sums[c] += group[c];
   }
 }

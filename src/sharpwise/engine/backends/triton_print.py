@@ -19,7 +19,7 @@ from sharpwise.engine.backends import triton_frames as frames
 from sharpwise.engine.program import Arithmetic, Language, Program
 from sharpwise.rules.base import Rule
 from sharpwise.storage import Dense
-from sharpwise.storage.dense import STEP_FACTOR, mix
+from sharpwise.storage.dense import STEP_FACTOR
 
 FIELDS = (
     *("rows", "columns", "pitch", "per", "span", "size", "first", "by_row", "by_column"),
@@ -150,7 +150,7 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
     }
     text = frames.HEAD + function(
         f"move({values['elements']}, at, i, mask, rate)",
-        _in_memory(program.move, {**stored, "g": formats.grad}, list(stored), noisy),
+        program.move.in_memory({**stored, "g": formats.grad}, list(stored), noisy),
         {name: name for name in ("rate", "decay", "clip", "key")}
         | {"weight_decay": "decay", "index": "noise + at + i", **scalars}
         | {name: f"tl.load({_called(name)} + at + i, mask=mask, other=0)" for name in (*stored, "g")},
@@ -161,7 +161,7 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
         # Every thread reads what one of them writes: all have to have read it before.
         text += function(
             f"block_step({values['blocks']}, b, held, mask, mean)",
-            _in_memory(program.phase, blocks, list(blocks), False),
+            program.phase.in_memory(blocks, list(blocks), False),
             {"mean": "mean", **scalars}
             | {name: f"tl.load({_called(name)} + b, mask=held, other=0)" for name in blocks},
             lambda found: [
@@ -225,20 +225,6 @@ def _filled(frame: str, values: Mapping[str, str]) -> str:
     assert names is not None
     args = [name.strip() for name in names[1].split(",") if ":" not in name]
     return Template(frame).substitute({**values, "args": repr(args)})
-
-
-def _in_memory(own: Arithmetic, formats: Mapping[str, Dense], outputs: Sequence[str], by_hash: bool) -> Arithmetic:
-    """Arithmetic on numbers that rest in memory in some format; by hash it takes the `index` of each and a `key`."""
-
-    def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = own(**{**v, **{name: kind.decode({"": v[name]}) for name, kind in formats.items()}})
-        noise = [(v["index"], mix(v["key"] + slot)) if by_hash else None for slot in range(len(outputs))]
-        written = {n: formats[n].encode(found[n], pair)[""] for n, pair in zip(outputs, noise, strict=True)}
-        return {**found, **written}
-
-    inputs = {**own.inputs, **{name: kind.parts(_f32)[""] for name, kind in formats.items()}}
-    inputs |= {"index": torch.int64, "key": torch.int32} if by_hash else {}
-    return Arithmetic.of(run, inputs, tiles={*formats, "index"})
 
 
 def squares(grad: torch.dtype, numbers: int) -> str:
