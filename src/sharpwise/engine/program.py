@@ -203,7 +203,7 @@ class Program:
     Attributes:
         elements, blocks: names of element and block state; scalars: of the rule's own.
         move: inputs `p`, `g`, `state.NAME` of element state, `rate`, `decay` or (coupled) `weight_decay`, `clip`,
-            `scalar.NAME`, all fp32, and `x` if asked for; outputs `p` and `state.NAME`. How these are rounded when they
+            `scalar.NAME`, all fp32; outputs `p` and `state.NAME`. How these are rounded when they
             are stored is of their formats: the noise of the n-th output is that of slot n.
         phase: of one block: inputs `mean` (fp64, of clipped gradients), `state.NAME` of block state, `scalar.NAME`;
             outputs `denominator` and `state.NAME`. None for a rule without block state.
@@ -216,35 +216,21 @@ class Program:
     phase: Arithmetic | None
 
     @staticmethod
-    def of(
-        rule: Rule,
-        scalars: Sequence[str] | None = None,
-        *,
-        coupled: bool = False,
-        cautious: bool = False,
-        extra: bool = False,
-    ) -> "Program":
-        """Trace a rule.
-
-        Args:
-            scalars: names of the rule's own, if they are known.
-            coupled: decay is added to the gradient; cautious: it shrinks what the update shrinks too.
-            extra: the rule finds one more number per element in its state, `x`.
-        """
+    def of(rule: Rule, *, coupled: bool = False, cautious: bool = False) -> "Program":
+        """Trace a rule; coupled: decay is added to the gradient; cautious: it shrinks what the update shrinks too."""
         assert not (coupled and cautious)
         elements = tuple(name for name, kind in rule.state.items() if kind == "element")
         blocks = tuple(name for name, kind in rule.state.items() if kind == "block")
-        if scalars is None:
-            scalars = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
+        scalars = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
         own = [f"scalar.{name}" for name in scalars]
         inputs = ["p", "g", *(f"state.{n}" for n in elements), "rate", "weight_decay" if coupled else "decay", "clip"]
-        inputs += ["x"] * extra + own
+        inputs += own
 
         def move(v: dict[str, Tensor]) -> dict[str, Tensor]:
             x, g = v["p"], v["g"] * v["clip"]
             if coupled:
                 g = add(g, x, v["weight_decay"])
-            old = {name: v[f"state.{name}"] for name in elements} | ({"x": v["x"]} if extra else {})
+            old = {name: v[f"state.{name}"] for name in elements}
             new, numerator, below = rule.direction(g, old, _short(v, "scalar"))
             # The control has its place here.
             if not coupled:
