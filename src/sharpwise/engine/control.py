@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpwise.blocks import Cut
 from sharpwise.controls import Control, Over, Sums
 from sharpwise.engine.backends.base import Found, Lines, row_step
-from sharpwise.engine.backends.reference import CHUNK, aimed, cut_rows
+from sharpwise.engine.backends.reference import aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.engine.mesh import Bucket, Partial
 from sharpwise.engine.scalars import StepScalars
@@ -95,12 +95,8 @@ def _row_sums(view: ParamView, g: Tensor, scalars: StepScalars, found: Found) ->
     step, s = _step(view, scalars, found), scalars.named(view)
     rule = found.rules.get(id(view), view.rule)
     p, g, stored = view.parameter(), view.rows_of(g), view.stored()
-    size = max(1, p.shape[0])
-    if rule is view.rule:  # else it knows the matrix as a whole
-        size = max(1, CHUNK * size // max(view.numel, 1))
     parts = [torch.zeros(3, *p[:0].sum(view.dim).shape, dtype=torch.float64, device=p.device)]
-    for i in range(0, p.shape[0], size):
-        j = slice(i, i + size)
+    for j in pieces(view, rule):
         x, _, u, below = aimed(rule, s, p[j], g[j], [t[j] for t in stored], view.storage)
         d = cut_rows(step, j) * u
         d, x = (d if below is None else d / below).double(), x.double()

@@ -118,15 +118,20 @@ class Reference(Backend):
         noise = noise_of(view, scalars.t(view)) if scalars.stochastic else None
         p, stored = view.parameter(), view.stored()
         rule = found.rules.get(id(view), view.rule)
-        rows = max(1, p.shape[0])
-        if rule is view.rule:  # else it knows the matrix as a whole
-            rows = max(1, CHUNK * rows // max(view.numel, 1))
-        for i in range(0, p.shape[0], rows):
-            j = slice(i, i + rows)
+        for j in pieces(view, rule):
             own = None if noise is None else Noise(cut_rows(noise.row, j), noise.column, noise.key)
             lines = cut_rows(step, j), cut_rows(decay, j)
             update(rule, s, p[j], g[j], [t[j] for t in stored], *lines, own, scalars.cautious, view.storage)
         view.write_back(p, stored)
+
+
+def pieces(view: ParamView, rule: Rule) -> list[slice]:
+    """A view along its first dimension, in pieces for which temporaries stay small."""
+    n = view.shape[0]
+    size = max(1, n)
+    if rule is view.rule:  # else it knows the matrix as a whole
+        size = max(1, CHUNK * size // max(view.numel, 1))
+    return [slice(i, i + size) for i in range(0, n, size)]
 
 
 def cut_rows(tensor: Any, rows: slice) -> Any:
