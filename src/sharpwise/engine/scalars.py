@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.counter import StepCounter
-from sharpwise.engine.rehearsal import live
+from sharpwise.engine.rehearsal import live, on_a_device
 from sharpwise.engine.view import ParamView
 
 _OFF = 1.0
@@ -150,10 +150,8 @@ class StepScalars:
             return True
         key = "on device", self._kind[id(view)]
         if key not in self._kept:
-            names = [name for name in ("lr", "weight_decay", *view.rule.defaults) if name in view.settings]
-            values = [live(view.settings[name]) for name in names]
-            flat = (one for value in values for one in (value if isinstance(value, tuple) else (value,)))
-            self._kept[key] = any(isinstance(one, Tensor) for one in flat)
+            names = ("lr", "weight_decay", *view.rule.defaults)
+            self._kept[key] = any(on_a_device(view.settings[name]) for name in names if name in view.settings)
         found: bool = self._kept[key]
         return found
 
@@ -273,16 +271,9 @@ class StepScalars:
         key = what, self.key(view), id(layout.segment_of_row), view.row_shape, view.dtype
         if key not in self._kept:
             assert layout.segment_of_row is not None
-            self._kept[key] = self._of_segments(view, what)[layout.segment_of_row].view(view.row_shape)
-        found: Tensor = self._kept[key]
-        return found
-
-    def _of_segments(self, view: ParamView, what: str) -> Tensor:
-        """One of the columns of its rows as a vector on its device."""
-        key = what, self.key(view), view.dtype, view.device
-        if key not in self._kept:
             values = [getattr(row, what) for row in self.rows(view)]
-            self._kept[key] = _pack(values, view.dtype, view.device)
+            by_segment = _pack(values, view.dtype, view.device)
+            self._kept[key] = by_segment[layout.segment_of_row].view(view.row_shape)
         found: Tensor = self._kept[key]
         return found
 

@@ -87,11 +87,10 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the state that a step uses has the shape and the device of its parameter."""
     shape, device = tuple(view.param.shape), local(view.param).device
     for name, kind in view.rule.state.items():
-        if kind != "element" or type(view.storage) is Dense:
-            _check_type(own[view.state_key(name)], name, view, who)
-    for name, kind in view.rule.state.items():
         key = view.state_key(name)
         tensor = own[key]
+        if kind != "element" or type(view.storage) is Dense:
+            _check_type(tensor, name, view, who)
         if kind == "element":
             fit = shape if key == name else view.shape
         else:
