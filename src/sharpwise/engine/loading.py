@@ -342,26 +342,22 @@ def _group_of_saved(
     """Hyperparameters saved for the parameters of one group.
 
     Raises:
-        ValueError: if the parameters of the group were in saved groups with different hyperparameters.
+        ValueError: if the parameters of the group were in groups with different hyperparameters, or by another rule.
     """
     home = {i: index for index, g in enumerate(saved["param_groups"]) for i in g["params"]}
     indices = sorted({home[ids[name]] for name in names})
-    found = [
-        {
-            k: v
-            for k, v in saved["param_groups"][i].items()
-            if k not in TORCH_ONLY | {"params", "param_names"} | set(FIXED) - {"block_lr"}
-        }
-        for i in indices
-    ]
+    left_out = TORCH_ONLY | {"params", "param_names"} | set(FIXED) - {"block_lr"}
+    found = [{k: v for k, v in saved["param_groups"][i].items() if k not in left_out} for i in indices]
     for other in found[1:]:
         if any(not _same(other.get(k), v) for k, v in found[0].items()):
             raise ValueError(
                 f"{who}: parameters that are one group here were saved in groups with different settings: "
                 f"{found[0]} and {other}. Build the optimizer with the groups it was saved with"
             )
-    for i in indices:
-        _check_rule(saved["param_groups"][i], group, who)
+    for theirs in (saved["param_groups"][i] for i in indices):
+        refuse_variants(theirs, f"{who}: the state dict was saved with")
+        if (rule := theirs.get("rule", group["rule"])) != group["rule"]:
+            raise ValueError(f"{who}: the state dict is of another rule: {of_another_rule(rule, group['rule'])}")
     new = copy.deepcopy(found[0]) if found else {}
     # Gathering makes lists of tuples.
     return {k: tuple(v) if isinstance(v, list) and isinstance(group.get(k), tuple) else v for k, v in new.items()}
@@ -371,13 +367,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return bool((a == b).all() if isinstance(a, Tensor) else (b == a).all())
     return (tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
-
-
-def _check_rule(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:
-    refuse_variants(saved, f"{who}: the state dict was saved with")
-    rule = saved.get("rule", group["rule"])
-    if rule != group["rule"]:
-        raise ValueError(f"{who}: the state dict is of another rule: {of_another_rule(rule, group['rule'])}")
 
 
 def check_decay(saved: Mapping[str, Any], group: Mapping[str, Any], who: str) -> None:

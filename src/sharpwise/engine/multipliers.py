@@ -77,13 +77,9 @@ class Multipliers:
                 f"block_lr {self.block_lr} probes the model, and {views[0].name} is sharded; source='second_moment' "
                 f"works on any mesh"
             )
-        kept = (
-            ("multiplier_from", "multiplier_to", "block_lr_measured")
-            if self.sources
-            else ("lr_multiplier",)
-            if self.block_lr
-            else ()
-        )
+        kept: tuple[str, ...] = () if self.block_lr is None else ("lr_multiplier",)
+        if self.sources:
+            kept = "multiplier_from", "multiplier_to", "block_lr_measured"
         self._kept = [local(state[v.param][v.state_key(key)]) for v in self.views for key in kept]
         self._versions = versions_of(self._kept)
         if self.sources:
