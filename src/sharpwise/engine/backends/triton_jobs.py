@@ -51,6 +51,13 @@ class Jobs:
         self.chunks[kernel].append((len(self.rows), chunks))
         self.rows.append(own + [0] * (self.numbers - len(own)))
 
+    def add_run(self, kernel: Any, run: Rectangle, cut: dict[str, int], addresses: Sequence[int], **fields: int) -> int:
+        """Add a rectangle, of which a chunk has so many rows and columns (`per`, `span`); how many chunks it has."""
+        chunks = -(-run.rows // cut["per"]) * -(-run.columns // cut["span"])
+        fields |= {"rows": run.rows, "columns": run.columns, "pitch": run.pitch}
+        self.add(kernel, chunks, addresses, **cut, **fields)
+        return chunks
+
     def table(self) -> Array:
         """All of them."""
         return np.array(self.rows, dtype=np.int64)
@@ -69,11 +76,6 @@ def _numbered(counts: Array) -> Array:
 def tiling(run: Rectangle, most: int = SPAN) -> dict[str, int]:
     """Rows and columns of a run that a chunk has."""
     return {"per": max(1, most // max(run.columns, 1)), "span": min(run.columns, most)}
-
-
-def chunks_of(run: Rectangle, per: int, span: int) -> int:
-    """How many chunks that makes."""
-    return -(-run.rows // per) * -(-run.columns // span)
 
 
 class MoveJobs:
@@ -110,9 +112,6 @@ class MoveJobs:
             aligned = not any(a % 16 for a in [*addresses, g + at_g])
             aligned &= not any(n % self.granule for n in (run.columns, run.pitch, wide))
             fields = common | {
-                "rows": run.rows,
-                "columns": run.columns,
-                "pitch": run.pitch,
                 "size": max(run.size, 1),
                 "slot": place.slots[run.segment],
                 "counts": counts + 8 * run.first,
@@ -129,7 +128,7 @@ class MoveJobs:
                 if kernel[1]:
                     fields |= {"first": place.rates + run.first, "by_row": not run.size, "by_column": run.size > 0}
             addresses += _of_blocks(view, run.first)
-            self.jobs.add((*kernel, aligned), chunks_of(run, **cut), addresses, **cut, **fields)
+            self.jobs.add_run((*kernel, aligned), run, cut, addresses, **fields)
 
     def add_phases(self, view: ParamView, place: Place, starts: int) -> int:
         """The block state of a view's blocks that are summed up in pieces, whose partial sums are numbered from
@@ -218,10 +217,8 @@ class SumJobs:
             granule = 16 // dtype.itemsize
             even = not any(n % granule for n in (run.columns, run.pitch, cut["span"]))
             aligned = even and (g + dtype.itemsize * run.start) % 16 == 0
-            chunks = chunks_of(run, **cut)
-            fields = {"rows": run.rows, "columns": run.columns, "pitch": run.pitch, "view": number}
             key = dtype, aligned
-            self.jobs.add(key, chunks, [], from_gradient=dtype.itemsize * run.start, **cut, **fields)
+            chunks = self.jobs.add_run(key, run, cut, [], view=number, from_gradient=dtype.itemsize * run.start)
             if run not in pieces:
                 self.owners[key].append(np.full(chunks, owner))
                 continue
