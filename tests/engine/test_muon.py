@@ -219,6 +219,10 @@ def test_conventions_mixed_up(caplog):
         ({"beta2": -0.1}, ValueError, "beta2 must be a finite number >= 0"),
         ({"aux_lr": "1e-3"}, TypeError, "must be numbers"),
         ({"aux_lr": 1e-3, "lr": 0.0}, ValueError, "lr of the peak"),
+        ({"aux_lr": -1e-3}, ValueError, "aux_lr must be a finite number >= 0, got -0.001"),
+        ({"per_head": "all"}, TypeError, "per_head must be True or False, got 'all'"),
+        ({"normalize_rows": 1}, TypeError, "normalize_rows must be True or False, got 1"),
+        ({"nesterov": "no"}, TypeError, "nesterov must be True or False, got 'no'"),
         ({"aux_betas": (0.9, 1.0)}, ValueError, "betas must be two numbers"),
         ({"process_group": "world"}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
     ],
@@ -226,6 +230,55 @@ def test_conventions_mixed_up(caplog):
 def test_refused(options, error, words):
     with pytest.raises(error, match=words):
         sharpwise.Muon(testing.tiny_model(), **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"aux_lr": 1e-2}, "a group takes aux_lr_ratio"),
+        ({"per_head": True}, "per_head is fixed when the optimizer is built, here as False; a group has True"),
+        ({"ns_steps": 3}, "ns_steps is fixed when the optimizer is built, here as 5"),
+        ({"scale": "original"}, "scale is fixed when the optimizer is built, here as 'match_rms_adamw'"),
+    ],
+)
+def test_a_group_is_not_told_in_vain(setting, words):
+    """What holds for the whole optimizer would be ignored in a group."""
+    model = testing.tiny_model()
+    with pytest.raises(ValueError, match=words):
+        sharpwise.Muon([{"params": list(model.parameters()), **setting}], model=model)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ({"heavy_ball": True}, "heavy_ball is fixed .* here as False; a group has True"),
+        ({"scale": "original", "aux_lr": 1e-3}, "scale is fixed .* a group has 'original'"),
+    ],
+)
+def test_state_that_means_something_else_is_refused(theirs, words):
+    """lr is in other units, or momentum is that many times as large."""
+    model = Layer(a=parameter(4, 6))
+    saved = muon(model, {"a": "up"}, **theirs).state_dict()
+    with pytest.raises(ValueError, match=words):
+        muon(model, {"a": "up"}).load_state_dict(saved)
+
+
+def test_state_of_torch_goes_on_here_at_the_same_scale():
+    ours, theirs = Layer(a=parameter(4, 6)), Layer(a=parameter(4, 6))
+    two = torch.optim.Muon(theirs.parameters(), lr=0.02, momentum=0.9)
+    theirs.a.grad = parameter(4, 6, seed=1).data
+    two.step()
+    ours.load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match=r"adjust_lr_fn is fixed .* a group has 'original'"):
+        muon(ours, {"a": "up"}).load_state_dict(two.state_dict())
+    one = muon(ours, {"a": "up"}, scale="original", aux_lr=1e-3)
+    one.load_state_dict(two.state_dict())
+    assert (one.param_groups[0]["lr"], one.param_groups[0]["momentum"]) == (0.02, 0.9)
+    ours.a.grad = theirs.a.grad.clone()
+    for optimizer in (one, two):
+        optimizer.step()
+    # torch's products are in bf16: updates of 0.02 apart by a few of its roundings
+    assert torch.allclose(ours.a, theirs.a, rtol=0, atol=0.02 * 0.02)
 
 
 def test_roles_that_nothing_explains_are_asked_for():

@@ -49,6 +49,11 @@ SCALES: dict[str, Any] = {
 
 ORIGINAL_FROM, MATCHED_UP_TO = 2e-3, 1.5e-2
 """Below and above which an lr looks like one for the other scale."""
+FIXED = {
+    "scale": "scale", "adjust_lr_fn": "scale", "heavy_ball": "heavy_ball", "method": "method", "ns_steps": "steps",
+    "normalize_rows": "rows", "per_head": "per_head", "precision": "precision", "bf16_exchange": "bf16_wire",
+}  # fmt: skip
+"""Keys that a group may bring, from a user or a file, and the fields of the rule that they have to agree with."""
 logger = logging.getLogger(__name__)
 
 
@@ -117,6 +122,7 @@ class Muon(MatrixRule):
     name: ClassVar[str] = "muon"
     hyperparameters: ClassVar[tuple[str, ...]] = (
         "momentum", "nesterov", "aux_lr_ratio", "aux_betas", "aux_eps", "aux_weight_decay", "beta2",
+        "scale", "heavy_ball",  # fixed; saved, as the meaning of lr and of the momentum depends on them
     )  # fmt: skip
     hint: ClassVar[str] = "AdamW, for a model that is no transformer"
 
@@ -128,6 +134,9 @@ class Muon(MatrixRule):
             raise ValueError(f"{self.name}: precision must be None, 'fp32' or 'bf16', got {self.precision!r}")
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"{self.name}: steps must be a whole number >= 1, got {self.steps!r}")
+        for key in ("heavy_ball", "normalize_rows", "per_head", "bf16_exchange"):
+            if not isinstance(got := getattr(self, FIXED[key]), bool):
+                raise TypeError(f"{self.name}: {key} must be True or False, got {got!r}")
 
     @property
     def wire(self) -> torch.dtype | None:  # type: ignore[override]
@@ -148,6 +157,18 @@ class Muon(MatrixRule):
         for key in ("momentum", "beta2"):
             if not isinstance(group[key], Tensor) and not group[key] < 1:
                 raise ValueError(f"{self.name}: {key} must be in [0, 1), got {group[key]!r}")
+        if not isinstance(group["nesterov"], bool):
+            raise TypeError(f"{self.name}: nesterov must be True or False, got {group['nesterov']!r}")
+        if "aux_lr" in group:
+            raise ValueError(f"{self.name}: a group takes aux_lr_ratio, aux_lr over lr, in place of aux_lr")
+        for key in (key for key in FIXED if key in group):
+            own, got = getattr(self, FIXED[key]), group[key]
+            got = "original" if key == "adjust_lr_fn" and got is None else got  # torch's None
+            if own != got:
+                raise ValueError(
+                    f"{self.name}: {key} is fixed when the optimizer is built, here as {own!r}; a group has {got!r}. "
+                    f"Build the optimizer with that"
+                )
 
     def assign(self, segment: Segment) -> tuple[Rule, Cut]:
         if not is_hidden_matrix(segment):
@@ -198,6 +219,8 @@ def aux_lr_ratio(who: str, lr: Any, aux_lr: Any, scale: Scale) -> float:
         raise TypeError(f"{who}: lr and aux_lr must be numbers, aux_lr may be None, got {lr!r} and {aux_lr!r}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"{who}: lr must be a number or a 0-d tensor, got {tuple(lr.shape)}")
+    if aux_lr is not None:
+        check_nonnegative(who, aux_lr=aux_lr)
     own = float(lr)
     if scale == "original" and 0 < own < ORIGINAL_FROM:
         logger.warning(
