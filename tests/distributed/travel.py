@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "adamw, stochastic": ("linear", torch.float32, "adamw", {"storage": "bf16", "stochastic_rounding": True}),
     "adam-mini, stochastic": ("linear", torch.bfloat16, "adam-mini", {"storage": "bf16", "stochastic_rounding": True}),
     "adamw, clip and skip": ("linear", torch.float32, "adamw", {"max_grad_norm": 1.0, "on_nonfinite": "skip"}),
+    "muon, heads": ("conv1d", torch.float32, "muon", {"normalize_rows": True, "per_head": True, "aux_lr": 0.01}),
 }
 WAYS = ("full", "offloaded", "shards", "flat")
 WAYS_BACK = ("full", "shards")
@@ -54,8 +55,9 @@ def arrive(kind: str, place: Callable[[nn.Module], nn.Module] = lambda model: mo
             p.fill_(0.5)
     model = place(model)
     backwards = list(model.named_parameters())[::-1]
+    other = {"momentum": 0.5, "aux_betas": (0.5, 0.6)} if name == "muon" else {"betas": (0.5, 0.6)}
     return model, sharpwise.create_optimizer(
-        backwards, name, model=model, lr=1.0, weight_decay=0.7, betas=(0.5, 0.6), compile=False, **options
+        backwards, name, model=model, lr=1.0, weight_decay=0.7, compile=False, **other, **options
     )
 
 
@@ -120,7 +122,8 @@ def unstopped(kind: str, stop: int) -> tuple[nn.Module, Any, dict[str, Any]]:
 
 def settings_of(optimizer: Any) -> dict[str, Any]:
     group = optimizer.state_dict()["param_groups"][0]
-    return {key: group.get(key) for key in ("lr", "betas", "weight_decay", "seed", "skipped_steps", "peak_lr")}
+    read = ("lr", "betas", "weight_decay", "seed", "skipped_steps", "peak_lr", "momentum", "aux_betas", "aux_lr_ratio")
+    return {key: group.get(key) for key in read}
 
 
 def arrived(kind: str, model: nn.Module, optimizer: Any, stop: int) -> dict[str, Any]:
