@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from first_contact.fsdp_worker import difference, full, set_gradients, shard, train
 from first_contact.tiny import STEPS, batches, gpt2, loss_of, nanogpt
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -182,6 +183,50 @@ def ddp(name: str) -> dict[str, Any]:
     return {"losses": worst, "parameters": difference(*models), "steps": steps}
 
 
+def muon_of_replicas() -> dict[str, Any]:
+    """What processes share, and what each of them has for itself; errors against one that works alone."""
+
+    def apart(wrap: Callable[[nn.Module], nn.Module], own: float = 0.0, **options: Any) -> dict[str, Any]:
+        name = "transformer.h.0.mlp.c_fc.weight"
+        placed, alone = nanogpt(), nanogpt()
+        common = {"lr": LR, "normalize_rows": True, "compile": False}
+        for model in (placed, alone):
+            with torch.no_grad():
+                model.get_parameter(name).add_(own)
+        optimizers = [sharpwise.Muon(wrap(placed), **common, **options), sharpwise.Muon(alone, **common)]
+        for step in range(3):
+            for model, optimizer in zip((placed, alone), optimizers, strict=True):
+                set_gradients(model, step)
+                if own:
+                    model.get_parameter(name).grad.add_(own)
+                optimizer.step()
+        shared, all_of_them = (sum(m.worked for m in o._backends.matrices.values()) for o in optimizers)
+        error = torch.tensor(difference(placed, alone))
+        dist.all_reduce(error, dist.ReduceOp.MAX)
+        here = torch.cat([full(p).detach().view(-1) for p in placed.parameters()])
+        there = here.clone()
+        dist.broadcast(there, 0)
+        same = torch.tensor(float(torch.equal(here, there)))
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        return {"error": float(error), "shared": shared / all_of_them, "same": bool(same)}
+
+    def experts(model: nn.Module) -> nn.Module:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["transformer.h.0.mlp.c_fc.weight"])
+        return DistributedDataParallel(model)
+
+    def one_each(model: nn.Module) -> nn.Module:
+        return shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "data"))["data"])
+
+    return {
+        "ddp": apart(DistributedDataParallel),
+        "compiled": apart(lambda model: torch.compile(DistributedDataParallel(model))),
+        "parameters": apart(lambda model: DistributedDataParallel(model).module, process_group=dist.group.WORLD),
+        "bf16": apart(DistributedDataParallel, bf16_exchange=True),
+        "one shard each": apart(one_each, process_group=dist.group.WORLD),
+        "experts": apart(experts, own=1.0 + dist.get_rank()),
+    }
+
+
 def complaint(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -225,9 +270,9 @@ def ranks_that_differ() -> dict[str, Any]:
     """A model, an option, a setting or an order of groups that is not the same on both ranks."""
     odd = dist.get_rank() == 1
 
-    def stepped(model: nn.Module, **options: Any) -> str:
+    def stepped(model: nn.Module, make: Any = sharpwise.AdamW, **options: Any) -> str:
         sharded = shard(model)
-        optimizer = sharpwise.AdamW(sharded, **{"lr": LR, **options})
+        optimizer = make(sharded, **{"lr": LR, **options})
         set_gradients(sharded, 0)
         return complaint(optimizer.step)
 
@@ -240,6 +285,7 @@ def ranks_that_differ() -> dict[str, Any]:
         "lr": stepped(nanogpt(), lr=torch.tensor(LR * (2 if odd else 1))),
         "betas": stepped(nanogpt(), betas=(0.9, 0.95 if odd else 0.99)),
         "roles": stepped(nanogpt(), block_lr=sharpwise.BlockwiseLR(other=1.0), blocks=blocks),
+        "rows": stepped(nanogpt(), sharpwise.Muon, normalize_rows=odd),
         "compile": stepped(nanogpt(), compile=False if odd else None),
     }
 
@@ -292,6 +338,7 @@ def cases() -> dict[str, Case]:
         ),
         "ddp, adamw": lambda: ddp("adamw"),
         "ddp, adam-mini": lambda: ddp("adam-mini"),
+        "muon": muon_of_replicas,
         "ranks that differ": ranks_that_differ,
         "one rank asks": one_rank_asks,
         "left behind": left_behind,

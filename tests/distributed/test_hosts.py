@@ -1,5 +1,6 @@
 """Two processes under Accelerate, the Trainer and DDP equal one; what no optimizer of blocks can run on is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,27 @@ def test_ddp_equals_one_process_where_branches_get_no_gradient(found: Found, nam
     assert steps == {"inner": STEPS, "first": 13, "second": 7, "never": 0}
 
 
+@pytest.mark.parametrize(
+    ("what", "shared", "error"),
+    [
+        ("ddp", True, 0.0),
+        ("compiled", True, 0.0),
+        ("parameters", True, 0.0),
+        ("bf16", True, 1e-4),  # three updates of about LR, off by 2**-8 of their largest element
+        ("one shard each", True, 0.0),
+        ("experts", False, 0.0),
+    ],
+)
+def test_replicas_share_the_matrices_of_muon_and_stay_replicas(
+    found: Found, what: str, shared: bool, error: float
+) -> None:
+    """What DDP leaves to each process, as experts are, is not shared."""
+    result = of(found, "muon")[what]
+    assert result["error"] <= error
+    assert (result["shared"] < 1.0) is shared
+    assert result["same"] is shared
+
+
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "adam-mini"])
 def test_parameters_that_fsdp1_flattened_are_refused(found: Found, name: str, original: bool) -> None:
@@ -77,12 +99,13 @@ def test_parameters_that_fsdp1_flattened_are_refused(found: Found, name: str, or
         ("block_lr", ["block_lr=None", "block_lr=BlockwiseLR("]),
         ("lr", ["rank 0 has group 0: {'lr': 0.001", "rank 1 has group 0: {'lr': 0.002"]),
         ("betas", ["(0.9, 0.99)", "(0.9, 0.95)"]),
+        ("rows", ["rows=False", "rows=True"]),
         ("roles", ["transformer.wpe.weight (16, 33) torch.float32: adamw (pos_emb", "adamw (other"]),
     ],
 )
 def test_ranks_that_differ_are_told_so_at_the_first_step(found: Found, what: str, names: list[str]) -> None:
     said = of(found, "ranks that differ")[what]
-    assert said.startswith("ValueError: AdamW: ranks differ in model or settings"), said
+    assert re.match("ValueError: (AdamW|Muon): ranks differ in model or settings", said), said
     assert all(name in said for name in names), said
 
 

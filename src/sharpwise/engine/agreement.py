@@ -6,7 +6,7 @@ ever.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sharpwise.engine.options import Options
 from sharpwise.engine.view import ParamView
+from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor, local
 
 
@@ -57,9 +58,14 @@ def _lines(views: Sequence[ParamView], options: Options) -> list[str]:
         lines.append(f"group {i}: {plain}")
     for e in views:
         parts = ", ".join(f"{s.role} by {c}" for s, c in zip(e.segments, e.cuts, strict=True))
-        how = f"{e.rule.name} ({parts}), multipliers {e.multipliers}, decays {e.decays}"
+        how = f"{e.rule.name} ({parts}){_fixed(e.rule)}, multipliers {e.multipliers}, decays {e.decays}"
         lines.append(f"{e.full_name} {tuple(e.param.shape)} {e.param.dtype}: {how}")
     return lines
+
+
+def _fixed(rule: Rule) -> str:
+    """Fields of a rule that no group shows."""
+    return "".join(f", {f.name}={getattr(rule, f.name)}" for f in fields(rule) if f.name not in rule.hyperparameters)  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:

@@ -80,7 +80,10 @@ def replicas_of(model: nn.Module | None, given: Any, who: str) -> Any:
             f"{who}: process_group must be a torch.distributed.ProcessGroup, such as dist.group.WORLD, or None, got "
             f"{kind_of(given)}"
         )
-    group: Any = given if given is not None or not isinstance(model, DistributedDataParallel) else model.process_group
+    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    # What DDP is told to ignore differs from process to process, as experts do.
+    same = isinstance(inner, DistributedDataParallel) and not inner.parameters_to_ignore
+    group: Any = inner.process_group if given is None and same else given
     return group if group is not None and group.size() > 1 else None
 
 

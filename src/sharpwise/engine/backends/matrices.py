@@ -324,7 +324,7 @@ def matrices_of(view: ParamView, group: ReduceGroup) -> list[Matrix]:
 def _regions(view: ParamView, group: ReduceGroup) -> dict[int, tuple[tuple[slice, ...], int]]:
     """By rank of a group, what it holds of a parameter, and the number of the replica that this is a part of."""
     shard = view.shard
-    if shard.mesh is None or group.process_group is None:
+    if shard.mesh is None or shard.mesh.size() == 1:
         return {rank: (shard.region, rank) for rank in group.ranks}
     found: dict[int, tuple[tuple[slice, ...], int]] = {}
     replicas: dict[tuple[int, ...], int] = {}
