@@ -29,7 +29,7 @@ from sharpwise.testing import EXAMPLES
 
 from .cases import Case
 from .controls import CONTROLS
-from .placements import MODELS, ODD, PLACEMENTS, PLANNED, WIDE, gradient_as, held, part_of, worst
+from .placements import EVERYWHERE, MODELS, ODD, gradient_as, held, part_of, worst
 from .rules import RULES
 
 STEPS = 10
@@ -49,7 +49,8 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: 
         return BlockOptimizer(model, rule, lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)
     if case.rule == "muon":
-        guard |= {"normalize_rows": case.guard, "process_group": dist.group.WORLD if shared else None}
+        guard |= {"normalize_rows": case.guard, "per_head": more == "heads"}
+        guard |= {"process_group": dist.group.WORLD if shared else None}
     return sharpwise.create_optimizer(
         model, case.rule, lr=1e-2, weight_decay=0.1, block_lr=block_lr, storage=storage,
         stochastic_rounding=more == "stochastic", cautious_decay=more == "cautious", blocks=blocks, **guard, **eager,
@@ -126,7 +127,7 @@ def run(case: Case) -> dict[str, Any]:
     make = (MODELS | ODD)[case.model]
     alone = make()
     blocks = BlockMap.of(make(), include_frozen=True)
-    placed = (PLACEMENTS | WIDE | PLANNED)[case.placement][1](make())
+    placed = EVERYWHERE[case.placement][1](make())
     # Names alone serve as well after sharding; every other case is told what was found before.
     shared = case.placement.startswith("replicated")
     optimizers = (

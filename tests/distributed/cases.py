@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sharpwise.optim import COMBINES
 
-from .placements import MODELS, ODD, PLACEMENTS, PLANNED, WIDE
+from .placements import EVERYWHERE, EXPERTS, MODELS, ODD, PLACEMENTS, PLANNED, WIDE
 from .rules import RULES
 
 
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     @property
     def world(self) -> int:
         """How many processes it takes."""
-        return (PLACEMENTS | WIDE | PLANNED)[self.placement][0]
+        return EVERYWHERE[self.placement][0]
 
 
 def _supported() -> list[tuple[str, str, str]]:
@@ -112,3 +112,20 @@ ODD_HEADS = [
     for model, placement, way in itertools.product(ODD, PLANNED, WAYS)
 ]
 """Tensor parallelism over more processes than divide the heads: a head's sum comes from two or three of them."""
+BY_HEAD = [
+    Case("muon", "", "fp32, heads", *way, model, placement)
+    for (model, placement), way in zip(
+        [
+            *itertools.product(ODD, PLANNED),
+            ("gpt2 (Conv1D, fused, tied)", "fsdp 3"),
+            ("gpt_neox (interleaved)", "hsdp 2x2"),
+            ("nanogpt (fused)", "fsdp 2"),
+        ],
+        itertools.cycle(WAYS),
+        strict=False,
+    )
+]
+"""Every head is a matrix: some lie in one process, some in two or three."""
+BY_EXPERT = [
+    Case("muon", "", "fp32", *way, "mixtral (experts)", placement) for placement in EXPERTS for way in WAYS[:3]
+]

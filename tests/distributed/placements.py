@@ -128,6 +128,20 @@ PLANNED: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
 """For models with LLaMA's names."""
 
 
+def _experts(model: nn.Module) -> nn.Module:
+    """Stacks of experts cut between them, as expert parallelism does; the rest stays plain."""
+    for module in list(model.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.ndim == 3:
+                placed = distribute_tensor(p.detach(), _mesh(2, names=("experts",)), [Shard(0)])
+                module.register_parameter(name, nn.Parameter(placed))
+    return model
+
+
+EXPERTS: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {"replicated but for experts 2": (2, _experts)}
+EVERYWHERE = PLACEMENTS | WIDE | PLANNED | EXPERTS
+
+
 def part_of(whole: Tensor, placed: Tensor) -> Tensor:
     """What this process holds of `whole`, laid out as `placed` is; chunks of chunks, as FSDP cuts what TP has cut."""
     if not isinstance(placed, DTensor):

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from .cases import CAUTIOUS, CONTROLLED, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
+from .cases import BY_EXPERT, BY_HEAD, CAUTIOUS, CONTROLLED, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
 from .controls import CONTROLS
 from .launch import launch
 
-CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + CONTROLLED + ODD_HEADS
+CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + CONTROLLED + ODD_HEADS + BY_HEAD + BY_EXPERT
 EXPECTED = {"low rank": 2, "largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
 
@@ -58,6 +58,11 @@ def test_tensor_parallelism_cuts_heads(found: dict[Case, dict[str, Any]], case: 
     cut = "kv" if case.world == 3 else "qkv"
     wanted = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in cut]
     assert found[case]["heads cut"] == wanted
+
+
+def test_experts_are_worked_on_where_they_lie(found: dict[Case, dict[str, Any]]) -> None:
+    """q and o travel, and k and v, of which one has missed steps; experts have numbers per row to tell, if any."""
+    assert [found[case]["exchanges"] for case in BY_EXPERT] == [5 if case.guard else 3 for case in BY_EXPERT]
 
 
 @pytest.mark.slow

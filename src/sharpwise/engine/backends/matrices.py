@@ -93,6 +93,12 @@ class Matrix:
         return self.shape[0] * self.shape[1] * min(self.shape)
 
     @property
+    def shared(self) -> bool:
+        """Whether another process than the owner holds a part, or its numbers per row."""
+        told = "whole" in self.view.rule.state.values()
+        return any(told or part.numel for rank, part in self.parts.items() if rank != self.owner)
+
+    @property
     def sources(self) -> list[int]:
         """The ranks that the owner takes parts from: of replicas, those of its own."""
         return [rank for rank in self.parts if self.replica[rank] == self.replica[self.owner]]
@@ -155,9 +161,12 @@ class Matrices(Backend):
             for (group, _), pairs in _together(zip(views, numbers, strict=True), self.replicas):
                 matrices = [(one, number) for view, number in pairs for one in matrices_of(view, group)]
                 _assign_owners([one for one, _ in matrices], group)
-                matrices.sort(key=lambda pair: (pair[1], pair[0].shape))
-                for _, same in groupby(matrices, key=lambda pair: (pair[1], pair[0].shape)):
-                    found += _batches([one for one, _ in same], group)
+                shared = [pair for pair in matrices if pair[0].shared]
+                alone = [pair for pair in matrices if not pair[0].shared and pair[0].mine.numel]
+                for own, some in ((group, shared), (ReduceGroup(), alone)):
+                    some.sort(key=lambda pair: (pair[1], pair[0].shape))
+                    for _, same in groupby(some, key=lambda pair: (pair[1], pair[0].shape)):
+                        found += _batches([one for one, _ in same], own)
             self._planned = (list(map(id, views)), classes), found
         return self.planned
 
