@@ -1,12 +1,16 @@
 """Muon as its users meet it: what goes where, torch's own beside it, odd matrices, what it says and refuses."""
 
 import logging
+import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sharpwise
 from sharpwise import testing
@@ -186,6 +190,48 @@ def test_batches_are_bounded(monkeypatch):
     sizes.clear()  # a rule is rehearsed on a number
     optimizer.step()
     assert sizes == [3, 3, 2]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations make, as long as a tensor or a view of it lives."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known, self.views, self.now, self.peak = {t.data_ptr() for t in known}, Counter(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.known:
+                self._count(storage.data_ptr(), storage.nbytes(), 1)
+                weakref.finalize(t, self._count, storage.data_ptr(), storage.nbytes(), -1)
+        return out
+
+    def _count(self, place: int, size: int, more: int) -> None:
+        before = self.views[place] > 0
+        self.views[place] += more
+        self.now += size * ((self.views[place] > 0) - before)
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize("compile", [None, False])
+def test_memory_beyond_state_is_four_batches(compile, monkeypatch):
+    """The matrices, X, and two products of the size of X, where rows and columns are as many; one batch at a time."""
+    from sharpwise.engine.backends import matrices
+
+    batch = 4 * 64 * 64 * 4
+    monkeypatch.setattr(matrices, "BATCH", batch)
+    names = [f"p{i}" for i in range(12)]
+    model = Layer(**{name: parameter(64, 64, seed=i) for i, name in enumerate(names)})
+    optimizer = muon(model, dict.fromkeys(names, "up"), normalize_rows=True, compile=compile)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    held = [t for own in optimizer.state.values() for t in own.values()]
+    with Live([*model.parameters(), *(p.grad for p in model.parameters()), *held]) as live:
+        optimizer.step()
+    assert 2 * batch < live.peak < 4.2 * batch
 
 
 # -- what it says and refuses ------------------------------------------------------------------------------------------

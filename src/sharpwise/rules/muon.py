@@ -200,7 +200,7 @@ class Muon(MatrixRule):
         if self.rows:
             u, v = normalize_rows(u, small["row_second_moment"], s["b2"])
             new = {"row_second_moment": v}
-        return u * SCALES[self.scale](*m.shape[-2:]), new
+        return u.mul_(SCALES[self.scale](*m.shape[-2:])), new
 
 
 def is_hidden_matrix(segment: Segment) -> bool:

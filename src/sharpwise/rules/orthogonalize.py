@@ -32,7 +32,7 @@ Products are in fp32 on a CPU, where published code takes bf16 too. What bf16 co
 moves by 1 to 4% of its norm. fp32: 6e-6 and 3e-6. So bf16 is the default only where it makes products fast, on CUDA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Literal
 
@@ -69,14 +69,14 @@ def newton_schulz(m: Tensor, steps: int = 5, precision: Precision | None = None)
     Raises:
         ValueError: m has another number of dimensions, or `precision` is another word.
     """
-    X, norm, unit = _scaled(m)
-    return _iterated(X / torch.maximum(norm, 1e-7 * unit), (NEWTON_SCHULZ,) * steps, m, precision)
+    return _iterated(
+        _scaled(m, lambda norm, unit: torch.maximum(norm, 1e-7 * unit)), (NEWTON_SCHULZ,) * steps, m, precision
+    )
 
 
 def polar_express(m: Tensor, precision: Precision | None = None) -> Tensor:
     """phi of the singular values of every matrix, by Polar Express: as `newton_schulz`, which has the arguments."""
-    X, norm, unit = _scaled(m)
-    return _iterated(X / (1.02 * norm + 1e-6 * unit), POLAR_EXPRESS, m, precision)
+    return _iterated(_scaled(m, lambda norm, unit: 1.02 * norm + 1e-6 * unit), POLAR_EXPRESS, m, precision)
 
 
 def normalize_rows(o: Tensor, v: Tensor, beta2: float | Tensor = 0.95, eps: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -96,14 +96,14 @@ def normalize_rows(o: Tensor, v: Tensor, beta2: float | Tensor = 0.95, eps: floa
     return u * (_norm(o) / _norm(u).clamp(min=eps)), v
 
 
-def _scaled(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """M / s, its norm and 1 / s, s the largest element, but not below 1e-7: 1 / s is finite."""
+def _scaled(m: Tensor, denominator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """M / s over a denominator, made of its norm and 1 / s: s is the largest element, but not below 1e-7."""
     if m.dim() not in (2, 3):
         raise ValueError(f"expected matrices [n, rows, columns] or one [rows, columns], got shape {tuple(m.shape)}")
     X = m if m.dtype == torch.float64 else m.float()
     s = torch.linalg.vector_norm(X, torch.inf, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     X = X / s
-    return X, _norm(X), 1 / s
+    return X.div_(denominator(_norm(X), 1 / s))
 
 
 def _norm(X: Tensor) -> Tensor:
@@ -121,7 +121,8 @@ def _iterated(X: Tensor, polynomials: Sequence[Polynomial], m: Tensor, precision
         for one in X:
             one.copy_(reduce(_step, polynomials, one))
     else:
-        X = reduce(_step, polynomials, X)
+        for polynomial in polynomials:  # by name, so that only the last X is held
+            X = _step(X, polynomial)
     return X.to(m.dtype)
 
 
@@ -130,5 +131,5 @@ def _step(X: Tensor, polynomial: Polynomial) -> Tensor:
     addmm = torch.addmm if X.dim() == 2 else torch.baddbmm
     wide = X.shape[-2] <= X.shape[-1]
     A = X @ X.mT if wide else X.mT @ X
-    B = addmm(A, A, A, beta=b, alpha=c)
-    return addmm(X, B, X, beta=a) if wide else addmm(X, X, B, beta=a)
+    A = addmm(A, A, A, beta=b, alpha=c)
+    return addmm(X, A, X, beta=a) if wide else addmm(X, X, A, beta=a)

@@ -144,10 +144,7 @@ class Matrices(Backend):
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         of_view = {id(view): g for view, g in zip(views, grads, strict=True)}
         for batch in self.batches(views, scalars):
-            s = self._scalars(batch.first, scalars)
-            parts = [self._input(one, of_view[id(one.view)], s, scalars) for one in batch.matrices]
-            for one, u in zip(batch.matrices, self._worked(batch, parts, s), strict=True):
-                self._move(one, u, s, scalars)
+            self._step_batch(batch, of_view, scalars)  # which keeps nothing of it while the next is worked on
 
     # -- plan ------------------------------------------------------------------------------------------------------
 
@@ -176,6 +173,12 @@ class Matrices(Backend):
         return self._planned[1]
 
     # -- one batch -------------------------------------------------------------------------------------------------
+
+    def _step_batch(self, batch: Batch, grads: Mapping[int, Tensor], scalars: StepScalars) -> None:
+        s = self._scalars(batch.first, scalars)
+        parts = [self._input(one, grads[id(one.view)], s, scalars) for one in batch.matrices]
+        for one, u in zip(batch.matrices, self._worked(batch, parts, s), strict=True):
+            self._move(one, u, s, scalars)
 
     def _scalars(self, view: ParamView, scalars: StepScalars) -> dict[str, Any]:
         """Those of the rule, and of the step what is the same for all segments."""
