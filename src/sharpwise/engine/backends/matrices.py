@@ -24,8 +24,9 @@ from sharpwise.rules import SGD
 from sharpwise.rules.base import MatrixRule, add
 from sharpwise.shards import local, region_of
 
-BATCH = 1 << 28
-"""Bytes of a batch of matrices at the most; one that is larger is a batch of its own."""
+BATCH = 1 << 26
+"""Bytes that one process holds of a batch of matrices at the most, unless one matrix is larger. The work on them takes
+four times that."""
 _GIVEN = SGD()
 """The rule that moves by what it is given as gradient."""
 
@@ -380,7 +381,8 @@ def _assign_owners(matrices: Sequence[Matrix], group: ReduceGroup) -> None:
 
 
 def _batches(matrices: Sequence[Matrix], group: ReduceGroup) -> list[Batch]:
-    """Matrices of one shape in batches that memory can hold."""
+    """Matrices of one shape in batches that memory can hold, and in which every process has something to do."""
     size = matrices[0].shape[0] * matrices[0].shape[1] * matrices[0].view.dtype.itemsize
-    n = max(1, BATCH // max(size, 1))
+    n, processes = max(1, BATCH // max(size, 1)), max(1, len(group.ranks))
+    n = n * processes if matrices[0].view.shard.cut else max(n, processes)  # replicas hold all of each
     return [Batch(list(matrices[i : i + n]), group) for i in range(0, len(matrices), n)]
