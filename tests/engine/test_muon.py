@@ -4,6 +4,7 @@ import logging
 import weakref
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 import sharpwise
 from sharpwise import testing
 from sharpwise.blocks import Role, Segment
+from sharpwise.engine.backends import matrices
+from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.rules import orthogonalize
 
 
@@ -173,7 +176,6 @@ def test_zeros_rank_one_and_nan(method, compile):
 
 
 def test_batches_are_bounded(monkeypatch):
-    from sharpwise.engine.backends import matrices
 
     monkeypatch.setattr(matrices, "BATCH", 3 * 6 * 8 * 4)
     names = [f"p{i}" for i in range(8)]
@@ -215,10 +217,22 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cut", "sizes"),
+    [((), (), [2] * 5), ((0, 1, 2), (0,), [6, 4]), ((0, 1, 2), (), [3, 3, 3, 1]), ((0, 1), (), [2] * 5)],
+    ids=["alone", "sharded", "replicas", "two replicas"],
+)
+def test_a_batch_is_bounded_by_what_a_process_holds_and_occupies_all(ranks, cut, sizes, monkeypatch):
+    monkeypatch.setattr(matrices, "BATCH", 2 * 6 * 8 * 4)
+    view = SimpleNamespace(dtype=torch.float32, shard=SimpleNamespace(cut=cut))
+    ten = [SimpleNamespace(shape=(6, 8), view=view) for _ in range(10)]
+    found = matrices._batches(ten, ReduceGroup(None, ranks))
+    assert [len(batch.matrices) for batch in found] == sizes
+
+
 @pytest.mark.parametrize("compile", [None, False])
 def test_memory_beyond_state_is_four_batches(compile, monkeypatch):
     """The matrices, X, and two products of the size of X, where rows and columns are as many; one batch at a time."""
-    from sharpwise.engine.backends import matrices
 
     batch = 4 * 64 * 64 * 4
     monkeypatch.setattr(matrices, "BATCH", batch)
