@@ -63,6 +63,30 @@ def row(one: dict[str, Any], verdict: str) -> str:
     return f"{mean} ({interval}) | {verdict} |"
 
 
+# --- docs/muon.md ----------------------------------------------------------------------------------------------------
+
+
+def muon(load: Load) -> Iterator[str]:
+    study = load("recipes/muon/result.json")
+    arms, tokens = compared(study), study["budget"]["tokens"]
+    assert all(one["verdict"] == "better" for one in arms.values()) and len(study["seeds"]) == 3
+    yield f"A GPT-2 of 0.4M parameters outside the embeddings, {tokens:,} tokens of Wikipedia, news and books"
+    yield f"({study['budget']['tokens_per_parameter']:.1f} per parameter, where 20 are usual)"
+    for name, cell in (
+        ("muon", "`muon`"),
+        ("muon+blockwise", "`muon+blockwise`"),
+        ("muon+llr(every=12, soft=6)", "`muon+llr`, best at the largest lr tried"),
+        ("normuon", "`muon`, rows normalized (NorMuon)"),
+        ("adamw+only(blockwise)", "`adamw`, embedding alone at ten times the rate"),
+    ):
+        yield f"| {cell} | {by_name(study, name)['setting']['optimizer.lr']:g} | {row(arms[name], 'better')}"
+    rest = seeds_apart(study, "adamw+only(blockwise)", "muon")
+    yield f"Muon ended {rest.mean:.3f} ({span((rest.low, rest.high), 3)}) below that"
+    blocks, rows = (seeds_apart(study, "muon", name) for name in ("muon+blockwise", "normuon"))
+    yield f"`muon+blockwise` ended {blocks.mean:.3f} ({span((blocks.low, blocks.high), 3)}) below `muon`"
+    yield f"NorMuon {rows.mean:.3f} ({span((rows.low, rows.high), 3)})"
+
+
 # --- docs/block_lr.md ------------------------------------------------------------------------------------------------
 
 
