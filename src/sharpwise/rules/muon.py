@@ -88,7 +88,7 @@ class Aux(AdamW):
 
 @dataclass(frozen=True)
 class Muon(MatrixRule):
-    """Momentum made orthogonal, for hidden matrices; AdamW for the rest.
+    """Momentum made orthogonal for hidden matrices, and AdamW for the rest.
 
     Args:
         momentum, nesterov: mu, in [0, 1), and whether to look ahead by a step of it.
