@@ -85,6 +85,10 @@ def muon(load: Load) -> Iterator[str]:
     blocks, rows = (seeds_apart(study, "muon", name) for name in ("muon+blockwise", "normuon"))
     yield f"`muon+blockwise` ended {blocks.mean:.3f} ({span((blocks.low, blocks.high), 3)}) below `muon`"
     yield f"NorMuon {rows.mean:.3f} ({span((rows.low, rows.high), 3)})"
+    for shape in load("benchmarks/results/muon.json")["shapes"].values():
+        own = (shape["arms"][name] for name in ("sharpwise.Muon", "sharpwise.Muon, bf16 products"))
+        cells = " | ".join(f"{arm['ratio']:.2f} ({span(arm['ratio_95'])})" for arm in own)
+        yield f"| {shape['layers']} layers of width {shape['width']} | {cells} |"
 
 
 # --- docs/block_lr.md ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import sharpwise
 
 HERE = Path(__file__).parent
-SHAPES = {"gpt2": (12, 768, 7), "narrow": (12, 256, 31), "tiny": (4, 128, 61)}
+SHAPES = {"gpt2": (12, 768, 5), "narrow": (12, 256, 31), "tiny": (4, 128, 61)}
 """Layers, width and rounds."""
 THEIRS = "torch.optim.Muon"
 
