@@ -6,8 +6,9 @@ Where parameters are cut, or repeated, the parts of a batch travel to the owners
 their updates back in another. Then they move as those of every rule do.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any, ClassVar, cast
 
@@ -75,8 +76,8 @@ class Matrix:
 
     Attributes:
         segment: its number in the view; shape: rows are outputs; places: where its numbers per row lie in whole state.
-        parts: by rank, in a group; `mine` is that of this process. owner: a rank of the group, -1 where there is none.
-        sources: the ranks that the owner takes the parts from.
+        parts: by rank, in a group; `mine` is that of this process. replica: by rank, which of the replicas it is part of.
+        owner: a rank of the group, -1 where there is none.
     """
 
     view: ParamView
@@ -99,7 +100,7 @@ class Matrix:
         told = "whole" in self.view.rule.state.values()
         return any(told or part.numel for rank, part in self.parts.items() if rank != self.owner)
 
-    @property
+    @cached_property
     def sources(self) -> list[int]:
         """The ranks that the owner takes parts from: of replicas, those of its own."""
         return [rank for rank in self.parts if self.replica[rank] == self.replica[self.owner]]
@@ -116,7 +117,7 @@ class Batch:
     def first(self) -> ParamView:
         return self.matrices[0].view
 
-    @property
+    @cached_property
     def cut(self) -> bool:
         """Whether parts have to come together."""
         return any(one.parts[rank].numel for one in self.matrices for rank in one.sources if rank != one.owner)
@@ -156,7 +157,7 @@ class Matrices(Backend):
             kinds: dict[Any, int] = {}
             numbers = [kinds.setdefault(key, len(kinds)) for key in classes]
             found = []
-            for (group, _), pairs in _together(zip(views, numbers, strict=True), self.replicas):
+            for group, pairs in _together(zip(views, numbers, strict=True), self.replicas):
                 matrices = [(one, number) for view, number in pairs for one in matrices_of(view, group)]
                 _assign_owners([one for one, _ in matrices], group)
                 shared = [pair for pair in matrices if pair[0].shared]
@@ -194,7 +195,7 @@ class Matrices(Backend):
             g = g * s["clip"]
         if row.weight_decay is not None and not scalars.decoupled:
             g = add(g, part.take(local(view.param), view).to(view.dtype), row.weight_decay)
-        held = {n: local(view.own[n]) for n, kind in rule.state.items() if kind == "element"}
+        held = {name: local(tensor) for name, tensor in view.elements.items()}
         rows = {name: part.take(tensor, view) for name, tensor in held.items()}
         old = {n: view.decoded(t) for n, t in rows.items()}
         new, m = rule.input(g, old, s)
@@ -222,7 +223,7 @@ class Matrices(Backend):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the rule makes of whole matrices [n, rows, columns]."""
         rule = cast(MatrixRule, batch.first.rule)
-        names = [name for name, kind in rule.state.items() if kind == "whole"]
+        names = list(batch.first.state_of("whole"))
         small = {name: torch.stack([one.view.own[name][one.places] for one in own]) for name in names}
         self.worked += len(own)
         if self.batched or len(own) == 1:
@@ -236,7 +237,7 @@ class Matrices(Backend):
         """The same, where processes share the work: parts to the owners, updates and numbers per row to everybody."""
         me, group, view = torch.distributed.get_rank(), batch.group, batch.first
         rule = cast(MatrixRule, view.rule)
-        names = [name for name, kind in rule.state.items() if kind == "whole"]
+        names = list(view.state_of("whole"))
         wire, (rows, columns) = rule.wire or view.dtype, batch.matrices[0].shape
         mine = [one for one in batch.matrices if one.owner == me]
         nothing = torch.empty(0, dtype=wire, device=view.device)
@@ -302,15 +303,15 @@ def _noise(one: Matrix, scalars: StepScalars) -> Noise | None:
 
 
 def _together(
-    pairs: Iterator[tuple[ParamView, int]], replicas: Any
-) -> list[tuple[tuple[ReduceGroup, Any], list[tuple[ParamView, int]]]]:
+    pairs: Iterable[tuple[ParamView, int]], replicas: Any
+) -> list[tuple[ReduceGroup, list[tuple[ParamView, int]]]]:
     """Views by the processes that share their matrices."""
     found: dict[Any, list[tuple[ParamView, int]]] = {}
     for view, number in pairs:
         mesh = view.shard.mesh
         found.setdefault(mesh if mesh is not None and mesh.size() > 1 else None, []).append((view, number))
     alone = ReduceGroup() if replicas is None else ReduceGroup._from(replicas)
-    return [((alone if mesh is None else ReduceGroup.over(mesh), mesh), own) for mesh, own in found.items()]
+    return [(alone if mesh is None else ReduceGroup.over(mesh), own) for mesh, own in found.items()]
 
 
 def matrices_of(view: ParamView, group: ReduceGroup) -> list[Matrix]:
