@@ -76,7 +76,7 @@ class Matrix:
 
     Attributes:
         segment: its number in the view; shape: rows are outputs; places: where its numbers per row lie in whole state.
-        parts: by rank, in a group; `mine` is that of this process. replica: by rank, which of the replicas it is part of.
+        parts: by rank, in a group; `mine` is that of this process. replica: by rank, which one it is part of.
         owner: a rank of the group, -1 where there is none.
     """
 
