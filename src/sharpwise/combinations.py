@@ -12,7 +12,7 @@ from sharpwise.block_lr.base import is_number
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap
 from sharpwise.engine.measuring import no_second_moment_message
-from sharpwise.engine.options import Options
+from sharpwise.engine.options import Options, Storage
 from sharpwise.hints import kind_of, nearest
 from sharpwise.probes.fisher import sharpness_by_name
 from sharpwise.storage import BF16, FP32, Dense, Format
@@ -70,7 +70,7 @@ def engine_arguments(
         TypeError, ValueError: for options of a wrong kind or out of range, and for what does not combine.
     """
     per_block = _block_lr_of(who, block_lr)
-    where = storage if isinstance(storage, Format) else _one_of(who, "storage", storage, STORAGES)
+    where = Storage(storage if isinstance(storage, Format) else _one_of(who, "storage", storage, STORAGES))
     _check_combination(who, name, per_block, storage)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
@@ -98,6 +98,7 @@ def engine_arguments(
         cautious_decay,
         per_block,
         None,
+        where,
         stochastic_rounding,
         seed,
         max_grad_norm,
@@ -109,7 +110,6 @@ def engine_arguments(
     )
     return {
         "options": options,
-        "storage": where,
         "blocks": blocks,
         "model": model,
         "strict": strict,

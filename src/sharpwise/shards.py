@@ -28,13 +28,24 @@ def local(tensor: Tensor) -> Tensor:
     return inner.detach() if inner.requires_grad else inner
 
 
-def like(tensor: Tensor, plain: Tensor) -> Tensor:
-    """`plain` as a DTensor placed as `tensor` is, or as it stands."""
+def like(tensor: Tensor, plain: Tensor, lead: int | None = None) -> Tensor:
+    """`plain` as a DTensor placed as `tensor` is, or as it stands.
+
+    Args:
+        lead: how many of its first dimensions are those of `tensor`; the rest is whole in every process.
+    """
     if not is_dtensor(tensor):
         return plain
     dtensor: Any = tensor
+    shape, stride, placements = dtensor.shape, dtensor.stride(), dtensor.placements
+    if lead is not None:
+        from torch.distributed.tensor import Replicate
+
+        placements = [p if p.is_replicate() or p.dim < lead else Replicate() for p in placements]
+        shape = (*shape[:lead], *plain.shape[lead:])
+        stride = Tensor.new_empty(plain, shape, device="meta").stride()
     result: Tensor = type(dtensor).from_local(
-        plain, dtensor.device_mesh, dtensor.placements, run_check=False, shape=dtensor.shape, stride=dtensor.stride()
+        plain, dtensor.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return result
 

@@ -13,7 +13,7 @@ if (
 
 import pytest
 import torch
-from engine.test_formats import TABLE, TILES, Cubic
+from engine.test_formats import TABLE, TILES, Cubic, coded
 from torch import nn
 
 import sharpwise.engine.step as steps
@@ -241,7 +241,7 @@ def test_rounding_is_that_of_storage_to_the_bit():
     given = {"x": x, "index": torch.randint(0, 1 << 40, (n,), generator=generator)}
     given["key"] = torch.tensor([mix(0xDEADBEEF)]).to(torch.int32)
     for own in (BF16, FP32):
-        encode = lambda v: {"out": own.encode(v["x"], (v["index"], v["key"]))[""]}  # noqa: B023, E731
+        encode = lambda v: {"out": own.encode(v["x"], noise=(v["index"], v["key"]))}  # noqa: B023, E731
         pair = encode(given)["out"], printed(encode, given, {"out": (own.dtype, n)})["out"]
         assert torch.equal(*(t.view(torch.uint8).view(n, -1)[~x.isnan()] for t in pair))
         assert all(t[4].isnan() for t in pair)
@@ -267,16 +267,21 @@ def test_operations_are_those_of_torch():
 @pytest.mark.parametrize("x", TILES, ids=lambda x: f"{len(x)} elements")
 def test_a_format_of_ones_own(x):
     """A maximum over the tile, comparisons, rounding, a constant table: what int8 needs."""
-    n, parts = len(x), Cubic().encode(x)
-    codes = {"codes": (torch.uint8, n), "scale": (torch.float32, 1)}
-    found = printed(lambda v: Cubic().encode(v["x"]), {"x": x}, codes)
-    assert torch.equal(found["scale"], parts["scale"].view(1))
+
+    def encode(v):
+        absmax = v["x"].abs().amax(0)
+        return {"codes": Cubic().encode(v["x"], absmax), "absmax": absmax}
+
+    n, parts = len(x), coded(x)
+    codes = {"codes": (torch.uint8, n), "absmax": (torch.float32, 1)}
+    found = printed(encode, {"x": x}, codes)
+    assert torch.equal(found["absmax"], parts["absmax"].view(1))
     assert (found["codes"].int() - parts["codes"].int()).abs().max() <= 1
     assert (found["codes"] == parts["codes"]).float().mean() >= 0.999
-    back = printed(lambda v: {"x": Cubic().decode(v)}, found, {"x": (torch.float32, n)})["x"]
-    assert torch.equal(back, Cubic().decode(found))
-    found = printed(lambda v: Cubic().encode(v["x"]), {"x": x / x[0]}, codes)
-    assert found["scale"].isnan() == x[0].eq(0)  # 0 / 0 reaches the scale
+    back = printed(lambda v: {"x": Cubic().decode(**v)}, found, {"x": (torch.float32, n)})["x"]
+    assert torch.equal(back, Cubic().decode(**found))
+    found = printed(encode, {"x": x / x[0]}, codes)
+    assert found["absmax"].isnan() == x[0].eq(0)  # 0 / 0 reaches it
 
 
 def test_sums_of_the_largest_gradients_are_finite():

@@ -15,7 +15,7 @@ from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.controls import Control
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.backends.base import compiler_present
-from sharpwise.engine.options import Options
+from sharpwise.engine.options import Options, Storage
 from sharpwise.rules import SGD, AdamMini, AdamW, Lion
 from sharpwise.rules.muon import Muon
 from sharpwise.storage import BF16, FP32
@@ -68,10 +68,8 @@ def model_of(dtype=torch.float32):
 
 
 def built(model, rule, lr=0.02, weight_decay=0.1, storage=FP32, **options):
-    blocks, options = BlockMap(segments()), Options(**options)
-    return BlockOptimizer(
-        model, rule, lr=lr, weight_decay=weight_decay, options=options, storage=storage, blocks=blocks
-    )
+    blocks, options = BlockMap(segments()), Options(storage=Storage(storage), **options)
+    return BlockOptimizer(model, rule, lr=lr, weight_decay=weight_decay, options=options, blocks=blocks)
 
 
 def units(name, over):

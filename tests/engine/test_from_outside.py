@@ -51,16 +51,16 @@ class Log8(Format):
 
     name = "log8"
 
-    def parts(self, compute):
-        return {"": torch.int8}
+    def dtype_for(self, compute):
+        return torch.int8
 
-    def decode(self, parts, compute=torch.float32):
-        codes = parts[""].to(compute)
+    def decode(self, codes, absmax=None, compute=torch.float32):
+        codes = codes.to(compute)
         return codes.sign() * torch.exp2((codes.abs() - 115) / 12)
 
-    def encode(self, x, noise=None):
+    def encode(self, x, absmax=None, noise=None):
         size = (12 * x.abs().log2() + 115).round().clamp(0, 127)
-        return {"": (x.sign() * size).to(torch.int8)}
+        return (x.sign() * size).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,9 @@ def test_what_is_stored_is_what_the_format_says():
     for t in range(4):
         fill_gradients(model, t)
         for name, own in model.named_parameters():
-            m = Log8().decode({"": held.get(name, torch.zeros_like(own, dtype=torch.int8))})
+            m = Log8().decode(held.get(name, torch.zeros_like(own, dtype=torch.int8)))
             p[name] = p[name] - 1e-2 * torch.lerp(m, own.grad, 0.1).sign()
-            held[name] = Log8().encode(torch.lerp(own.grad, m, 0.99))[""]
+            held[name] = Log8().encode(torch.lerp(own.grad, m, 0.99))
         optimizer.step()
         for name, own in model.named_parameters():
             assert torch.equal(optimizer.state[own]["exp_avg"], held[name]), (name, t)
@@ -218,28 +218,18 @@ def test_state_in_a_format_is_resumed_to_the_bit_and_is_never_cast():
         again.load_state_dict(plain.state_dict())
 
 
-class Split(Log8):
-    """Of two parts."""
-
-    name = "split"
-
-    def parts(self, compute):
-        return {"": torch.int8, "scale": torch.float32}
-
-
 class Shifted(Log8):
     """Zeros are ones."""
 
     name = "shifted"
 
-    def decode(self, parts, compute=torch.float32):
-        return super().decode(parts, compute) + 1
+    def decode(self, codes, absmax=None, compute=torch.float32):
+        return super().decode(codes, absmax, compute) + 1
 
 
 @pytest.mark.parametrize(
     ("storage", "says"),
     [
-        (Split(), r"^Lion: storage 'split' keeps \['', 'scale'\] of a tensor; it may keep one number"),
         (Shifted(), "^Lion: storage 'shifted' does not decode zeros to zeros"),
         (BF16.dtype, "^Lion: no storage is called torch.bfloat16"),
     ],

@@ -74,7 +74,7 @@ def assert_alike(one, two, bound):
         tensors = {"the parameter": (p.detach(), q.detach())}
         tensors |= {key: (value, two[1].state[q][key]) for key, value in one[1].state[p].items()}
         for key, (mine, other) in tensors.items():
-            rounds = bound if BF16 in (mine.dtype, p.dtype) or "bf16" in str(two[1].storage) else 1e-6
+            rounds = bound if BF16 in (mine.dtype, p.dtype) or "bf16" in str(two[1].options.storage.format) else 1e-6
             assert (mine.double() - other.double()).norm() <= rounds * other.double().norm() + 1e-7, (name, key)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.engine import BlockOptimizer
-from sharpwise.engine.options import Options
+from sharpwise.engine.options import Options, Storage
 from sharpwise.rules import AdamMini, AdamW, Lion
 from sharpwise.rules.base import Rule
 from sharpwise.storage import BF16, FP32
@@ -108,10 +108,11 @@ def segments_of(model):
 
 def optimizer_of(model, by, *, block_lr=None, storage="fp32", wd=0.1, lr=1e-2, first=None, **options):
     """The optimizer under test."""
-    options = Options(block_lr=make_block_lr(block_lr), **{"total_steps": 20, **options})
+    kept = Storage({"fp32": FP32, "bf16": BF16}[storage])
+    options = Options(block_lr=make_block_lr(block_lr), storage=kept, **{"total_steps": 20, **options})
     return BlockOptimizer(
         model if first is None else first, Mixed(by=tuple(by.items())), lr=lr, weight_decay=wd, options=options,
-        storage={"fp32": FP32, "bf16": BF16}[storage], blocks=getattr(model, "blocks", None), model=model,
+        blocks=getattr(model, "blocks", None), model=model,
     )  # fmt: skip
 
 

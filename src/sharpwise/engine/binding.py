@@ -304,16 +304,17 @@ def warn_if_frozen(groups: Groups, who: str) -> bool:
     return True
 
 
-def check_no_decay(names: Collection[str], who: str) -> frozenset[str]:
-    """Raise TypeError or ValueError for anything but roles and "bias"."""
+def check_roles_named(names: Collection[str], who: str, option: str, more: tuple[str, ...] = ()) -> frozenset[str]:
+    """Raise TypeError or ValueError for anything but roles, and what is allowed more."""
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{who}: no_decay takes names, such as ('norm', 'bias'), got {names!r}")
-    allowed = sorted({*(str(role) for role in Role), "bias"})
+        raise TypeError(f"{who}: {option} takes names, such as {('norm', *more)!r}, got {names!r}")
+    allowed = sorted({*(str(role) for role in Role), *more})
     wrong = sorted(set(names) - set(allowed))
     if wrong:
         got = ", ".join(f"{name!r}{meant(name, allowed)}" for name in wrong)
-        raise ValueError(f"{who}: no_decay takes roles and 'bias', got {got}; allowed: {', '.join(allowed)}")
+        what = " and ".join(["roles", *map(repr, more)])
+        raise ValueError(f"{who}: {option} takes {what}, got {got}; allowed: {', '.join(allowed)}")
     return frozenset(str(n) for n in names)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharpwise.engine import state as states
 from sharpwise.engine.mesh import ReduceGroup
+from sharpwise.engine.options import Storage
 from sharpwise.engine.view import ParamView
 from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor, local, place_gradient
-from sharpwise.storage import Format
 
 _ROUNDING = 1e-12
 """By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
@@ -60,15 +60,12 @@ def _check_places(group: Mapping[str, Any], rule: Rule, who: str) -> None:
             )
 
 
-def check_storage(storage: Format, who: str) -> None:
-    """Raise ValueError for a format of several tensors, or one whose zeros are no zeros: so state begins."""
-    parts = storage.parts(torch.float32)
-    if list(parts) != [""]:
-        raise ValueError(
-            f"{who}: storage {storage.name!r} keeps {sorted(parts)} of a tensor; it may keep one number per element, ''"
-        )
-    if storage.decode({"": torch.zeros(1, dtype=parts[""], device="cpu")}).any():
-        raise ValueError(f"{who}: storage {storage.name!r} does not decode zeros to zeros, with which state begins")
+def check_storage(storage: Storage, who: str) -> None:
+    """Raise ValueError for a format whose zeros are no zeros: so state begins."""
+    for format in filter(None, (storage.format, storage.aux)):
+        codes = torch.zeros(1, dtype=format.dtype_for(torch.float32), device="cpu")
+        if format.decode(codes, 1.0 if format.block else None).any():
+            raise ValueError(f"{who}: storage {format.name!r} does not decode zeros to zeros, with which state begins")
 
 
 def check_device(named: Sequence[tuple[str, Tensor]], who: str) -> None:

@@ -97,7 +97,7 @@ def _row_sums(view: ParamView, g: Tensor, scalars: StepScalars, found: Found) ->
     p, g, stored = view.parameter(), view.rows_of(g), view.stored()
     parts = [torch.zeros(3, *p[:0].sum(view.dim).shape, dtype=torch.float64, device=p.device)]
     for j in pieces(view, rule):
-        x, _, u, below = aimed(rule, s, p[j], g[j], [t[j] for t in stored], view.storage)
+        x, _, u, below = aimed(rule, s, p[j], g[j], [one.piece(j) for one in stored])
         d = cut_rows(step, j) * u
         d, x = (d if below is None else d / below).double(), x.double()
         parts.append(torch.stack([(a * b).sum(view.dim) for a, b in ((d, d), (x, d), (x, x))]))

@@ -21,14 +21,18 @@ def lr_table(stepper: Stepper) -> Table:
     return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
 
 
-def explanation(stepper: Stepper, storage: str) -> Table:
+def explanation(stepper: Stepper) -> Table:
     """Per segment: rule, cut and blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
     control = stepper.options.control
     rows: list[tuple[Any, ...]] = []
     for view, i, s in _in_order(stepper):
         sizes = dict.fromkeys(("element", "block", "whole"), 0)
-        for name, kind in view.rule.state.items():
-            sizes[kind] += view.own[name].element_size()
+        per_line = 0
+        for name, kind in view.kinds().items():
+            if kind == "absmax":
+                per_line += view.own[name].numel() * view.own[name].element_size()
+            else:
+                sizes[kind] += view.own[name].element_size()
         dtype = stepper.grad_dtype(view)
         choice = stepper.plan.choose(view, dtype)
         one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
@@ -38,7 +42,9 @@ def explanation(stepper: Stepper, storage: str) -> Table:
         decay: Any = float(view.settings["weight_decay"]) * view.decays[i]
         if stepper.options.cautious and decay:
             decay = f"{decay:.4g} (cautious)"
-        size = s.numel * sizes["element"] + (blocks * sizes["block"] if cut != "element" else 0)
+        storage = "/".join(dict.fromkeys(view.formats[name].name for name in view.elements)) or "fp32"
+        size = s.numel * sizes["element"] + per_line * s.numel // max(1, sum(one.numel for one in view.segments))
+        size += blocks * sizes["block"] if cut != "element" else 0
         if isinstance(view.rule, MatrixRule):
             size += s.copies * s.rows * sizes["whole"]
         why = "; ".join(filter(None, (choice.why, fixed(view) if stepper.captured else "")))

@@ -17,7 +17,6 @@ from sharpwise.engine.state import FIXED, TORCH_ONLY, block_lr_keys, is_of_block
 from sharpwise.engine.view import ParamView
 from sharpwise.hints import kind_of
 from sharpwise.shards import is_dtensor, local
-from sharpwise.storage import Format
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +262,7 @@ def _check_shards(what: str, value: Any, own: Any) -> None:
 
 
 def prepared(
-    view: ParamView, own: dict[str, Any], saved: Mapping[str, Any], storage: Format, ours: bool, who: str
+    view: ParamView, own: dict[str, Any], saved: Mapping[str, Any], ours: bool, who: str
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs (allocated, new value) for the state of one parameter, local parts; what was not saved is zero. All of it,
     whichever of its views is given.
@@ -282,7 +281,7 @@ def prepared(
         device = local(view.param).device
         value = saved[key]
         other = value.detach().to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        own[key] = zeros(*variants[key], storage) if key in variants else other
+        own[key] = zeros(*variants[key]) if key in variants else other
     pairs = []
     for key in known & set(own):
         tensor = own[key]

@@ -115,9 +115,9 @@ def _moments(view: ParamView) -> tuple[Tensor, Shard]:
         sizes = [s.blocks(c) for s, c in zip(view.segments, view.cuts, strict=True)]
         return torch.stack([part.sum() for part in blocks.split(sizes)]), Shard.of(v)
     dim = -1 if view.layout.segment_of_row is None else view.dim  # along memory, where that will do
-    held = view.rows_of(v, name)
-    held = held if type(view.storage) is Dense else view.decoded(held)
-    return _by_segment(view, row_sums(held, dim)), view.shard
+    held = view.stored_as(name)
+    numbers = held.codes if isinstance(held.format, Dense) else held.decode(view.dtype)
+    return _by_segment(view, row_sums(numbers, dim)), view.shard
 
 
 def _by_segment(view: ParamView, rows: Tensor) -> Tensor:

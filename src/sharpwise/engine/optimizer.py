@@ -26,7 +26,6 @@ from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import views_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
-from sharpwise.storage import FP32, Format
 from sharpwise.table import Table
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ _COMPILES_ITSELF = (
     "the step of a sharpwise optimizer compiles itself, and stays out of torch.compile: compile the model, or forward "
     "and backward, and call optimizer.step() outside"
 )
-_KEPT = ("rule", "options", "storage", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
+_KEPT = ("rule", "options", "blocks", "no_decay", "strict", "who", "_known", "_mapped")
 
 
 class BlockOptimizer(KnownOptions, Optimizer):
@@ -55,7 +54,6 @@ class BlockOptimizer(KnownOptions, Optimizer):
         lr: float | Tensor,
         weight_decay: float | Tensor,
         options: Options,
-        storage: Format = FP32,
         blocks: BlockMap | Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
         strict: bool = False,
@@ -63,8 +61,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         process_group: Any = None,
         who: str = "BlockOptimizer",
     ) -> None:
-        self.rule, self.options, self.storage, self.who = rule, options, storage, who
-        self.no_decay, self.strict = binding.check_no_decay(no_decay, who), strict
+        self.rule, self.options, self.who = rule, options, who
+        self.no_decay, self.strict = binding.check_roles_named(no_decay, who, "no_decay", ("bias",)), strict
         groups, self._known, model = binding.bind(first, model, blocks, who)
         self._mapped = isinstance(blocks, BlockMap)
         self.blocks = BlockMap(())
@@ -73,7 +71,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._reset()
         if options.varies:
             check_sources(options, rule, self._model() is not None, who)
-        checks.check_storage(storage, who)
+        checks.check_storage(options.storage, who)
         if options.control is not None:
             rehearse_control(options.control, options.decoupled, who)
         settings = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
@@ -189,12 +187,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if not self.options.decoupled:
             checks.check_coupled(by_param, self.no_decay, self.who)
         for view in views:
-            view.storage = self.storage
+            view.formats = states.formats_of(view, self.options.storage)
             parts = [view.of_segments(by_name[view.name]) for by_name in factors]
             view.multipliers = product(parts, len(view.segments))
             own = self.state[view.param]
             states.check_step(view, own, self.who)
-            states.complete(view, own, self.storage, block_lr, parts)
+            states.complete(view, own, block_lr, parts)
             states.check_held(view, own, self.who)
             if block_lr is not None:
                 view.multipliers = tuple(own[view.state_key("lr_multiplier")].tolist())
@@ -262,9 +260,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 pair
                 for v in self._bind(begun).views
                 if v is (v.siblings or (v,))[0]
-                for pair in loading.prepared(
-                    v, self.state[v.param], saved.state[v.name], self.storage, saved.ours, self.who
-                )
+                for pair in loading.prepared(v, self.state[v.param], saved.state[v.name], saved.ours, self.who)
             ]
             for group in state_dict["param_groups"]:
                 loading.check_decay(group, self.defaults, self.who)
@@ -367,7 +363,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     def explain(self) -> Table:
         """Per segment: rule, cut, blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
-        return explanation(self._bind(), self.storage.name)
+        return explanation(self._bind())
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors that this process holds."""

@@ -8,10 +8,31 @@ from typing import Any, Literal, Self
 from sharpwise.block_lr import BlockLR
 from sharpwise.controls import Control
 from sharpwise.hints import nearest
+from sharpwise.storage import FP32, Format
 
 ModelProbe = Callable[..., dict[str, list[float]]]
 """(model, batches, blocks, seed=) -> the sharpness of what is trained now: by name, one value per segment. Pickled with
 the optimizer, so that it has to be a function of a module."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How state by element rests in memory.
+
+    Attributes:
+        aux: the format of what a rule of whole matrices leaves to another rule; None for `format`.
+        keep_fp32: roles whose state is in no format with blocks.
+    """
+
+    format: Format = FP32
+    aux: Format | None = None
+    keep_fp32: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What stands in every group: whoever loads blocks has to know their code."""
+        formats = {"storage": self.format, "aux_storage": self.aux}
+        return {key: format.name for key, format in formats.items() if format is not None and format.block}
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,7 @@ class Options:
     cautious: bool = False
     block_lr: BlockLR | None = None
     control: Control | None = None
+    storage: Storage = Storage()
     stochastic_rounding: bool = False
     seed: int = 0
     max_grad_norm: float | None = None
@@ -34,7 +56,7 @@ class Options:
     @property
     def settings(self) -> dict[str, Any]:
         """What of it stands in every group: what users read there, and what has to be saved."""
-        found: dict[str, Any] = {"decoupled_weight_decay": self.decoupled}
+        found: dict[str, Any] = {"decoupled_weight_decay": self.decoupled, **self.storage.settings}
         if self.cautious:
             found["cautious_decay"] = True
         if self.stochastic_rounding:

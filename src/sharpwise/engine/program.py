@@ -127,12 +127,12 @@ class Arithmetic:
         """
 
         def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
-            found = self(**{**v, **{name: kind.decode({"": v[name]}) for name, kind in formats.items()}})
+            found = self(**{**v, **{name: kind.decode(v[name]) for name, kind in formats.items()}})
             noise = [(v["index"], mix(v["key"] + slot)) if by_hash else None for slot in range(len(outputs))]
-            written = {n: formats[n].encode(found[n], pair)[""] for n, pair in zip(outputs, noise, strict=True)}
+            written = {n: formats[n].encode(found[n], noise=pair) for n, pair in zip(outputs, noise, strict=True)}
             return {**found, **written}
 
-        inputs = {**self.inputs, **{name: kind.parts(torch.float32)[""] for name, kind in formats.items()}}
+        inputs = {**self.inputs, **{name: kind.dtype_for(torch.float32) for name, kind in formats.items()}}
         inputs |= {"index": torch.int64, "key": torch.int32} if by_hash else {}
         return Arithmetic.of(run, inputs, tiles={*formats, "index"})
 

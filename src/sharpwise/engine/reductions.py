@@ -35,7 +35,7 @@ class _Pending:
     def term(self, asked: Reduction, clip: Any = None) -> Tensor:
         """The contribution of the part at hand."""
         dtype = self.view.dtype
-        own = dict(zip(self.view.elements, map(self.view.decoded, self.view.stored()), strict=True))
+        own = {n: held.decode(dtype) for n, held in zip(self.view.elements, self.view.stored(), strict=True)}
         g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
         return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.view.shard)
 

@@ -8,20 +8,46 @@ from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.engine.counter import values_of
+from sharpwise.engine.options import Storage
+from sharpwise.engine.stored import ABSMAX
 from sharpwise.engine.view import ParamView
+from sharpwise.rules.base import MatrixRule
 from sharpwise.shards import like, local
-from sharpwise.storage import Dense, Format
+from sharpwise.storage import FP32, Dense, Format
 
 OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured"}
 """State of a block_lr: a state dict may have it or not."""
+SHORTEST_LINE = 64
+"""Of formats with blocks: what is in shorter ones stays in fp32."""
+TIED = {"tok_emb", "head"}
+"""The roles of a tensor that is both."""
 FIXED = {"rule": None, "decoupled_weight_decay": True, "cautious_decay": False, "block_lr": None}
 """Keys of groups that hold for the whole optimizer, fixed when it is built; with what holds where there is no key."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
 """Keys of torch's groups that are no hyperparameters here."""
 
 
+def formats_of(view: ParamView, storage: Storage) -> dict[str, Format]:
+    """The formats of the element state of a view.
+
+    Blocks are for matrices with lines of `SHORTEST_LINE` or more, whose roles are not kept in fp32; whole lines are of
+    one view. All of that is of the whole parameter: the mesh does not change it.
+    """
+    names = [name for name, kind in view.rule.all_state.items() if kind == "element"]
+    format = storage.format if storage.aux is None or isinstance(view.rule, MatrixRule) else storage.aux
+    roles = {str(s.role) for s in view.segments}
+    roles |= TIED if roles & TIED and any(s.tied for s in view.segments) else set()
+    found: dict[str, Format] = {}
+    for name in names:
+        fits = view.param.ndim > 1 and view.dtype == torch.float32 and view.line(name).length >= SHORTEST_LINE
+        fits &= not roles & set(storage.keep_fp32) and (len(view.siblings) < 2 or view.by_row)
+        own = format.for_squares() if name == view.rule.second_moment else format
+        found[name] = FP32 if own.block and not fits else own
+    return found
+
+
 def complete(
-    view: ParamView, own: dict[str, Any], storage: Format, block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
+    view: ParamView, own: dict[str, Any], block_lr: BlockLR | None, factors: Sequence[Sequence[float]]
 ) -> None:
     """Allocate missing state of a view, in that of its parameter: `step`, the rule's tensors, and those of a block_lr.
 
@@ -29,34 +55,38 @@ def complete(
     a tensor only now (momentum raised from 0) counts its steps from there, unless another view of the parameter has
     state: the count is that of all.
     """
-    inner, rule = local(view.param), view.rule
+    inner = local(view.param)
     # All on one device: `set_optimizer_state_dict` refuses a full state dict whose local state is on several.
     device = torch.device("cpu") if inner.device.type == "meta" else inner.device
-    missing = [name for name in rule.state if view.state_key(name) not in own]
+    missing = [name for name in view.kinds() if view.state_key(name) not in own]
     keys = keys_of(view)
-    for key in {view.state_key(name) for name in rule.all_state} - set(keys):
+    for key in {view.state_key(name) for name in view.kinds(variants=True)} - set(keys):
         if "step" in own and own["step"] == 0:
             own.pop(key, None)  # allocated under other hyperparameters, and never used
     others = {key for key, (other, name) in keys.items() if other is not view and name != "step"}
     if "step" not in own or (missing and not others & set(own)):
         own["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    own |= {view.state_key(name): zeros(view, name, storage) for name in missing}
+    own |= {view.state_key(name): zeros(view, name) for name in missing}
     if block_lr is not None and view.state_key("lr_multiplier") not in own:
         own |= {view.state_key(name): t for name, t in of_block_lr(view, block_lr, factors, device).items()}
 
 
-def zeros(view: ParamView, name: str, storage: Format) -> Tensor:
-    """One of the rule's tensors before the first step."""
-    inner, kind = local(view.param), view.rule.all_state[name]
+def zeros(view: ParamView, name: str) -> Tensor:
+    """One of the tensors of its state before the first step."""
+    inner, kind = local(view.param), view.kinds(variants=True)[name]
     if kind == "block":
         return torch.zeros(view.n_blocks, dtype=view.dtype, device=inner.device)
     if kind == "whole":
         shape = view.rule.shape_of(name, view.segments)
         return torch.zeros(shape, dtype=view.dtype, device=inner.device)
-    dtype = storage.dtype_for(view.dtype)
-    if view.state_key(name) != name:
-        return torch.zeros(view.shape, dtype=dtype, device=inner.device)
-    return like(view.param, torch.zeros(inner.shape, dtype=dtype, device=inner.device))
+    alone, of = view.state_key(name) != name, name.removesuffix(ABSMAX)
+    format, line = view.formats[of], view.line(of)
+    held = tuple(view.shape if alone else inner.shape)
+    if kind == "absmax":
+        plain = torch.zeros(*held[: line.lead], line.blocks(format.block), dtype=torch.float32, device=inner.device)
+        return plain if alone else like(view.param, plain, line.lead)
+    plain = torch.zeros(held, dtype=format.dtype_for(view.dtype), device=inner.device)
+    return plain if alone else like(view.param, plain)
 
 
 def keys_of(view: ParamView, variants: bool = False) -> dict[str, tuple[ParamView, str]]:
@@ -66,11 +96,7 @@ def keys_of(view: ParamView, variants: bool = False) -> dict[str, tuple[ParamVie
         variants: also of state that the rule keeps under other hyperparameters.
     """
     views = view.siblings or (view,)
-    return {
-        own.state_key(name): (own, name)
-        for own in views
-        for name in ("step", *(own.rule.all_state if variants else own.rule.state))
-    }
+    return {own.state_key(name): (own, name) for own in views for name in ("step", *own.kinds(variants))}
 
 
 def is_of_block_lr(key: str) -> bool:
@@ -86,13 +112,17 @@ def block_lr_keys(view: ParamView) -> set[str]:
 def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
     """Raise ValueError unless the state that a step uses has the shape and the device of its parameter."""
     shape, device = tuple(view.param.shape), local(view.param).device
-    for name, kind in view.rule.state.items():
+    for name, kind in view.kinds().items():
         key = view.state_key(name)
         tensor = own[key]
-        if kind != "element" or type(view.storage) is Dense:
+        if kind != "element" or isinstance(view.formats[name], Dense):
             _check_type(tensor, name, view, who)
         if kind == "element":
             fit = shape if key == name else view.shape
+        elif kind == "absmax":
+            of = name.removesuffix(ABSMAX)
+            line = view.line(of)
+            fit = *(shape if key == name else view.shape)[: line.lead], line.blocks(view.formats[of].block)
         else:
             fit = (view.n_blocks,) if kind == "block" else tuple(view.rule.shape_of(name, view.segments))
         if tuple(tensor.shape) != fit:
@@ -124,7 +154,7 @@ def left_behind(views: Sequence[ParamView], state: Mapping[Any, Mapping[str, Any
     """Whether the model was moved before the first step: state lies where it was, and there is nothing in it yet."""
     moved = False
     for view in views:
-        held = (state.get(view.param, {}).get(view.state_key(name)) for name in view.rule.state)
+        held = (state.get(view.param, {}).get(view.state_key(name)) for name in view.kinds())
         moved = moved or any(isinstance(t, Tensor) and local(t).device != view.device for t in held)
     steps = [own["step"] for own in state.values() if "step" in own]
     counts = all(isinstance(step, Tensor) and not step.dim() for step in steps)

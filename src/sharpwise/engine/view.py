@@ -5,18 +5,36 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
+from sharpwise.engine.stored import ABSMAX, Stored
 from sharpwise.rules.base import Kind, MatrixRule, Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import FP32, Dense, Format
 
 T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """Lines of a tensor: contiguous memory at one index of its first `lead` dimensions.
+
+    Attributes:
+        begin, columns: what is held of one here; length: of a whole one.
+    """
+
+    lead: int
+    begin: int
+    columns: int
+    length: int
+
+    def blocks(self, size: int) -> int:
+        """Of a whole one."""
+        return -(-self.length // size)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,7 +53,7 @@ class ParamView:
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
         varies: whether multipliers change while training, each on its own.
-        storage: of element state; own: its state by the names of the rule; `step` among it.
+        formats: of element state, by name; own: its state by the names of the rule; `step` among it.
         kept: what back ends keep of it.
     """
 
@@ -56,7 +74,7 @@ class ParamView:
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
     decays: tuple[bool, ...] = (True,)
-    storage: Format = FP32
+    formats: Mapping[str, Format] = field(default_factory=dict)
     own: dict[str, Tensor] = field(default_factory=dict)
     siblings: "tuple[ParamView, ...]" = ()
     kept: dict[Any, Any] = field(default_factory=dict)
@@ -145,12 +163,34 @@ class ParamView:
 
     def state_key(self, name: str) -> str:
         """Under which key of `optimizer.state` the state `name` is: with the part, unless it is of the parameter."""
-        common = all(view.rule.all_state.get(name) == "element" for view in self.siblings or (self,))
+        of = name.removesuffix(ABSMAX)
+        common = all(view.rule.all_state.get(of) == "element" for view in self.siblings or (self,))
         return name if not self.part or name == "step" or common else f"{name}.{self.part}"
+
+    def kinds(self, variants: bool = False) -> dict[str, str]:
+        """Names of its state tensors: those of the rule, and "absmax" for the blocks of a format.
+
+        Args:
+            variants: also of state that the rule keeps under other hyperparameters.
+        """
+        found: dict[str, str] = dict(self.rule.all_state if variants else self.rule.state)
+        blocked = [name for name, format in self.formats.items() if format.block and name in found]
+        return found | {name + ABSMAX: "absmax" for name in blocked}
+
+    def line(self, name: str) -> Line:
+        """The lines of one of its tensors of element state."""
+        if self.state_key(name) != name:
+            return Line(len(self.shape) - 1, 0, self.shape[-1], self.shape[-1])
+        lead = min(2 if self.segments[0].stacked else 1, self.param.ndim)
+        whole, here = tuple(self.param.shape)[lead:], tuple(local(self.param).shape)[lead:]
+        begin = 0
+        for size, offset in zip(whole, self.shard.offset[lead:], strict=True):
+            begin = begin * size + offset
+        return Line(lead, begin, math.prod(here), math.prod(whole))
 
     def attach(self, held: Mapping[str, Tensor]) -> None:
         """Take its state from that of the parameter: the rule's, and `step`."""
-        self.own = {name: held[self.state_key(name)] for name in ("step", *self.rule.state)}
+        self.own = {name: held[self.state_key(name)] for name in ("step", *self.kinds())}
         for kept in ("copied", "elements", "blocks", "_stored"):
             self.__dict__.pop(kept, None)
 
@@ -160,7 +200,7 @@ class ParamView:
 
     @cached_property
     def elements(self) -> dict[str, Tensor]:
-        """Element state by name, as it lies in the state of the parameter."""
+        """Codes of element state by name, as they lie in the state of the parameter."""
         return self.state_of("element")
 
     @cached_property
@@ -169,14 +209,17 @@ class ParamView:
         return self.state_of("block")
 
     @cached_property
-    def _stored(self) -> list[Tensor]:
-        return [self.rows_of(tensor, name) for name, tensor in self.elements.items()]
+    def _stored(self) -> list[Stored]:
+        return [self.stored_as(name) for name in self.elements]
 
-    def decoded(self, stored: Tensor) -> Tensor:
-        """A piece of element state, in the type of the arithmetic."""
-        return Dense.stores(stored, self.storage).decode({"": stored}, self.dtype)
+    def stored_as(self, name: str) -> Stored:
+        """One of its tensors of element state, as rows. What is dense is of its own type: users may have put it so."""
+        codes, format = self.rows_of(self.own[name], name), self.formats.get(name, FP32)
+        if not format.block:
+            return Stored.dense(codes) if isinstance(format, Dense) else Stored(format, codes)
+        return Stored(format, codes, self.rows_of(self.own[name + ABSMAX], name + ABSMAX), self.line(name).begin)
 
-    def stored(self) -> list[Tensor]:
+    def stored(self) -> list[Stored]:
         """Element state as rows; copies where `copied`."""
         if self.copied:
             self.__dict__.pop("_stored", None)
@@ -188,27 +231,33 @@ class ParamView:
         """Its part of a tensor of the parameter's shape, or of its own state `name`, as rows."""
         plain = local(tensor)
         plain = plain if plain.is_contiguous() else plain.contiguous()
-        if name and self.state_key(name) != name:
-            return plain.view(self.shape)
-        whole = plain if plain.shape == self.whole_shape else plain.view(self.whole_shape)
-        rows = self.layout.rows
-        return whole if rows is None else whole[rows] if self.by_row else whole[..., rows]
+        alone, rows = bool(name) and self.state_key(name) != name, self.layout.rows
+        whole = self._seen(plain, self.shape if alone else self.whole_shape, name)
+        return whole if alone or rows is None else whole[rows] if self.by_row else whole[..., rows]
+
+    def _seen(self, plain: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+        """A tensor in the shape of the view, but for its last dimension where it is of blocks."""
+        shape = (*shape[:-1], plain.shape[-1]) if name.endswith(ABSMAX) else shape
+        return plain if plain.shape == shape else plain.view(shape)
 
     def parameter(self) -> Tensor:
         """The parameter as rows: a view, or a copy where `copied`."""
         return self.rows_of(self.param)
 
-    def write_back(self, p: Tensor, stored: Sequence[Tensor]) -> None:
+    def write_back(self, p: Tensor, stored: Sequence[Stored]) -> None:
         """Write copies back; nothing to do where rows are views."""
         if not self.copied:
             return
-        of_state = zip(self.elements.values(), self.elements, stored, strict=True)
-        for tensor, name, rows in ((self.param, "", p), *of_state):
+        pairs = [("", self.param, p)]
+        for name, held in zip(self.elements, stored, strict=True):
+            names = (name, name + ABSMAX)[: len(held.parts)]
+            pairs += [(own, self.own[own], rows) for own, rows in zip(names, held.parts, strict=True)]
+        for name, tensor, rows in pairs:
             target = local(tensor)
             if (name and self.state_key(name) != name) or self.layout.rows is None:
                 target.copy_(rows.view(target.shape))
                 continue
-            whole = target.contiguous().view(self.whole_shape)
+            whole = self._seen(target.contiguous(), self.whole_shape, name)
             if self.by_row:
                 whole[self.layout.rows] = rows
             else:

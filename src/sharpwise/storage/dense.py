@@ -5,7 +5,6 @@ the rounded value is the value. The number is a hash of (seed, step, tensor, glo
 the shards, compiled or not, resumed or not.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,21 +30,15 @@ class Dense(Format):
         """The format of a tensor of a type: a weight, say."""
         return {torch.float32: FP32, torch.bfloat16: BF16}.get(dtype) or Dense(str(dtype).removeprefix("torch."), dtype)
 
-    @staticmethod
-    def stores(tensor: Tensor, storage: Format) -> Format:
-        """The format of a state tensor of an optimizer with this storage: of numbers as they are, their own type's, as
-        users may have put them there."""
-        return Dense.of(tensor.dtype) if type(storage) is Dense else storage
+    def dtype_for(self, compute: torch.dtype) -> torch.dtype:
+        return compute if self.dtype == torch.float32 else self.dtype
 
-    def parts(self, compute: torch.dtype) -> dict[str, torch.dtype]:
-        return {"": compute if self.dtype == torch.float32 else self.dtype}
+    def decode(self, codes: Tensor, absmax: Any = None, compute: torch.dtype = torch.float32) -> Tensor:
+        return codes.to(compute)
 
-    def decode(self, parts: Mapping[str, Tensor], compute: torch.dtype = torch.float32) -> Tensor:
-        return parts[""].to(compute)
-
-    def encode(self, x: Tensor, noise: tuple[Tensor, Any] | None = None) -> dict[str, Tensor]:
+    def encode(self, x: Tensor, absmax: Any = None, noise: tuple[Tensor, Any] | None = None) -> Tensor:
         index, key = noise or (None, 0)
-        return {"": round_to(x, self.dtype, index, key)}
+        return round_to(x, self.dtype, index, key)
 
 
 FP32 = Dense("fp32", torch.float32)

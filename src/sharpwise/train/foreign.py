@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpwise.blocks import BlockMap, canonical_name
-from sharpwise.engine.binding import check_no_decay
+from sharpwise.engine.binding import check_roles_named
 from sharpwise.hints import kind_of, nearest
 from sharpwise.train.code import current_directory_first, find
 from sharpwise.train.config import OptimizerConfig
@@ -117,7 +117,7 @@ def build_foreign(own: OptimizerConfig, model: nn.Module, blocks: BlockMap) -> F
         ValueError: what is named is not there, is no optimizer that this loop can drive, or takes other arguments.
     """
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in own.options.items()}
-    no_decay = check_no_decay(options.pop("no_decay", ()), own.name)
+    no_decay = check_roles_named(options.pop("no_decay", ()), own.name, "no_decay", ("bias",))
     kind: Any = _class_of(own.name)
     allowed = _check_arguments(kind, own.name, {"lr": own.lr, **options})
     groups = _groups(model, blocks, no_decay, own.name)

@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -49,11 +50,13 @@ class Found(NamedTuple):
         rates: step sizes of its blocks [n_blocks], for those whose back end does not sum them up by itself.
         rules: of those whose rule has reductions, the rule that holds what these found for the part at hand.
         lines: of those with a control, in place of `rates` and of the rates and decays among the scalars.
+        absmax: of views with blocks that a mesh cuts, the largest element of each in their new state, by name.
     """
 
     rates: Mapping[int, Tensor]
     rules: Mapping[int, Rule]
     lines: Mapping[int, Lines]
+    absmax: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 class Prepared(NamedTuple):
@@ -143,8 +146,9 @@ TYPES = (torch.float32, torch.bfloat16)
 
 def tensors_refused(view: ParamView, grad: torch.dtype, state: Iterable[Tensor]) -> str:
     """Why kernels do not take a view for how its gradient, itself or its state are stored, or ""."""
-    if type(view.storage) is not Dense:
-        return f"nothing is printed for storage {view.storage.name!r} yet"
+    strange = [format.name for format in view.formats.values() if not isinstance(format, Dense)]
+    if strange:
+        return f"nothing is printed for storage {strange[0]!r} yet"
     tensors = [view.param, *state]
     wrong = next((dtype for dtype in (grad, *(t.dtype for t in tensors)) if dtype not in TYPES), None)
     if wrong is not None:

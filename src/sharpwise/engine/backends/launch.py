@@ -128,8 +128,8 @@ class LaunchTable:
             self.widest = max(self.widest, shape[1], view.n_blocks)
         self.total += 0 if together else size
         self.elements += size
-        names = "p", *(f"state.{name}" for name in view.elements)
-        tensors = zip(names, (view.parameter(), *view.stored()), strict=True)
+        tensors = [("p", view.parameter())]
+        tensors += [(f"state.{name}", held.codes) for name, held in zip(view.elements, view.stored(), strict=True)]
         skipped = rows.start * view.shape[1] if isinstance(rows, slice) else 0
         numbers = {"rows": shape[0], "columns": shape[1], "by_row": by_row, "before": before}
         return {**{n: self._address(t, start) for n, t in tensors}, **numbers, "offset": skipped + start}

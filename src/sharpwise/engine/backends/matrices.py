@@ -20,10 +20,12 @@ from sharpwise.engine.backends.base import Backend, Found, Spec
 from sharpwise.engine.backends.reference import Noise, noise_of, store, update
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.stored import Stored
 from sharpwise.engine.view import ParamView
 from sharpwise.rules import SGD
 from sharpwise.rules.base import MatrixRule, add
 from sharpwise.shards import local, region_of
+from sharpwise.storage import Dense, Format
 
 BATCH = 1 << 26
 """Bytes that one process holds of a batch of matrices at the most, unless one matrix is larger. The work on them takes
@@ -196,12 +198,12 @@ class Matrices(Backend):
         if row.weight_decay is not None and not scalars.decoupled:
             g = add(g, part.take(local(view.param), view).to(view.dtype), row.weight_decay)
         held = {name: local(tensor) for name, tensor in view.elements.items()}
-        rows = {name: part.take(tensor, view) for name, tensor in held.items()}
-        old = {n: view.decoded(t) for n, t in rows.items()}
+        rows = {n: Stored(_format(view, n), part.take(tensor, view)) for n, tensor in held.items()}
+        old = {n: t.decode(view.dtype) for n, t in rows.items()}
         new, m = rule.input(g, old, s)
         for slot, (name, target) in enumerate(rows.items(), start=1):
-            store(target, new[name], s, _noise(one, scalars), slot, view.storage)
-            part.put(held[name], view, target)
+            store(target, new[name], s, _noise(one, scalars), slot)
+            part.put(held[name], view, target.codes)
         return m
 
     def _worked(self, batch: Batch, parts: list[Tensor], s: Mapping[str, Any]) -> list[Tensor]:
@@ -215,7 +217,7 @@ class Matrices(Backend):
             found, smalls = self._shared(batch, parts, s)
         for one, values in zip(batch.matrices, smalls, strict=True):
             for name, value in values.items():
-                store(one.view.own[name][one.places], value, s, None, 0)
+                store(Stored.dense(one.view.own[name][one.places]), value, s, None, 0)
         return found
 
     def _owner(
@@ -287,6 +289,10 @@ class Matrices(Backend):
         p = one.mine.take(local(view.param), view)
         update(_GIVEN, own, p, u, [], noise=_noise(one, scalars), cautious=scalars.cautious)
         one.mine.put(local(view.param), view, p)
+
+
+def _format(view: ParamView, name: str) -> Format:
+    return view.formats[name] if not isinstance(view.formats[name], Dense) else Dense.of(view.own[name].dtype)
 
 
 def _noise(one: Matrix, scalars: StepScalars) -> Noise | None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from sharpwise.engine.backends.base import Backend, Found, Spec, row_decay, row_step
 from sharpwise.engine.program import decayed
 from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.stored import Stored
 from sharpwise.engine.view import ParamView, compute_dtype
 from sharpwise.rules.base import Rule, add
-from sharpwise.storage import FP32, Dense, Format
+from sharpwise.storage import Dense
 from sharpwise.storage.dense import mix, step_key
 
 CHUNK = 1 << 22
@@ -31,12 +32,12 @@ class Noise(NamedTuple):
 
 
 def aimed(
-    rule: Rule, s: Mapping[str, Any], p: Tensor, g: Tensor, stored: Sequence[Tensor], storage: Format
+    rule: Rule, s: Mapping[str, Any], p: Tensor, g: Tensor, stored: Sequence[Stored]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """Load, clip, coupled decay, direction: p as a number, new state, numerator and denominator. Nothing is written."""
     dtype = compute_dtype(p.dtype)
-    x, g = (Dense.of(t.dtype).decode({"": t}, dtype) for t in (p, g))
-    old = (Dense.stores(t, storage).decode({"": t}, dtype) for t in stored)
+    x, g = (Stored.dense(t).decode(dtype) for t in (p, g))
+    old = (held.decode(dtype) for held in stored)
     if "clip" in s:
         g = g * s["clip"]
     if "weight_decay" in s:
@@ -50,20 +51,20 @@ def update(
     s: Mapping[str, Any],
     p: Tensor,
     g: Tensor,
-    stored: Sequence[Tensor],
+    stored: Sequence[Stored],
     row_step: Tensor | None = None,
     row_decay: Tensor | None = None,
     noise: Noise | None = None,
     cautious: bool = False,
-    storage: Format = FP32,
+    absmax: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Move p and its element state by one step, in place.
 
     Scalars besides the rule's own: `step` (lr * multiplier / bias correction), `decay` (1 - lr wd), and, where asked
     for, `clip` (factor on the gradient), `ok` (0: keep everything as it was), `weight_decay` (coupled). Cautious: decay
-    only where the update and p agree in sign.
+    only where the update and p agree in sign. absmax: of blocks of state that are not all held here, by name.
     """
-    x, new, numerator, denominator = aimed(rule, s, p, g, stored, storage)
+    x, new, numerator, denominator = aimed(rule, s, p, g, stored)
     factor = s.get("decay") if row_decay is None else row_decay
     if factor is not None:
         x = decayed(x, numerator, factor, cautious)
@@ -74,21 +75,19 @@ def update(
         x = torch.addcdiv(x, numerator, denominator, value=-step)
     else:
         x = x - (step * numerator) / denominator
-    store(p, x, s, noise, 0)
+    store(Stored.dense(p), x, s, noise, 0)
     names = [name for name, kind in rule.state.items() if kind == "element"]
-    for slot, (name, tensor) in enumerate(zip(names, stored, strict=True), start=1):
-        store(tensor, new[name], s, noise, slot, storage)
+    for slot, (name, held) in enumerate(zip(names, stored, strict=True), start=1):
+        store(held, new[name], s, noise, slot, (absmax or {}).get(name))
 
 
 def store(
-    target: Tensor, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int, storage: Format = FP32
+    held: Stored, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int, absmax: Tensor | None = None
 ) -> None:
     """Round and write one tensor, of which `slot` is the number, unless the step is not taken."""
-    format = Dense.stores(target, storage)
-    rounds = noise is not None and (target.dtype == torch.bfloat16 or not isinstance(format, Dense))
+    rounds = held.codes.dtype == torch.bfloat16 or not isinstance(held.format, Dense)
     own = (noise.row + noise.column, mix(noise.key + slot)) if noise is not None and rounds else None
-    rounded = format.encode(value, own)[""]
-    target.copy_(torch.where(s["ok"] != 0, rounded, target) if "ok" in s else rounded)
+    held.copy_(held.encode(value, own, absmax), s["ok"] != 0 if "ok" in s else True)
 
 
 def noise_of(view: ParamView, t: Any) -> Noise:
@@ -121,7 +120,9 @@ class Reference(Backend):
         for j in pieces(view, rule):
             own = None if noise is None else Noise(cut_rows(noise.row, j), noise.column, noise.key)
             lines = cut_rows(step, j), cut_rows(decay, j)
-            update(rule, s, p[j], g[j], [t[j] for t in stored], *lines, own, scalars.cautious, view.storage)
+            known = {n: t[j] for n, t in found.absmax.get(id(view), {}).items()}
+            held = [one.piece(j) for one in stored]
+            update(rule, s, p[j], g[j], held, *lines, own, scalars.cautious, known)
         view.write_back(p, stored)
 
 

@@ -206,7 +206,7 @@ def _at(field: str) -> int:
 
 def _type(own: Dense) -> str:
     """The type of the one part of a format."""
-    return TRITON.types[own.parts(_f32)[""]]
+    return TRITON.types[own.dtype_for(_f32)]
 
 
 def _pointer(name: str, at: int, own: Dense, align: Any = "ALIGN") -> str:
