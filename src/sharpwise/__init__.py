@@ -17,12 +17,25 @@ from sharpwise.block_lr import (
 )
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.optim import SGD, AdamMini, AdamW, Lion, Muon, SGDSaI, create_optimizer, list_optimizers, parse_arm
+from sharpwise.optim import (
+    SGD,
+    AdamMini,
+    AdamW,
+    AdamW8bit,
+    Lion,
+    Muon,
+    Muon8bit,
+    SGDSaI,
+    create_optimizer,
+    list_optimizers,
+    parse_arm,
+)
 
 __all__ = [
     "SGD",
     "AdamMini",
     "AdamW",
+    "AdamW8bit",
     "BlockMap",
     "BlockOptimizer",
     "BlockwiseLR",
@@ -32,6 +45,7 @@ __all__ = [
     "Lion",
     "MeanMatched",
     "Muon",
+    "Muon8bit",
     "Only",
     "PerRole",
     "Product",

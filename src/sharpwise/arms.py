@@ -5,7 +5,7 @@ from typing import Any
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.block_lr.spelling import ABLATIONS, BLOCK_LRS
-from sharpwise.combinations import COMBINES
+from sharpwise.combinations import COMBINES, PRESETS
 from sharpwise.hints import nearest
 
 
@@ -13,8 +13,8 @@ def parse_arm(text: str) -> dict[str, str]:
     """What one arm of a comparison is, from its name: an optimizer, or an optimizer + a block_lr.
 
     Returns:
-        `name` and, where there is one, `block_lr` in its canonical spelling: for `create_optimizer`, or the table
-        [optimizer] of a configuration.
+        `name`, for one of `PRESETS` the options that it stands for, and, where there is one, `block_lr` in its
+        canonical spelling: for `create_optimizer`, or the table [optimizer] of a configuration.
 
     Raises:
         ValueError: for an unknown optimizer, or a block_lr that `make_block_lr` refuses.
@@ -24,16 +24,18 @@ def parse_arm(text: str) -> dict[str, str]:
     """
     before, plus, after = str(text).partition("+")
     name, block_lr = before.strip(), after.strip()
-    if not isinstance(text, str) or name not in COMBINES:
-        called = f"{name!r}{nearest(name, COMBINES)}" if isinstance(text, str) else repr(text)
+    names = sorted([*COMBINES, *PRESETS])
+    if not isinstance(text, str) or name not in names:
+        called = f"{name!r}{nearest(name, names)}" if isinstance(text, str) else repr(text)
         alone = not plus and name.partition("(")[0] in {*BLOCK_LRS, *ABLATIONS}
         hint = f"; it is a learning rate per block, for instance of adamw: adamw+{name}" if alone else ""
-        raise ValueError(f"no optimizer is called {called}; there are {', '.join(sorted(COMBINES))}{hint}")
+        raise ValueError(f"no optimizer is called {called}; there are {', '.join(names)}{hint}")
+    found = PRESETS.get(name, {"name": name})
     if not plus:
-        return {"name": name}
+        return dict(found)
     if not block_lr:
         raise ValueError(f"{text!r} names no block_lr after the +; write {name}, or for instance {name}+blockwise")
-    return {"name": name, "block_lr": str(make_block_lr(block_lr))}
+    return {**found, "block_lr": str(make_block_lr(block_lr))}
 
 
 def split_arm(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,4 +51,4 @@ def split_arm(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"two different block_lrs are given: {arm['block_lr']} in {settings['name']!r}, and "
             f"block_lr={make_block_lr(given)}; leave out one of them"
         )
-    return {**settings, **arm}
+    return {**arm, **settings, **{key: arm[key] for key in ("name", "block_lr") if key in arm}}

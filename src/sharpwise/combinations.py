@@ -3,7 +3,8 @@
 import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from types import SimpleNamespace
+from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
@@ -11,115 +12,232 @@ from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeasuredLR, Produ
 from sharpwise.block_lr.base import is_number
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap
+from sharpwise.engine.binding import check_roles_named
 from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options, Storage
 from sharpwise.hints import kind_of, nearest
 from sharpwise.probes.fisher import sharpness_by_name
-from sharpwise.storage import BF16, FP32, Dense, Format
+from sharpwise.storage import BF16, FP32, Format, Int8
 
 T = TypeVar("T")
 
-STORAGES: dict[str, Dense] = {"fp32": FP32, "bf16": BF16}
-"""Every storage of element state by name."""
+STORAGES: dict[str, Format] = {
+    "bf16": BF16,
+    "fp32": FP32,
+    "int8-dynamic": Int8("dynamic"),
+    "int8-dynamic-2048": Int8("dynamic", 2048),
+    "int8-linear": Int8("linear"),
+    "int8-linear-2048": Int8("linear", 2048),
+}
+"""Every storage of element state by name; behind a code of 8 bits how many elements share a scale, if not 256."""
+KEEP_FP32 = ("tok_emb", "pos_emb", "head")
+"""Roles whose state stays in fp32 under 8 bits, unless said otherwise: with 8 bits there, pretraining is unstable."""
 
 _ALL_LRS = ("blockwise", "gradient_snr", "layer_decay", "llr", "per_role")
+_SHORT = tuple(name for name in STORAGES if not name.endswith("-2048"))
 COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "adam-mini": ((*_ALL_LRS, "sharpness"), ("fp32", "bf16")),
-    "adamw": ((*_ALL_LRS, "sharpness"), ("fp32", "bf16")),
-    "lion": (_ALL_LRS, ("fp32", "bf16")),
-    "muon": (_ALL_LRS, ("fp32", "bf16")),
-    "sgd": (_ALL_LRS, ("fp32", "bf16")),
-    "sgd-sai": (tuple(lr for lr in _ALL_LRS if lr != "gradient_snr"), ("fp32", "bf16")),
+    "adam-mini": ((*_ALL_LRS, "sharpness"), _SHORT),
+    "adamw": ((*_ALL_LRS, "sharpness"), tuple(name for name in _SHORT if name != "int8-linear")),
+    "lion": (_ALL_LRS, _SHORT),
+    "muon": (_ALL_LRS, _SHORT),
+    "sgd": (_ALL_LRS, _SHORT),
+    "sgd-sai": (tuple(lr for lr in _ALL_LRS if lr != "gradient_snr"), _SHORT),
 }
 """What combines: optimizer -> (block_lrs, storages); ablations and products of block_lrs combine as they do, and one
-that measures by a probe goes with any rule. The battery runs over exactly this table, and all of `ABLATIONS`."""
+that measures by a probe goes with any rule; other sizes of blocks as 256. The battery runs over exactly this table, and
+all of `ABLATIONS`."""
+
+
+PRESETS: dict[str, dict[str, str]] = {
+    "adamw-8bit": {"name": "adamw", "storage": "int8-dynamic"},
+    "muon-8bit": {"name": "muon", "storage": "int8-linear"},
+}
+"""Names of an optimizer with options: those of `AdamW8bit` and `Muon8bit`."""
+
+
+class CommonOptions(TypedDict, total=False):
+    """The options that all constructors have; `_OPTIONS` has their defaults, and says what they are."""
+
+    model: nn.Module | None
+    blocks: BlockMap | Mapping[str, Any] | None
+    strict: bool
+    block_lr: str | Mapping[str, Any] | BlockLR | None
+    storage: str | Format
+    keep_fp32: Collection[str] | None
+    allow_unstable: bool
+    stochastic_rounding: bool
+    seed: int
+    no_decay: Collection[str]
+    cautious_decay: bool
+    max_grad_norm: float | None
+    on_nonfinite: Literal["ignore", "raise", "skip"]
+    compile: bool | None
+    total_steps: int | None
+    probe_batches: Iterable[Any] | None
+
+
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "model": (None, "the model that the tensors or groups of `first` belong to, each found in it by identity."),
+    "blocks": (
+        None,
+        'a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.',
+    ),
+    "strict": (False, "raise where a parameter is not explained, even if nothing depends on it."),
+    "block_lr": (
+        None,
+        'multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).',
+    ),
+    "storage": (
+        "fp32",
+        'of state by element: "fp32", "bf16", "int8-dynamic", "int8-linear" or a format; that by block is always fp32.',
+    ),
+    "keep_fp32": (None, "roles whose state is never in 8 bits; None for both embeddings and the head."),
+    "allow_unstable": (False, '"int8-linear" for second moments too, where small ones become 0.'),
+    "stochastic_rounding": (
+        False,
+        "round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).",
+    ),
+    "seed": (0, "of stochastic rounding."),
+    "no_decay": ((), 'roles without weight decay, and "bias", such as `("norm", "bias")`.'),
+    "cautious_decay": (
+        False,
+        "decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.",
+    ),
+    "max_grad_norm": (None, "clip the global gradient norm to this inside the step; gradients are left as they are."),
+    "on_nonfinite": (
+        "ignore",
+        'NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.',
+    ),
+    "compile": (
+        None,
+        "None or True (kernels, where they can be built), False (torch operations alone: the reference).",
+    ),
+    "total_steps": (None, "steps of the whole training, for a block_lr with phases that are fractions of it."),
+    "probe_batches": (
+        None,
+        "batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.",
+    ),
+}
+COMMON = tuple(_OPTIONS)
+"""Their names."""
+Constructor = TypeVar("Constructor", bound=type)
+
+
+def with_common_options(kind: Constructor) -> Constructor:
+    """Write the options that all constructors have into the signature and the docstring of one that takes them all."""
+    own = inspect.signature(kind.__init__)  # type: ignore[misc]
+    hints = get_type_hints(CommonOptions)
+    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, (default, _) in _OPTIONS.items()
+    ]
+    kind.__init__.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[misc]
+    lines = "\n".join(f"        {name}: {text}" for name, (_, text) in _OPTIONS.items())
+    assert kind.__doc__ is not None and kind.__doc__.count(_PLACE) == 1
+    kind.__doc__ = kind.__doc__.replace(_PLACE, lines)
+    return kind
+
+
+_PLACE = "        **options: of all optimizers."
 
 
 def engine_arguments(
     who: str,
     name: str,
+    given: CommonOptions,
+    *,
     decoupled: bool = True,
     own_lr: BlockLR | None = None,
-    *,
-    model: nn.Module | None,
-    blocks: BlockMap | Mapping[str, Any] | None,
-    strict: bool,
-    block_lr: str | Mapping[str, Any] | BlockLR | None,
-    storage: Literal["fp32", "bf16"] | Format,
-    stochastic_rounding: bool,
-    seed: int,
-    no_decay: Collection[str],
-    cautious_decay: bool,
-    max_grad_norm: float | None,
-    on_nonfinite: Literal["ignore", "raise", "skip"],
-    compile: bool | None,
-    total_steps: int | None,
-    probe_batches: Iterable[Any] | None,
+    aux_storage: str | Format | None = None,
 ) -> dict[str, Any]:
     """Arguments of `BlockOptimizer`, but for the rule and its numbers, from the options that all constructors have.
-
-    None of the options has a default here: a constructor that forgets to hand one on fails.
 
     Args:
         who: the constructor, for messages.
         name: of the optimizer, as in `COMBINES`.
         decoupled: whether weight decay is.
         own_lr: a learning rate per block that belongs to the optimizer; `block_lr` comes on top.
+        aux_storage: of what a rule of whole matrices leaves to another; None for `storage`.
 
     Raises:
         TypeError, ValueError: for options of a wrong kind or out of range, and for what does not combine.
     """
-    per_block = _block_lr_of(who, block_lr)
-    where = Storage(storage if isinstance(storage, Format) else _one_of(who, "storage", storage, STORAGES))
-    _check_combination(who, name, per_block, storage)
+    asked: Any = SimpleNamespace(**{option: default for option, (default, _) in _OPTIONS.items()} | given)
+    per_block = _block_lr_of(who, asked.block_lr)
+    _check_combination(who, name, per_block)
+    storage = _storage_of(who, name, asked, aux_storage)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
-    if max_grad_norm is not None and not (is_number(max_grad_norm) and 0.0 < max_grad_norm < math.inf):
-        raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, or None, got {max_grad_norm!r}")
-    if type(seed) is not int:
-        raise TypeError(f"{who}: seed must be a whole number, got {seed!r}")
-    flags = {"stochastic_rounding": stochastic_rounding, "strict": strict, "cautious_decay": cautious_decay}
+    _check_numbers(who, asked, decoupled)
+    options = Options(
+        decoupled,
+        asked.cautious_decay,
+        per_block,
+        None,
+        storage,
+        asked.stochastic_rounding,
+        asked.seed,
+        asked.max_grad_norm,
+        asked.on_nonfinite,
+        asked.compile,
+        asked.total_steps,
+        _batches_of(who, asked.probe_batches),
+        sharpness_by_name,
+    )
+    own = {key: getattr(asked, key) for key in ("blocks", "model", "strict", "no_decay")}
+    return {"options": options, "who": who, **own}
+
+
+def _check_numbers(who: str, asked: Any, decoupled: bool) -> None:
+    """Raise TypeError or ValueError for options of a wrong kind or out of range."""
+    if asked.max_grad_norm is not None and not (
+        is_number(asked.max_grad_norm) and 0.0 < asked.max_grad_norm < math.inf
+    ):
+        raise ValueError(f"{who}: max_grad_norm must be a finite number > 0, or None, got {asked.max_grad_norm!r}")
+    if type(asked.seed) is not int:
+        raise TypeError(f"{who}: seed must be a whole number, got {asked.seed!r}")
+    flags = {option: getattr(asked, option) for option in _FLAGS}
     for key, flag in flags.items():
         if type(flag) is not bool:
             raise TypeError(f"{who}: {key} must be True or False, got {flag!r}")
-    if cautious_decay and not decoupled:
+    if asked.cautious_decay and not decoupled:
         raise ValueError(
             f"{who}: cautious_decay=True is for decay that shrinks the parameter, here it is added to the gradient; "
             f"give decoupled_weight_decay=True as well"
         )
-    if compile not in (None, True, False):
-        raise ValueError(f"{who}: compile must be None or True (kernels), or False (the reference), got {compile!r}")
-    if on_nonfinite not in ("ignore", "raise", "skip"):
-        raise ValueError(f"{who}: on_nonfinite must be 'ignore', 'raise' or 'skip', got {on_nonfinite!r}")
-    if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
-        raise ValueError(f"{who}: total_steps must be a whole number >= 1, got {total_steps!r}")
-    options = Options(
-        decoupled,
-        cautious_decay,
-        per_block,
-        None,
-        where,
-        stochastic_rounding,
-        seed,
-        max_grad_norm,
-        on_nonfinite,
-        compile,
-        total_steps,
-        _batches_of(who, probe_batches),
-        sharpness_by_name,
-    )
-    return {
-        "options": options,
-        "blocks": blocks,
-        "model": model,
-        "strict": strict,
-        "no_decay": no_decay,
-        "who": who,
-    }
+    if asked.compile not in (None, True, False):
+        raise ValueError(
+            f"{who}: compile must be None or True (kernels), or False (the reference), got {asked.compile!r}"
+        )
+    if asked.on_nonfinite not in ("ignore", "raise", "skip"):
+        raise ValueError(f"{who}: on_nonfinite must be 'ignore', 'raise' or 'skip', got {asked.on_nonfinite!r}")
+    if asked.total_steps is not None and (type(asked.total_steps) is not int or asked.total_steps < 1):
+        raise ValueError(f"{who}: total_steps must be a whole number >= 1, got {asked.total_steps!r}")
 
 
-COMMON = tuple(name for name, p in inspect.signature(engine_arguments).parameters.items() if p.kind is p.KEYWORD_ONLY)
-"""The options that all constructors have."""
+_FLAGS = ("stochastic_rounding", "strict", "cautious_decay", "allow_unstable")
+
+
+def _storage_of(who: str, name: str, asked: Any, aux: str | Format | None) -> Storage:
+    """What `storage`, `aux_storage`, `keep_fp32` and `allow_unstable` say."""
+    format = _format_of(who, "storage", asked.storage)
+    other: Format | None = FP32 if name == "muon" and format.block else None
+    other = other if aux is None else _format_of(who, "aux_storage", aux)
+    squares = {"adamw": format, "muon": other or format}.get(name)
+    if isinstance(squares, Int8) and squares.code == "linear" and not asked.allow_unstable:
+        raise ValueError(
+            f"{who}: {squares.name} for second moments makes the small ones 0, and their elements explode: give "
+            f"{'aux_storage' if name == 'muon' else 'storage'}='int8-dynamic', or allow_unstable=True to see that"
+        )
+    keep = asked.keep_fp32
+    if keep is None:  # to quantize the other half of a rule is to want all of it quantized
+        keep = () if other is not None and other.block else KEEP_FP32
+    return Storage(format, other, tuple(sorted(check_roles_named(keep, who, "keep_fp32"))))
+
+
+def _format_of(who: str, option: str, given: Any) -> Format:
+    return given if isinstance(given, Format) else _one_of(who, option, given, STORAGES)
 
 
 def _block_lr_of(who: str, spec: Any) -> BlockLR | None:
@@ -151,20 +269,19 @@ def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
     return table[name]
 
 
-def _check_combination(who: str, name: str, block_lr: BlockLR | None, storage: str | Format) -> None:
-    lrs, storages = COMBINES[name]
+def _check_combination(who: str, name: str, block_lr: BlockLR | None) -> None:
+    lrs, _ = COMBINES[name]
     known = all(part.name in lrs or part.name not in BLOCK_LRS or _probes(part) for part in _parts(block_lr))
-    if not known or not (isinstance(storage, Format) or storage in storages):
+    if not known:
         for part in _parts(block_lr):
-            if isinstance(part, SharpnessLR) and not known:
+            if isinstance(part, SharpnessLR):
                 raise ValueError(f"{who}: {no_second_moment_message(part, name)}")
-            if isinstance(part, GradientSNR) and not known and part.name in BLOCK_LRS:
+            if isinstance(part, GradientSNR) and part.name in BLOCK_LRS:
                 raise ValueError(
                     f"{who}: it scales by the first gradient already, got block_lr={block_lr}; leave that out"
                 )
         raise ValueError(
-            f"{who}: {name} with block_lr={block_lr!r} and storage={storage!r} is not supported; "
-            f"{name} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
+            f"{who}: {name} with block_lr={block_lr!r} is not supported; {name} combines with block_lr {', '.join(lrs)}"
         )
 
 

@@ -1,32 +1,32 @@
 """The named constructors and `create_optimizer`.
 
-All constructors take the same first argument, and the same options after their own. Every option stands in every
-signature and docstring, where editors, `help()` and `inspect.signature` find it; a test holds them together.
+All constructors take the same first argument, and the same options after their own: `combinations.CommonOptions`. Every
+option is in every signature and docstring, where editors, `help()` and `inspect.signature` find it.
 """
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, final
+from typing import Any, Literal, Unpack, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharpwise import rules
 from sharpwise.arms import parse_arm, split_arm
-from sharpwise.block_lr import BlockLR, GradientSNR
+from sharpwise.block_lr import GradientSNR
 from sharpwise.block_lr.spelling import ABLATIONS, BLOCK_LRS
-from sharpwise.blocks import BlockMap, Cut
-from sharpwise.combinations import COMBINES, STORAGES, engine_arguments
+from sharpwise.blocks import Cut
+from sharpwise.combinations import COMBINES, PRESETS, STORAGES, CommonOptions, engine_arguments, with_common_options
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
 from sharpwise.storage import Format
 
 __all__ = [
-    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "SGD", "STORAGES", "AdamMini", "AdamW", "Lion", "Muon",
-    "SGDSaI", "create_optimizer", "list_optimizers", "parse_arm", "split_arm",
+    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdamMini", "AdamW", "AdamW8bit",
+    "Lion", "Muon", "Muon8bit", "SGDSaI", "create_optimizer", "list_optimizers", "parse_arm", "split_arm",
 ]  # fmt: skip
 
 
 @final
+@with_common_options
 class AdamW(BlockOptimizer):
     """AdamW: `sharpwise.rules.adamw`. State: two numbers per element.
 
@@ -39,20 +39,7 @@ class AdamW(BlockOptimizer):
         betas: decay rates of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment after its bias correction, in units of the gradient.
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
-        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
-        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
-        strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
-        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
-        seed: of stochastic rounding.
-        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
-        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
-        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
-        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
-        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+        **options: of all optimizers.
 
     Raises:
         TypeError, ValueError: for arguments out of range or parameters that cannot be placed.
@@ -72,33 +59,15 @@ class AdamW(BlockOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float | Tensor = 0.01,
-        *,
-        model: nn.Module | None = None,
-        blocks: BlockMap | Mapping[str, Any] | None = None,
-        strict: bool = False,
-        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] | Format = "fp32",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        no_decay: Collection[str] = (),
-        cautious_decay: bool = False,
-        max_grad_norm: float | None = None,
-        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
-        compile: bool | None = None,
-        total_steps: int | None = None,
-        probe_batches: Iterable[Any] | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.AdamW(betas, eps)
-        common = engine_arguments(
-            "AdamW", "adamw", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
-            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
-            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
-            probe_batches=probe_batches,
-        )  # fmt: skip
+        common = engine_arguments("AdamW", "adamw", options)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
+@with_common_options
 class AdamMini(BlockOptimizer):
     """Adam-mini: `sharpwise.rules.adam_mini`. State: one number per element, and one per block.
 
@@ -113,20 +82,7 @@ class AdamMini(BlockOptimizer):
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
         v_by: cut of the value projection, "row" or "tensor".
         cut: None (by role), or one cut for all: "tensor" (models that are no transformers) or "element" (AdamW).
-        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
-        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
-        strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
-        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
-        seed: of stochastic rounding.
-        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
-        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
-        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
-        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
-        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+        **options: of all optimizers.
 
     Raises:
         TypeError: where heads are needed and not known; ValueError: for roles not known, or arguments out of range.
@@ -142,32 +98,15 @@ class AdamMini(BlockOptimizer):
         *,
         v_by: Cut = "row",
         cut: Cut | None = None,
-        model: nn.Module | None = None,
-        blocks: BlockMap | Mapping[str, Any] | None = None,
-        strict: bool = False,
-        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] | Format = "fp32",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        no_decay: Collection[str] = (),
-        cautious_decay: bool = False,
-        max_grad_norm: float | None = None,
-        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
-        compile: bool | None = None,
-        total_steps: int | None = None,
-        probe_batches: Iterable[Any] | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.AdamMini(betas, eps, v_by, cut)
-        common = engine_arguments(
-            "AdamMini", "adam-mini", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
-            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
-            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
-            probe_batches=probe_batches,
-        )  # fmt: skip
+        common = engine_arguments("AdamMini", "adam-mini", options)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
+@with_common_options
 class Lion(BlockOptimizer):
     """Lion: `sharpwise.rules.lion`. State: one number per element. Every element moves by exactly lr.
 
@@ -178,20 +117,7 @@ class Lion(BlockOptimizer):
         lr: step size, in units of the parameter per step.
         betas: weights of the momentum in the direction, and of the past in the momentum, in [0, 1).
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
-        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
-        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
-        strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
-        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
-        seed: of stochastic rounding.
-        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
-        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
-        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
-        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
-        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+        **options: of all optimizers.
 
     Raises:
         TypeError, ValueError: as `AdamW`.
@@ -203,33 +129,15 @@ class Lion(BlockOptimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float | Tensor = 0.0,
-        *,
-        model: nn.Module | None = None,
-        blocks: BlockMap | Mapping[str, Any] | None = None,
-        strict: bool = False,
-        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] | Format = "fp32",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        no_decay: Collection[str] = (),
-        cautious_decay: bool = False,
-        max_grad_norm: float | None = None,
-        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
-        compile: bool | None = None,
-        total_steps: int | None = None,
-        probe_batches: Iterable[Any] | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.Lion(betas)
-        common = engine_arguments(
-            "Lion", "lion", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
-            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
-            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
-            probe_batches=probe_batches,
-        )  # fmt: skip
+        common = engine_arguments("Lion", "lion", options)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
+@with_common_options
 class Muon(BlockOptimizer):
     """Muon: `sharpwise.rules.muon`. State: one number per element of a hidden matrix, two of everything else.
 
@@ -259,20 +167,8 @@ class Muon(BlockOptimizer):
         precision: of the products, "fp32" or "bf16"; None for bf16 on CUDA, fp32 elsewhere.
         bf16_exchange: matrices travel between processes in bf16.
         process_group: processes that hold the same plain parameters and share the work; None for those of a DDP model.
-        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
-        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
-        strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
-        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
-        seed: of stochastic rounding.
-        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
-        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
-        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
-        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
-        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+        aux_storage: of the state of the AdamW half; None for `storage`, or fp32 where that is in 8 bits.
+        **options: of all optimizers.
 
     Raises:
         TypeError, ValueError: as `AdamW`; also for roles not known, and for `per_head` without a number of heads.
@@ -300,37 +196,21 @@ class Muon(BlockOptimizer):
         precision: Literal["fp32", "bf16"] | None = None,
         bf16_exchange: bool = False,
         process_group: Any = None,
-        model: nn.Module | None = None,
-        blocks: BlockMap | Mapping[str, Any] | None = None,
-        strict: bool = False,
-        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] | Format = "fp32",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        no_decay: Collection[str] = (),
-        cautious_decay: bool = False,
-        max_grad_norm: float | None = None,
-        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
-        compile: bool | None = None,
-        total_steps: int | None = None,
-        probe_batches: Iterable[Any] | None = None,
+        aux_storage: str | Format | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
         ratio = rules.muon.aux_lr_ratio("Muon", lr, aux_lr, scale)
         rule = rules.Muon(
             momentum, nesterov, ratio, aux_betas, aux_eps, aux_weight_decay, beta2, heavy_ball, scale, method, ns_steps,
             normalize_rows, per_head, precision, bf16_exchange,
         )  # fmt: skip
-        common = engine_arguments(
-            "Muon", "muon", model=model, blocks=blocks, strict=strict, block_lr=block_lr, storage=storage,
-            stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay, cautious_decay=cautious_decay,
-            max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile, total_steps=total_steps,
-            probe_batches=probe_batches,
-        )  # fmt: skip
+        common = engine_arguments("Muon", "muon", options, aux_storage=aux_storage)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
         rules.muon.list_left_out("Muon", self.blocks.segments)
 
 
 @final
+@with_common_options
 class SGD(BlockOptimizer):
     """SGD with momentum: `sharpwise.rules.sgd`, equal to torch's. State: one number per element, none without momentum.
 
@@ -343,20 +223,7 @@ class SGD(BlockOptimizer):
         weight_decay: added to the gradient, as in torch, unless `decoupled_weight_decay`.
         nesterov: look ahead by one step of momentum; needs momentum, and no dampening.
         decoupled_weight_decay: decay as AdamW does: an element shrinks by lr * weight_decay per step.
-        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
-        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
-        strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
-        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
-        seed: of stochastic rounding.
-        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
-        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
-        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
-        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
-        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+        **options: of all optimizers.
 
     Raises:
         TypeError, ValueError: as `AdamW`.
@@ -372,32 +239,15 @@ class SGD(BlockOptimizer):
         nesterov: bool = False,
         *,
         decoupled_weight_decay: bool = False,
-        model: nn.Module | None = None,
-        blocks: BlockMap | Mapping[str, Any] | None = None,
-        strict: bool = False,
-        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] | Format = "fp32",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        no_decay: Collection[str] = (),
-        cautious_decay: bool = False,
-        max_grad_norm: float | None = None,
-        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
-        compile: bool | None = None,
-        total_steps: int | None = None,
-        probe_batches: Iterable[Any] | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.SGD(momentum, dampening, nesterov)
-        common = engine_arguments(
-            "SGD", "sgd", decoupled_weight_decay, model=model, blocks=blocks, strict=strict,
-            block_lr=block_lr, storage=storage, stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay,
-            cautious_decay=cautious_decay, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile,
-            total_steps=total_steps, probe_batches=probe_batches,
-        )  # fmt: skip
+        common = engine_arguments("SGD", "sgd", options, decoupled=decoupled_weight_decay)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
+@with_common_options
 class SGDSaI(BlockOptimizer):
     """SGD-SaI: SGD with momentum, each block at the rate that its first gradient says: `block_lr.gradient_snr`.
 
@@ -409,20 +259,7 @@ class SGDSaI(BlockOptimizer):
         momentum: m <- momentum m + (1 - momentum) g, from m = g.
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step, whatever its block.
         normalize: "none" (as released), or "max": the largest multiplier is 1 (the paper's Algorithm 1).
-        model: the model that the tensors or groups of `first` belong to, each found in it by identity.
-        blocks: a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.
-        strict: raise where a parameter is not explained, even if nothing depends on it.
-        block_lr: multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).
-        storage: of state by element, "fp32", "bf16" or a format; state by block is always fp32.
-        stochastic_rounding: round to bf16 (state and parameters) stochastically, by a hash of (seed, step, element).
-        seed: of stochastic rounding.
-        no_decay: roles without weight decay, and "bias", such as `("norm", "bias")`.
-        cautious_decay: decay only where the update moves the element towards 0 too (arXiv 2510.12402); decoupled decay.
-        max_grad_norm: clip the global gradient norm to this inside the step; gradients are left as they are.
-        on_nonfinite: NaN or infinite gradients: "ignore" (as torch), "raise" before any change, "skip" the step.
-        compile: None or True (kernels, where they can be built), False (torch operations alone: the reference).
-        total_steps: steps of the whole training, for a block_lr with phases that are fractions of it.
-        probe_batches: batches for a block_lr that probes the model, as `sharpwise.probes.sharpness` takes them.
+        **options: of all optimizers.
 
     Raises:
         TypeError, ValueError: as `AdamW`.
@@ -436,29 +273,29 @@ class SGDSaI(BlockOptimizer):
         weight_decay: float | Tensor = 1e-2,
         *,
         normalize: Literal["none", "max"] = "none",
-        model: nn.Module | None = None,
-        blocks: BlockMap | Mapping[str, Any] | None = None,
-        strict: bool = False,
-        block_lr: str | Mapping[str, Any] | BlockLR | None = None,
-        storage: Literal["fp32", "bf16"] | Format = "fp32",
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        no_decay: Collection[str] = (),
-        cautious_decay: bool = False,
-        max_grad_norm: float | None = None,
-        on_nonfinite: Literal["ignore", "raise", "skip"] = "ignore",
-        compile: bool | None = None,
-        total_steps: int | None = None,
-        probe_batches: Iterable[Any] | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.SGD(momentum, None, False)
-        common = engine_arguments(
-            "SGDSaI", "sgd-sai", own_lr=GradientSNR(normalize=normalize), model=model, blocks=blocks, strict=strict,
-            block_lr=block_lr, storage=storage, stochastic_rounding=stochastic_rounding, seed=seed, no_decay=no_decay,
-            cautious_decay=cautious_decay, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, compile=compile,
-            total_steps=total_steps, probe_batches=probe_batches,
-        )  # fmt: skip
+        common = engine_arguments("SGDSaI", "sgd-sai", options, own_lr=GradientSNR(normalize=normalize))
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+
+
+def AdamW8bit(first: Any, lr: float | Tensor = 1e-3, *own: Any, storage: Any = "int8-dynamic", **options: Any) -> AdamW:
+    """`AdamW` with both moments in 8 bits: a quarter of its state, where `keep_fp32=()`.
+
+    Args:
+        first, lr, own, options: as `AdamW` takes them. storage: "int8-dynamic", or with "-2048" the larger blocks.
+    """
+    return AdamW(first, lr, *own, storage=storage, **options)
+
+
+def Muon8bit(first: Any, lr: float | Tensor = 1e-3, *own: Any, storage: Any = "int8-linear", **options: Any) -> Muon:
+    """`Muon` with its momentum in 8 bits (arXiv 2509.23106); of the AdamW half too with `aux_storage="int8-dynamic"`.
+
+    Args:
+        first, lr, own, options: as `Muon` takes them. storage: "int8-linear" or "int8-dynamic", both also with "-2048".
+    """
+    return Muon(first, lr, *own, storage=storage, **options)
 
 
 OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
@@ -476,9 +313,9 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     """Names that `create_optimizer` takes, by glob.
 
     >>> list_optimizers("adam*")
-    ['adam-mini', 'adamw']
+    ['adam-mini', 'adamw', 'adamw-8bit']
     """
-    return sorted(fnmatch.filter(OPTIMIZERS, pattern))
+    return sorted(fnmatch.filter([*OPTIMIZERS, *PRESETS], pattern))
 
 
 def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import sharpwise
-from sharpwise.combinations import COMMON, engine_arguments
+from sharpwise.combinations import COMMON, CommonOptions
 from sharpwise.optim import COMBINES, OPTIMIZERS
-from sharpwise.storage import BF16
+from sharpwise.storage import Int8
 from sharpwise.testing import run, same, tiny_model
 
 every_class = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=lambda kind: kind.__name__)
@@ -24,7 +24,9 @@ GIVEN = {
     "blocks": {"*wte*": "tok_emb"},
     "strict": True,
     "block_lr": "blockwise(emb=3)",
-    "storage": "bf16",
+    "storage": "int8-linear",
+    "keep_fp32": ("norm", "head"),
+    "allow_unstable": True,
     "stochastic_rounding": True,
     "seed": 7,
     "no_decay": ("norm", "bias"),
@@ -94,9 +96,8 @@ def test_all_signatures_have_the_same_options():
     assert tuple(p.name for p in common) == COMMON == tuple(GIVEN)
     for kind in others:
         assert [p for p in parameters_of(kind) if p.name in COMMON] == common, kind.__name__
-    for p in common:
-        assert p.kind is p.KEYWORD_ONLY and p.default is not p.empty
-        assert p.annotation == inspect.signature(engine_arguments).parameters[p.name].annotation, p.name
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in common)
+    assert {p.name: p.annotation for p in common} == typing.get_type_hints(CommonOptions)
 
 
 @every_class
@@ -152,7 +153,8 @@ def test_every_option_reaches_the_engine(kind):
         assert getattr(options, key) == GIVEN[key] != getattr(kind(model).options, key), key
     assert options.probe_batches is GIVEN["probe_batches"] and kind(model).options.probe_batches is None
     assert "blockwise(emb=3)" in str(options.block_lr)
-    assert optimizer.options.storage.format is BF16 and optimizer.strict and optimizer.no_decay == {"norm", "bias"}
+    assert (options.storage.format, options.storage.keep_fp32) == (Int8("linear"), ("head", "norm"))
+    assert optimizer.strict and optimizer.no_decay == {"norm", "bias"}
     assert optimizer._model() is model and optimizer.blocks["transformer.wte.weight"][0].source == "override"
 
 

@@ -41,7 +41,7 @@ def test_every_combination_by_configuration(name) -> None:
             if name == "sgd-sai":
                 wanted = GradientSNR() if wanted is None else GradientSNR() * wanted
             assert options.block_lr == wanted
-            assert found.storage.name == storage
+            assert found.options.storage.format.name == storage
             assert (options.max_grad_norm, options.on_nonfinite) == (1.0, "skip")
             assert found.param_groups[0]["lr"] == optimizer.lr
 

@@ -188,6 +188,12 @@ class ParamView:
             begin = begin * size + offset
         return Line(lead, begin, math.prod(here), math.prod(whole))
 
+    @cached_property
+    def cut_blocks(self) -> list[str]:
+        """Names of its state with blocks that lie in several processes."""
+        lines = {name: self.line(name) for name, format in self.formats.items() if format.block}
+        return [name for name, line in lines.items() if line.columns < line.length]
+
     def attach(self, held: Mapping[str, Tensor]) -> None:
         """Take its state from that of the parameter: the rule's, and `step`."""
         self.own = {name: held[self.state_key(name)] for name in ("step", *self.kinds())}

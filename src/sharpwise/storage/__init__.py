@@ -2,5 +2,6 @@
 
 from sharpwise.storage.base import Format
 from sharpwise.storage.dense import BF16, FP32, Dense
+from sharpwise.storage.int8 import Int8
 
-__all__ = ["BF16", "FP32", "Dense", "Format"]
+__all__ = ["BF16", "FP32", "Dense", "Format", "Int8"]

@@ -6,7 +6,6 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -50,13 +49,11 @@ class Found(NamedTuple):
         rates: step sizes of its blocks [n_blocks], for those whose back end does not sum them up by itself.
         rules: of those whose rule has reductions, the rule that holds what these found for the part at hand.
         lines: of those with a control, in place of `rates` and of the rates and decays among the scalars.
-        absmax: of views with blocks that a mesh cuts, the largest element of each in their new state, by name.
     """
 
     rates: Mapping[int, Tensor]
     rules: Mapping[int, Rule]
     lines: Mapping[int, Lines]
-    absmax: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 class Prepared(NamedTuple):

@@ -4,6 +4,7 @@ Every tensor is seen as a view whose *rows* run along one dimension. Vectors of 
 broadcast against the view.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import Backend, Found, Spec, row_decay, row_step
+from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.program import decayed
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.stored import Stored
@@ -108,10 +110,38 @@ class Reference(Backend):
         return ""
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
+        known = self._largest(views, grads, scalars, found)
         for view, g in zip(views, grads, strict=True):
-            self._move(view, view.rows_of(g), scalars, found)
+            self._move(view, view.rows_of(g), scalars, found, known.get(id(view), {}))
 
-    def _move(self, view: ParamView, g: Tensor, scalars: StepScalars, found: Found) -> None:
+    def _largest(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found
+    ) -> dict[int, dict[str, Tensor]]:
+        """The largest elements of blocks of new state that a mesh cuts, by id of the view and name: one collective.
+
+        Nothing is written. What is NaN is infinite here: a maximum over processes may lose it, and no block with
+        either has numbers.
+        """
+        partials: dict[int, dict[str, Partial]] = {}
+        bucket = Bucket(ReduceGroup.of(view.shard for view in views if view.cut_blocks), "max")
+        for view, g in zip(views, grads, strict=True):
+            if not view.cut_blocks:
+                continue
+            rule, s, p, g = found.rules.get(id(view), view.rule), scalars.named(view), view.parameter(), view.rows_of(g)
+            stored = dict(zip(view.elements, view.stored(), strict=True))
+            pieces_of = {name: [stored[name].measured(p[:0])] for name in view.cut_blocks}
+            for j in pieces(view, rule):
+                new = aimed(rule, s, p[j], g[j], [one.piece(j) for one in stored.values()])[1]
+                for name, own in pieces_of.items():
+                    own.append(stored[name].measured(new[name]))
+            found_here = {name: torch.cat(own).nan_to_num(nan=math.inf) for name, own in pieces_of.items()}
+            partials[id(view)] = {name: bucket.add(own, view.shard) for name, own in found_here.items()}
+        bucket.reduce()
+        return {key: {name: one.values for name, one in own.items()} for key, own in partials.items()}
+
+    def _move(
+        self, view: ParamView, g: Tensor, scalars: StepScalars, found: Found, absmax: Mapping[str, Tensor]
+    ) -> None:
         step, decay = row_step(view, scalars, found), row_decay(view, scalars, found)
         s = scalars.named(view)
         noise = noise_of(view, scalars.t(view)) if scalars.stochastic else None
@@ -120,7 +150,7 @@ class Reference(Backend):
         for j in pieces(view, rule):
             own = None if noise is None else Noise(cut_rows(noise.row, j), noise.column, noise.key)
             lines = cut_rows(step, j), cut_rows(decay, j)
-            known = {n: t[j] for n, t in found.absmax.get(id(view), {}).items()}
+            known = {name: t[j] for name, t in absmax.items()}
             held = [one.piece(j) for one in stored]
             update(rule, s, p[j], g[j], held, *lines, own, scalars.cautious, known)
         view.write_back(p, stored)
