@@ -14,6 +14,7 @@ if (
 import pytest
 import torch
 from engine.test_formats import TABLE, TILES, Cubic, coded
+from engine.test_int8_printed import blocks, formats, same
 from torch import nn
 
 import sharpwise.engine.step as steps
@@ -247,11 +248,14 @@ def test_rounding_is_that_of_storage_to_the_bit():
         assert all(t[4].isnan() for t in pair)
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in (divide|multiply|subtract):RuntimeWarning")
 def test_operations_are_those_of_torch():
     x = torch.tensor([-2.5, -1.5, -0.5, -0.3, -0.0, 0.5, 1.5, 2.5, 1e9, -8388609.0, 4194304.5, float("nan"), -3.0])
+    x = torch.cat([x, torch.tensor([float("inf"), -float("inf"), 3e38])])
     functions = {
         "round": lambda v: v["x"].round(),
         "clamp": lambda v: v["x"].clamp(-1.0, 1.5),
+        "reciprocal": lambda v: v["x"].reciprocal(),
         "maximum": lambda v: torch.maximum(v["x"], v["y"]),
         "maximum of NaN": lambda v: torch.maximum(v["y"], v["x"]),
     }
@@ -282,6 +286,18 @@ def test_a_format_of_ones_own(x):
     assert torch.equal(back, Cubic().decode(**found))
     found = printed(encode, {"x": x / x[0]}, codes)
     assert found["absmax"].isnan() == x[0].eq(0)  # 0 / 0 reaches it
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in (divide|multiply|cast):RuntimeWarning")
+@formats
+def test_8_bit_codes_are_those_of_torch(own):
+    x, absmax = blocks(own)
+    n, given = x.numel(), {"x": x.view(-1), "absmax": absmax.expand_as(x).reshape(-1)}
+    kind = own.dtype_for(torch.float32)
+    codes = printed(lambda v: {"codes": own.encode(**v)}, given, {"codes": (kind, n)})["codes"]
+    assert int((codes != own.encode(**given)).sum()) == 0
+    given = {"codes": codes, "absmax": given["absmax"]}
+    assert same(printed(lambda v: {"x": own.decode(**v)}, given, {"x": (torch.float32, n)})["x"], own.decode(**given))
 
 
 def test_sums_of_the_largest_gradients_are_finite():

@@ -64,24 +64,20 @@ class Int8(Format):
         return replace(self, unsigned=True)
 
     def dtype_for(self, compute: torch.dtype) -> torch.dtype:
-        """The type of codes."""
         return torch.int8 if self.code == "linear" and not self.unsigned else torch.uint8
 
-    def decode(self, codes: Tensor, absmax: Tensor | None = None, compute: torch.dtype = torch.float32) -> Tensor:
-        """Numbers of codes; `absmax`, fp32, broadcasts against them."""
-        assert absmax is not None
+    def decode(self, codes: Tensor, absmax: Any = None, compute: torch.dtype = torch.float32) -> Tensor:
         c = codes.to(torch.float32)
         unit = _values(c, self.unsigned) if self.code == "dynamic" else c * (1 / (255 if self.unsigned else 127))
         return (unit * absmax).to(compute)
 
-    def encode(self, x: Tensor, absmax: Tensor | None = None, noise: tuple[Tensor, Any] | None = None) -> Tensor:
-        """Codes of the nearest numbers, given the largest magnitude of each block; `noise` is not used."""
-        assert absmax is not None
+    def encode(self, x: Tensor, absmax: Any = None, noise: tuple[Tensor, Any] | None = None) -> Tensor:
+        # To the nearest: noise is not used.
         x = x.to(torch.float32)
         inverse = torch.where(absmax >= _SMALLEST, absmax.reciprocal(), absmax * 0.0)
         one = (absmax >= 0.0).to(torch.float32)  # and 0 for NaN
-        # Infinity times 1 / infinity is NaN and thereby 1. Where absmax is NaN all is 0: no NaN becomes a whole number.
-        y = _smaller(x.abs() * inverse, one)
+        # Infinity / infinity is NaN and thereby 1. Where absmax is NaN all are 0: no NaN becomes a whole number.
+        y = _smaller(_bits(x * inverse) & 0x7FFFFFFF, _bits(one)).view(torch.float32)
         if self.code == "dynamic":
             below, above = _numbers(y, self.unsigned)
         else:
@@ -91,11 +87,12 @@ class Int8(Format):
 
 
 def _values(codes: Tensor, unsigned: bool) -> Tensor:
-    """Dynamic values of codes (fp32), within an ulp: but for one product all is exact. A look-up takes twice the
-    time of a CPU."""
+    """Dynamic values of codes (fp32), within an ulp: all is exact but for one product. A look-up takes a CPU twice as
+    long, and the kernels a table."""
     nine = 9.0 * (codes if unsigned else 128.0 - (codes - 128.0).abs())
     lines = [(nine + (4.5 - 8 * n + 9 * unsigned)) * (1 / (10.0 ** (7 - i) * n)) for i, n in _cells(unsigned)]
-    v = reduce(_larger, lines).clamp(0.0, 1.0)
+    # Between 0 and the bits of 1.
+    v = reduce(_larger, map(_bits, lines)).clamp(0, 0x3F800000).view(torch.float32)
     return v if unsigned else torch.where(codes > 128.0, -v, v)
 
 
@@ -108,13 +105,18 @@ def _numbers(y: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
             half, end = 1e-7 * (0.5 + 2.25 / n), 1e-7 * (1 + 9 / n)
             slope = 0.8 / (end - half)
             offset = (n + 1) / slope - end
-        lines.append((y + offset) * slope)  # in this order nothing becomes a fused multiply-add
-    f = reduce(_smaller, lines)
-    begin = (f.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below
+        lines.append(_bits((y + offset) * slope))
+    least = reduce(_smaller, lines)
+    f, begin = least.view(torch.float32), (least & 0x7F800000).view(torch.float32)  # the power of two below
     below = torch.where(f - begin < 0.2, f - 0.5, f).to(torch.int32)
     last = 256.0 if unsigned else 128.0
     above = below + (f * (1 / (last - 0.25))).to(torch.int32)  # a comparison here keeps GCC from using vectors
     return (below - 1, above - 1) if unsigned else (below, above)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """fp32 as int32: in the same order unless negative, NaN last. GPUs have the smaller of two in one instruction."""
+    return x.view(torch.int32)
 
 
 def _cells(unsigned: bool) -> list[tuple[int, int]]:
@@ -123,7 +125,6 @@ def _cells(unsigned: bool) -> list[tuple[int, int]]:
 
 
 def _smaller(a: Tensor, b: Tensor) -> Tensor:
-    """One instruction, other than torch.minimum: b where either is NaN."""
     return torch.where(a < b, a, b)
 
 

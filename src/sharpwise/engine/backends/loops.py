@@ -34,6 +34,7 @@ CPP = Language(
     {
         _aten.add.Tensor: "{0} + {1}",
         _aten.sub.Tensor: "{0} - {1}",
+        _aten.rsub.Scalar: "{1} - {0}",
         _aten.mul.Tensor: "{0} * {1}",
         _aten.div.Tensor: "{0} / {1}",
         _aten.neg.default: "-{0}",

@@ -51,7 +51,7 @@ TRITON = Language(
         _aten.sqrt.default: "tl.sqrt({0})",
         (_aten.sqrt.default, _f32): "tl.sqrt_rn({0})",
         _aten.reciprocal.default: "1.0 / {0}",
-        (_aten.reciprocal.default, _f32): "tl.div_rn({0} * 0.0 + 1.0, {0})",
+        (_aten.reciprocal.default, _f32): "tl.div_rn(tl.where({0} == {0}, 1.0, {0}), {0})",
         _aten.sign.default: "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",
         (_aten.pow.Tensor_Tensor, _f64): "tl.exp2({1} * tl.log2({0}))",
         (_aten.pow.Tensor_Scalar, _f64): "tl.exp2({1} * tl.log2({0}))",
