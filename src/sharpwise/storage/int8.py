@@ -28,6 +28,7 @@ from sharpwise.storage.base import Format
 
 _SMALLEST = 2.0**-126
 """The smallest normal fp32: the reciprocal of a smaller number may be infinite."""
+_BITS_OF_1 = 0x3F800000
 _DECADES = range(7)
 
 
@@ -75,9 +76,8 @@ class Int8(Format):
         # To the nearest: noise is not used.
         x = x.to(torch.float32)
         inverse = torch.where(absmax >= _SMALLEST, absmax.reciprocal(), absmax * 0.0)
-        one = (absmax >= 0.0).to(torch.float32)  # and 0 for NaN
-        # Infinity / infinity is NaN and thereby 1. Where absmax is NaN all are 0: no NaN becomes a whole number.
-        y = _smaller(_bits(x * inverse) & 0x7FFFFFFF, _bits(one)).view(torch.float32)
+        # Of infinity / infinity and NaN this is 1: what becomes a whole number is always a number.
+        y = (_bits(x * inverse) & 0x7FFFFFFF).clamp(0, _BITS_OF_1).view(torch.float32)
         if self.code == "dynamic":
             below, above = _numbers(y, self.unsigned)
         else:
@@ -91,8 +91,7 @@ def _values(codes: Tensor, unsigned: bool) -> Tensor:
     long, and the kernels a table."""
     nine = 9.0 * (codes if unsigned else 128.0 - (codes - 128.0).abs())
     lines = [(nine + (4.5 - 8 * n + 9 * unsigned)) * (1 / (10.0 ** (7 - i) * n)) for i, n in _cells(unsigned)]
-    # Between 0 and the bits of 1.
-    v = reduce(_larger, map(_bits, lines)).clamp(0, 0x3F800000).view(torch.float32)
+    v = reduce(_larger, map(_bits, lines)).clamp(0, _BITS_OF_1).view(torch.float32)
     return v if unsigned else torch.where(codes > 128.0, -v, v)
 
 
