@@ -6,6 +6,7 @@ import torch
 from sharpwise.engine.backends.loops import CPP
 from sharpwise.engine.backends.reference import update
 from sharpwise.engine.program import Arithmetic, Program
+from sharpwise.engine.stored import Stored
 from sharpwise.rules import SGD, AdamMini, AdamW, Lion
 
 RULES = {
@@ -33,7 +34,7 @@ def test_it_moves_as_the_reference_does(rule, coupled):
         p=p, g=g, **{f"state.{n}": t for n, t in state.items()}, **{n: torch.tensor(v) for n, v in numbers.items()}
     )
     own = {**s, "step": 0.01, "clip": 0.3, "weight_decay" if coupled else "decay": 0.9}
-    update(rule, own, p, g, list(state.values()))
+    update(rule, own, p, g, [Stored.dense(t) for t in state.values()])
     assert set(found) == {"p", *(f"state.{name}" for name in state)}
     for name, expected in {"p": p, **{f"state.{n}": t for n, t in state.items()}}.items():
         assert (found[name] - expected).norm() <= 1e-6 * expected.norm(), name

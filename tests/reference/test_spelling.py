@@ -305,7 +305,10 @@ def test_arms(text, meant):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("adamv", r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\); there are adam-mini, adamw, adamw-8bit, lion"),
+        (
+            "adamv",
+            r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\); there are adam-mini, adamw, adamw-8bit, lion",
+        ),
         ("", "no optimizer is called ''; there are adam-mini"),
         ("+blockwise", "no optimizer is called ''"),
         (

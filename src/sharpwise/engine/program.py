@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwise.rules.base import Rule, add
-from sharpwise.storage.dense import Dense, mix
+from sharpwise.storage import Format
+from sharpwise.storage.dense import mix
 
 
 class Language(NamedTuple):
@@ -119,20 +120,27 @@ class Arithmetic:
         found = fx.Interpreter(module).run(*(values[name] for name in self.inputs))
         return dict(zip(self.outputs, found, strict=True))
 
-    def in_memory(self, formats: Mapping[str, Dense], outputs: Sequence[str], by_hash: bool) -> "Arithmetic":
+    def in_memory(self, formats: Mapping[str, Format], outputs: Sequence[str], by_hash: bool) -> "Arithmetic":
         """The same of inputs that rest in memory in these formats, as these outputs do too.
+
+        Of a format with blocks it takes the largest of the block, `absmax.NAME`, and what it gives are numbers: they
+        are encoded when the largest of these is known.
 
         Args:
             by_hash: whether it takes the `index` of each number and a `key`, by which formats may round.
         """
+        blocked = [name for name, kind in formats.items() if kind.block]
 
         def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
-            found = self(**{**v, **{name: kind.decode(v[name]) for name, kind in formats.items()}})
+            read = {name: kind.decode(v[name], v.get(f"absmax.{name}")) for name, kind in formats.items()}
+            found = self(**{**v, **read})
             noise = [(v["index"], mix(v["key"] + slot)) if by_hash else None for slot in range(len(outputs))]
-            written = {n: formats[n].encode(found[n], noise=pair) for n, pair in zip(outputs, noise, strict=True)}
-            return {**found, **written}
+            for name, pair in zip(outputs, noise, strict=True):
+                found[name] = found[name] if name in blocked else formats[name].encode(found[name], noise=pair)
+            return found
 
         inputs = {**self.inputs, **{name: kind.dtype_for(torch.float32) for name, kind in formats.items()}}
+        inputs |= {f"absmax.{name}": torch.float32 for name in blocked}
         inputs |= {"index": torch.int64, "key": torch.int32} if by_hash else {}
         return Arithmetic.of(run, inputs, tiles={*formats, "index"})
 
@@ -194,6 +202,12 @@ def _operand(language: Language, names: Mapping[fx.Node, str], node: fx.Node, op
         # A comparison of whole numbers gives a bool: they are of the type that is compared.
         return language.literal.format(type=language.types[kinds[0]], value=repr(operand))
     return language.literal.format(type=language.types[kind], value=repr(float(operand)))
+
+
+def encoding(format: Format) -> Arithmetic:
+    """Codes of numbers `x` of a block, the largest of which is `absmax`."""
+    kinds = {"x": torch.float32, "absmax": torch.float32}
+    return Arithmetic.of(lambda v: {"codes": format.encode(v["x"], v["absmax"])}, kinds, tiles={"x"})
 
 
 @dataclass(frozen=True)

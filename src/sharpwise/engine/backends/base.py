@@ -141,16 +141,18 @@ TYPES = (torch.float32, torch.bfloat16)
 """What kernels read and write; the arithmetic is fp32."""
 
 
-def tensors_refused(view: ParamView, grad: torch.dtype, state: Iterable[Tensor]) -> str:
+def tensors_refused(view: ParamView, grad: torch.dtype, blocks: Iterable[Tensor] = ()) -> str:
     """Why kernels do not take a view for how its gradient, itself or its state are stored, or ""."""
-    strange = [format.name for format in view.formats.values() if not isinstance(format, Dense)]
-    if strange:
-        return f"nothing is printed for storage {strange[0]!r} yet"
-    tensors = [view.param, *state]
-    wrong = next((dtype for dtype in (grad, *(t.dtype for t in tensors)) if dtype not in TYPES), None)
+    if view.cut_blocks:
+        return "a mesh cuts lines whose blocks are coded together"
+    stored = view.stored()
+    dense = [view.param, *(held.codes for held in stored if isinstance(held.format, Dense)), *blocks]
+    wrong = next((dtype for dtype in (grad, *(t.dtype for t in dense)) if dtype not in TYPES), None)
     if wrong is not None:
         return f"fp32 and bf16 alone, not {str(wrong)[6:]}"
-    return "" if all(local(t).is_contiguous() for t in tensors) else "not contiguous"
+    if len({held.format.block for held in stored} - {0}) > 1:
+        return "blocks of several sizes"
+    return "" if all(local(t).is_contiguous() for t in (view.param, *view.elements.values())) else "not contiguous"
 
 
 def compiler_present() -> bool:

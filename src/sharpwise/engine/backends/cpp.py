@@ -19,6 +19,7 @@ from sharpwise.engine.backends.loops import SHARED, Form
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
+from sharpwise.storage import Dense
 
 ONE_THREAD = 1 << 20
 """Elements up to which one thread may do it all: a position embedding, one block."""
@@ -51,7 +52,7 @@ class Cpp(Backend):
             return "empty"
         if not view.contiguous or view.copied:
             return "state is not contiguous" if view.contiguous else "not contiguous"
-        if reason := tensors_refused(view, spec.grad, view.elements.values()):
+        if reason := tensors_refused(view, spec.grad):
             return reason
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason
@@ -126,12 +127,13 @@ class Cpp(Backend):
 def _form(spec: Spec) -> Form:
     view, options = spec.view, spec.options
     fits = all(map(loops.Squares.takes, view.blocks.values()))
-    state = tuple((name, t.dtype) for name, t in {**view.elements, **(view.blocks if fits else {})}.items())
+    state = [(name, held.format) for name, held in zip(view.elements, view.stored(), strict=True)]
+    state += [(name, Dense.of(t.dtype)) for name, t in view.blocks.items()] if fits else []
     return Form(
         view.rule,
         view.param.dtype,
         spec.grad,
-        state,
+        tuple(state),
         coupled=not options.decoupled,
         cautious=options.cautious,
         stochastic=options.stochastic_rounding,

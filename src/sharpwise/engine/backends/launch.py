@@ -95,7 +95,8 @@ class LaunchTable:
             row |= {f"state.{name}": self._address(t) for name, t in view.blocks.items()}
             row |= {"counts": self._address(layout.counts), "block_of": self._address(layout.block_of_row)}
             return [row | self._by_line(view, segments)]
-        if view.uniform and not given and not (stochastic and scattered(view)):
+        blocked = any(held.format.block for held in view.stored())  # whose lines are taken one by one
+        if view.uniform and not given and not blocked and not (stochastic and scattered(view)):
             return [self._row(view, 0, (1, view.numel), True) | {"first": first}]
         if by_row and shape[1] == 1:
             shape, by_row = (1, shape[0]), False  # numbers with rates of their own
@@ -128,11 +129,16 @@ class LaunchTable:
             self.widest = max(self.widest, shape[1], view.n_blocks)
         self.total += 0 if together else size
         self.elements += size
-        tensors = [("p", view.parameter())]
-        tensors += [(f"state.{name}", held.codes) for name, held in zip(view.elements, view.stored(), strict=True)]
+        tensors, absmax = {"p": view.parameter()}, {}
+        for name, held in zip(view.elements, view.stored(), strict=True):
+            tensors[f"state.{name}"] = held.codes
+            if held.absmax is not None:
+                at = start // view.shape[-1] * held.absmax.shape[-1]
+                absmax[f"absmax.state.{name}"] = self._address(held.absmax, at)
         skipped = rows.start * view.shape[1] if isinstance(rows, slice) else 0
         numbers = {"rows": shape[0], "columns": shape[1], "by_row": by_row, "before": before}
-        return {**{n: self._address(t, start) for n, t in tensors}, **numbers, "offset": skipped + start}
+        addresses = {name: self._address(tensor, start) for name, tensor in tensors.items()} | absmax
+        return {**addresses, **numbers, "offset": skipped + start}
 
     def _address(self, tensor: Tensor | None, start: int = 0) -> int:
         if tensor is None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import TYPES, check_own
-from sharpwise.engine.program import Language, Program, usual_defaults
+from sharpwise.engine.program import Language, Program, encoding, usual_defaults
 from sharpwise.rules.base import Rule
-from sharpwise.storage.dense import BF16, Dense
+from sharpwise.storage import FP32, Dense, Format
 
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fwrapv")
 """The first two torch has the other way round; its whole numbers wrap, as those of a hash do."""
@@ -120,14 +120,14 @@ class Form:
     """What a kernel depends on.
 
     Attributes:
-        param, grad: dtypes; state: of each state tensor, by name. Without block state it takes rates by block alone.
+        param, grad: dtypes; state: formats of state, by name. Without block state it takes rates by block alone.
         coupled, cautious: as a program's; stochastic: bf16 is rounded by hash.
     """
 
     rule: Rule
     param: torch.dtype
     grad: torch.dtype
-    state: tuple[tuple[str, torch.dtype], ...]
+    state: tuple[tuple[str, Format], ...]
     coupled: bool = False
     cautious: bool = False
     stochastic: bool = False
@@ -159,7 +159,7 @@ class Kernel:
 
     def __init__(self, form: Form) -> None:
         program = Program.of(form.rule, coupled=form.coupled, cautious=form.cautious)
-        self.tensors = ("p", "g", *(f"state.{name}" for name, _ in form.state))
+        self.tensors = ("p", "g", *(f"state.{name}" for name, _ in form.state), *_absmax(form))
         self.scalars = (*program.scalars, *_OURS)
         self.width = len(self.tensors) + len(NUMBERS) + len(TABLES)
         self.source = _text("sums") + _written(program, form) + _text("step")
@@ -239,25 +239,25 @@ def _own_folder() -> Path:
     return folder
 
 
+def _absmax(form: Form) -> tuple[str, ...]:
+    """Names of the tensors of what blocks share."""
+    return tuple(f"absmax.state.{name}" for name, format in form.state if format.block)
+
+
 def _written(program: Program, form: Form) -> str:
     """What step.cpp needs to know of a rule."""
-    state = {f"state.{name}": Dense.of(dtype) for name, dtype in form.state}
+    state = {f"state.{name}": format for name, format in form.state}
     blocks = {name: own for name, own in state.items() if name.removeprefix("state.") in program.blocks}
     stored = {"p": Dense.of(form.param), **{name: own for name, own in state.items() if name not in blocks}}
     read = {**stored, "g": Dense.of(form.grad)}
-    noisy = form.stochastic and BF16 in stored.values()
-    inputs = {name: f"{_named(name)}[i]" for name in read} | {"rate": "rates[i]", "decay": "decays[i]"}
-    inputs |= {"clip": "s.clip", "weight_decay": "s.weight_decay", "index": "index + i", "key": "key"}
-    moved, values = program.move.in_memory(read, list(stored), noisy).printed(CPP, inputs | _scalars(program), "    ")
-    stores = [f"    {_named(name)}[i] = {values[name]};" for name in stored]
-    pointers = "".join(_pointer(name, own, "at", "const " * (name == "g")) for name, own in read.items())
     scalars = [*_scalars(program).values(), *(f"s.{name}" for name in _OURS)]
+    pointers = "".join(_pointer(name, own, "at", "const " * (name == "g")) for name, own in read.items())
     return f"""
 using P = {CPP.types[form.param]};
 using G = {CPP.types[form.grad]};
 struct Scalars {{ float {", ".join(name.removeprefix("s.") for name in scalars)}; }};
 struct Job {{
-  void {", ".join(f"*{_named(name)}" for name in ("p", "g", *state))};
+  void {", ".join(f"*{_named(name)}" for name in ("p", "g", *state, *_absmax(form)))};
   int64_t {", ".join(NUMBERS)};
   const float* rates;
   const int64_t* rate_of;
@@ -281,14 +281,39 @@ inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.de
 template <typename Rates, typename Decays>
 inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays, int64_t index) {{
 {pointers}  const int64_t key = m.key;
-  #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {{
-{moved}
-{chr(10).join(stores)}
-  }}
-}}
+{_moves(program, read, list(stored), form)}}}
 {_denominator(program, blocks) if blocks else _NO_PHASE}
 """
+
+
+def _moves(program: Program, read: Mapping[str, Format], stored: Sequence[str], form: Form) -> str:
+    """The loops over the elements: one, or, where there are blocks, two for each of them."""
+    noisy = form.stochastic and any(read[name] != FP32 and not read[name].block for name in stored)
+    blocked = [name for name in stored if read[name].block]
+    inputs = {name: f"{_named(name)}[i]" for name in read} | {"rate": "rates[i]", "decay": "decays[i]"}
+    inputs |= {"clip": "s.clip", "weight_decay": "s.weight_decay", "index": "index + i", "key": "key"}
+    inputs |= {f"absmax.{name}": f"{_named(name)}old" for name in blocked} | _scalars(program)
+    moved, values = program.move.in_memory(read, stored, noisy).printed(CPP, inputs, "    ")
+    targets = {name: f"{_named(name)}new[i - begin]" if name in blocked else f"{_named(name)}[i]" for name in stored}
+    stores = "\n".join(f"    {target} = {values[name]};" for name, target in targets.items())
+    loop = f"  #pragma omp simd\n  for (int64_t i = begin; i < end; ++i) {{\n{moved}\n{stores}\n  }}\n"
+    if not blocked:
+        return f"  const int64_t begin = 0, end = n;\n{loop}"
+    (size,) = {read[name].block for name in blocked}
+    before, after = "", ""
+    for name in blocked:
+        own, absmax = _named(name), _named(f"absmax.{name}")
+        before += f"  float {own}new[{size}];\n  float* {absmax} = line(m.{absmax}, at, n, {size});\n"
+        loop = f"  const float {own}old = {absmax}[begin / {size}];\n{loop}"
+        encoded, codes = encoding(read[name]).printed(
+            CPP, {"x": f"{own}new[i - begin]", "absmax": f"{own}most"}, "    "
+        )
+        after += f"  const float {own}most = {absmax}[begin / {size}] = most({own}new, end - begin);\n"
+        after += f"  #pragma omp simd\n  for (int64_t i = begin; i < end; ++i) {{\n{encoded}\n"
+        after += f"    {own}[i] = {codes['codes']};\n  }}\n"
+    each = f"  for (int64_t begin = 0; begin < n; begin += {size}) {{\n"
+    end = f"  const int64_t end = std::min(begin + {size}, n);\n"
+    return f"{before}{each}{end}{loop}{after}  }}\n"
 
 
 _NO_PHASE = """
@@ -297,11 +322,11 @@ inline double denominator(const Scalars&, const Job&, int64_t, double) { return 
 """
 
 
-def _denominator(program: Program, blocks: Mapping[str, Dense]) -> str:
+def _denominator(program: Program, blocks: Mapping[str, Format]) -> str:
     assert program.phase is not None
     inputs = {"mean": "mean", **{name: f"to<float>(*{_named(name)})" for name in blocks}, **_scalars(program)}
     worked_out, values = program.phase.printed(CPP, inputs)
-    stores = [f"  *{_named(name)} = to<{CPP.types[own.dtype]}>({values[name]});" for name, own in blocks.items()]
+    stores = [f"  *{_named(name)} = to<{_type(own)}>({values[name]});" for name, own in blocks.items()]
     pointers = "".join(_pointer(name, own, "b") for name, own in blocks.items())
     return f"""
 constexpr bool BLOCKS = true;
@@ -318,9 +343,15 @@ def _scalars(program: Program) -> dict[str, str]:
 
 
 def _named(name: str) -> str:
-    return f"{name.removeprefix('state.')}_" if name.startswith("state.") else name  # none of ours ends so
+    if name.startswith("absmax."):
+        return f"{_named(name.removeprefix('absmax.'))}absmax"
+    return f"{name.removeprefix('state.')}_" if name.startswith("state.") else name  # none of ours has a _ there
 
 
-def _pointer(name: str, own: Dense, at: str, constant: str = "") -> str:
-    kind = constant + CPP.types[own.dtype]
+def _type(own: Format) -> str:
+    return CPP.types[own.dtype_for(torch.float32)]
+
+
+def _pointer(name: str, own: Format, at: str, constant: str = "") -> str:
+    kind = constant + _type(own)
     return f"  {kind}* __restrict__ {_named(name)} = static_cast<{kind}*>(m.{_named(name)}) + {at};\n"

@@ -87,7 +87,7 @@ def store(
     held: Stored, value: Tensor, s: Mapping[str, Any], noise: Noise | None, slot: int, absmax: Tensor | None = None
 ) -> None:
     """Round and write one tensor, of which `slot` is the number, unless the step is not taken."""
-    rounds = held.codes.dtype == torch.bfloat16 or not isinstance(held.format, Dense)
+    rounds = held.codes.dtype == torch.bfloat16 or not (isinstance(held.format, Dense) or held.format.block)
     own = (noise.row + noise.column, mix(noise.key + slot)) if noise is not None and rounds else None
     held.copy_(held.encode(value, own, absmax), s["ok"] != 0 if "ok" in s else True)
 

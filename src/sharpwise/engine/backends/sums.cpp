@@ -28,7 +28,23 @@ template <typename To, typename From> inline To to(From x) {
 
 template <typename T> T larger(T x, T y) { return x > y || x != x ? x : y; }
 template <typename T> T clamped(T x, T low, T high) { return x < low ? low : x > high ? high : x; }
-inline float sign(float x) { return float((x > 0) - (x < 0)); }  // as torch's, of NaN too
+// As torch's, of NaN too. Not as a difference of two comparisons, for which GCC leaves the vectors.
+inline float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
+
+// The largest of their sizes; NaN if one is: by their bits, of which NaN has the largest.
+inline float most(const float* x, int64_t n) {
+  int32_t found = 0;
+  #pragma omp simd reduction(max : found)
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t bits = __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff;
+    found = bits > found ? bits : found;
+  }
+  return __builtin_bit_cast(float, found);
+}
+// What the blocks of a line of n elements share, of that which begins at an element.
+inline float* line(void* blocks, int64_t at, int64_t n, int64_t size) {
+  return static_cast<float*>(blocks) + at / n * ((n + size - 1) / size);
+}
 
 constexpr int64_t LANES = 8;
 template <typename T> struct Vector {

@@ -58,8 +58,10 @@ class Triton(Backend):
             return "the rule looks at whole matrices"
         if spec.controlled:
             return "a control: rows have decays of their own"
-        if reason := tensors_refused(view, spec.grad, (*view.elements.values(), *view.blocks.values())):
+        if reason := tensors_refused(view, spec.grad, view.blocks.values()):
             return reason
+        if any(not isinstance(held.format, Dense) for held in view.stored()):
+            return "no kernel for storage in 8 bits yet"
         if not view.by_row and any(view.state_key(name) != name for name in view.elements):
             return "columns with state of their own"
         if spec.options.stochastic_rounding and any(view.shard.offset[1:]):
