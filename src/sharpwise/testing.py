@@ -19,8 +19,7 @@ from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
 from sharpwise.optim import BLOCK_LRS, COMBINES, STORAGES, create_optimizer
-from sharpwise.storage import Dense
-from sharpwise.storage.dense import round_to
+from sharpwise.storage.check import check_storage
 
 EXAMPLES = {
     "llr": "llr(every=4, stop=4, soft=2, least=4)",
@@ -360,22 +359,6 @@ def check_measured(block_lr: BlockLR, steps: int = 8) -> None:
 
 def _multipliers(optimizer: BlockOptimizer) -> list[Any]:
     return [row["multiplier"] for row in optimizer.lr_multipliers()]
-
-
-def check_storage(storage: Dense) -> None:
-    """Zero is exactly zero, rounding is idempotent and within one unit in the last place; unbiased if stochastic."""
-    numbers = torch.randn(4096, generator=torch.Generator("cpu").manual_seed(0), **_PLACE)
-    x = torch.cat((torch.zeros(3, **_PLACE), numbers))
-    dtype = storage.dtype_for(torch.float32)
-    stored = round_to(x, dtype, None, 0)
-    assert (stored[:3] == 0).all() and torch.equal(round_to(stored.float(), dtype, None, 0), stored)
-    step = torch.finfo(dtype).eps
-    assert ((stored.float() - x).abs() <= x.abs() * step / 2 + 1e-30).all(), "rounding is off by more than half a unit"
-    index = torch.arange(len(x), device="cpu")
-    noisy = [round_to(x, dtype, index, key).float() for key in range(256)]
-    assert all(((n - x).abs() <= x.abs() * step + 1e-30).all() for n in noisy), "off by more than a unit"
-    mean = torch.stack(noisy).double().mean(0)
-    assert ((mean - x).abs() <= x.abs() * step * 0.5 * 5 / 16 + 1e-30).all(), "stochastic rounding is biased"
 
 
 __all__ = [

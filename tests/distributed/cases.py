@@ -30,7 +30,7 @@ def _supported() -> list[tuple[str, str, str]]:
     found = []
     for rule, (block_lrs, storages) in COMBINES.items():
         for storage in storages:
-            roundings = [storage] if storage == "fp32" else [storage, f"{storage}, stochastic"]
+            roundings = [storage, f"{storage}, stochastic"] if storage == "bf16" else [storage]
             found += [(rule, block_lr, name) for block_lr in ("", *block_lrs) for name in roundings]
     return found
 

@@ -13,18 +13,22 @@ from torch import Tensor
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
 from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
-from sharpwise.engine.state import FIXED, TORCH_ONLY, block_lr_keys, is_of_block_lr, keys_of, refuse_variants, zeros
+from sharpwise.engine.recoding import renamed
+from sharpwise.engine.state import (
+    FIXED,
+    STORAGES,
+    TORCH_ONLY,
+    block_lr_keys,
+    is_of_block_lr,
+    keys_of,
+    refuse_variants,
+    zeros,
+)
 from sharpwise.engine.view import ParamView
 from sharpwise.hints import kind_of
 from sharpwise.shards import is_dtensor, local
 
 logger = logging.getLogger(__name__)
-
-OLD_NAMES = (
-    {"lr_before": "multiplier_from", "lr_after": "multiplier_to", "lr_measured": "block_lr_measured"},
-    {"lr_step": "block_lr_step", "lr_switch": "multiplier_ramp"},
-)
-"""Keys of a block_lr in state dicts of versions before the first release: in the state of a parameter, in a group."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Saved:
 
     Attributes:
         state: by parameter name; `groups`: new hyperparameters, in the order of the optimizer's groups.
+        storages: names of those it was saved in, likewise.
         ours: whether this rule wrote it, by its own account; `anew`: whether its multipliers are of another block_lr.
     """
 
     state: dict[str, dict[str, Any]]
     groups: list[dict[str, Any]]
+    storages: dict[str, dict[str, str]]
     ours: bool
     anew: bool
 
@@ -84,28 +90,9 @@ def read(
     anew = _is_of_another(block_lr, [group.pop("block_lr", None) for group in new], who)
     if anew:
         state = {n: {k: v for k, v in own.items() if not is_of_block_lr(k)} for n, own in state.items()}
-    return Saved(state, new, ours, anew)
-
-
-def renamed(held: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state of a parameter, or a group, with the keys of a block_lr under their present names.
-
-    Present names beside old ones are of the optimizer that loads: `set_optimizer_state_dict` merges both.
-    """
-    for names in OLD_NAMES:
-        if names.keys() <= held.keys():
-            held = {k: v for k, v in held.items() if k not in names.values()}
-            held = {names.get(k, k): v for k, v in held.items()}
-    return held
-
-
-def rename(held: Iterable[dict[str, Any]]) -> None:
-    """The same in place, of what a pickle holds."""
-    for own in held:
-        new = renamed(own)
-        if new is not own:
-            own.clear()
-            own.update(new)
+    home = {i: group for group in state_dict["param_groups"] for i in group["params"]}
+    storages = {n: {k: home[ids[n]][k] for k in STORAGES if k in home[ids[n]]} for n, _ in current}
+    return Saved(state, new, storages, ours, anew)
 
 
 def _check_form(saved: Mapping[str, Any], who: str) -> None:
@@ -203,6 +190,7 @@ def _check_fits(view: ParamView, own: Mapping[str, Any], saved: Mapping[str, Any
     """Raise unless the saved state of one parameter fits the allocated one.
 
     Args:
+        storages: names of those it was saved in, likewise.
         ours: whether this rule wrote the file, by its own account: other keys in it were then put there by others.
 
     Raises:

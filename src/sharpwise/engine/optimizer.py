@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from sharpwise.engine.layout import Layouts
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
+from sharpwise.engine.recoding import announce, recoded, rename
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import views_of
@@ -256,14 +258,14 @@ class BlockOptimizer(KnownOptions, Optimizer):
             for group, new in zip(self.param_groups, saved.groups, strict=True):
                 group.update(new)
             begun = {name for name, own in saved.state.items() if "step" in own}
-            pairs = [
-                pair
-                for v in self._bind(begun).views
-                if v is (v.siblings or (v,))[0]
-                for pair in loading.prepared(v, self.state[v.param], saved.state[v.name], saved.ours, self.who)
-            ]
+            pairs, changed = [], Counter[tuple[str, str]]()
+            for v in self._bind(begun).views:
+                if v is (v.siblings or (v,))[0]:
+                    theirs = recoded(v, saved.state[v.name], saved.storages[v.name], changed, self.who)
+                    pairs += loading.prepared(v, self.state[v.param], theirs, saved.ours, self.who)
             for group in state_dict["param_groups"]:
                 loading.check_decay(group, self.defaults, self.who)
+        announce(changed, self.who)
         with torch.no_grad():
             for target, value in pairs:
                 target.copy_(value)
@@ -283,7 +285,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        loading.rename([*self.state.values(), *self.param_groups, self.defaults])
+        rename([*self.state.values(), *self.param_groups, self.defaults])
         self._model, self._replicas = _no_model, None
         self._reset()
 

@@ -21,7 +21,15 @@ SHORTEST_LINE = 64
 """Of formats with blocks: what is in shorter ones stays in fp32."""
 TIED = {"tok_emb", "head"}
 """The roles of a tensor that is both."""
-FIXED = {"rule": None, "decoupled_weight_decay": True, "cautious_decay": False, "block_lr": None}
+STORAGES = ("storage", "aux_storage")
+"""Keys of groups that name formats with blocks."""
+FIXED = {
+    "rule": None,
+    "decoupled_weight_decay": True,
+    "cautious_decay": False,
+    "block_lr": None,
+    **dict.fromkeys(STORAGES),
+}
 """Keys of groups that hold for the whole optimizer, fixed when it is built; with what holds where there is no key."""
 TORCH_ONLY = {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
 """Keys of torch's groups that are no hyperparameters here."""

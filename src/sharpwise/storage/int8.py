@@ -19,7 +19,7 @@ numbers. No stochastic rounding: of momentum it made the error of a step 1.4 tim
 
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class Int8(Format):
         if self.block < 1:
             raise ValueError(f"block is {self.block}: it has to be 1 or more elements")
         object.__setattr__(self, "name", f"int8-{self.code}" + f"-{self.block}" * (self.block != 256))
+
+    @staticmethod
+    def named(name: str) -> "Int8 | None":
+        """The format of a name; None if it is of none."""
+        before, code, size = (*name.split("-"), "256")[:3] if name.count("-") in (1, 2) else ("", "", "")
+        fits = before == "int8" and code in ("linear", "dynamic") and size.isdecimal() and int(size) > 0
+        return Int8(cast(Any, code), int(size)) if fits else None
 
     def for_squares(self) -> "Int8":
         return replace(self, unsigned=True)

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from sharpwise.engine.loading import OLD_NAMES
+from sharpwise.engine.recoding import OLD_NAMES
 from sharpwise.files import sync
 from sharpwise.shards import Shard, is_dtensor, like, local
 from sharpwise.train.distributed import Several
