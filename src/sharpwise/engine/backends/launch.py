@@ -129,7 +129,7 @@ class LaunchTable:
             self.widest = max(self.widest, shape[1], view.n_blocks)
         self.total += 0 if together else size
         self.elements += size
-        tensors, absmax = {"p": view.parameter()}, {}
+        tensors, absmax = {"p": view.parameter()}, {"line": view.shape[-1]}
         for name, held in zip(view.elements, view.stored(), strict=True):
             tensors[f"state.{name}"] = held.codes
             if held.absmax is not None:

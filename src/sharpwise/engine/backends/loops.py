@@ -135,13 +135,13 @@ class Form:
 
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
-    *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks"),
+    *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks", "line"),
 )
 """What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
 if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
 where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
 its factors of decay likewise; where the scalars are; the global number of its first element, from row to row; the key
-of its noise; blocks of columns."""
+of its noise; blocks of columns; elements of a line, where blocks of state lie within those."""
 TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
 """And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
 rates are; `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
@@ -303,17 +303,17 @@ def _moves(program: Program, read: Mapping[str, Format], stored: Sequence[str], 
     before, after = "", ""
     for name in blocked:
         own, absmax = _named(name), _named(f"absmax.{name}")
-        before += f"  float {own}new[{size}];\n  float* {absmax} = line(m.{absmax}, at, n, {size});\n"
-        loop = f"  const float {own}old = {absmax}[begin / {size}];\n{loop}"
+        before += f"  float {own}new[{size}];\n  float* {absmax} = line(m.{absmax}, at, m.line, {size});\n"
+        loop = f"  const float {own}old = *{absmax};\n{loop}"
         encoded, codes = encoding(read[name]).printed(
             CPP, {"x": f"{own}new[i - begin]", "absmax": f"{own}most"}, "    "
         )
-        after += f"  const float {own}most = {absmax}[begin / {size}] = most({own}new, end - begin);\n"
+        after += f"  const float {own}most = *{absmax}++ = most({own}new, end - begin);\n"
         after += f"  #pragma omp simd\n  for (int64_t i = begin; i < end; ++i) {{\n{encoded}\n"
         after += f"    {own}[i] = {codes['codes']};\n  }}\n"
-    each = f"  for (int64_t begin = 0; begin < n; begin += {size}) {{\n"
-    end = f"  const int64_t end = std::min(begin + {size}, n);\n"
-    return f"{before}{each}{end}{loop}{after}  }}\n"
+    each = "  for (int64_t begin = 0, end = 0, last = 0; begin < n; begin = end) {\n"
+    each += "  last += begin == last ? m.line : 0;\n"
+    return f"{before}{each}  end = std::min(begin + {size}, last);\n{loop}{after}  }}\n"
 
 
 _NO_PHASE = """
