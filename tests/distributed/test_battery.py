@@ -90,7 +90,7 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert result["skipped"] == [int(case.guard)] * 2
     for name, (parameter, state) in result["differences"].items():
         exact = case.path == "eager" and not case.guard and name not in result["rows cut"]
-        assert parameter <= (0.0 if exact else 1e-6), f"{name}: {parameter:.1e}, exact: {exact}"
+        assert parameter <= (0.0 if exact else _of_parameters(case)), f"{name}: {parameter:.1e}, exact: {exact}"
         assert state <= (0.0 if exact else _of_state(case)), f"{name}: state {state:.1e}"
     exchanges = result["exchanges"]
     shared = result["cut"] or case.rule == "muon"
@@ -103,7 +103,14 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert result["alone"] == 0
 
 
+def _of_parameters(case: Case) -> float:
+    # Of a sum that rounds the other way the next code may be the nearest: a hundredth of the largest update.
+    return 1e-4 if "int8" in case.storage else 1e-6
+
+
 def _of_state(case: Case) -> float:
+    if "int8" in case.storage:
+        return 2 / 127
     # A basis of what is nearly of lower rank magnifies the last bits; the product does not. So do small singular values
     # that are made large: the rows of an update say so where gradients differ in the last bit of clipping.
     return 1e-5 if case.rule == "low rank" or (case.rule == "muon" and case.guard) else 1e-6
@@ -115,6 +122,7 @@ def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> i
         return int(cut)
     control = CONTROLS.get(case.storage.partition(", ")[2])
     more = control is not None and (control.over == "matrix" or bool(result["rows cut"]))
+    more += result["lines cut"]
     if case.rule in EXPECTED:  # the first sums ride with the norm
         return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted")) + more
     return int(case.guard or case.rule == "adam-mini") + more
