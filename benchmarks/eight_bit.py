@@ -24,20 +24,17 @@ class Arm:
         name: how tables and results call it.
         build: makes the optimizer of a model at a learning rate.
         package: that it needs, "" for none.
-        ours: constructor of sharpwise that has to be there, "" for none.
     """
 
     name: str
     build: Build
     package: str = ""
-    ours: str = ""
 
     @property
     def missing(self) -> str:
         """Why it cannot be built here, "" where it can."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        return f"sharpwise has no {self.ours}" if self.ours and not hasattr(sharpwise, self.ours) else ""
+        there = not self.package or importlib.util.find_spec(self.package) is not None
+        return "" if there else f"{self.package} is not installed"
 
 
 def adamw(**options: Any) -> Build:
@@ -63,7 +60,7 @@ def torch_adamw(model: nn.Module, lr: float = LR) -> torch.optim.Optimizer:
 
 
 FP32 = Arm("sharpwise AdamW", adamw())
-DYNAMIC = Arm("sharpwise AdamW int8-dynamic", adamw(storage="int8-dynamic", keep_fp32=()), ours="AdamW8bit")
+DYNAMIC = Arm("sharpwise AdamW int8-dynamic", adamw(storage="int8-dynamic", keep_fp32=()))
 PEERS = [
     Arm("bitsandbytes AdamW8bit", bitsandbytes, package="bitsandbytes"),
     Arm("torchao AdamW8bit compiled", torchao, package="torchao"),
@@ -75,16 +72,14 @@ ARMS = [FP32, DYNAMIC, *PEERS, TORCH]
 # --- the part of Muon that goes element by element -------------------------------------------------------------------
 
 
-def muon(constructor: str, **options: Any) -> Build:
+def muon(**options: Any) -> Build:
     """Muon as it is; what is made orthogonal is left out within `elements_alone`."""
-    return lambda model, lr=LR: getattr(sharpwise, constructor)(
-        model, lr, weight_decay=WEIGHT_DECAY, blocks=MATRICES, **options
-    )
+    return lambda model, lr=LR: sharpwise.Muon(model, lr, weight_decay=WEIGHT_DECAY, blocks=MATRICES, **options)
 
 
 MATRICES = {f"*.{name}": name for name in ("q", "k", "v", "o", "up", "down")}
-MUON_FP32 = Arm("sharpwise Muon, elements", muon("Muon"))
-MUON_LINEAR = Arm("sharpwise Muon8bit, elements", muon("Muon8bit"), ours="Muon8bit")
+MUON_FP32 = Arm("sharpwise Muon, elements", muon())
+MUON_LINEAR = Arm("sharpwise Muon int8-linear, elements", muon(storage="int8-linear"))
 MATRIX_ARMS = [MUON_FP32, MUON_LINEAR, *PEERS, TORCH]
 
 

@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sharpwise
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-OURS = pytest.mark.skipif(not hasattr(sharpwise, "AdamW8bit"), reason="no 8-bit state yet")
 # They warn as they are imported, and where torch.compile meets their tensors.
 pytestmark = pytest.mark.filterwarnings("ignore")
 PEERS = ("bitsandbytes AdamW8bit", "torchao AdamW8bit compiled")
@@ -53,7 +50,6 @@ def test_gradients_are_those_of_the_seed(eight_bit):
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-@OURS
 def test_a_second_moment_that_is_small_is_not_rounded_to_nothing(eight_bit):
     """Rows without gradients for a while: momentum over eps would be a thousand times the step."""
     rows = eight_bit.distance(built(eight_bit, eight_bit.DYNAMIC.name))
@@ -61,7 +57,6 @@ def test_a_second_moment_that_is_small_is_not_rounded_to_nothing(eight_bit):
     assert rows["vector"]["of_way"] < 1e-6
 
 
-@OURS
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("figure", ["largest", "norm"])
 def test_no_further_than_others(eight_bit, peer, figure):

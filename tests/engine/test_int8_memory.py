@@ -15,7 +15,6 @@ PUBLISHED = {
     "gpt2-1.5b": (1_557_611_200, 6.112 * GI, 2.0 * GI, 1.56 * GI, 0.67),
     "llama-7b": (6_738_415_616, 26.08 * GI, 8.1 * GI, 6.6 * GI, 0.69),
 }
-EIGHT = pytest.mark.skipif(not hasattr(sharpwise, "Muon8bit"), reason="no 8-bit state yet")
 
 
 @cache
@@ -56,7 +55,6 @@ def test_in_fp32(name):
     assert state_bytes(name, "Muon") == pytest.approx(muon, rel=1e-3)
 
 
-@EIGHT
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_muon_with_its_adamw_half_in_fp32(name):
     _, _, eight, _, saved = PUBLISHED[name]
@@ -65,7 +63,6 @@ def test_muon_with_its_adamw_half_in_fp32(name):
     assert 1 - found / state_bytes(name, "Muon") == pytest.approx(saved, abs=0.01)
 
 
-@EIGHT
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_muon_with_both_halves_in_8_bits(name):
     found = state_bytes(name, "Muon8bit", aux_storage="int8-dynamic")
@@ -73,7 +70,6 @@ def test_muon_with_both_halves_in_8_bits(name):
     assert 0.74 <= 1 - found / state_bytes(name, "Muon") <= 0.75
 
 
-@EIGHT
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_adamw(name):
     """25.5%: a quarter, a scale of four bytes to 256 codes, and what is 1-D in fp32."""
@@ -81,7 +77,6 @@ def test_adamw(name):
     assert 0.25 * (1 + 4 / 256) <= found / state_bytes(name, "AdamW") <= 0.255
 
 
-@EIGHT
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_adamw_that_keeps_embeddings(name):
     """Embeddings, positions and head, tied or not, weigh what they weigh in fp32."""
