@@ -11,7 +11,7 @@ import torch
 
 from sharpwise.train.environment import commit
 
-PEERS = ("numpy", "torch", "transformers", "adam-mini", "pytorch_optimizer", "sharpwise")
+PEERS = ("numpy", "torch", "transformers", "adam-mini", "pytorch_optimizer", "bitsandbytes", "torchao", "sharpwise")
 
 
 def environment() -> dict[str, Any]:

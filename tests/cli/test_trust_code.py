@@ -182,6 +182,18 @@ def test_functions_of_any_module(here: Path, name: str) -> None:
     assert not (here / "ran").exists()
 
 
+def test_a_module_in_folders_without_init(here: Path) -> None:
+    """As a recipe's: `recipes/int8/flat2048.py`."""
+    (here / "outer" / "inner").mkdir(parents=True)
+    (here / "outer" / "inner" / "own.py").write_text(PLANTED)
+    own = f"{here}/outer/inner/own.py"
+    for name, file in {"outer.inner.own": own, "outer.inner.none": "not found", "outer.none.own": "not found"}.items():
+        (here / "run" / "config.toml").write_text(f'[model]\nname = "{name}:build"\n{DATA}')
+        result = call("measure", "spectrum", "run")
+        assert result.exit_code == 2 and f"would import {name} ({file}) and call build" in result.stderr
+    assert not (here / "ran").exists() and "outer" not in sys.modules
+
+
 def test_what_runs_no_code_needs_no_confirmation(here: Path) -> None:
     (here / "run" / "config.toml").write_text('[model]\nname = "gpt2-tiny"\n[data]\npath = "nowhere"\n')
     assert "no such folder: nowhere" in call("measure", "spectrum", "run").stderr

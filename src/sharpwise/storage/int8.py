@@ -14,7 +14,9 @@ number. Corrected is where cells are not of one size: from a decade's begin at f
 decade below is nearer; in the last quarter of the last cell 1 is.
 
 Departs: dynamic codes are rotated, so that zeros mean zero: 0 is 0, 1 to 128 the positive, 255 down to 129 the negative
-numbers. No stochastic rounding: of momentum it made the error of a step 1.4 times as large.
+numbers. Unsigned ones of what is above 0 are at least 1: a second moment that is rounded to 0 stays there while a row
+has no gradient, and its momentum, divided by eps alone, moves it by thousands of lr. No stochastic rounding: of
+momentum it made the error of a step 1.4 times as large.
 """
 
 from dataclasses import dataclass, field, replace
@@ -84,9 +86,12 @@ class Int8(Format):
         x = x.to(torch.float32)
         inverse = torch.where(absmax >= _SMALLEST, absmax.reciprocal(), absmax * 0.0)
         # Of infinity / infinity and NaN this is 1: what becomes a whole number is always a number.
-        y = (_bits(x * inverse) & 0x7FFFFFFF).clamp(0, _BITS_OF_1).view(torch.float32)
+        bits = (_bits(x * inverse) & 0x7FFFFFFF).clamp(0, _BITS_OF_1)
+        y = bits.view(torch.float32)
         if self.code == "dynamic":
             below, above = _numbers(y, self.unsigned)
+            if self.unsigned:
+                above = _larger(above, bits.clamp(0, 1))  # as integers, without a comparison
         else:
             below = above = (y * (255.0 if self.unsigned else 127.0)).round().to(torch.int32)
         codes = above if self.unsigned else torch.where(x < 0.0, -below, above)

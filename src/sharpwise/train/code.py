@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -96,7 +96,8 @@ def _call(spec: str, settings: Mapping[str, Any]) -> str:
 
 def _file_of(module: str) -> str:
     """Where a module would be imported from. Nothing is imported, not even the packages around it."""
-    name, places, found = "", None, None
+    name, found = "", None
+    places: Sequence[str] | None = None
     with current_directory_first():
         for part in module.split("."):
             if name and places is None:  # in what is no package
@@ -106,6 +107,12 @@ def _file_of(module: str) -> str:
                 found = PathFinder.find_spec(name, places) if places else importlib.util.find_spec(name)
             except (ImportError, ValueError):  # of a module that runs and came from no file
                 return "of no file"
+            except KeyError:  # of a folder without __init__.py in another, Python wants that one imported
+                inside = [Path(place, part) for place in places or ()]
+                found, places = None, [*dict.fromkeys(str(folder) for folder in inside if folder.is_dir())]
+                if not places:
+                    return "not found"
+                continue
             if found is None:
                 return "not found"
             places = found.submodule_search_locations
