@@ -38,6 +38,17 @@ def parse_arm(text: str) -> dict[str, str]:
     return {**found, "block_lr": str(make_block_lr(block_lr))}
 
 
+def arm_name(arm: Mapping[str, str]) -> str:
+    """The name that `parse_arm` reads as this.
+
+    >>> arm_name(parse_arm("muon-8bit + blockwise"))
+    'muon-8bit+blockwise'
+    """
+    own = {key: value for key, value in arm.items() if key != "block_lr"}
+    names = [name for name, preset in PRESETS.items() if preset == own] or [arm["name"]]
+    return "+".join([names[0], *([arm["block_lr"]] if "block_lr" in arm else [])])
+
+
 def split_arm(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an optimizer, by `name`, which may be a whole arm: with its name and its block_lr apart.
 

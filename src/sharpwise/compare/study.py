@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sharpwise.arms import arm_name
 from sharpwise.block_lr import Ablation, make_block_lr
 from sharpwise.compare.tuning import HORIZONS, Losses, Space, Trial, needed
 from sharpwise.hints import nearest
@@ -239,12 +240,12 @@ def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> 
 def _name_of(name: str, table: Mapping[str, Any]) -> str:
     """What an arm is called: as its optimizer is spelled, or where the table names that, as the study says."""
     if "name" not in table:
-        return _spelled(parse_optimizer(name))
-    own = _spelled(parse_optimizer(table["name"]))
+        return arm_name(parse_optimizer(name))
+    own = arm_name(parse_optimizer(table["name"]))
     if not name.strip() or not name.isprintable():
         raise ValueError(f"an arm needs a name that can be shown, got {name!r}")
     try:
-        meant = _spelled(parse_optimizer(name))
+        meant = arm_name(parse_optimizer(name))
     except ValueError:  # it is called as nothing else is
         return name
     if meant != own:
@@ -277,7 +278,7 @@ def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
 
 def _called(name: Any, names: Collection[str], what: str) -> str:
     """The arm that is meant by a name of it. Raises ValueError, with `what` names it, where there is none."""
-    found = name if name in names else _spelled(parse_optimizer(name))
+    found = name if name in names else arm_name(parse_optimizer(name))
     if found not in names:
         raise ValueError(f"{what} {name!r} is no arm{nearest(found, names)}; arms are {', '.join(names)}")
     return found
@@ -293,7 +294,7 @@ def _ablations(tables: Mapping[str, Any]) -> dict[str, Any]:
         if block_lr is None or isinstance(make_block_lr(block_lr), Ablation):
             continue
         for kind in ABLATIONS:
-            spelled = f"{arm['name']}+{kind}({block_lr})"
+            spelled = arm_name({**arm, "block_lr": f"{kind}({block_lr})"})
             found |= {f"{name}, {kind}": {**table, "name": spelled}} if "name" in table else {spelled: table}
     return {name: table for name, table in found.items() if name not in there}
 
@@ -323,10 +324,6 @@ def _positive(value: Any) -> bool:
 
 def _numbers(values: Any) -> bool:
     return isinstance(values, Sequence) and not isinstance(values, str) and all(map(_positive, values))
-
-
-def _spelled(optimizer: Mapping[str, str]) -> str:
-    return "+".join(optimizer.values())
 
 
 def _unique(names: Any) -> list[str]:
@@ -375,4 +372,4 @@ def _said(arm: Arm) -> str:
     space = arm.space
     tuned = f"lrs {list(space.lrs)}, most {space.most}, search {dict(space.search)}"
     how = f"setting_of {arm.setting_of}" if arm.setting_of else tuned
-    return f"{_spelled(arm.optimizer)}, {how}, settings {dict(arm.settings)}"
+    return f"{arm_name(arm.optimizer)}, {how}, settings {dict(arm.settings)}"
