@@ -23,7 +23,11 @@ import sharpwise
 
 STOPS, STEPS = (6, 8), 13
 """A run stops at 6, goes on elsewhere to 8, and ends at 13."""
-MODELS: dict[str, Callable[[], nn.Module]] = {"linear": lambda: nanogpt(layers=1), "conv1d": lambda: gpt2(n_layer=1)}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nanogpt(layers=1),
+    "conv1d": lambda: gpt2(n_layer=1),
+    "wide": lambda: gpt2(n_layer=1, n_embd=99),
+}
 
 KINDS: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "adamw, blockwise": ("linear", torch.float32, "adamw", {"block_lr": sharpwise.BlockwiseLR(floor=0.02)}),
@@ -32,6 +36,8 @@ KINDS: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "adamw, stochastic": ("linear", torch.float32, "adamw", {"storage": "bf16", "stochastic_rounding": True}),
     "adam-mini, stochastic": ("linear", torch.bfloat16, "adam-mini", {"storage": "bf16", "stochastic_rounding": True}),
     "adamw, clip and skip": ("linear", torch.float32, "adamw", {"max_grad_norm": 1.0, "on_nonfinite": "skip"}),
+    "adamw, int8": ("wide", torch.float32, "adamw", {"storage": "int8-dynamic", "keep_fp32": ()}),
+    "muon, int8": ("wide", torch.float32, "muon", {"storage": "int8-linear", "aux_storage": "int8-dynamic"}),
     "muon, heads": ("conv1d", torch.float32, "muon", {"normalize_rows": True, "per_head": True, "aux_lr": 0.01}),
 }
 WAYS = ("full", "offloaded", "shards", "flat")

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import sharpwise
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.stored import Stored
 from sharpwise.storage import Int8
 from sharpwise.testing import fill_gradients, run, same, tiny_model
 
@@ -284,6 +285,23 @@ def test_codes_that_nobody_knows_are_not_loaded():
     saved["param_groups"][0].pop("storage")
     with pytest.raises(ValueError, match="codes of storage None"):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("storage", ["int8-dynamic", "int8-linear-2048"])
+@pytest.mark.parametrize("cuts", [(0, 300, 700), (0, 1, 255, 256, 257, 700), (0, 0, 512, 512, 700)], ids=str)
+def test_parts_of_lines_have_the_codes_of_the_whole(storage, cuts):
+    """What processes hold of lines: the largest of blocks from all of them, then their codes put together."""
+    format = Int8.named(storage)
+    x = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
+    empty = torch.zeros(3, -(-700 // format.block))
+    whole = Stored(format, torch.empty(3, 700, dtype=format.dtype_for(x.dtype)), empty).encode(x)
+    parts = [Stored(format, whole.codes[:, a:b], empty, a) for a, b in itertools.pairwise(cuts)]
+    pieces = [x[:, a:b] for a, b in itertools.pairwise(cuts)]
+    absmax = torch.stack([part.measured(piece) for part, piece in zip(parts, pieces, strict=True)]).amax(0)
+    assert torch.equal(absmax, whole.absmax)
+    coded = [part.encode(piece, absmax=absmax) for part, piece in zip(parts, pieces, strict=True)]
+    assert torch.equal(torch.cat([one.codes for one in coded], 1), whole.codes)
+    assert torch.equal(torch.cat([one.decode(x.dtype) for one in coded], 1), whole.decode(x.dtype))
 
 
 def test_a_parameter_in_fp64_keeps_its_state_in_fp64():
