@@ -119,7 +119,8 @@ class StepScalars:
 
     def class_key(self, view: ParamView) -> Any:
         """Views of one class are of one group, rule and device, and have taken the same number of steps."""
-        return self._kind[id(view)], None if self._labels.level else self._labels.of(view)
+        kind = self._kind[id(view.origin)]
+        return kind, None if self._labels.level else self._labels.of(view.origin)
 
     def t(self, view: ParamView) -> Any:
         """The number of this step, from 1."""
@@ -130,6 +131,7 @@ class StepScalars:
         return self._class(view).scalars
 
     def _class(self, view: ParamView) -> Class:
+        view = view.origin
         key = self.class_key(view)
         found = self._classes.get(key)
         if found is None:
@@ -148,6 +150,7 @@ class StepScalars:
         """Whether only a device knows its scalars: the number of the step, or a hyperparameter."""
         if not self.counter.on_host:
             return True
+        view = view.origin
         key = "on device", self._kind[id(view)]
         if key not in self._kept:
             names = ("lr", "weight_decay", *view.rule.defaults)
@@ -159,17 +162,18 @@ class StepScalars:
         """What `rows` are worked out from, per segment: the learning rate, its factors for the step and for decoupled
         decay, weight decay (0: off)."""
         lr, wd = live(view.settings["lr"]), live(view.settings["weight_decay"])
-        pairs = zip(self._now(view), view.decays, strict=True)
+        pairs = zip(self._now(view.origin), view.decays, strict=True)
         return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0) for m, decays in pairs]
 
     def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
-        return {name: live(value) for name, value in view.settings.items() if name in view.rule.defaults}
+        return {name: live(value) for name, value in view.settings.items() if name in view.origin.rule.defaults}
 
     # -- one view --------------------------------------------------------------------------------------------------
 
     def key(self, view: ParamView) -> Any:
         """Views of one key have the same scalars in this step."""
+        view = view.origin
         sort = self._sorts.get(id(view))
         if sort is None:
             kind = (self._kind[id(view)], view.multipliers, view.decays)
@@ -189,7 +193,7 @@ class StepScalars:
         found = self._rows.get(key)
         if found is None:
             own = self._class(view)
-            pairs = zip(self._now(view), view.decays, strict=True)
+            pairs = zip(self._now(view.origin), view.decays, strict=True)
             found = self._rows[key] = tuple(self._row(own, m, d) for m, d in pairs)
         return found
 
