@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import sharpwise
 from sharpwise import testing
 from sharpwise.blocks import Role, Segment
-from sharpwise.engine.backends import matrices
+from sharpwise.engine.backends import owners
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.rules import orthogonalize
 
@@ -178,7 +178,7 @@ def test_zeros_rank_one_and_nan(method, compile):
 
 def test_batches_are_bounded(monkeypatch):
 
-    monkeypatch.setattr(matrices, "BATCH", 3 * 6 * 8 * 4)
+    monkeypatch.setattr(owners, "BATCH", 3 * 6 * 8 * 4)
     names = [f"p{i}" for i in range(8)]
     model = Layer(**{name: parameter(6, 8, seed=i) for i, name in enumerate(names)})
     optimizer = muon(model, dict.fromkeys(names, "up"))
@@ -224,10 +224,10 @@ class Live(TorchDispatchMode):
     ids=["alone", "sharded", "replicas", "two replicas"],
 )
 def test_a_batch_is_bounded_by_what_a_process_holds_and_occupies_all(ranks, cut, sizes, monkeypatch):
-    monkeypatch.setattr(matrices, "BATCH", 2 * 6 * 8 * 4)
+    monkeypatch.setattr(owners, "BATCH", 2 * 6 * 8 * 4)
     view = SimpleNamespace(dtype=torch.float32, shard=SimpleNamespace(cut=cut))
     ten = [SimpleNamespace(shape=(6, 8), view=view) for _ in range(10)]
-    found = matrices._batches(ten, ReduceGroup(None, ranks))
+    found = owners.batches(ten, ReduceGroup(None, ranks))
     assert [len(batch.matrices) for batch in found] == sizes
 
 
@@ -235,7 +235,7 @@ def test_a_batch_is_bounded_by_what_a_process_holds_and_occupies_all(ranks, cut,
 def test_memory_beyond_state_is_four_batches(compile, monkeypatch):
     """The matrices, X, and two products of the size of X, where rows and columns are as many; one batch at a time."""
     batch = 4 * 64 * 64 * 4
-    monkeypatch.setattr(matrices, "BATCH", batch)
+    monkeypatch.setattr(owners, "BATCH", batch)
     names = [f"p{i}" for i in range(12)]
     model = Layer(**{name: parameter(64, 64, seed=i) for i, name in enumerate(names)})
     optimizer = muon(model, dict.fromkeys(names, "up"), normalize_rows=True, compile=compile)
