@@ -88,11 +88,11 @@ class StepScalars:
         self._representatives: tuple[Sequence[ParamView], list[ParamView]] = ((), [])
         self.ok: Any = True
         self.clip: Any = None
-        self._labels = counter.labels
         self.clear()
 
     def clear(self) -> None:
-        """Forget the numbers of the last step."""
+        """Forget the numbers of the last step, and which views have taken the same number of steps."""
+        self._labels = self.counter.labels
         self._classes: dict[Any, Class] = {}
         self._rows: dict[Any, tuple[Row, ...]] = {}
         self._kept: dict[Any, Any] = {}
@@ -105,7 +105,7 @@ class StepScalars:
         Args:
             late: ids of views whose back end works theirs out itself.
         """
-        self.ok, self.clip, self._labels = True, None, self.counter.labels
+        self.ok, self.clip = True, None
         if self._representatives[0] is not active or not self._labels.level:
             self._representatives = (active, list({self.class_key(view): view for view in active}.values()))
         for view in [view for view in active if id(view) not in late] if late else self._representatives[1]:

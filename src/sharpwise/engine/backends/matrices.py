@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import owners
-from sharpwise.engine.backends.base import Backend, Choice, Found, Spec, Work
+from sharpwise.engine.backends.base import Backend, Choice, Found, Prepared, Spec, Work
 from sharpwise.engine.backends.owners import Batch, Matrix
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Kind, MatrixRule, Rule, Scalars, State
-from sharpwise.shards import local
+from sharpwise.shards import Shard, local
 
 ALIGNED = 16
 """Elements at a multiple of which every parameter begins in the scratch."""
+NOTHING = Found({}, {}, {})
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,32 @@ class Matrices(Backend):
     def slower(self, spec: Spec) -> Sequence[tuple[str, str]]:
         return tuple(spec.view.kept["matrices", spec.grad][1])
 
+    def prepare(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool], scalars: StepScalars
+    ) -> Prepared:
+        places = {id(view): i for i, view in enumerate(views)}
+        totals: list[tuple[Shard, Tensor]] = []
+        summed: set[int] = set()
+        for work in (work for chunk in self._chunks(views, grads, scalars) for work in chunk.intake):
+            own = [places[id(view.origin)] for view in work.views]
+            prepared = work.backend.prepare(work.views, [grads[i] for i in own], [total[i] for i in own], scalars)
+            totals += prepared.totals
+            summed |= {id(view.origin) for view in work.views if id(view) in prepared.summed}
+        return Prepared(totals, summed)
+
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         of_view = {id(view): g for view, g in zip(views, grads, strict=True)}
         for chunk in self._chunks(views, grads, scalars):
             if not scalars.decoupled:  # decay is a part of the gradient
                 torch._foreach_copy_(chunk.x, [local(view.param) for view in chunk.views])
-            _run(chunk.intake, [of_view[id(view)] for view in chunk.views], scalars)
+            for work in chunk.intake:
+                work.backend.step(work.views, [of_view[id(view.origin)] for view in work.views], scalars, NOTHING)
             for batch in chunk.batches:
                 self._step_batch(batch, scalars.named(batch.first))
-            _run(chunk.moves, chunk.x, scalars)
+            for work in chunk.moves:
+                updates = [chunk.x[i] for i in work.places]
+                work.backend.prepare(work.views, updates, [False] * len(updates), scalars)
+                work.backend.step(work.views, updates, scalars, NOTHING)
 
     # -- plan ------------------------------------------------------------------------------------------------------
 
@@ -284,14 +302,6 @@ def _stages(spec: Spec, x: Tensor) -> tuple[Spec, Spec]:
     view = spec.view
     intake = view.stage(param=x, rule=Intake(cast(MatrixRule, view.rule)))
     return spec._replace(view=intake), spec._replace(view=view.stage(rule=Given()), grad=x.dtype)
-
-
-def _run(work: Sequence[Work], grads: Sequence[Tensor], scalars: StepScalars) -> None:
-    """Have back ends move what is theirs."""
-    for backend, places, views in work:
-        own = [grads[i] for i in places]
-        backend.prepare(views, own, [False] * len(own), scalars)
-        backend.step(views, own, scalars, Found({}, {}, {}))
 
 
 def _room_of(view: ParamView) -> int:
