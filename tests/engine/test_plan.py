@@ -15,7 +15,7 @@ needs_compiler = pytest.mark.skipif(not compiler_present(), reason="needs a C++ 
 
 
 OF_ELEMENTS = [name for name in sharpwise.list_optimizers() if name != "muon"]
-"""Optimizers of which no part moves whole matrices, which no kernel does."""
+"""Optimizers of which no part moves whole matrices, which have a back end of their own."""
 
 
 def large() -> TinyGPT:
