@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import sharpwise
+from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.backends import owners
@@ -178,6 +179,24 @@ def test_both_decays_are_their_equations(decoupled, compile):
     assert max(factor) < 1
     for name in MATRICES:
         assert (model.get_parameter(name).double() - p[name]).norm() <= 1e-6 * p[name].norm(), name
+
+
+@pytest.mark.parametrize("compile", [None, False])
+def test_multipliers_that_move(compile):
+    """Of a rule whose updates have one size, the step of every element is lr times the multiplier of now."""
+    block_lr = make_block_lr("llr(start=1,every=2,stop=9,soft=3,least=4)")
+    model, optimizer = trained(compile, make=signs, steps=1, lr=2.0**-5, block_lr=block_lr)
+    seen = set()
+    for step in range(1, 7):
+        before = {name: model.get_parameter(name).detach().clone() for name in MATRICES}
+        fill_gradients(model, step)
+        optimizer.step()
+        for row in optimizer.lr_multipliers():
+            if row["name"] in ("rows", "columns", "experts"):
+                moved = (model.get_parameter(row["name"]) - before[row["name"]]).detach().abs()
+                assert torch.allclose(moved, torch.full_like(moved, row["multiplier"] * 2.0**-6), rtol=1e-4), row
+                seen.add(row["multiplier"])
+    assert len(seen) > 4
 
 
 @pytest.mark.parametrize("compile", [None, False])
