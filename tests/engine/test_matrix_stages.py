@@ -13,7 +13,7 @@ from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.backends import owners
 from sharpwise.engine.backends.base import compiler_present
-from sharpwise.engine.options import Options
+from sharpwise.engine.options import Options, Storage
 from sharpwise.rules import SGD
 from sharpwise.rules.base import MatrixRule
 from sharpwise.storage import BF16, FP32, Format
@@ -27,6 +27,8 @@ SEGMENTS = [
     Segment("more_rows", (37, 50), role=Role.UP, **SAID),
     Segment("columns", (50, 37), role=Role.DOWN, dim=1, **SAID),
     Segment("wide", (300, 260), role=Role.DOWN, **SAID),
+    Segment("wide_columns", (80, 192), role=Role.Q, dim=1, heads=4, length=96, **SAID),
+    Segment("wide_columns", (80, 192), role=Role.V, dim=1, heads=4, start=96, length=96, **SAID),
     Segment("heads", (64, 30), role=Role.Q, heads=4, **SAID),
     Segment("fused", (96, 20), role=Role.Q, heads=4, length=32, **SAID),
     Segment("fused", (96, 20), role=Role.V, heads=4, start=32, length=64, **SAID),
@@ -137,12 +139,9 @@ class Signs(MatrixRule):
         return m.sign() / 2, {}
 
 
-def signs(model, blocks, lr, compile, storage=FP32, momentum=0.5, **options):
-    weight_decay = options.pop("weight_decay", 0.0)
-    return BlockOptimizer(
-        model, Signs(momentum), lr=lr, weight_decay=weight_decay, blocks=blocks, storage=storage,
-        options=Options(compile=compile, **options),
-    )  # fmt: skip
+def signs(model, blocks, lr, compile, storage=FP32, weight_decay=0.0, **options):
+    options = Options(compile=compile, storage=Storage(storage), **options)
+    return BlockOptimizer(model, Signs(), lr=lr, weight_decay=weight_decay, blocks=blocks, options=options)
 
 
 @needs_compiler
@@ -253,20 +252,34 @@ class Watched(Format):
     def __init__(self):
         self.shapes = set()
 
-    def parts(self, compute):
-        return {"": torch.bfloat16}
+    def dtype_for(self, compute):
+        return torch.bfloat16
 
-    def decode(self, parts, compute=torch.float32):
-        return parts[""].to(compute)
+    def decode(self, codes, absmax=None, compute=torch.float32):
+        return codes.to(compute)
 
-    def encode(self, x, noise=None):
+    def encode(self, x, absmax=None, noise=None):
         self.shapes.add(tuple(x.shape))
-        return {"": x.to(torch.bfloat16)}
+        return x.to(torch.bfloat16)
 
 
 def test_a_format_is_given_whole_lines():
     """Of the parameter as it lies in memory, not of its matrices."""
     storage = Watched()
-    trained(None, steps=2, storage=storage, per_head=True)
+    trained(False, steps=2, storage=storage, per_head=True)
     assert {(96, 20), (20, 96), (48, 20), (50, 37), (72, 10), (3, 10, 24)} <= storage.shapes
     assert not {(8, 20), (20, 8), (6, 20), (24, 10), (10, 24)} & storage.shapes
+
+
+@needs_compiler
+def test_eight_bits_in_kernels_are_those_of_the_reference():
+    """Codes of blocks of lines, in every layout: where the last bit turns a code, it turns to the next."""
+    one, two = (trained(compile, steps=2, storage="int8-linear", per_head=True) for compile in (None, False))
+    assert {row["why"] for row in one[1].explain()} == {""}
+    for name, mine, other in pairs(one, two):
+        if mine.dtype == torch.uint8 or mine.dtype == torch.int8:
+            off = (mine.int() - other.int()).abs()
+            assert off.max() <= 1 and (off > 0).sum() <= 1e-3 * off.numel() + 1, name
+        else:
+            assert (mine.double() - other.double()).norm() <= 1e-3 * other.double().norm(), name
+    assert sum(t.dtype in (torch.uint8, torch.int8) for own in one[1].state.values() for t in own.values()) >= 3

@@ -193,7 +193,7 @@ class ParamView:
         if self.state_key(name) != name:
             return Line(len(self.shape) - 1, 0, self.shape[-1], self.shape[-1])
         lead = min(2 if self.segments[0].stacked else 1, self.param.ndim)
-        whole, here = tuple(self.param.shape)[lead:], tuple(local(self.param).shape)[lead:]
+        whole, here = self.shard.shape[lead:], tuple(local(self.param).shape)[lead:]
         begin = 0
         for size, offset in zip(whole, self.shard.offset[lead:], strict=True):
             begin = begin * size + offset

@@ -197,10 +197,10 @@ class Matrices(Backend):
             some.sort(key=lambda one: (number_of[id(one.view)], one.shape))
             for _, same in groupby(some, key=lambda one: (number_of[id(one.view)], one.shape)):
                 batches += owners.batches(list(same), own)
-        held = [view for view in views if view.numel]
-        stages = [_stages(specs[id(view)], x[id(view)]) for view in held]
+        # Also of those of which nothing is here: what back ends complete over processes takes all of these.
+        stages = [_stages(specs[id(view)], x[id(view)]) for view in views]
         intake, moves = ([own[i] for own in stages] for i in range(2))
-        return Chunk(held, [x[id(view)] for view in held], self._work(intake), self._work(moves), batches)
+        return Chunk(views, [x[id(view)] for view in views], self._work(intake), self._work(moves), batches)
 
     def _work(self, specs: Sequence[Spec]) -> list[Work]:
         backends = [Choice.of(self.elements(spec.view.device), spec).backend for spec in specs]
@@ -301,7 +301,7 @@ def _stages(spec: Spec, x: Tensor) -> tuple[Spec, Spec]:
     """What is moved before the owners work, and after that; x: like the local tensor of the parameter."""
     view = spec.view
     intake = view.stage(param=x, rule=Intake(cast(MatrixRule, view.rule)))
-    return spec._replace(view=intake), spec._replace(view=view.stage(rule=Given()), grad=x.dtype)
+    return spec._replace(view=intake), spec._replace(view=view.stage(rule=Given(), formats={}), grad=x.dtype)
 
 
 def _room_of(view: ParamView) -> int:
