@@ -27,8 +27,8 @@ def capture(monkeypatch):
 
 
 def tables_of(optimizer):
-    triton = optimizer._backends.by_name["triton"]
-    return triton._tables, triton._captured
+    kept = [tables for view in optimizer._stepper.views for tables in view.kept.get("tables", [])]
+    return kept, optimizer._backends.by_name["triton"]._captured
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam-mini", "lion", "sgd"])

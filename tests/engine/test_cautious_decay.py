@@ -42,7 +42,7 @@ def two_kinds_of_rows(transposed, dtype):
 @pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])  # whose matrices no kernel moves
+@every_optimizer
 def test_the_kernels_are_the_reference(name, dtype, transposed):
     """In bf16 to the unit in the last place, of a step: where it rounds the other way, signs go their own ways."""
     found = []

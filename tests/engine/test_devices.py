@@ -119,7 +119,8 @@ def test_several_devices_do_what_one_does(cuda, name, option, where):
             assert asked.reads.total() <= reads_allowed(places, option), asked.reads
             assert not asked.blocking, asked.blocking
             assert not asked.downloads
-    tolerance = 1e-2 if "storage" in OPTIONS[option] else 1e-6
+    # Of gradients as regular as these small singular values are made large, and the last bits of a kernel with them.
+    tolerance = 1e-2 if "storage" in OPTIONS[option] else 1e-5 if name == "muon" else 1e-6
     assert_near(model, optimizer, other, reference, tolerance)
     if optimizer.grad_norm is not None:
         assert driver.error(value(optimizer.grad_norm), driver.as_array(reference.grad_norm)) <= 1e-6

@@ -18,23 +18,23 @@ OWN = ("environment", "fake_device", "launches", "shapes")
 BOUNDS = {
     "tiny": """
                        adamw  adam-mini  lion  muon  sgd  sgd-sai
-plain                  2      4          2     161   2    2
-clip                   5      7          5     201   5    5
-clip-skip              6      9          6     252   6    6
-raise                  4      6          4     188   4    4
-bf16-weights           2      4          2     197   2    2
-bf16-state-stochastic  2      4          2     593   2    2
-bf16-all-stochastic    2      4          2     989   2    2
-fp64-weights           309    564        253   374   169  169
-eager                  309    319        253   635   169  169
-blockwise              2      4          2     161   2    2
-blockwise-clip         5      7          5     201   5    5
-everything             6      9          6     252   6    6
+plain                  2      4          2     91    2    2
+clip                   5      7          5     96    5    5
+clip-skip              6      9          6     101   6    6
+raise                  4      6          4     95    4    4
+bf16-weights           2      4          2     91    2    2
+bf16-state-stochastic  2      4          2     91    2    2
+bf16-all-stochastic    2      4          2     91    2    2
+fp64-weights           309    564        253   358   169  169
+eager                  309    319        253   619   169  169
+blockwise              2      4          2     91    2    2
+blockwise-clip         5      7          5     96    5    5
+everything             6      9          6     101   6    6
 sharpness              2      4          -     -     -    -
 sharpness-moving       2      4          -     -     -    -
-llr                    2      4          2     161   2    2
-llr-moving             2      4          2     161   2    2
-gradient_snr           2      4          2     161   2    -
+llr                    2      4          2     91    2    2
+llr-moving             2      4          2     91    2    2
+gradient_snr           2      4          2     91    2    -
 """,
     "gpt2": """
               adamw  adam-mini  lion  sgd
@@ -49,6 +49,9 @@ everything    6      11         6     6
 """Launches of a step by option and optimizer; "-" where these do not combine."""
 READS = {"raise": 1}
 """Host reads of a step, by option. All others have none."""
+UPLOADS = {"muon": 5}
+"""Tables written by the host: scalars, and addresses of gradients, twice where matrices take a way of their own, and
+scalars once more for what moves by their updates. All others have two."""
 
 
 def table(model: str) -> dict[tuple[str, str], int | None]:
@@ -103,7 +106,7 @@ def test_a_step_launches_no_more_than_it_may(launches, model, name, option):
         assert counts.reads.total() == READS.get(option, 0), counts.reads
         assert not counts.blocking, counts.blocking
         assert not counts.downloads, counts.downloads
-        assert counts.uploads.total() <= 2, counts.uploads
+        assert counts.uploads.total() <= UPLOADS.get(name, 2), counts.uploads
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -127,7 +130,7 @@ def test_tables_of_a_large_model_are_small(launches):
             model, "adam-mini", lr=1e-3, blocks=blocks, max_grad_norm=1.0, on_nonfinite="skip", block_lr="blockwise"
         )
         cuda.step(model, optimizer)
-        (tables,) = optimizer._backends.by_name["triton"]._tables
+        (tables,) = [own for view in optimizer._stepper.views for own in view.kept.get("tables", [])]
         held = [
             tables.addresses.tensor,
             tables.inputs.tensor,

@@ -241,16 +241,20 @@ class Program:
         inputs += own
 
         def move(v: dict[str, Tensor]) -> dict[str, Tensor]:
-            x, g = v["p"], v["g"] * v["clip"]
-            if coupled:
-                g = add(g, x, v["weight_decay"])
+            x, g = v["p"], v["g"]
+            if rule.stage != "move":
+                g = g * v["clip"]
+                g = add(g, x, v["weight_decay"]) if coupled else g
             old = {name: v[f"state.{name}"] for name in elements}
             new, numerator, below = rule.direction(g, old, _short(v, "scalar"))
+            written = {f"state.{name}": new[name] for name in elements}
+            if rule.stage == "input":
+                return {"p": numerator, **written}
             # The control has its place here.
             if not coupled:
                 x = decayed(x, numerator, v["decay"], cautious)
             x = add(x, numerator, -v["rate"]) if below is None else x - (v["rate"] * numerator) / below
-            return {"p": x, **{f"state.{name}": new[name] for name in elements}}
+            return {"p": x, **written}
 
         def phase(v: dict[str, Tensor]) -> dict[str, Tensor]:
             new, below = rule.block_phase(_short(v, "state"), v["mean"], _short(v, "scalar"))

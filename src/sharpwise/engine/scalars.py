@@ -88,11 +88,11 @@ class StepScalars:
         self._representatives: tuple[Sequence[ParamView], list[ParamView]] = ((), [])
         self.ok: Any = True
         self.clip: Any = None
-        self._labels = counter.labels
         self.clear()
 
     def clear(self) -> None:
-        """Forget the numbers of the last step."""
+        """Forget the numbers of the last step, and which views have taken the same number of steps."""
+        self._labels = self.counter.labels
         self._classes: dict[Any, Class] = {}
         self._rows: dict[Any, tuple[Row, ...]] = {}
         self._kept: dict[Any, Any] = {}
@@ -105,7 +105,7 @@ class StepScalars:
         Args:
             late: ids of views whose back end works theirs out itself.
         """
-        self.ok, self.clip, self._labels = True, None, self.counter.labels
+        self.ok, self.clip = True, None
         if self._representatives[0] is not active or not self._labels.level:
             self._representatives = (active, list({self.class_key(view): view for view in active}.values()))
         for view in [view for view in active if id(view) not in late] if late else self._representatives[1]:
@@ -119,7 +119,8 @@ class StepScalars:
 
     def class_key(self, view: ParamView) -> Any:
         """Views of one class are of one group, rule and device, and have taken the same number of steps."""
-        return self._kind[id(view)], None if self._labels.level else self._labels.of(view)
+        kind = self._kind[id(view.origin)]
+        return kind, None if self._labels.level else self._labels.of(view.origin)
 
     def t(self, view: ParamView) -> Any:
         """The number of this step, from 1."""
@@ -130,6 +131,7 @@ class StepScalars:
         return self._class(view).scalars
 
     def _class(self, view: ParamView) -> Class:
+        view = view.origin
         key = self.class_key(view)
         found = self._classes.get(key)
         if found is None:
@@ -148,6 +150,7 @@ class StepScalars:
         """Whether only a device knows its scalars: the number of the step, or a hyperparameter."""
         if not self.counter.on_host:
             return True
+        view = view.origin
         key = "on device", self._kind[id(view)]
         if key not in self._kept:
             names = ("lr", "weight_decay", *view.rule.defaults)
@@ -159,17 +162,18 @@ class StepScalars:
         """What `rows` are worked out from, per segment: the learning rate, its factors for the step and for decoupled
         decay, weight decay (0: off)."""
         lr, wd = live(view.settings["lr"]), live(view.settings["weight_decay"])
-        pairs = zip(self._now(view), view.decays, strict=True)
+        pairs = zip(self._now(view.origin), view.decays, strict=True)
         return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0) for m, decays in pairs]
 
     def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
-        return {name: live(value) for name, value in view.settings.items() if name in view.rule.defaults}
+        return {name: live(value) for name, value in view.settings.items() if name in view.origin.rule.defaults}
 
     # -- one view --------------------------------------------------------------------------------------------------
 
     def key(self, view: ParamView) -> Any:
         """Views of one key have the same scalars in this step."""
+        view = view.origin
         sort = self._sorts.get(id(view))
         if sort is None:
             kind = (self._kind[id(view)], view.multipliers, view.decays)
@@ -189,7 +193,7 @@ class StepScalars:
         found = self._rows.get(key)
         if found is None:
             own = self._class(view)
-            pairs = zip(self._now(view), view.decays, strict=True)
+            pairs = zip(self._now(view.origin), view.decays, strict=True)
             found = self._rows[key] = tuple(self._row(own, m, d) for m, d in pairs)
         return found
 

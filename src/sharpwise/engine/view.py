@@ -55,6 +55,7 @@ class ParamView:
         varies: whether multipliers change while training, each on its own.
         formats: of element state, by name; own: its state by the names of the rule; `step` among it.
         kept: what back ends keep of it.
+        origin: the view that it is a stage of, by whose scalars it moves; else itself.
     """
 
     name: str
@@ -78,13 +79,23 @@ class ParamView:
     own: dict[str, Tensor] = field(default_factory=dict)
     siblings: "tuple[ParamView, ...]" = ()
     kept: dict[Any, Any] = field(default_factory=dict)
+    origin: "ParamView" = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.origin = self
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """Hyperparameters of its rule, lr and weight decay among them, as they are at any time."""
-        return self.rule.settings(self.group)
+        return self.origin.rule.settings(self.group)
+
+    def stage(self, **changes: Any) -> "ParamView":
+        """The same elements with another parameter or rule, which are moved in its step and by its scalars."""
+        found = replace(self, **changes, kept={})
+        found.origin = self.origin
+        return found
 
     @property
     def full_name(self) -> str:
@@ -182,7 +193,7 @@ class ParamView:
         if self.state_key(name) != name:
             return Line(len(self.shape) - 1, 0, self.shape[-1], self.shape[-1])
         lead = min(2 if self.segments[0].stacked else 1, self.param.ndim)
-        whole, here = tuple(self.param.shape)[lead:], tuple(local(self.param).shape)[lead:]
+        whole, here = self.shard.shape[lead:], tuple(local(self.param).shape)[lead:]
         begin = 0
         for size, offset in zip(whole, self.shard.offset[lead:], strict=True):
             begin = begin * size + offset
@@ -282,7 +293,7 @@ class ParamView:
 
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Global element numbers as the sum of a part per row of the view and a part per column, int64."""
-        shape, own = tuple(self.param.shape), tuple(local(self.param).shape)
+        shape, own = self.shard.shape, tuple(local(self.param).shape)
         leading = min(self.segments[0].dim + 1, len(own)) if self.by_row else len(own) - 1
         rows = torch.zeros(1, dtype=torch.int64, device=device)
         columns = rows

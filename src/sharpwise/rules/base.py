@@ -69,6 +69,9 @@ class Rule:
     hyperparameters: ClassVar[tuple[str, ...]]
     second_moment: ClassVar[str | None] = None
     """The state that averages squares of gradients, v <- b2 v + (1-b2) g^2 from v = 0; None where none does."""
+    stage: ClassVar[Literal["", "input", "move"]] = ""
+    """Which part of a step it is, if not all: "input" ends with the direction, and writes the numerator in place of the
+    parameter; "move" begins after it, by a gradient that is neither clipped nor decayed."""
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
 

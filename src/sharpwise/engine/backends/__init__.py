@@ -1,5 +1,6 @@
 """What moves views by a step: a table of back ends, the fastest first."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,10 @@ class Backends:
     def __init__(self, replicas: Any = None) -> None:
         self.by_name: dict[str, Backend] = {name: kind() for name, kind in BACKENDS.items()}
         self._reference = Reference()
-        self.matrices = {batched: Matrices(batched, replicas) for batched in (False, True)}
+        self.matrices = {
+            batched: Matrices(partial(self.of_elements, kernels=batched), batched, replicas)
+            for batched in (False, True)
+        }
 
     @property
     def cpp(self) -> Any:
@@ -59,9 +63,11 @@ class Backends:
 
     def of(self, view: ParamView, kernels: bool) -> list[Backend]:
         """Those to be asked for a view, the reference last; without kernels it alone."""
-        if isinstance(view.rule, MatrixRule):
-            return [self.matrices[kernels]]
-        names = ORDER.get(view.device.type, ()) if kernels else ()
+        return [self.matrices[kernels]] if isinstance(view.rule, MatrixRule) else self.of_elements(view.device, kernels)
+
+    def of_elements(self, device: torch.device, kernels: bool) -> list[Backend]:
+        """The same for what is moved element by element, on a device."""
+        names = ORDER.get(device.type, ()) if kernels else ()
         return [*(self.by_name[name] for name in names if name in self.by_name), self._reference]
 
     def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:

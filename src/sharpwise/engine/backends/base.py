@@ -107,10 +107,55 @@ class Backend:
         """
         raise NotImplementedError
 
+    def slower(self, spec: Spec) -> Sequence[tuple[str, str]]:
+        """Of a view that it takes and hands on: back ends that refused that, and why."""
+        return ()
+
     @property
     def built(self) -> int:
         """How many kernels it has built."""
         return 0
+
+
+class Choice(NamedTuple):
+    """The back end of a view, and for each that would be faster why it does not take it."""
+
+    backend: Backend
+    refusals: tuple[tuple[str, str], ...]
+
+    @staticmethod
+    def of(backends: Iterable[Backend], spec: Spec) -> "Choice":
+        """The first that does not refuse a view; the last refuses none."""
+        refusals: list[tuple[str, str]] = []
+        for backend in backends:
+            reason = backend.refuses(spec)
+            if not reason:
+                return Choice(backend, (*refusals, *backend.slower(spec)))
+            refusals.append((backend.name, reason))
+        raise AssertionError(refusals)
+
+    @property
+    def why(self) -> str:
+        """The refusals in words."""
+        return "; ".join(f"{name}: {reason}" for name, reason in self.refusals)
+
+
+class Work(NamedTuple):
+    """What a back end moves: views, by their places in a list of views."""
+
+    backend: Backend
+    places: list[int]
+    views: list[ParamView]
+
+    @staticmethod
+    def of(views: Sequence[ParamView], backends: Sequence[Backend]) -> "list[Work]":
+        """Views by the back ends that they have."""
+        found: dict[int, Work] = {}
+        for i, (view, backend) in enumerate(zip(views, backends, strict=True)):
+            own = found.setdefault(id(backend), Work(backend, [], []))
+            own.places.append(i)
+            own.views.append(view)
+        return list(found.values())
 
 
 def check_own(folder: Path, others: int, what: str) -> None:

@@ -7,7 +7,7 @@ the gradient comes from memory once. Elsewhere the sums come first, and the elem
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ class Cpp(Backend):
 
     def __init__(self) -> None:
         self._kernels: dict[Any, Any] = {}  # or why they cannot be built
-        self._tables: tuple[Any, Any, list[LaunchTable]] = (None, None, [])
 
     @property
     def built(self) -> int:
@@ -97,8 +96,9 @@ class Cpp(Backend):
     ) -> list[LaunchTable]:
         """The argument tables of some views, the same ones as long as the same views share their scalars."""
         stamp = scalars.partition(views), torch.get_num_threads()
-        if self._tables[0] is views and self._tables[1] == stamp:
-            return self._tables[2]
+        kept = views[0].kept.get("cpp tables")
+        if kept and kept[0] is views and kept[1] == stamp:
+            return cast(list[LaunchTable], kept[2])
         together: dict[Any, list[tuple[int, ParamView]]] = {}
         runs: dict[int, Sequence[Rectangle]] = {}
         for i, (view, g) in enumerate(zip(views, grads, strict=True)):
@@ -107,7 +107,7 @@ class Cpp(Backend):
                 runs[id(view)] = self._one_pass(spec)
             together.setdefault(self._kernel(_form(spec)), []).append((i, view))
         tables = [LaunchTable(kernel, own, runs, found, scalars) for kernel, own in together.items()]
-        self._tables = views, stamp, tables
+        views[0].kept["cpp tables"] = views, stamp, tables
         return tables
 
     @property

@@ -195,12 +195,12 @@ _OFF = {"clip": 1.0, "weight_decay": 0.0}
 
 def scattered(view: ParamView) -> bool:
     """Whether elements that are neighbours here are none in the whole parameter."""
-    return tuple(view.param.shape)[1:] != tuple(local(view.param).shape)[1:]
+    return view.shard.shape[1:] != tuple(local(view.param).shape)[1:]
 
 
 def first_index(view: ParamView) -> tuple[int, int]:
     """The global number of the first element of a view, and how far its rows are apart; see `index_refused`."""
-    shape, offset = view.param.shape, view.shard.offset
+    shape, offset = view.shard.shape, view.shard.offset
     first, size = 0, 1
     for n, start in zip(reversed(shape), reversed(offset), strict=True):
         first += start * size
@@ -214,6 +214,6 @@ def first_index(view: ParamView) -> tuple[int, int]:
 
 def index_refused(view: ParamView) -> str:
     """Why the global numbers of its elements are not those of equally spaced rows, or ""."""
-    inner = zip(view.param.shape[1:], local(view.param).shape[1:], strict=True)
+    inner = zip(view.shard.shape[1:], local(view.param).shape[1:], strict=True)
     cut = view.param.dim() > 2 and any(whole != own for whole, own in inner)
     return "stochastic rounding of a shard that is cut inside" if cut else ""

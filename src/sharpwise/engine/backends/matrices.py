@@ -1,134 +1,102 @@
 """Whole matrices, for rules that need them.
 
-    elements -> momentum, once -> matrices (segment, copy, head) in batches of one shape -> owners -> u -> p
+    gradients -> momentum, x -> matrices (segment, copy, head) in batches of one shape -> owners -> u -> parameters
 
-Where parameters are cut, or repeated, the parts of a batch travel to the owners of its matrices in one exchange, and
-their updates back in another. Then they move as those of every rule do.
+What goes element by element, at both ends, is moved by the back ends of elements, as views of their own: first those of
+a scratch `x` in place of parameters, then the parameters, by updates that lie in the same scratch. Where parameters are
+cut, or repeated, the parts of a batch travel to the owners of its matrices in one exchange, and their updates back in
+another.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends.base import Backend, Found, Spec
-from sharpwise.engine.backends.reference import Noise, noise_of, store, update
+from sharpwise.engine.backends import owners
+from sharpwise.engine.backends.base import Backend, Choice, Found, Prepared, Spec, Work
+from sharpwise.engine.backends.owners import Batch, Matrix
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.scalars import StepScalars
-from sharpwise.engine.stored import Stored
 from sharpwise.engine.view import ParamView
-from sharpwise.rules import SGD
-from sharpwise.rules.base import MatrixRule, add
-from sharpwise.shards import local, region_of
-from sharpwise.storage import Dense, Format
+from sharpwise.rules.base import Kind, MatrixRule, Rule, Scalars, State
+from sharpwise.shards import Shard, local
 
-BATCH = 1 << 26
-"""Bytes that one process holds of a batch of matrices at the most, unless one matrix is larger. The work on them takes
-four times that."""
-_GIVEN = SGD()
-"""The rule that moves by what it is given as gradient."""
-
-Index = slice | Tensor
+ALIGNED = 16
+"""Elements at a multiple of which every parameter begins in the scratch."""
+NOTHING = Found({}, {}, {})
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one process holds of a matrix.
+class Intake(Rule):
+    """What matrices are made of: moves the element state of a rule."""
 
-    Attributes:
-        rows, columns: of the matrix; own_rows: the same rows in the local tensor.
-        copy: in the local tensor, if stacked; shape: of the part.
-    """
+    rule: MatrixRule
 
-    rows: Index
-    columns: slice
-    own_rows: Index
-    copy: int
-    shape: tuple[int, int]
+    name: ClassVar[str] = "intake"
+    stage = "input"
 
     @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def hyperparameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.rule.hyperparameters
 
-    def take(self, tensor: Tensor, view: ParamView) -> Tensor:
-        """This part of a local tensor of the parameter's shape: a view, unless its rows are scattered."""
-        if not self.numel:
-            return tensor.new_empty(self.shape)
-        return self._matrix(tensor, view)[self.own_rows]
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.rule.defaults
 
-    def put(self, tensor: Tensor, view: ParamView, value: Tensor) -> None:
-        """Write back what `take` gave, where that was a copy."""
-        if isinstance(self.own_rows, Tensor):
-            self._matrix(tensor, view)[self.own_rows] = value
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {name: kind for name, kind in self.rule.state.items() if kind == "element"}
 
-    def _matrix(self, tensor: Tensor, view: ParamView) -> Tensor:
-        first = view.segments[0]
-        one = tensor[self.copy] if first.stacked else tensor
-        return one if first.dim == first.stacked else one.mT
+    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        return self.rule.scalars(t, group)
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return *self.rule.input(g, state, s), None
+
+
+@dataclass(frozen=True)
+class Given(Rule):
+    """Moves by what is given in place of a gradient."""
+
+    name: ClassVar[str] = "given"
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
+    stage = "move"
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {}
+
+    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        return {}, g, None
 
 
 @dataclass(eq=False)
-class Matrix:
-    """One matrix of a parameter: rows of one role, of one stacked copy, of one head if it is cut so.
+class Chunk:
+    """Views whose matrices are in the scratch at one time.
 
     Attributes:
-        segment: its number in the view; shape: rows are outputs; places: where its numbers per row lie in whole state.
-        parts: by rank, in a group; `mine` is that of this process. replica: by rank, which one it is part of.
-        owner: a rank of the group, -1 where there is none.
+        x: where, by view; intake, moves: who moves what before the owners, and after them.
     """
 
-    view: ParamView
-    segment: int
-    shape: tuple[int, int]
-    places: slice
-    mine: Part
-    parts: Mapping[int, Part] = field(default_factory=dict)
-    replica: Mapping[int, int] = field(default_factory=dict)
-    owner: int = -1
-
-    @property
-    def cost(self) -> int:
-        """Of orthogonalizing it, in products."""
-        return self.shape[0] * self.shape[1] * min(self.shape)
-
-    @property
-    def shared(self) -> bool:
-        """Whether another process than the owner holds a part, or its numbers per row."""
-        told = "whole" in self.view.rule.state.values()
-        return any(told or part.numel for rank, part in self.parts.items() if rank != self.owner)
-
-    @cached_property
-    def sources(self) -> list[int]:
-        """The ranks that the owner takes parts from: of replicas, those of its own."""
-        return [rank for rank in self.parts if self.replica[rank] == self.replica[self.owner]]
-
-
-@dataclass(eq=False)
-class Batch:
-    """Matrices of one shape and one rule that are worked on together; group: the processes that share them, if any."""
-
-    matrices: list[Matrix]
-    group: ReduceGroup
-
-    @property
-    def first(self) -> ParamView:
-        return self.matrices[0].view
-
-    @cached_property
-    def cut(self) -> bool:
-        """Whether parts have to come together."""
-        return any(one.parts[rank].numel for one in self.matrices for rank in one.sources if rank != one.owner)
+    views: list[ParamView]
+    x: list[Tensor]
+    intake: list[Work]
+    moves: list[Work]
+    batches: list[Batch]
 
 
 class Matrices(Backend):
     """Moves parameters whose rule takes whole matrices.
 
     Args:
+        elements: of a device, the back ends of what goes element by element.
         batched: matrices are worked on in batches; else one by one, so that a result does not depend on its neighbours.
         replicas: a group of processes that hold the same plain parameters, and share the work.
 
@@ -138,87 +106,137 @@ class Matrices(Backend):
 
     name: ClassVar[str] = "matrices"
 
-    def __init__(self, batched: bool, replicas: Any) -> None:
-        self.batched, self.replicas, self.worked = batched, replicas, 0
-        self._planned: tuple[Any, list[Batch]] = (None, [])
+    def __init__(self, elements: Callable[[torch.device], Sequence[Backend]], batched: bool, replicas: Any) -> None:
+        self.elements, self.batched, self.replicas, self.worked = elements, batched, replicas, 0
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._planned: tuple[Any, list[Chunk]] = (None, [])
 
     def refuses(self, spec: Spec) -> str:
-        return "" if isinstance(spec.view.rule, MatrixRule) else "for rules of whole matrices"
+        if not isinstance(spec.view.rule, MatrixRule):
+            return "for rules of whole matrices"
+        view = spec.view
+        x = self._room(view, view.numel)[: view.numel].view(local(view.param).shape)
+        stages = [Choice.of(self.elements(view.device), own) for own in _stages(spec, x)]
+        view.kept["matrices", spec.grad] = spec, dict.fromkeys(pair for own in stages for pair in own.refusals)
+        return ""
+
+    def slower(self, spec: Spec) -> Sequence[tuple[str, str]]:
+        return tuple(spec.view.kept["matrices", spec.grad][1])
+
+    def prepare(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool], scalars: StepScalars
+    ) -> Prepared:
+        places = {id(view): i for i, view in enumerate(views)}
+        totals: list[tuple[Shard, Tensor]] = []
+        summed: set[int] = set()
+        for work in (work for chunk in self._chunks(views, grads, scalars) for work in chunk.intake):
+            own = [places[id(view.origin)] for view in work.views]
+            prepared = work.backend.prepare(work.views, [grads[i] for i in own], [total[i] for i in own], scalars)
+            totals += prepared.totals
+            summed |= {id(view.origin) for view in work.views if id(view) in prepared.summed}
+        return Prepared(totals, summed)
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         of_view = {id(view): g for view, g in zip(views, grads, strict=True)}
-        for batch in self.batches(views, scalars):
-            self._step_batch(batch, of_view, scalars)  # which keeps nothing of it while the next is worked on
+        for chunk in self._chunks(views, grads, scalars):
+            if not scalars.decoupled:  # decay is a part of the gradient
+                torch._foreach_copy_(chunk.x, [local(view.param) for view in chunk.views])
+            for work in chunk.intake:
+                work.backend.step(work.views, [of_view[id(view.origin)] for view in work.views], scalars, NOTHING)
+            for batch in chunk.batches:
+                self._step_batch(batch, scalars.named(batch.first))
+            for work in chunk.moves:
+                updates = [chunk.x[i] for i in work.places]
+                work.backend.prepare(work.views, updates, [False] * len(updates), scalars)
+                work.backend.step(work.views, updates, scalars, NOTHING)
 
     # -- plan ------------------------------------------------------------------------------------------------------
 
-    def batches(self, views: Sequence[ParamView], scalars: StepScalars) -> list[Batch]:
-        """The matrices of these views, the same list as long as they are the same, in the same order everywhere."""
-        classes = [scalars.class_key(view) for view in views]
-        if self._planned[0] != (list(map(id, views)), classes):
-            kinds: dict[Any, int] = {}
-            numbers = [kinds.setdefault(key, len(kinds)) for key in classes]
-            found = []
-            for group, pairs in _together(zip(views, numbers, strict=True), self.replicas):
-                matrices = [(one, number) for view, number in pairs for one in matrices_of(view, group)]
-                _assign_owners([one for one, _ in matrices], group)
-                shared = [pair for pair in matrices if pair[0].shared]
-                alone = [pair for pair in matrices if not pair[0].shared and pair[0].mine.numel]
-                for own, some in ((group, shared), (ReduceGroup(), alone)):
-                    some.sort(key=lambda pair: (pair[1], pair[0].shape))
-                    for _, same in groupby(some, key=lambda pair: (pair[1], pair[0].shape)):
-                        found += _batches([one for one, _ in same], own)
-            self._planned = (list(map(id, views)), classes), found
-        return self.planned
+    def _chunks(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars) -> list[Chunk]:
+        """All that is done in a step, the same list as long as the views are, in the same order everywhere."""
+        kinds: dict[Any, int] = {}
+        numbers = [kinds.setdefault((scalars.class_key(view), view.dtype), len(kinds)) for view in views]
+        types = [g.dtype for g in grads]
+        key = list(map(id, views)), numbers, types
+        if self._planned[0] != key:
+            number_of = {id(view): n for view, n in zip(views, numbers, strict=True)}
+            specs = {id(view): view.kept["matrices", t][0] for view, t in zip(views, types, strict=True)}
+            self._planned = key, self._plan(views, number_of, specs)
+        return self._planned[1]
+
+    def _plan(self, views: Sequence[ParamView], number_of: Mapping[int, int], specs: Mapping[int, Spec]) -> list[Chunk]:
+        found = []
+        for group, own in owners.together(views, self.replicas):
+            matrices = {id(view): owners.matrices_of(view, group) for view in own}
+            owners.assign_owners([one for some in matrices.values() for one in some], group)
+            own.sort(key=lambda view: (number_of[id(view)], [one.shape for one in matrices[id(view)]]))
+            found += [(group, *pair) for pair in owners.chunks(own, [matrices[id(view)] for view in own], group)]
+        for _, some, _ in found:  # before any of it is given away
+            self._room(some[0], sum(map(_room_of, some)))
+        return [self._chunk(group, some, ones, number_of, specs) for group, some, ones in found]
+
+    def _chunk(
+        self,
+        group: ReduceGroup,
+        views: list[ParamView],
+        matrices: list[Matrix],
+        number_of: Mapping[int, int],
+        specs: Mapping[int, Spec],
+    ) -> Chunk:
+        room = self._room(views[0], 0)
+        x = {}
+        for view in views:
+            x[id(view)] = room[: view.numel].view(local(view.param).shape)
+            room = room[_room_of(view) :]
+        for one in matrices:
+            one.x = x[id(one.view)]
+        shared = [one for one in matrices if one.shared]
+        alone = [one for one in matrices if not one.shared and one.mine.numel]
+        batches = []
+        for own, some in ((group, shared), (ReduceGroup(), alone)):
+            some.sort(key=lambda one: (number_of[id(one.view)], one.shape))
+            for _, same in groupby(some, key=lambda one: (number_of[id(one.view)], one.shape)):
+                batches += owners.batches(list(same), own)
+        # Also of those of which nothing is here: what back ends complete over processes takes all of these.
+        stages = [_stages(specs[id(view)], x[id(view)]) for view in views]
+        intake, moves = ([own[i] for own in stages] for i in range(2))
+        return Chunk(views, [x[id(view)] for view in views], self._work(intake), self._work(moves), batches)
+
+    def _work(self, specs: Sequence[Spec]) -> list[Work]:
+        backends = [Choice.of(self.elements(spec.view.device), spec).backend for spec in specs]
+        return Work.of([spec.view for spec in specs], backends)
 
     @property
     def planned(self) -> list[Batch]:
         """The batches of the last step."""
-        return self._planned[1]
+        return [batch for chunk in self._planned[1] for batch in chunk.batches]
+
+    def _room(self, view: ParamView, size: int) -> Tensor:
+        """The scratch for such views, of so many elements at least."""
+        key = view.device, view.dtype
+        if key not in self._scratch or len(self._scratch[key]) < size:
+            with torch.inference_mode(False):
+                self._scratch[key] = torch.empty(size, dtype=view.dtype, device=view.device)
+        return self._scratch[key]
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
-    def _step_batch(self, batch: Batch, grads: Mapping[int, Tensor], scalars: StepScalars) -> None:
-        s = self._scalars(batch.first, scalars)
-        parts = [self._input(one, grads[id(one.view)], s, scalars) for one in batch.matrices]
-        for one, u in zip(batch.matrices, self._worked(batch, parts, s), strict=True):
-            self._move(one, u, s, scalars)
-
-    def _scalars(self, view: ParamView, scalars: StepScalars) -> dict[str, Any]:
-        """Those of the rule, and of the step what is the same for all segments."""
-        return {k: v for k, v in scalars.named(view).items() if k not in ("step", "decay", "weight_decay")}
-
-    def _input(self, one: Matrix, grad: Tensor, s: Mapping[str, Any], scalars: StepScalars) -> Tensor:
-        """The part of the matrix that is held here, [rows, columns]; writes element state."""
-        view, part = one.view, one.mine
-        rule, row = cast(MatrixRule, view.rule), scalars.rows(view)[one.segment]
-        g = part.take(grad, view).to(view.dtype)
-        if "clip" in s:
-            g = g * s["clip"]
-        if row.weight_decay is not None and not scalars.decoupled:
-            g = add(g, part.take(local(view.param), view).to(view.dtype), row.weight_decay)
-        held = {name: local(tensor) for name, tensor in view.elements.items()}
-        rows = {n: Stored(_format(view, n), part.take(tensor, view)) for n, tensor in held.items()}
-        old = {n: t.decode(view.dtype) for n, t in rows.items()}
-        new, m = rule.input(g, old, s)
-        for slot, (name, target) in enumerate(rows.items(), start=1):
-            store(target, new[name], s, _noise(one, scalars), slot)
-            part.put(held[name], view, target.codes)
-        return m
-
-    def _worked(self, batch: Batch, parts: list[Tensor], s: Mapping[str, Any]) -> list[Tensor]:
-        """The updates of the parts that are held here; writes whole state."""
-        if batch.group.process_group is None:
-            whole = torch.stack(parts)
-            parts.clear()
+    def _step_batch(self, batch: Batch, s: Mapping[str, Any]) -> None:
+        """From the parts of matrices that are held here to their updates, in the same place; writes whole state."""
+        if batch.group.process_group is not None:
+            updates, small = self._shared(batch, s)
+            batch.put(updates)
+        elif (whole := batch.in_place()) is not None:
             u, small = self._owner(batch, batch.matrices, whole, s)
-            found, smalls = list(u.unbind()), [{n: t[i] for n, t in small.items()} for i in range(len(u))]
+            whole.copy_(u)
         else:
-            found, smalls = self._shared(batch, parts, s)
-        for one, values in zip(batch.matrices, smalls, strict=True):
-            for name, value in values.items():
-                store(Stored.dense(one.view.own[name][one.places]), value, s, None, 0)
-        return found
+            u, small = self._owner(batch, batch.matrices, torch.stack([one.take() for one in batch.matrices]), s)
+            batch.put(u.unbind())
+        for name, value in small.items():
+            held = [one.view.own[name][one.places] for one in batch.matrices]
+            if "ok" in s:
+                value = torch.where(s["ok"] != 0, value, torch.stack(held))
+            torch._foreach_copy_(held, list(value.unbind()))
 
     def _owner(
         self, batch: Batch, own: Sequence[Matrix], whole: Tensor, s: Mapping[str, Any]
@@ -233,9 +251,7 @@ class Matrices(Backend):
         each = [rule.owner(whole[i : i + 1], {n: t[i : i + 1] for n, t in small.items()}, s) for i in range(len(own))]
         return torch.cat([u for u, _ in each]), {n: torch.cat([new[n] for _, new in each]) for n in names}
 
-    def _shared(
-        self, batch: Batch, parts: list[Tensor], s: Mapping[str, Any]
-    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    def _shared(self, batch: Batch, s: Mapping[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The same, where processes share the work: parts to the owners, updates and numbers per row to everybody."""
         me, group, view = torch.distributed.get_rank(), batch.group, batch.first
         rule = cast(MatrixRule, view.rule)
@@ -245,7 +261,7 @@ class Matrices(Backend):
         nothing = torch.empty(0, dtype=wire, device=view.device)
         whole = torch.empty(len(mine), rows, columns, dtype=view.dtype, device=view.device)
         if batch.cut:
-            given = {id(one): part.to(wire) for one, part in zip(batch.matrices, parts, strict=True)}
+            given = {id(one): one.take().to(wire) for one in batch.matrices}
             outgoing = [[given[id(o)] for o in batch.matrices if o.owner == r and me in o.sources] for r in group.ranks]
             senders = [[(i, o.parts[r]) for i, o in enumerate(mine) if r in o.sources] for r in group.ranks]
             sizes = [[part.numel for _, part in own] for own in senders]
@@ -253,10 +269,8 @@ class Matrices(Backend):
                 for (i, part), vector in zip(own, vectors, strict=True):
                     whole[i][part.rows, part.columns] = vector.view(part.shape).to(view.dtype)
         else:
-            held = {id(one): part for one, part in zip(batch.matrices, parts, strict=True)}
             for i, one in enumerate(mine):
-                whole[i] = held[id(one)]
-        parts.clear()
+                whole[i] = one.take()
         u, small = self._owner(batch, mine, whole, s) if mine else (whole, {})
         # Numbers per row keep all their bits, whatever the wire.
         extra = {n: t.to(view.dtype).contiguous().view(wire) for n, t in small.items()}
@@ -273,123 +287,23 @@ class Matrices(Backend):
         received = {
             rank: iter(own) for rank, own in zip(group.ranks, group.exchange(back, sizes, nothing), strict=True)
         }
-        found, smalls = [], []
+        updates: list[Tensor] = []
+        smalls: dict[str, list[Tensor]] = {name: [] for name in names}
         for one in batch.matrices:
             of_owner = received[one.owner]
-            found.append(next(of_owner).view(one.mine.shape).to(view.dtype))
-            smalls.append({name: next(of_owner).clone().view(view.dtype) for name in names})
-        return found, smalls
-
-    def _move(self, one: Matrix, u: Tensor, s: Mapping[str, Any], scalars: StepScalars) -> None:
-        """p <- decay p - rate u, for the part that is held here."""
-        view, row = one.view, scalars.rows(one.view)[one.segment]
-        own = {"step": row.rate, **({"ok": s["ok"]} if "ok" in s else {})}
-        if row.weight_decay is not None and scalars.decoupled:
-            own["decay"] = row.decay
-        p = one.mine.take(local(view.param), view)
-        update(_GIVEN, own, p, u, [], noise=_noise(one, scalars), cautious=scalars.cautious)
-        one.mine.put(local(view.param), view, p)
+            updates.append(next(of_owner).view(one.mine.shape))
+            for name in names:
+                smalls[name].append(next(of_owner).clone().view(view.dtype))
+        return updates, {name: torch.stack(own) for name, own in smalls.items()}
 
 
-def _format(view: ParamView, name: str) -> Format:
-    return view.formats[name] if not isinstance(view.formats[name], Dense) else Dense.of(view.own[name].dtype)
+def _stages(spec: Spec, x: Tensor) -> tuple[Spec, Spec]:
+    """What is moved before the owners work, and after that; x: like the local tensor of the parameter."""
+    view = spec.view
+    intake = view.stage(param=x, rule=Intake(cast(MatrixRule, view.rule)))
+    return spec._replace(view=intake), spec._replace(view=view.stage(rule=Given(), formats={}), grad=x.dtype)
 
 
-def _noise(one: Matrix, scalars: StepScalars) -> Noise | None:
-    """What stochastic rounding needs of the part that is held here."""
-    if not scalars.stochastic:
-        return None
-    row, column, key = noise_of(one.view, scalars.t(one.view))
-    index = (row + column).view(local(one.view.param).shape)
-    own = one.mine.take(index, one.view)
-    return Noise(own, own.new_zeros(1), key)
-
-
-# -- where matrices lie ------------------------------------------------------------------------------------------------
-
-
-def _together(
-    pairs: Iterable[tuple[ParamView, int]], replicas: Any
-) -> list[tuple[ReduceGroup, list[tuple[ParamView, int]]]]:
-    """Views by the processes that share their matrices."""
-    found: dict[Any, list[tuple[ParamView, int]]] = {}
-    for view, number in pairs:
-        mesh = view.shard.mesh
-        found.setdefault(mesh if mesh is not None and mesh.size() > 1 else None, []).append((view, number))
-    alone = ReduceGroup() if replicas is None else ReduceGroup._from(replicas)
-    return [(alone if mesh is None else ReduceGroup.over(mesh), own) for mesh, own in found.items()]
-
-
-def matrices_of(view: ParamView, group: ReduceGroup) -> list[Matrix]:
-    """The matrices of a view, with the parts of them that the processes of a group hold."""
-    regions = _regions(view, group)
-    me = torch.distributed.get_rank() if regions else -1
-    found, begin = [], 0
-    for number, (segment, cut) in enumerate(zip(view.segments, view.cuts, strict=True)):
-        per_copy = segment.blocks(cut) // segment.copies
-        rows, columns = segment.rows // per_copy, segment.shape[segment.inputs[0]]
-        index = segment.row_index("cpu")
-        for copy in range(segment.copies):
-            for k in range(per_copy):
-                own = index[k * rows : (k + 1) * rows]
-                parts = {rank: _part(view, own, copy, columns, region) for rank, (region, _) in regions.items()}
-                here = parts[me] if regions else _part(view, own, copy, columns, view.shard.region)
-                replica = {rank: of for rank, (_, of) in regions.items()}
-                matrix = Matrix(view, number, (rows, columns), slice(begin, begin + rows), here, parts, replica)
-                found.append(matrix)
-                begin += rows
-    return found
-
-
-def _regions(view: ParamView, group: ReduceGroup) -> dict[int, tuple[tuple[slice, ...], int]]:
-    """By rank of a group, what it holds of a parameter, and the number of the replica that this is a part of."""
-    shard = view.shard
-    if shard.mesh is None or shard.mesh.size() == 1:
-        return {rank: (shard.region, rank) for rank in group.ranks}
-    found: dict[int, tuple[tuple[slice, ...], int]] = {}
-    replicas: dict[tuple[int, ...], int] = {}
-    for place in np.ndindex(*shard.mesh.shape):
-        region = region_of(shard.shape, shard.mesh.shape, shard.placements, place)
-        replica = tuple(c for d, c in enumerate(place) if d not in shard.cut)
-        found[int(shard.mesh.mesh[place])] = region, replicas.setdefault(replica, len(replicas))
-    return found
-
-
-def _part(view: ParamView, rows: Tensor, copy: int, columns: int, region: Sequence[slice]) -> Part:
-    """What lies in a region of the parameter of a matrix with these of its output rows."""
-    first = view.segments[0]
-    out, inputs = region[first.dim], region[first.inputs[0]]
-    start, stop = (region[0].start, region[0].stop) if first.stacked else (0, 1)
-    held = (rows >= out.start) & (rows < out.stop) & (start <= copy < stop)
-    own = rows[held] - out.start
-    shape = len(own), inputs.stop - inputs.start
-    device = view.device
-    places = _as_index(torch.nonzero(held).view(-1), device), _as_index(own, device)
-    return Part(places[0], inputs, places[1], copy - start if start <= copy < stop else 0, shape)
-
-
-def _as_index(numbers: Tensor, device: torch.device) -> Index:
-    """A range where they are adjacent, so that what it takes is a view."""
-    if not len(numbers):
-        return slice(0, 0)
-    first, last = int(numbers[0]), int(numbers[-1])
-    return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers.to(device)
-
-
-def _assign_owners(matrices: Sequence[Matrix], group: ReduceGroup) -> None:
-    """To each the process with the least to do so far; where one holds all of it, of those that do."""
-    load = dict.fromkeys(group.ranks, 0)
-    if not load:
-        return
-    for one in sorted(matrices, key=lambda one: -one.cost):
-        whole = [rank for rank in group.ranks if one.parts[rank].shape == one.shape]
-        one.owner = min(whole or group.ranks, key=lambda rank: load[rank])
-        load[one.owner] += one.cost
-
-
-def _batches(matrices: Sequence[Matrix], group: ReduceGroup) -> list[Batch]:
-    """Matrices of one shape in batches that memory can hold, and in which every process has something to do."""
-    size = matrices[0].shape[0] * matrices[0].shape[1] * matrices[0].view.dtype.itemsize
-    n, processes = max(1, BATCH // max(size, 1)), max(1, len(group.ranks))
-    n = n * processes if matrices[0].view.shard.cut else max(n, processes)  # replicas hold all of each
-    return [Batch(list(matrices[i : i + n]), group) for i in range(0, len(matrices), n)]
+def _room_of(view: ParamView) -> int:
+    """Elements of the scratch that a view takes."""
+    return -(-view.numel // ALIGNED) * ALIGNED

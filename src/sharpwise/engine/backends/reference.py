@@ -40,9 +40,9 @@ def aimed(
     dtype = compute_dtype(p.dtype)
     x, g = (Stored.dense(t).decode(dtype) for t in (p, g))
     old = (held.decode(dtype) for held in stored)
-    if "clip" in s:
+    if "clip" in s and rule.stage != "move":
         g = g * s["clip"]
-    if "weight_decay" in s:
+    if "weight_decay" in s and rule.stage != "move":
         g = add(g, x, s["weight_decay"])
     names = [name for name, kind in rule.state.items() if kind == "element"]
     return x, *rule.direction(g, dict(zip(names, old, strict=True)), s)
@@ -68,10 +68,12 @@ def update(
     """
     x, new, numerator, denominator = aimed(rule, s, p, g, stored)
     factor = s.get("decay") if row_decay is None else row_decay
-    if factor is not None:
+    if factor is not None and rule.stage != "input":
         x = decayed(x, numerator, factor, cautious)
     step = s["step"] if row_step is None else row_step
-    if denominator is None:
+    if rule.stage == "input":
+        x = numerator
+    elif denominator is None:
         x = add(x, numerator, -step)
     elif isinstance(step, float):
         x = torch.addcdiv(x, numerator, denominator, value=-step)

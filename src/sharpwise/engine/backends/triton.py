@@ -37,8 +37,6 @@ class Triton(Backend):
         self._printed: dict[Any, Printed | str] = {}
         self._scalars: dict[Any, DeviceScalars | None] = {}
         self._built: dict[Any, str] = {}
-        self._tables: list[Tables] = []
-        self._ready: list[Tables] = []
         self._captured: list[Tables] = []
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -102,11 +100,11 @@ class Triton(Backend):
     def prepare(
         self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool], scalars: StepScalars
     ) -> Prepared:
-        self._ready = self._tables_of(views, grads, total)
+        ready = views[0].kept["ready"] = self._tables_of(views, grads, total)
         totals: list[tuple[Shard, Tensor]] = []
         summed: set[int] = set()
         late: set[int] = set()
-        for tables in self._ready:
+        for tables in ready:
             tables.addresses.write(tables.wanted)
             for (dtype, aligned), (chunks, n) in tables.sum_chunks.items():
                 kernel = triton_print.module(triton_print.squares(dtype, len(triton_print.FIELDS))).squares
@@ -129,7 +127,7 @@ class Triton(Backend):
         return None if triton_launch.refused(device) else DeviceGuard(device, max_norm, skips)
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
-        for tables in self._ready:
+        for tables in views[0].kept.pop("ready"):
             tables.take_rates(found.rates)
             tables.write_scalars(scalars)
             clip, ok = self._control(tables.device, scalars, tables.views[0])
@@ -146,7 +144,7 @@ class Triton(Backend):
             tables.release()
 
     def _tables_of(self, views: Sequence[ParamView], grads: Sequence[Tensor], summed: Sequence[bool]) -> list[Tables]:
-        """Tables of views by device; kept as long as these, and the alignment of their gradients, are the same."""
+        """Tables of views by device, kept by the first of them for the last alignments of their gradients."""
         places: dict[torch.device, list[int]] = {}
         for i, view in enumerate(views):
             places.setdefault(view.device, []).append(i)
@@ -156,7 +154,8 @@ class Triton(Backend):
             given = [grads[i] if grads[i].is_contiguous() else grads[i].contiguous() for i in own]
             addresses = [g.data_ptr() for g in given]
             total = [summed[i] for i in own]
-            tables = next((t for t in self._tables if t.serve(mine, given, addresses, total)), None)
+            kept: list[Tables] = mine[0].kept.setdefault("tables", [])
+            tables = next((t for t in kept if t.serve(mine, given, addresses, total)), None)
             if tables is None:
                 families: dict[Any, Family] = {}
                 for i, (view, g) in enumerate(zip(mine, given, strict=True)):
@@ -164,12 +163,12 @@ class Triton(Backend):
                     key = printed.text, kind_of_scalars(view)
                     families.setdefault(key, Family(printed)).places.append(i)
                 tables = Tables(mine, given, addresses, list(families.values()), total, device)
-                self._tables = [*self._tables[-3:], tables]
+                kept[:] = [*kept[-3:], tables]
             tables.use(given, addresses)
             if capturing():  # a graph has its tables for itself: other steps would write other addresses to them
                 if tables.inputs is None:
                     raise cannot("take a step with the same hyperparameters before the capture")
-                self._tables.remove(tables)
+                kept.remove(tables)
                 self._captured.append(tables)
             found.append(tables)
         return found

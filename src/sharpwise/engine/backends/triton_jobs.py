@@ -103,7 +103,7 @@ class MoveJobs:
         common = {"view": place.number}
         if self.stochastic:
             common["key"] = (view.key + int(view.group["seed"]) * SEED_FACTOR) & 0xFFFFFFFF
-        lead = int(np.prod(view.param.shape[1:])) if view.shard.offset else 0
+        lead = int(np.prod(view.shard.shape[1:])) if view.shard.offset else 0
         for run in view.rectangles:
             addresses = [base + bytes_ * (run.own if own else run.start) for base, bytes_, own in tensors]
             at_g = size * run.start

@@ -169,7 +169,7 @@ class Tables:
             assert family.scalars is not None
             if family.slot not in self._counts:
                 views = [self.views[i] for i in family.places]
-                steps = [scalars.counter.step(view).data_ptr() for view in views for _ in view.segments]
+                steps = [scalars.counter.step(view.origin).data_ptr() for view in views for _ in view.segments]
                 self._counts[family.slot] = upload(np.array(steps, dtype=np.int64), self.device)
             own_inputs, given = given.tensor_split([family.segments * family.scalars.width])
             args = own_inputs, self._counts[family.slot], self.scalars[family.slot :]
