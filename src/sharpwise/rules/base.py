@@ -180,7 +180,10 @@ class MatrixRule(Rule):
         raise NotImplementedError
 
     def owner(self, m: Tensor, small: State, s: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-        """The update u of matrices [n, rows, columns], which then moves p by -lr u; new whole state, each [n, rows]."""
+        """The update u of matrices [n, rows, columns], which then moves p by -lr u; new whole state, each [n, rows].
+
+        It may be written to m.
+        """
         raise NotImplementedError
 
 

@@ -192,15 +192,14 @@ class Muon(MatrixRule):
         return {"momentum_buffer": m}, ahead if self.nesterov else m
 
     def owner(self, m: Tensor, small: State, s: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.method == "newton_schulz":
-            u = newton_schulz(m, self.steps, precision=self.precision)
-        else:
-            u = polar_express(m, precision=self.precision)
+        scale = SCALES[self.scale](*m.shape[-2:])
+        how: dict[str, Any] = {"precision": self.precision, "scale": 1.0 if self.rows else scale, "out": m}
+        u = newton_schulz(m, self.steps, **how) if self.method == "newton_schulz" else polar_express(m, **how)
         new = {}
         if self.rows:
             u, v = normalize_rows(u, small["row_second_moment"], s["b2"])
-            new = {"row_second_moment": v}
-        return u.mul_(SCALES[self.scale](*m.shape[-2:])), new
+            u, new = u.mul_(scale), {"row_second_moment": v}
+        return u, new
 
 
 def is_hidden_matrix(segment: Segment) -> bool:

@@ -26,7 +26,7 @@ NorMuon (Li et al., arXiv 2510.05491), of an orthogonalized matrix O:
 | b2 | beta2 | |
 
 Departs: products are taken on the smaller side, X^T X and X (b A + c A^2) where there are more rows than columns, not
-of a transpose. The norm is worked out in units of the largest element, so that squares of finite elements are finite.
+of a transpose. Where the norm is not finite it is worked out in units of the largest element, whose squares are.
 Products are in fp32 on a CPU, where published code takes bf16 too. What bf16 costs against float64 (64 x 256 to 768 x
 3072, flat and steep spectra): singular values move by up to 0.023 and leave the bands by at most 0.001; the result
 moves by 1 to 4% of its norm. fp32: 6e-6 and 3e-6. So bf16 is the default only where it makes products fast, on CUDA.
@@ -55,8 +55,10 @@ BATCHED = 256
 """The largest smaller side at which a CPU takes the matrices of a batch together: beyond, one fills its cores."""
 
 
-def newton_schulz(m: Tensor, steps: int = 5, precision: Precision | None = None) -> Tensor:
-    """phi of the singular values of every matrix, by Newton-Schulz: a new tensor of m's shape and dtype.
+def newton_schulz(
+    m: Tensor, steps: int = 5, precision: Precision | None = None, scale: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """phi of the singular values of every matrix, by Newton-Schulz: of m's shape and dtype.
 
     Matrices of a batch do not see each other: what is NaN or infinite in one makes all of it NaN, and no other. Zeros
     give zeros.
@@ -65,18 +67,22 @@ def newton_schulz(m: Tensor, steps: int = 5, precision: Precision | None = None)
         m: n matrices [n, rows, columns], or one [rows, columns]; no side is 0.
         steps: how often the polynomial is applied.
         precision: of the products, "fp32" or "bf16"; None is bf16 on CUDA and fp32 elsewhere. fp64 stays fp64.
+        scale: a factor on the result.
+        out: where it is written, m itself if you like; None for a new tensor.
 
     Raises:
         ValueError: m has another number of dimensions, or `precision` is another word.
     """
     return _iterated(
-        _scaled(m, lambda norm, unit: torch.maximum(norm, 1e-7 * unit)), (NEWTON_SCHULZ,) * steps, m, precision
+        m, lambda norm, unit: torch.maximum(norm, 1e-7 * unit), (NEWTON_SCHULZ,) * steps, precision, scale, out
     )
 
 
-def polar_express(m: Tensor, precision: Precision | None = None) -> Tensor:
+def polar_express(
+    m: Tensor, precision: Precision | None = None, scale: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """phi of the singular values of every matrix, by Polar Express: as `newton_schulz`, which has the arguments."""
-    return _iterated(_scaled(m, lambda norm, unit: 1.02 * norm + 1e-6 * unit), POLAR_EXPRESS, m, precision)
+    return _iterated(m, lambda norm, unit: 1.02 * norm + 1e-6 * unit, POLAR_EXPRESS, precision, scale, out)
 
 
 def normalize_rows(o: Tensor, v: Tensor, beta2: float | Tensor = 0.95, eps: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -96,11 +102,25 @@ def normalize_rows(o: Tensor, v: Tensor, beta2: float | Tensor = 0.95, eps: floa
     return u * (_norm(o) / _norm(u).clamp(min=eps)), v
 
 
-def _scaled(m: Tensor, denominator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """M / s over a denominator, made of its norm and 1 / s: s is the largest element, but not below 1e-7."""
-    if m.dim() not in (2, 3):
-        raise ValueError(f"expected matrices [n, rows, columns] or one [rows, columns], got shape {tuple(m.shape)}")
+Denominator = Callable[[Tensor, Tensor], Tensor]
+"""Of a norm, made of it and what 1 is in its unit."""
+
+
+def _scaled(m: Tensor, denominator: Denominator, dtype: torch.dtype) -> Tensor:
+    """M over a denominator."""
     X = m if m.dtype == torch.float64 else m.float()
+    if X.device.type != "cpu":  # where the host would wait for what it asks
+        return _scaled_twice(X, denominator).to(dtype)
+    norm = _norm(X)
+    found = torch.mul(X, denominator(norm, torch.ones_like(norm)).reciprocal(), out=torch.empty_like(X, dtype=dtype))
+    for i in torch.nonzero(~norm.view(-1).isfinite()).view(-1).tolist():
+        where = i if X.dim() == 3 else ...
+        found[where] = _scaled_twice(X[where], denominator)
+    return found
+
+
+def _scaled_twice(X: Tensor, denominator: Denominator) -> Tensor:
+    """The same in units of the largest element, so that squares of finite elements are finite."""
     s = torch.linalg.vector_norm(X, torch.inf, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     X = X / s
     return X.div_(denominator(_norm(X), 1 / s))
@@ -112,18 +132,29 @@ def _norm(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 
 
-def _iterated(X: Tensor, polynomials: Sequence[Polynomial], m: Tensor, precision: Precision | None) -> Tensor:
+def _iterated(
+    m: Tensor,
+    denominator: Denominator,
+    polynomials: Sequence[Polynomial],
+    precision: Precision | None,
+    scale: float,
+    out: Tensor | None,
+) -> Tensor:
+    if m.dim() not in (2, 3):
+        raise ValueError(f"expected matrices [n, rows, columns] or one [rows, columns], got shape {tuple(m.shape)}")
     if precision not in (None, "fp32", "bf16"):
         raise ValueError(f"precision: got {precision!r}; allowed are 'fp32', 'bf16' and None, which takes what suits m")
-    if X.dtype != torch.float64 and (precision or ("bf16" if m.is_cuda else "fp32")) == "bf16":
-        X = X.bfloat16()
+    own = torch.float64 if m.dtype == torch.float64 else torch.float32
+    if own == torch.float32 and (precision or ("bf16" if m.is_cuda else "fp32")) == "bf16":
+        own = torch.bfloat16
+    X = _scaled(m, denominator, own)
     if X.dim() == 3 and X.device.type == "cpu" and min(X.shape[1:]) > BATCHED:
         for one in X:
             one.copy_(reduce(_step, polynomials, one))
     else:
         for polynomial in polynomials:  # by name, so that only the last X is held
             X = _step(X, polynomial)
-    return X.to(m.dtype)
+    return torch.mul(X, scale, out=torch.empty_like(m) if out is None else out)
 
 
 def _step(X: Tensor, polynomial: Polynomial) -> Tensor:

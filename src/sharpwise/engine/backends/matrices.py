@@ -228,7 +228,8 @@ class Matrices(Backend):
             batch.put(updates)
         elif (whole := batch.in_place()) is not None:
             u, small = self._owner(batch, batch.matrices, whole, s)
-            whole.copy_(u)
+            if u is not whole:
+                whole.copy_(u)
         else:
             u, small = self._owner(batch, batch.matrices, torch.stack([one.take() for one in batch.matrices]), s)
             batch.put(u.unbind())
