@@ -15,7 +15,16 @@ from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
 from sharpwise.engine.backends.base import Backend, Found, Prepared, Spec, built, say_once, tensors_refused
-from sharpwise.engine.backends.triton_jobs import BLOCK, SHORT_TILE, TALL, WIDE, in_pieces, kernel_of
+from sharpwise.engine.backends.triton_jobs import (
+    BLOCK,
+    SHORT_TILE,
+    TALL,
+    WIDE,
+    coded_lines,
+    in_pieces,
+    kernel_of,
+    runs_of,
+)
 from sharpwise.engine.backends.triton_print import DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
 from sharpwise.engine.capture import cannot, capturing
@@ -58,8 +67,8 @@ class Triton(Backend):
             return "a control: rows have decays of their own"
         if reason := tensors_refused(view, spec.grad, view.blocks.values()):
             return reason
-        if any(not isinstance(held.format, Dense) for held in view.stored()):
-            return "no kernel for storage in 8 bits yet"
+        if reason := coded_lines(view).refused(view):
+            return reason
         if not view.by_row and any(view.state_key(name) != name for name in view.elements):
             return "columns with state of their own"
         if spec.options.stochastic_rounding and any(view.shard.offset[1:]):
@@ -81,8 +90,8 @@ class Triton(Backend):
         view = spec.view
         wanted: set[tuple[str, Any]] = set()
         for aligned in (True, False):
-            for run in view.rectangles:
-                kernel = kernel_of(run, bool(view.rule.has_blocks and view.shard.cut))
+            for run in runs_of(view):
+                kernel = kernel_of(run, bool(view.rule.has_blocks and view.shard.cut), coded_lines(view).block)
                 wanted.add((printed.text, (*kernel, aligned)))
             if spec.options.guarded or in_pieces(view):
                 wanted.add((triton_print.squares(spec.grad, len(triton_print.FIELDS)), (spec.grad, aligned)))
@@ -139,7 +148,7 @@ class Triton(Backend):
                     args = [family.jobs, chunks, tables.addresses.tensor, *common]
                     if name == "phase":
                         args[2:3] = [tables.partial, tables.starts]
-                    args += [tables.rates] * (name in ("tiles", "phase"))
+                    args += [tables.rates] * (name in ("tiles", "lines", "phase"))
                     triton_launch.launch(getattr(module, name), n, args, constants, tables.device)
             tables.release()
 
@@ -243,6 +252,7 @@ class DeviceGuard:
 _I64, _I32, _F32, _F64, _U8 = torch.int64, torch.int32, torch.float32, torch.float64, torch.uint8
 ARGUMENTS: dict[str, tuple[torch.dtype, ...]] = {
     "tiles": (_I64, _I32, _I64, _F32, _F64, _U8, _F32),
+    "lines": (_I64, _I32, _I64, _F32, _F64, _U8, _F32),
     "rows": (_I64, _I32, _I64, _F32, _F64, _U8),
     "columns": (_I64, _I32, _I64, _F32, _F64, _U8),
     "phase": (_I64, _I32, _F64, _I32, _F32, _F64, _U8, _F32),
@@ -268,6 +278,10 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
         return name, {"PER": per, "BLOCK": block, **own, "maxnreg": REGISTERS[how[0], aligned]}
     if name == "columns":  # fewer rows, so fewer registers, where loads are many
         return name, {"BR": TALL, "BC": WIDE, **own, "maxnreg": 96} if aligned else {"BR": TALL // 2, "BC": WIDE, **own}
+    if name == "lines":
+        tile = max(BLOCK, how[1])
+        warps = {"num_warps": triton_launch.WARPS * tile // BLOCK}  # so that threads keep as many elements
+        return name, {"BY": how[0], "Q": how[1], "BLOCK": tile, **own, **warps}
     if name == "tiles":
         own |= {"BY": how[0], "maxnreg": 112 if aligned else 128}
     return name, {"BLOCK": BLOCK, **own}
@@ -285,6 +299,6 @@ def kind_of_scalars(view: ParamView) -> Any:
 def _formats(spec: Spec) -> Formats:
     """How the tensors of a view rest in memory."""
     view = spec.view
-    elements, blocks = (tuple(Dense.of(t.dtype) for t in own.values()) for own in (view.elements, view.blocks))
+    elements, blocks = tuple(t.format for t in view.stored()), tuple(Dense.of(t.dtype) for t in view.blocks.values())
     param, grad = Dense.of(view.param.dtype), Dense.of(spec.grad)
     return Formats(param, grad, elements, blocks, spec.options.stochastic_rounding)

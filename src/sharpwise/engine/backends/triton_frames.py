@@ -76,6 +76,47 @@ $elements_head
             move($elements, at, i, mask, rate)
 """
 
+LARGEST = """
+@triton.jit
+def largest(x, mask):
+    # Magnitude along a line, by the bits: these are in the same order, and NaN comes last.
+    bits = tl.where(mask, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    return tl.max(bits, axis=-1, keep_dims=True).to(tl.float32, bitcast=True)
+"""
+
+LINES = f"""
+@triton.jit(do_not_specialize=$args)
+def lines($moves, rates, $aligned, BY: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
+    # Elements of lines, cut into blocks of Q that are coded together; a tile is [blocks, Q].
+    # BY: the step is looked up by line or column of the rectangle.
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$elements_head
+    columns = tl.multiple_of(tl.load(row + $columns).to(tl.int32), G)
+    pitch = tl.multiple_of(tl.load(row + $pitch), G)
+    per = tl.load(row + $per).to(tl.int32)
+    across = (columns + Q - 1) // Q
+    stored = ((pitch + Q - 1) // Q).to(tl.int32)
+    first = tl.load(row + $first)
+    by_row = tl.load(row + $by_row)
+    size = tl.load(row + $size).to(tl.int32)
+    by_column = tl.load(row + $by_column)
+    i = tl.arange(0, Q)[None, :]
+    end = tl.minimum(k * per + per, tl.load(row + $rows).to(tl.int32))
+    for b0 in range(k * per, end, BLOCK // Q):
+        b = b0 + tl.arange(0, BLOCK // Q)[:, None]
+        held = b < end
+        r = b // across
+        c = b % across * Q
+        at = r.to(tl.int64) * pitch + c
+        mask = held & (i < columns - c)
+        rate = step
+        if BY:
+            rate = tl.load(rates + first + r // size * by_row + (c + i) // size * by_column, mask=mask, other=0.0)
+        move($elements, at, i, mask, rate, r.to(tl.int64) * stored + b % across, held)
+"""
+
 ROWS = f"""
 @triton.jit(do_not_specialize=$args)
 def rows($moves, $aligned, PER: tl.constexpr, BLOCK: tl.constexpr):

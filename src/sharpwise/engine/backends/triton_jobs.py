@@ -10,6 +10,7 @@ import torch
 
 from sharpwise.engine.backends.triton_print import FIELDS
 from sharpwise.engine.layout import Rectangle
+from sharpwise.engine.stored import ABSMAX
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
 from sharpwise.storage.dense import SEED_FACTOR
@@ -104,15 +105,18 @@ class MoveJobs:
         if self.stochastic:
             common["key"] = (view.key + int(view.group["seed"]) * SEED_FACTOR) & 0xFFFFFFFF
         lead = int(np.prod(view.shard.shape[1:])) if view.shard.offset else 0
-        for run in view.rectangles:
+        coded = coded_lines(view)
+        for run in runs_of(view):
             addresses = [base + bytes_ * (run.own if own else run.start) for base, bytes_, own in tensors]
             at_g = size * run.start
-            kernel = kernel_of(run, by_rate)
+            kernel = kernel_of(run, by_rate, coded.block)
+            absmax = [coded.address(view, name, run) for name in coded.names]
+            run, lines = coded.split(run) if coded.block else (run, 1)
             wide = run.size if kernel[0] == "columns" and run.size > 1 else 0
             aligned = not any(a % 16 for a in [*addresses, g + at_g])
             aligned &= not any(n % self.granule for n in (run.columns, run.pitch, wide))
             fields = common | {
-                "size": max(run.size, 1),
+                "size": max(run.size, lines),
                 "slot": place.slots[run.segment],
                 "counts": counts + 8 * run.first,
                 "from_gradient": at_g,
@@ -127,7 +131,11 @@ class MoveJobs:
                 cut = tiling(run)
                 if kernel[1]:
                     fields |= {"first": place.rates + run.first, "by_row": not run.size, "by_column": run.size > 0}
-            addresses += _of_blocks(view, run.first)
+            if coded.block:  # rows of tiles are blocks
+                cut = {"per": max(SPAN // min(coded.block, run.columns), 1), "span": run.columns}
+                cut["per"] += -cut["per"] % max(BLOCK // coded.block, 1)
+                run = run._replace(rows=run.rows * -(-run.columns // coded.block))
+            addresses += absmax + _of_blocks(view, run.first)
             self.jobs.add_run((*kernel, aligned), run, cut, addresses, **fields)
 
     def add_phases(self, view: ParamView, place: Place, starts: int) -> int:
@@ -135,7 +143,7 @@ class MoveJobs:
         `starts` on; how many blocks these are."""
         counts = view.layout.counts
         assert counts is not None
-        none = [0] * (1 + len(view.elements))
+        none = [0] * (1 + len(view.elements) + len(coded_lines(view).names))
         done = 0
         for first, blocks, segment in block_ranges(view):
             self.jobs.add(
@@ -156,8 +164,62 @@ def _of_blocks(view: ParamView, first: int) -> list[int]:
     return [t.data_ptr() + t.element_size() * first for t in view.blocks.values()]
 
 
-def kernel_of(run: Rectangle, by_rate: bool) -> tuple[Any, ...]:
-    """Which kernel moves it: the name, and what else the kernel is found by besides the alignment."""
+class CodedLines(NamedTuple):
+    """The lines of a view whose state is coded in blocks.
+
+    Attributes:
+        names: of that state; block: elements of a block, 0 where there is none; length: elements of a line.
+    """
+
+    names: tuple[str, ...] = ()
+    block: int = 0
+    length: int = 0
+
+    def split(self, run: Rectangle) -> tuple[Rectangle, int]:
+        """The same as lines, or parts of lines, and how many of these were a row."""
+        lines = max(run.columns // self.length, 1)
+        columns = min(run.columns, self.length)
+        return run._replace(rows=run.rows * lines, columns=columns, pitch=self.length), lines
+
+    def address(self, view: ParamView, name: str, run: Rectangle) -> int:
+        """Of the largest element of its first block."""
+        absmax = local(view.own[name + ABSMAX])
+        line, column = divmod(run.start if view.state_key(name) == name else run.own, self.length)
+        return absmax.data_ptr() + absmax.element_size() * (line * absmax.shape[-1] + column // self.block)
+
+    def refused(self, view: ParamView) -> str:
+        """Why no kernel moves them, or ""."""
+        if not self.block:
+            return ""
+        if self.block not in (1 << n for n in range(4, 12)):
+            return f"blocks of {self.block} elements: powers of 2 from 16 to 2048 alone"
+        begins = [run.start for run in runs_of(view)]
+        ends = [run.start + run.columns for run in runs_of(view)]  # of its first line, or of all
+        cut = any(end % self.length % self.block for end in begins + ends)
+        return "segments that begin or end within blocks that are coded together" if cut else ""
+
+
+def coded_lines(view: ParamView) -> CodedLines:
+    """Its lines; empty where all of its state is dense."""
+    names = tuple(n for n in view.elements if n in view.formats and view.formats[n].block)
+    return CodedLines(names, view.formats[names[0]].block, view.line(names[0]).columns) if names else CodedLines()
+
+
+def runs_of(view: ParamView) -> list[Rectangle]:
+    """Its rectangles; all of it is one where its state is coded in blocks and moves alike: segments may cut these."""
+    if not view.uniform or view.rule.has_blocks or view.part or not view.numel or not coded_lines(view).block:
+        return view.rectangles
+    return [Rectangle(0, 0, 1, view.numel, view.numel, 0)]
+
+
+def kernel_of(run: Rectangle, by_rate: bool, block: int) -> tuple[Any, ...]:
+    """Which kernel moves it: the name, and what else the kernel is found by besides the alignment.
+
+    Args:
+        by_rate: steps per block are worked out elsewhere; block: elements that are coded together, 0 if none are.
+    """
+    if block:
+        return "lines", run.blocks > 0, block
     if not run.blocks:
         return "tiles", False
     if by_rate or not run.whole or (run.size or run.columns) > (WIDE if run.size else ONE_PROGRAM):
@@ -167,7 +229,8 @@ def kernel_of(run: Rectangle, by_rate: bool) -> tuple[Any, ...]:
 
 def in_pieces(view: ParamView) -> list[Rectangle]:
     """Runs of blocks that are summed up by several programs."""
-    return [run for run in view.rectangles if kernel_of(run, False) == ("tiles", True)]
+    block = coded_lines(view).block
+    return [run for run in view.rectangles if kernel_of(run, False, block)[:2] in (("tiles", True), ("lines", True))]
 
 
 def block_ranges(view: ParamView) -> list[tuple[int, int, int]]:

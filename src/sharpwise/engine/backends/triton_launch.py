@@ -63,14 +63,14 @@ def _folder_refused() -> str:
 def launch(kernel: Any, grid: int, args: Sequence[Tensor], constants: Mapping[str, Any], device: torch.device) -> None:
     """Run `grid` programs."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(grid,)](*args, **constants, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[(grid,)](*args, **{"num_warps": WARPS, **constants}, enable_fp_fusion=False)
 
 
 def build(kernel: Any, args: Sequence[torch.dtype], constants: Mapping[str, Any], device: torch.device) -> None:
     """Compile a kernel for arguments of these types; an interpreter needs none of it."""
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel.warmup(*args, grid=(1,), **constants, num_warps=WARPS, enable_fp_fusion=False)
+            kernel.warmup(*args, grid=(1,), **{"num_warps": WARPS, **constants}, enable_fp_fusion=False)
 
 
 def upload(values: "np.ndarray[Any, Any]", device: torch.device, into: Tensor | None = None) -> Tensor:

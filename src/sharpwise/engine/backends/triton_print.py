@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import triton_frames as frames
-from sharpwise.engine.program import Arithmetic, Language, Program
+from sharpwise.engine.program import Arithmetic, Language, Program, encoding
 from sharpwise.rules.base import Rule
-from sharpwise.storage import Dense
+from sharpwise.storage import Dense, Format
 from sharpwise.storage.dense import STEP_FACTOR
 
 FIELDS = (
@@ -85,19 +85,19 @@ class Formats(NamedTuple):
 
     param: Dense
     grad: Dense
-    elements: tuple[Dense, ...]
+    elements: tuple[Format, ...]
     blocks: tuple[Dense, ...]
     stochastic: bool
 
     @property
     def granule(self) -> int:
         """Elements that are 16 bytes of the narrowest."""
-        return 16 // min(own.dtype.itemsize for own in (self.param, self.grad, *self.elements))
+        return 16 // min(own.dtype_for(_f32).itemsize for own in (self.param, self.grad, *self.elements))
 
     @property
     def width(self) -> int:
         """Numbers in a job."""
-        return len(FIELDS) + 1 + len(self.elements) + len(self.blocks)
+        return len(FIELDS) + 1 + sum(1 + (own.block > 0) for own in self.elements) + len(self.blocks)
 
 
 class Printed(NamedTuple):
@@ -127,17 +127,20 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
     own += [f"{name} = tl.load(slot + {len(program.scalars) + i})" for i, name in enumerate(OURS)]
     own += ["clip64 = tl.load(clip_)", "clip = clip64.to(tl.float32)"]
     begin = len(FIELDS)
-    head = [_pointer(name, begin + i, kind) for i, (name, kind) in enumerate(stored.items())]
+    head = [_pointer(_called(name), begin + i, _type(kind)) for i, (name, kind) in enumerate(stored.items())]
+    absmax = {name: f"{_called(name)}absmax" for name, kind in stored.items() if kind.block}
+    head += [_pointer(own, begin + len(stored) + i, "tl.float32", 1) for i, own in enumerate(absmax.values())]
     at_gradient = f"tl.load(grads + tl.load(row + {_at('view')})) + tl.load(row + {_at('from_gradient')})"
     head.append(f"g_ = address({at_gradient}, {_type(formats.grad)}, ALIGN)")
     if noisy:
         head += [f"noise = tl.load(row + {_at('noise')})"]
         head += [f"key = (tl.load(row + {_at('key')}) + t.to(tl.int64) * {STEP_FACTOR}).to(tl.int32)"]
-    begin += len(stored)
-    of_blocks = [_pointer(name, begin + i, kind, 1) for i, (name, kind) in enumerate(blocks.items())]
+    begin += len(stored) + len(absmax)
+    of_blocks = [_pointer(_called(name), begin + i, _type(kind), 1) for i, (name, kind) in enumerate(blocks.items())]
     of_blocks.append(f"counts_ = address(tl.load(row + {_at('counts')}), tl.float64, 1)")
     scalars = {f"scalar.{name}": f"s_{name}" for name in program.scalars}
-    elements = [*map(_called, stored), "g_", "decay", "clip", *(["noise", "key"] if noisy else []), *scalars.values()]
+    elements = [*map(_called, stored), *absmax.values(), "g_", "decay", "clip"]
+    elements += [*(["noise", "key"] if noisy else []), *scalars.values()]
     values: dict[str, str] = {
         "args": "",
         "width": str(formats.width),
@@ -148,15 +151,21 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
         "elements": ", ".join(elements),
         "blocks": ", ".join([*map(_called, blocks), "step", *scalars.values()]),
     }
-    text = frames.HEAD + function(
-        f"move({values['elements']}, at, i, mask, rate)",
+    text = frames.HEAD + (frames.LARGEST if absmax else "")
+    for name in absmax:
+        given = {"x": "x", "absmax": "absmax"}
+        encode = f"encode_{_called(name)}(x, absmax)"
+        text += function(encode, encoding(stored[name]), given, lambda found: [f"return {found['codes']}"])
+    text += function(
+        f"move({values['elements']}, at, i, mask, rate{', b, held' if absmax else ''})",
         program.move.in_memory({**stored, "g": formats.grad}, list(stored), noisy),
         {name: name for name in ("rate", "decay", "clip", "key")}
         | {"weight_decay": "decay", "index": "noise + at + i", **scalars}
-        | {name: f"tl.load({_called(name)} + at + i, mask=mask, other=0)" for name in (*stored, "g")},
-        lambda found: [f"tl.store({_called(name)} + at + i, {found[name]}, mask=mask)" for name in stored],
+        | {name: f"tl.load({_called(name)} + at + i, mask=mask, other=0)" for name in (*stored, "g")}
+        | {f"absmax.{name}": f"tl.load({own} + b, mask=held, other=0)" for name, own in absmax.items()},
+        lambda found: _stores(list(stored), absmax, found),
     )
-    text += _filled(frames.TILES, values)
+    text += _filled(frames.LINES if absmax else frames.TILES, values)
     if program.phase is not None:
         # Every thread reads what one of them writes: all have to have read it before.
         text += function(
@@ -170,7 +179,8 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
                 f"return (step / {found['denominator']}).to(tl.float32)",
             ],
         )
-        text += "".join(_filled(frame, values) for frame in (frames.ROWS, frames.COLUMNS, frames.PHASE))
+        own_frames = (frames.PHASE,) if absmax else (frames.ROWS, frames.COLUMNS, frames.PHASE)
+        text += "".join(_filled(frame, values) for frame in own_frames)
     return Printed(text, (*program.scalars, *OURS), formats, coupled)
 
 
@@ -191,7 +201,17 @@ def function(
     return f"\n@triton.jit\ndef {head}:\n{body}\n{_lines(last(found), 1)}\n"
 
 
-def _of_state(names: Sequence[str], formats: Sequence[Dense]) -> dict[str, Dense]:
+def _stores(stored: Sequence[str], absmax: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Statements that store what was found, of state with blocks the codes and the largest of each block."""
+    lines = [f"{own}_new = largest({found[name]}, mask)" for name, own in absmax.items()]
+    # Every thread of a block reads what one of them writes.
+    lines += ["tl.debug_barrier()"] * bool(absmax)
+    lines += [f"tl.store({own} + b, {own}_new, mask=held)" for own in absmax.values()]
+    coded = {name: f"encode_{_called(name)}({found[name]}, {own}_new)" for name, own in absmax.items()}
+    return lines + [f"tl.store({_called(n)} + at + i, {coded.get(n, found[n])}, mask=mask)" for n in stored]
+
+
+def _of_state(names: Sequence[str], formats: Sequence[Format]) -> dict[str, Format]:
     return {f"state.{name}": own for name, own in zip(names, formats, strict=True)}
 
 
@@ -204,13 +224,13 @@ def _at(field: str) -> int:
     return FIELDS.index(field)
 
 
-def _type(own: Dense) -> str:
+def _type(own: Format) -> str:
     """The type of the one part of a format."""
     return TRITON.types[own.dtype_for(_f32)]
 
 
-def _pointer(name: str, at: int, own: Dense, align: Any = "ALIGN") -> str:
-    return f"{_called(name)} = address(tl.load(row + {at}), {_type(own)}, {align})"
+def _pointer(called: str, at: int, type_: str, align: Any = "ALIGN") -> str:
+    return f"{called} = address(tl.load(row + {at}), {type_}, {align})"
 
 
 def _lines(lines: Sequence[str], deep: int) -> str:
