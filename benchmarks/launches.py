@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16-weights": {"dtype": torch.bfloat16},
     "bf16-state-stochastic": {"storage": "bf16", "stochastic_rounding": True},
     "bf16-all-stochastic": {"dtype": torch.bfloat16, "storage": "bf16", "stochastic_rounding": True},
+    "8-bit": {"storage": "int8-dynamic"},
     "fp64-weights": {"dtype": torch.float64},
     "eager": {"compile": False},
     "blockwise": {"block_lr": "blockwise"},
@@ -56,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """By name: what is passed to the constructor, but for `dtype`, which is that of the parameters. What is
 measured in training is so in the second step (in the first by gradient_snr), and *moves* the multipliers at each."""
-MAIN = ("plain", "clip", "clip-skip", "bf16-weights", "blockwise", "everything")
+MAIN = ("plain", "clip", "clip-skip", "bf16-weights", "8-bit", "blockwise", "everything")
 
 
 def llama() -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from sharpwise.engine.backends import triton, triton_launch, triton_print
 from sharpwise.engine.backends.triton_print import FIELDS, Formats
 from sharpwise.rules import SGD, AdamMini, AdamW, Lion
-from sharpwise.storage import FP32, Dense
+from sharpwise.storage import FP32, Dense, Int8
 
 pytestmark = [
     pytest.mark.skipif(bool(triton_launch.absent()), reason=triton_launch.absent() or "triton is here"),
@@ -87,9 +87,9 @@ def compiled(kernel, arguments, constants, arch, folder):
     return [int(n) for n in numbers.groups()], found.asm["ptx"]
 
 
-def wide(ptx, what):
-    """How many loads or stores of 128 bits there are."""
-    return len(re.findall(rf"{what}\.global[^;]*\.v4\.b32", ptx))
+def wide(ptx, what, words=4):
+    """How many loads or stores of so many words of 32 bits there are."""
+    return len(re.findall(rf"{what}\.global[^;]*\.v{words}\.b32", ptx))
 
 
 def check(name, formats, decay, key, arch, folder):
@@ -117,6 +117,45 @@ def check(name, formats, decay, key, arch, folder):
     loaded = [*stored, grad] + [grad] * (kernel != "tiles")  # twice: summed up, then used
     assert wide(ptx, "st") == sum(each * t.itemsize for t in stored) // 16
     assert wide(ptx, "ld") == sum(each * t.itemsize for t in loaded) // 16
+
+
+INT8 = [
+    *(("adamw", "fp32", code, 256, True, arch) for code in ("linear", "dynamic") for arch in (80, 90)),
+    ("adamw", "fp32", "dynamic", 2048, True, 90),
+    ("adamw", "bf16", "dynamic", 2048, False, 90),
+    ("adamw", "bf16", "dynamic", 256, False, 80),
+    ("adam-mini", "bf16", "dynamic", 256, True, 80),
+    ("lion", "bf16 gradient", "linear", 64, True, 90),
+]
+"""Kernels of 8-bit state: rule, formats of the rest, code, block, aligned, architecture."""
+
+
+@pytest.mark.parametrize("case", INT8, ids=str)
+def test_8_bit_state_compiles(case, tmp_path):
+    name, formats, code, block, aligned, arch = case
+    rule = RULES[name]
+    param, grad, _, stochastic = FORMATS[formats]
+    elements = [n for n, kind in rule.state.items() if kind == "element"]
+    blocks = [n for n, kind in rule.state.items() if kind == "block"]
+    state = tuple(Int8(code, block, unsigned=n == rule.second_moment) for n in elements)
+    own = Formats(Dense.of(param), Dense.of(grad), state, (FP32,) * len(blocks), stochastic)
+    kernel, constants = triton.kernel_and_constants(("lines", name == "adam-mini", block, aligned), own.granule)
+    module = triton_print.module(triton_print.kernels(rule, own, False).text)
+    threads = 32 * constants["num_warps"]
+    (registers, *spilled), ptx = compiled(
+        getattr(module, kernel), triton.ARGUMENTS[kernel], dict(constants), arch, tmp_path
+    )
+    assert spilled == [0, 0], "it spills"
+    assert registers <= MOST[aligned], registers
+    store = ptx.index("st.global")
+    assert "bar.sync" in ptx[ptx.rindex("ld.global", 0, store) : store]  # all have read what one of them writes
+    if not aligned:
+        return
+    each = constants["BLOCK"] // threads
+    assert each == 8
+    for what, dense in (("st", [param]), ("ld", [param, grad])):
+        assert wide(ptx, what) == sum(each * t.itemsize for t in dense) // 16
+        assert wide(ptx, what, 2) == len(elements)  # 8 codes in one
 
 
 @pytest.mark.parametrize("case", pairwise(), ids=str)

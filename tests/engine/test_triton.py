@@ -13,14 +13,14 @@ import sharpwise
 from sharpwise.engine.backends import triton_launch
 from sharpwise.testing import fill_gradients, tiny_model
 
-FILE = Path(__file__).with_name("interpreted.py")
+FILES = [Path(__file__).with_name(name) for name in ("interpreted.py", "interpreted_int8.py")]
 needs_triton = pytest.mark.skipif(bool(triton_launch.absent()), reason=triton_launch.absent() or "triton is here")
 
 
 def interpret(selection):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection, str(FILE)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection, *map(str, FILES)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=env, cwd=FILE.parents[2], check=False)
+    found = subprocess.run(command, capture_output=True, text=True, env=env, cwd=FILES[0].parents[2], check=False)
     assert found.returncode == 0, found.stdout[-6000:]
     assert " passed" in found.stdout, found.stdout[-2000:]
 
