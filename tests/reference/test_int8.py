@@ -36,7 +36,7 @@ def test_values_are_those_of_the_definition(own):
     values = int8.meaning(own.code, own.unsigned)[1]
     got = own.decode(all_codes(own), torch.tensor(1.0)).double().numpy()
     assert len(set(got)) == len(got) == 256 - (own in SIGNED and own.code == "linear")
-    assert (np.abs(got - values) <= EPS * np.abs(values)).all()
+    assert (np.abs(got - values) <= (1.5 if own.code == "dynamic" else 1) * EPS * np.abs(values)).all()
     assert got.max() == 1.0
     assert got[all_codes(own) == 0] == 0.0
 
@@ -102,7 +102,7 @@ def test_bounds(own, x, absmax):
     if own.code == "linear":
         assert (off <= absmax.double() * (step / 2 + 2 * EPS)).all()
     else:  # half of a cell: of a number's decade at the most, whose begin is a tenth of its end
-        cell, least = (0.23, 3.3e-7) if own.unsigned else (0.46, 2.8e-7)
+        cell, least = (0.25, 3.3e-7) if own.unsigned else (0.57, 2.8e-7)
         half = x.abs().double() * cell + absmax.double() * least
         assert (off <= half).all()
     assert (back[x == 0] == 0).all() and (back[-1] == absmax)

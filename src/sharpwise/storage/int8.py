@@ -7,11 +7,14 @@ Linear: "On quantizing the state of the Muon optimizer", arXiv 2509.23106. Dynam
     dynamic   x' = v absmax, v the nearest of 0, 1 and 10^(i-7) (9 (n + j + 1/2) - 8 n) / n with both signs, where
               i = 0..6 is a decade, n = 2^i its number of cells, j = 0..n-1; unsigned n = 2^(i+1)
 
-Dynamic magnitudes are numbered in order: v of decade i is number n + j (unsigned: one less), 1 the last. The line
-through a decade's values is steeper than that of the decade below, and they meet at its end: the largest of all lines
-is the value, and the smallest of the inverse lines f_i(y) = (8 + 10^(7-i) y) n / 9, cut to a whole number, is the
-number. Corrected is where cells are not of one size: from a decade's begin at f = n to n + 1/5 the last value of the
-decade below is nearer; in the last quarter of the last cell 1 is.
+Dynamic magnitudes are numbered in order: v of decade i is number k = n + j (unsigned: one less), 1 the last. Each way
+what is small is scaled up to the last decades, and one line serves all:
+
+    v = 10^(i-6) (0.9 (k + 1/2) / n - 0.8), where n is the power of two below k
+    k = f cut to a whole number, f = (8 + 10^(7-i) y) n / 9
+
+Corrected is where cells are not of one size: from a decade's begin at f = n to n + 1/5 the last value of the decade
+below is nearer (in the first decade 0, to half of its first value); in the last quarter of the last cell 1 is.
 
 Departs: dynamic codes are rotated, so that zeros mean zero: 0 is 0, 1 to 128 the positive, 255 down to 129 the negative
 numbers. Unsigned ones of what is above 0 are at least 1: a second moment that is rounded to 0 stays there while a row
@@ -19,8 +22,8 @@ has no gradient, and its momentum, divided by eps alone, moves it by thousands o
 momentum it made the error of a step 1.4 times as large.
 """
 
+import struct
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any, Literal, cast
 
 import torch
@@ -31,7 +34,8 @@ from sharpwise.storage.base import Format
 _SMALLEST = 2.0**-126
 """The smallest normal fp32: the reciprocal of a smaller number may be infinite."""
 _BITS_OF_1 = 0x3F800000
-_DECADES = range(7)
+_MOST, _SIGN = 0x7FFFFFFF, -(2**31)
+"""All bits but that of the sign, and that."""
 
 
 @dataclass(frozen=True)
@@ -77,52 +81,65 @@ class Int8(Format):
         return torch.int8 if self.code == "linear" and not self.unsigned else torch.uint8
 
     def decode(self, codes: Tensor, absmax: Any = None, compute: torch.dtype = torch.float32) -> Tensor:
-        c = codes.to(torch.float32)
-        unit = _values(c, self.unsigned) if self.code == "dynamic" else c * (1 / (255 if self.unsigned else 127))
-        return (unit * absmax).to(compute)
+        if self.code == "dynamic":
+            return _values(codes.to(torch.int32), absmax, self.unsigned).to(compute)
+        return (codes.to(torch.float32) * (1 / (255 if self.unsigned else 127)) * absmax).to(compute)
 
     def encode(self, x: Tensor, absmax: Any = None, noise: tuple[Tensor, Any] | None = None) -> Tensor:
         # To the nearest: noise is not used.
         x = x.to(torch.float32)
         inverse = torch.where(absmax >= _SMALLEST, absmax.reciprocal(), absmax * 0.0)
-        # Of infinity / infinity and NaN this is 1: what becomes a whole number is always a number.
-        bits = (_bits(x * inverse) & 0x7FFFFFFF).clamp(0, _BITS_OF_1)
-        y = bits.view(torch.float32)
         if self.code == "dynamic":
-            below, above = _numbers(y, self.unsigned)
-            if self.unsigned:
-                above = _larger(above, bits.clamp(0, 1))  # as integers, without a comparison
-        else:
-            below = above = (y * (255.0 if self.unsigned else 127.0)).round().to(torch.int32)
-        codes = above if self.unsigned else torch.where(x < 0.0, -below, above)
+            return _numbers(x, inverse, self.unsigned).to(torch.uint8)
+        # Of infinity / infinity and NaN this is 1: what becomes a whole number is always a number.
+        y = (_bits(x * inverse) & _MOST).clamp(0, _BITS_OF_1).view(torch.float32)
+        codes = (y * (255.0 if self.unsigned else 127.0)).round().to(torch.int32)
+        codes = codes if self.unsigned else torch.where(x < 0.0, -codes, codes)
         return codes.to(self.dtype_for(torch.float32))
 
 
-def _values(codes: Tensor, unsigned: bool) -> Tensor:
-    """Dynamic values of codes (fp32), within an ulp: all is exact but for one product. A look-up takes a CPU twice as
-    long, and the kernels a table."""
-    nine = 9.0 * (codes if unsigned else 128.0 - (codes - 128.0).abs())
-    lines = [(nine + (4.5 - 8 * n + 9 * unsigned)) * (1 / (10.0 ** (7 - i) * n)) for i, n in _cells(unsigned)]
-    v = reduce(_larger, map(_bits, lines)).clamp(0, _BITS_OF_1).view(torch.float32)
-    return v if unsigned else torch.where(codes > 128.0, -v, v)
+# Of a condition that is used again after other arithmetic GCC makes two paths, in twice the time.
 
 
-def _numbers(y: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
-    """Numbers (int32) of the dynamic magnitudes nearest to y in [0, 1]: without 1 (there is no -1), and with it."""
-    lines = []
-    for i, n in _cells(unsigned):
-        slope, offset = 10.0 ** (7 - i) * n / 9, 8 / 10.0 ** (7 - i)
-        if i == 0:  # half of the smallest value is n + 1/5 too, and the end of its cell n + 1
-            half, end = 1e-7 * (0.5 + 2.25 / n), 1e-7 * (1 + 9 / n)
-            slope = 0.8 / (end - half)
-            offset = (n + 1) / slope - end
-        lines.append(_bits((y + offset) * slope))
-    least = reduce(_smaller, lines)
-    f, begin = least.view(torch.float32), (least & 0x7F800000).view(torch.float32)  # the power of two below
-    below = torch.where(f - begin < 0.2, f - 0.5, f).to(torch.int32)
-    last = 256.0 if unsigned else 128.0
-    above = below + (f * (1 / (last - 0.25))).to(torch.int32)  # a comparison here keeps GCC from using vectors
-    return (below - 1, above - 1) if unsigned else (below, above)
+def _values(codes: Tensor, absmax: Tensor, unsigned: bool) -> Tensor:
+    """Numbers of dynamic codes (int32), within 3 ulps (20 if absmax is below 1e-36). A look-up would need a table."""
+    unit = 2.0**-16 if unsigned else 2.0**-15  # decade 0 begins at 2^-15: absmax is scaled by little
+    c = (codes + _bits_of(2.0**23 * unit)).view(torch.float32)  # code and 2^23, in units
+    left = (2.0**23 + 128) * unit - c
+    k = c - (2.0**23 - 1.5) * unit if unsigned else 128.5 * unit - left.abs()
+    levels = []
+    for decades in (4, 2, 1):
+        levels.append((k >= 2.0 ** (decades - 15), 10.0**decades))
+        k = (_bits(k) & ~(decades << 23)).view(torch.float32)  # 2^decades times as small if it is above
+    v = _bits(k - 8 / 9 * 2.0**-15).clamp(0, _MOST).view(torch.float32)  # the code 0 is below
+    for above, power in levels:
+        v = torch.where(above, v * power, v)
+    x = v * (absmax * (0.9e-6 * 2.0**15))
+    x = torch.where(absmax < x, absmax, x)  # the last number; NaN stays
+    return x if unsigned else (_bits(x) ^ (_bits(left) & _SIGN)).view(torch.float32)
+
+
+def _numbers(x: Tensor, inverse: Tensor, unsigned: bool) -> Tensor:
+    """Dynamic codes (int32, negative ones below 0) of x; `inverse` is 1 / absmax."""
+    n = 128.0 if unsigned else 64.0
+    y = (bits := _bits(x * inverse) & _MOST).view(torch.float32)
+    one = inverse * 0.0 + 1.0  # which a compiler does not know: of constants it would select among four
+    cells, times = one * (n / 0.9), one * 100.0
+    below = y < 1e-4
+    y, cells = torch.where(below, y * 1e4, y), torch.where(below, cells * 0.0625, cells)
+    if not unsigned:  # half of the smallest value becomes n + 1/5; more of its decade is not told apart
+        times = torch.where(below, times * (2.8 / 2.75), times)
+    below = y < 1e-2
+    y, cells = torch.where(below, y * times, y), torch.where(below, cells * 0.25, cells)
+    # Two decades are left: the lower has the smaller line where it holds.
+    f = _smaller(_bits(y + 0.8), _bits(y * 5.0 + 0.4)).view(torch.float32) * cells
+    begin = (_bits(f) & 0x7F800000).view(torch.float32)  # the power of two below
+    f = torch.where(f - begin < 0.2, f - 0.5, f)
+    # Of infinity / infinity and NaN too: what becomes a whole number is always a number.
+    f = f.masked_fill(bits >= _bits_of(1 - 0.225 / n), 2 * n)
+    if unsigned:
+        return _larger((f - 1.0).to(torch.int32), bits.clamp(0, 1))  # as integers, without a comparison
+    return ((_bits(x) & _SIGN) ^ _bits(f)).view(torch.float32).to(torch.int32).clamp(-127, _MOST)  # there is no -1
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -130,9 +147,8 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 
 
-def _cells(unsigned: bool) -> list[tuple[int, int]]:
-    """Decades, and how many cells each has."""
-    return [(i, 2 ** (i + unsigned)) for i in _DECADES]
+def _bits_of(x: float) -> int:
+    return int(struct.unpack("i", struct.pack("f", x))[0])
 
 
 def _smaller(a: Tensor, b: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ CPP = Language(
         **{getattr(_aten, op).Tensor: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
         **{getattr(_aten, op).Scalar: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
         _aten.where.self: "{0} ? {1} : {2}",
+        _aten.masked_fill.Scalar: "{1} ? {2} : {0}",
         _aten.maximum.default: "larger({0}, {1})",
         _aten.view.dtype: "__builtin_bit_cast({1}, {0})",
         _aten.bitwise_and.Scalar: "{0} & {1}",

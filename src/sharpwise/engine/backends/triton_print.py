@@ -59,6 +59,7 @@ TRITON = Language(
         **{getattr(_aten, op).Tensor: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
         **{getattr(_aten, op).Scalar: f"{{0}} {sign} {{1}}" for op, sign in _COMPARED.items()},
         _aten.where.self: "tl.where({0}, {1}, {2})",
+        _aten.masked_fill.Scalar: "tl.where({1}, {2}, {0})",
         _aten._to_copy.default: "{0}",
         _aten.detach.default: "{0}",
         _aten.view.dtype: "{0}.to({1}, bitcast=True)",
