@@ -165,8 +165,8 @@ def engine_arguments(
     """
     asked: Any = SimpleNamespace(**{option: default for option, (default, _) in _OPTIONS.items()} | given)
     per_block = _block_lr_of(who, asked.block_lr)
-    _check_combination(who, name, per_block)
     storage = _storage_of(who, name, asked, aux_storage)
+    _check_combination(who, name, per_block, asked)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
     _check_numbers(who, asked, decoupled)
@@ -269,19 +269,21 @@ def _one_of(who: str, what: str, name: str, table: Mapping[str, T]) -> T:
     return table[name]
 
 
-def _check_combination(who: str, name: str, block_lr: BlockLR | None) -> None:
-    lrs, _ = COMBINES[name]
+def _check_combination(who: str, name: str, block_lr: BlockLR | None, asked: Any) -> None:
+    lrs, storages = COMBINES[name]
+    kept = isinstance(asked.storage, Format) or asked.allow_unstable or asked.storage.removesuffix("-2048") in storages
     known = all(part.name in lrs or part.name not in BLOCK_LRS or _probes(part) for part in _parts(block_lr))
-    if not known:
+    if not known or not kept:
         for part in _parts(block_lr):
-            if isinstance(part, SharpnessLR):
+            if isinstance(part, SharpnessLR) and not known:
                 raise ValueError(f"{who}: {no_second_moment_message(part, name)}")
-            if isinstance(part, GradientSNR) and part.name in BLOCK_LRS:
+            if isinstance(part, GradientSNR) and not known and part.name in BLOCK_LRS:
                 raise ValueError(
                     f"{who}: it scales by the first gradient already, got block_lr={block_lr}; leave that out"
                 )
         raise ValueError(
-            f"{who}: {name} with block_lr={block_lr!r} is not supported; {name} combines with block_lr {', '.join(lrs)}"
+            f"{who}: {name} with block_lr={block_lr!r} and storage={asked.storage!r} is not supported; "
+            f"{name} combines with block_lr {', '.join(lrs)} and storage {', '.join(storages)}"
         )
 
 

@@ -101,7 +101,7 @@ class _Localized:
 
     def __init__(self, rule: Rule, known: State) -> None:
         self.rule, self.known = rule, known
-        self.state = rule.state
+        self.state, self.stage = rule.state, rule.stage
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         return self.rule.direction(g, {**state, **self.known}, s)
