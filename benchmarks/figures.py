@@ -18,7 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from figures_docs import block_lr, coverage_of_draws, coverage_of_speedup, distributed, kept_graph, measure, muon
+from figures_docs import (
+    block_lr,
+    coverage_of_draws,
+    coverage_of_speedup,
+    distributed,
+    kept_graph,
+    measure,
+    muon,
+    storage,
+)
 from figures_readme import readme
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +36,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "README.md": readme,
     "docs/block_lr.md": block_lr,
     "docs/muon.md": muon,
+    "docs/storage.md": storage,
     "docs/distributed.md": distributed,
     "docs/measure.md": measure,
     "src/sharpwise/compare/speedup.py": coverage_of_speedup,

@@ -91,6 +91,20 @@ def muon(load: Load) -> Iterator[str]:
         yield f"| {shape['layers']} layers of width {shape['width']} | {cells} |"
 
 
+# --- docs/storage.md -------------------------------------------------------------------------------------------------
+
+
+def storage(load: Load) -> Iterator[str]:
+    study = load("recipes/int8/adamw.json")
+    arms = compared(study)
+    assert len(study["seeds"]) == 5 and study["margin"] == 0.02
+    yield f"{study['budget']['tokens']:,} tokens"
+    for name in ("dynamic", "bitsandbytes"):
+        yield f"| `{name}` | {row(arms[name], arms[name]['verdict'])}"
+    for name in ("linear", "flat2048"):
+        yield f"| `{name}` | {min(losses(study, name)):.0f} to {max(losses(study, name)):.0f} nats"
+
+
 # --- docs/block_lr.md ------------------------------------------------------------------------------------------------
 
 
