@@ -23,7 +23,7 @@ import sharpwise
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.options import Options
-from sharpwise.rules import AdamMini, AdamW
+from sharpwise.rules import AdamMini, AdamW, Muon
 from sharpwise.shards import Shard
 from sharpwise.testing import EXAMPLES
 
@@ -44,7 +44,7 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: 
     eager = {"compile": False} if case.path == "eager" else {}
     storage, _, more = case.storage.partition(", ")
     if case.rule in RULES or more in CONTROLS:
-        rule = RULES.get(case.rule) or {"adamw": AdamW(), "adam-mini": AdamMini()}[case.rule]
+        rule = RULES.get(case.rule) or {"adamw": AdamW(), "adam-mini": AdamMini(), "muon": Muon()}[case.rule]
         options = Options(control=CONTROLS.get(more), **guard, **eager)
         return BlockOptimizer(model, rule, lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)

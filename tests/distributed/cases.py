@@ -102,6 +102,8 @@ CONTROLLED = [
             ("adamw", "sized", "mixtral (experts)", "fsdp 2"),
             ("adamw", "sideways", "llama (grouped)", "fsdp 2 x tp 2"),
             ("adam-mini", "sideways", "gpt_neox (interleaved)", "hsdp 2x2"),
+            ("muon", "turned", "llama (grouped)", "fsdp 2"),
+            ("muon", "sized", "gpt2 (Conv1D, fused, tied)", "fsdp 2 x tp 2"),
         ],
         itertools.cycle(WAYS),
         strict=False,

@@ -121,7 +121,8 @@ def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> i
     if not cut or skipped:
         return int(cut)
     control = CONTROLS.get(case.storage.partition(", ")[2])
-    more = control is not None and (control.over == "matrix" or bool(result["rows cut"]))
+    more = int(control is not None and (control.over == "matrix" or bool(result["rows cut"])))
+    more *= 1 + (case.rule == "muon")  # once for what moves element by element, once for each chunk of matrices
     more += result["lines cut"]
     if case.rule in EXPECTED:  # the first sums ride with the norm
         return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted")) + more

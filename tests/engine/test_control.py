@@ -40,6 +40,7 @@ RULES = {
     "lion": Lion((0.9, 0.95)),
     "adam-mini": AdamMini((0.9, 0.95), 1e-8),
     "sgd": SGD(0.9, 0.0, False),
+    "muon": Muon(),
 }
 
 
@@ -143,7 +144,9 @@ def test_the_kernels_are_the_reference(control, rule, format):
             fill_gradients(model, t)
             optimizer.step()
         found.append((model, optimizer))
-    assert {row["backend"] for row in found[0][1].explain() if row["control"]} == {"cpp"}
+    rows = [row for row in found[0][1].explain() if row["control"]]
+    assert {row["backend"] for row in rows} == ({"cpp", "matrices"} if rule == "muon" else {"cpp"})
+    assert not any(row["why"] for row in rows)
     for (name, p), q in zip(found[0][0].named_parameters(), found[1][0].parameters(), strict=True):
         if more:
             assert (p != q).sum() <= 0.01 * p.numel() + 1, name
@@ -218,12 +221,6 @@ def test_coupled_decay_and_unknown_units_are_refused():
     per_layer = type("PerLayer", (Turned,), {"over": "layer"})
     with pytest.raises(ValueError, match=r"is over 'layer'; it may be over row, matrix"):
         built(model_of(), RULES["sgd"], control=per_layer())
-
-
-def test_rules_of_whole_matrices_are_refused_by_name():
-    optimizer = built(model_of(), Muon(), control=Turned())
-    with pytest.raises(ValueError, match=r"\(test-turned\) does not bound rules of whole matrices yet, .*'muon'"):
-        optimizer.init_state()
 
 
 def test_a_control_is_of_the_options_and_survives_a_copy():

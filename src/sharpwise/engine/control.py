@@ -15,7 +15,7 @@ from sharpwise.controls import Control, Over, Sums
 from sharpwise.engine.backends.base import Found, Lines, row_step
 from sharpwise.engine.backends.reference import aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
-from sharpwise.engine.mesh import Bucket, Partial
+from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import MatrixRule
@@ -26,29 +26,37 @@ CUTS: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
 
 
 class Bounds:
-    """What a control makes of the views of an optimizer.
+    """What a control makes of the views of an optimizer."""
 
-    Raises:
-        ValueError: if a rule takes whole matrices, whose updates are not known before they move.
-    """
-
-    def __init__(self, control: Control, views: Sequence[ParamView]) -> None:
-        matrix_rule = next((view.rule for view in views if isinstance(view.rule, MatrixRule)), None)
-        if matrix_rule is not None:
-            raise ValueError(
-                f"a control ({control.name}) does not bound rules of whole matrices yet, such as {matrix_rule.name!r}"
-            )
+    def __init__(self, control: Control) -> None:
         self.control = control
         self._layouts = Layouts()
 
-    def lines(
-        self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found, bucket: Bucket
-    ) -> dict[int, Lines]:
-        """Rates and decays of the rows of matrices, by id of the view.
+    def found(
+        self,
+        views: Sequence[ParamView],
+        grads: Sequence[Tensor],
+        scalars: StepScalars,
+        found: Found,
+        group: ReduceGroup,
+    ) -> Found:
+        """`found` with the lines of what moves element by element, and with what gives those of whole matrices, once
+        their owners have worked.
 
         Args:
-            bucket: an empty one of the processes that hold parts.
+            group: the processes that hold parts.
         """
+
+        def bound(some: Sequence[ParamView], updates: Sequence[Tensor]) -> dict[int, Lines]:
+            return self._all_lines(some, updates, scalars, found, Bucket(group))
+
+        pairs = [(v, g) for v, g in zip(views, grads, strict=True) if not isinstance(v.rule, MatrixRule)]
+        return found._replace(lines=bound([v for v, _ in pairs], [g for _, g in pairs]), bound=bound)
+
+    def _all_lines(
+        self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found, bucket: Bucket
+    ) -> dict[int, Lines]:
+        """Rates and decays of the rows of matrices, by id of the view."""
         partials: list[tuple[ParamView, Partial]] = []
         for view, g in zip(views, grads, strict=True):
             if view.is_matrix:

@@ -32,7 +32,7 @@ class Spec(NamedTuple):
     @property
     def controlled(self) -> bool:
         """Whether a control bounds its updates: its sums come first, and rows have rates and decays of their own."""
-        return self.options.control is not None and self.view.is_matrix
+        return self.options.control is not None and self.view.is_matrix and self.view.rule.stage != "input"
 
 
 class Lines(NamedTuple):
@@ -42,6 +42,11 @@ class Lines(NamedTuple):
     decay: Tensor
 
 
+def unbounded(views: Sequence[ParamView], updates: Sequence[Tensor]) -> dict[int, Lines]:
+    """What moves rows where there is no control."""
+    return {}
+
+
 class Found(NamedTuple):
     """What sums over more than an element gave, by id of the view.
 
@@ -49,11 +54,13 @@ class Found(NamedTuple):
         rates: step sizes of its blocks [n_blocks], for those whose back end does not sum them up by itself.
         rules: of those whose rule has reductions, the rule that holds what these found for the part at hand.
         lines: of those with a control, in place of `rates` and of the rates and decays among the scalars.
+        bound: what gives the lines of views whose updates are known only in the step; every process calls it alike.
     """
 
     rates: Mapping[int, Tensor]
     rules: Mapping[int, Rule]
-    lines: Mapping[int, Lines]
+    lines: Mapping[int, Lines] = {}  # noqa: RUF012 - nothing is written to it
+    bound: Callable[[Sequence[ParamView], Sequence[Tensor]], Mapping[int, Lines]] = unbounded
 
 
 class Prepared(NamedTuple):

@@ -27,7 +27,7 @@ from sharpwise.shards import Shard, local
 
 ALIGNED = 16
 """Elements at a multiple of which every parameter begins in the scratch."""
-NOTHING = Found({}, {}, {})
+NOTHING = Found({}, {})
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,12 @@ class Matrices(Backend):
                 work.backend.step(work.views, [of_view[id(view.origin)] for view in work.views], scalars, NOTHING)
             for batch in chunk.batches:
                 self._step_batch(batch, scalars.named(batch.first))
+            moved = [view for work in chunk.moves for view in work.views]
+            bounded = Found({}, {}, found.bound(moved, [chunk.x[i] for work in chunk.moves for i in work.places]))
             for work in chunk.moves:
                 updates = [chunk.x[i] for i in work.places]
                 work.backend.prepare(work.views, updates, [False] * len(updates), scalars)
-                work.backend.step(work.views, updates, scalars, NOTHING)
+                work.backend.step(work.views, updates, scalars, bounded)
 
     # -- plan ------------------------------------------------------------------------------------------------------
 
