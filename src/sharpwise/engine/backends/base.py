@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
     rates: Mapping[int, Tensor]
     rules: Mapping[int, Rule]
-    lines: Mapping[int, Lines] = {}  # noqa: RUF012 - nothing is written to it
+    lines: Mapping[int, Lines] = {}
     bound: Callable[[Sequence[ParamView], Sequence[Tensor]], Mapping[int, Lines]] = unbounded
 
 
