@@ -85,7 +85,9 @@ def muon(load: Load) -> Iterator[str]:
     blocks, rows = (seeds_apart(study, "muon", name) for name in ("muon+blockwise", "normuon"))
     yield f"`muon+blockwise` ended {blocks.mean:.3f} ({span((blocks.low, blocks.high), 3)}) below `muon`"
     yield f"NorMuon {rows.mean:.3f} ({span((rows.low, rows.high), 3)})"
-    for shape in load("benchmarks/results/muon.json")["shapes"].values():
+    shapes = load("benchmarks/results/muon.json")["shapes"]
+    yield f"needs {shapes['gpt2']['beyond_state'] / 2**20:.0f} MiB at most"
+    for shape in shapes.values():
         own = (shape["arms"][name] for name in ("sharpwise.Muon", "sharpwise.Muon, bf16 products"))
         cells = " | ".join(f"{arm['ratio']:.2f} ({span(arm['ratio_95'])})" for arm in own)
         yield f"| {shape['layers']} layers of width {shape['width']} | {cells} |"
