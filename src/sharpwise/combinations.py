@@ -12,6 +12,7 @@ from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeasuredLR, Produ
 from sharpwise.block_lr.base import is_number
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap
+from sharpwise.controls import CONTROLS, Control, make_control
 from sharpwise.engine.binding import check_roles_named
 from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options, Storage
@@ -48,11 +49,16 @@ that measures by a probe goes with any rule; other sizes of blocks as 256. The b
 all of `ABLATIONS`."""
 
 
-PRESETS: dict[str, dict[str, str]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "adamw-8bit": {"name": "adamw", "storage": "int8-dynamic"},
+    "liona": {"name": "lion", "betas": [0.9, 0.9], "control": "l2"},
+    "lionar": {"name": "lion", "betas": [0.9, 0.9], "control": "angular"},
     "muon-8bit": {"name": "muon", "storage": "int8-linear"},
+    "muonh": {"name": "muon", "control": "hyperball"},
 }
-"""Names of an optimizer with options: those of `AdamW8bit` and `Muon8bit`."""
+"""Names of an optimizer with options: those of `AdamW8bit`, `LionA`, `LionAR`, `Muon8bit` and `MuonH`."""
+CONTROLLED = dict.fromkeys(COMBINES, tuple(CONTROLS))
+"""Which controls combine with an optimizer: all, with decoupled decay. All can go with any block_lr and storage."""
 
 
 class CommonOptions(TypedDict, total=False):
@@ -62,6 +68,7 @@ class CommonOptions(TypedDict, total=False):
     blocks: BlockMap | Mapping[str, Any] | None
     strict: bool
     block_lr: str | Mapping[str, Any] | BlockLR | None
+    control: str | Mapping[str, Any] | Control | None
     storage: str | Format
     keep_fp32: Collection[str] | None
     allow_unstable: bool
@@ -86,6 +93,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "block_lr": (
         None,
         'multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).',
+    ),
+    "control": (
+        None,
+        'how large updates are: "l2", "angular" ("angular(angle=sqrt)"), "hyperball", a table or an instance.',
     ),
     "storage": (
         "fp32",
@@ -166,6 +177,7 @@ def engine_arguments(
     asked: Any = SimpleNamespace(**{option: default for option, (default, _) in _OPTIONS.items()} | given)
     per_block = _block_lr_of(who, asked.block_lr)
     storage = _storage_of(who, name, asked, aux_storage)
+    control = _control_of(who, name, asked, decoupled)
     _check_combination(who, name, per_block, asked)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
@@ -174,7 +186,7 @@ def engine_arguments(
         decoupled,
         asked.cautious_decay,
         per_block,
-        None,
+        control,
         storage,
         asked.stochastic_rounding,
         asked.seed,
@@ -245,6 +257,23 @@ def _block_lr_of(who: str, spec: Any) -> BlockLR | None:
         return make_block_lr(spec)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{who}: {error}") from None
+
+
+def _control_of(who: str, name: str, asked: Any, decoupled: bool) -> Control | None:
+    """The control that is asked for."""
+    try:
+        control = make_control(asked.control)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}: {error}") from None
+    if control is None:
+        return None
+    if control.name in CONTROLS and control.name not in CONTROLLED[name]:
+        raise ValueError(f"{who}: {name} combines with control {', '.join(CONTROLLED[name])}, got {control}")
+    if not decoupled:
+        raise ValueError(f"{who}: control={str(control)!r} is for decoupled decay; give decoupled_weight_decay=True")
+    if control.holds and asked.cautious_decay:
+        raise ValueError(f"{who}: what control={str(control)!r} holds does not decay; leave out cautious_decay=True")
+    return control
 
 
 def _batches_of(who: str, given: Any) -> Any:

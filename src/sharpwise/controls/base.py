@@ -1,13 +1,18 @@
 """What a control is: how large the update of a row or of a matrix may be, from a few sums over it.
 
 A rule says where to go, u, and would move p to decay p - lr u. A control makes that c decay p - a lr u, with one a and
-one c per unit: a row of a matrix, or a matrix. Vectors (norms, biases) move as without a control.
+one c per unit: a row of a matrix, or a matrix. What is no unit of it (norms and biases, unless it says otherwise) moves
+as without a control.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
+
+from sharpwise.blocks import Segment
 
 Over = Literal["row", "matrix"]
 OVERS: tuple[Over, ...] = get_args(Over)
@@ -35,15 +40,51 @@ class Control:
 
     Attributes:
         over: what a unit is: an output row, or a matrix (of a segment, of an expert).
+        holds: whether the norm of every unit is held: that of the first step in which it is above `SMALLEST` per
+            element, kept as the state `held_norm`.
     """
 
     name: ClassVar[str]
     over: ClassVar[Over]
+    holds: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """Its spelling, with only what differs from the defaults."""
+        own = [f for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        said = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in own)
+        return f"{self.name}({said})" if said else self.name
+
+    def unit(self, segments: Sequence[Segment]) -> Over | None:
+        """What a unit is of segments of a parameter that move alike; "matrix" of vectors is all of a segment. None:
+        they move as without a control."""
+        return self.over if all(segment.is_matrix for segment in segments) else None
 
     def factors(self, sums: Sums, s: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """a >= 0 and c of every unit, fp64 [units].
 
         Args:
-            s: of every unit `lr`, with its multiplier, and `decay`, the factor of weight decay: fp64 [units].
+            s: of every unit, fp64 [units], `lr`, with its `multiplier`; `decay`, the factor of weight decay, and
+                `weight_decay`, 0 where it is off; `held`, the norm that is held, 0 where there is none yet. For all:
+                `over`, what a unit is; `peak`, the `initial_lr` of the group, or else the constructor's lr; `t`, the
+                number of the step; of the rule `momentum`, `mean_square` and `turn`.
         """
         raise NotImplementedError(f"{self.name} has no factors")
+
+    def remark(self, weight_decay: float) -> str:
+        """What a user should know of it under this weight decay; "" if nothing."""
+        return ""
+
+
+SMALLEST = 1e-3
+"""Root mean square of a unit whose norm is held: what begins at zero has to grow first."""
+
+
+def held_norms(sums: Sums, held: Tensor) -> Tensor:
+    """The norms that are held from this step on."""
+    own = sums.pp.sqrt()
+    return torch.where((held == 0) & (own > SMALLEST * sums.elements.sqrt()), own, held)
+
+
+def ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, 0 where below is 0."""
+    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)

@@ -6,23 +6,21 @@ end, by rates and decays per row.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpwise.blocks import Cut
-from sharpwise.controls import Control, Over, Sums
+from sharpwise.controls import Control, Sums
+from sharpwise.controls.base import held_norms
 from sharpwise.engine.backends.base import Found, Lines, row_step
 from sharpwise.engine.backends.reference import aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import StepScalars
-from sharpwise.engine.view import ParamView
+from sharpwise.engine.view import CUT_OF, HELD, ParamView
 from sharpwise.rules.base import MatrixRule
 from sharpwise.shards import local
-
-CUTS: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
-"""Units are blocks."""
 
 
 class Bounds:
@@ -59,17 +57,18 @@ class Bounds:
         """Rates and decays of the rows of matrices, by id of the view."""
         partials: list[tuple[ParamView, Partial]] = []
         for view, g in zip(views, grads, strict=True):
-            if view.is_matrix:
+            if view.unit is not None:
                 sums = _row_sums(view, g, scalars, found)
                 sums = torch.stack([self._units(view).gather(own) for own in sums])
-                cut = self.control.over == "matrix" or _cuts_rows(view)
+                cut = view.unit == "matrix" or _cuts_rows(view)
                 partials.append((view, bucket.add(sums, view.shard) if cut else Partial(sums, view.shard)))
         bucket.reduce()
         return {id(view): self._lines(view, partial.values, scalars, found) for view, partial in partials}
 
     def _units(self, view: ParamView) -> Layout:
         if "units" not in view.kept:
-            cuts, held = (CUTS[self.control.over],) * len(view.segments), tuple(local(view.param).shape)
+            assert view.unit is not None
+            cuts, held = (CUT_OF[view.unit],) * len(view.segments), tuple(local(view.param).shape)
             view.kept["units"] = self._layouts.of(view.segments, cuts, not view.part, held, view.shard, view.device)
         found: Layout = view.kept["units"]
         return found
@@ -79,16 +78,44 @@ class Bounds:
         counts, of = units.counts, units.segment_of_block
         assert counts is not None
         of = torch.zeros_like(counts, dtype=torch.int64) if of is None else of
-        lr, decay = (
-            torch.as_tensor(scalars.spread([view], what, of), dtype=torch.float64, device=view.device).expand_as(counts)
-            for what in ("lr", "decay")
-        )
-        per_lr = torch.where(lr != 0, lr.reciprocal(), 0.0)
-        own = Sums(sums[0] * per_lr * per_lr, sums[1] * per_lr, sums[2], counts)
-        a, c = self.control.factors(own, {"lr": lr, "decay": decay})
+        own, s = view.origin, self._settings(view, scalars, of, counts)
+        per_lr = torch.where(s["lr"] != 0, s["lr"].reciprocal(), 0.0)
+        of_units = Sums(sums[0] * per_lr * per_lr, sums[1] * per_lr, sums[2], counts)
+        if view.holds:
+            held = own.own[HELD]
+            s["held"] = held_norms(of_units, held.double())
+            taken = scalars.ok_of(view)
+            held.copy_(s["held"] if taken is True else torch.where(taken != 0, s["held"], held.double()))
+        a, c = self.control.factors(of_units, s)
+        decay = s["decay"]
         lines = (x if units.block_of_row is None else x[units.block_of_row] for x in (a, c * decay))
         a, decay = (x.view(view.row_shape) for x in lines)
         return Lines((a * _step(view, scalars, found)).to(view.dtype), decay.to(view.dtype))
+
+    def _settings(self, view: ParamView, scalars: StepScalars, of: Tensor, like: Tensor) -> dict[str, Any]:
+        """What `Control.factors` is told; of: the segment of each unit."""
+
+        def per_unit(values: Sequence[Any]) -> Tensor:
+            found = [torch.as_tensor(v, dtype=torch.float64, device=view.device) for v in values]
+            return torch.stack(found)[of].expand_as(like)
+
+        origin, rows, hyper = view.origin, scalars.rows(view), scalars.hyper(view)
+        peak = view.group.get("initial_lr", view.group["reference_lr"])
+        peak = float(origin.rule.settings({**view.group, "lr": float(peak)})["lr"])
+        decays = [0.0 if row.weight_decay is None else row.weight_decay for row in rows]
+        return {
+            "lr": per_unit([row.lr for row in rows]),
+            "multiplier": per_unit(scalars.multipliers(view)),
+            "decay": per_unit([row.decay for row in rows]),
+            "weight_decay": per_unit(decays),
+            "held": torch.zeros_like(like),
+            "over": view.unit,
+            "peak": peak,
+            "t": scalars.t(view),
+            "momentum": origin.rule.momentum_of(hyper),
+            "mean_square": origin.rule.mean_square(hyper),
+            "turn": origin.rule.turn,
+        }
 
 
 def _step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | float:

@@ -26,7 +26,7 @@ def explanation(stepper: Stepper) -> Table:
     control = stepper.options.control
     rows: list[tuple[Any, ...]] = []
     for view, i, s in _in_order(stepper):
-        sizes = dict.fromkeys(("element", "block", "whole"), 0)
+        sizes = dict.fromkeys(("element", "block", "whole", "unit"), 0)
         per_line = 0
         for name, kind in view.kinds().items():
             if kind == "absmax":
@@ -47,11 +47,12 @@ def explanation(stepper: Stepper) -> Table:
         size += blocks * sizes["block"] if cut != "element" else 0
         if isinstance(view.rule, MatrixRule):
             size += s.copies * s.rows * sizes["whole"]
+        size += view.units_of(s) * sizes["unit"]
         why = "; ".join(filter(None, (choice.why, fixed(view) if stepper.captured else "")))
         how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, why)
         rows.append((s.name, str(s.role), s.describe_rows(), *how))
         if control is not None:
-            rows[-1] += (control.name if view.is_matrix else None,)
+            rows[-1] += (None if view.unit is None else str(control),)
     columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
     return Table((*columns, "backend", "why", *(["control"] if control is not None else [])), rows)
 

@@ -76,6 +76,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         checks.check_storage(options.storage, who)
         if options.control is not None:
             rehearse_control(options.control, options.decoupled, who)
+            if remark := options.control.remark(float(weight_decay)):
+                logger.warning("%s: control %s: %s", who, options.control, remark)
         settings = {"lr": lr, "weight_decay": weight_decay, **rule.defaults, "rule": rule.name}
         super().__init__(groups, settings | options.settings)
         self._warn_if_frozen()
@@ -113,6 +115,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 raise ValueError(f"{self.who}: parameter {name!r} is in a group already")
         for key, value in self.defaults.items():
             group.setdefault(key, value)
+        if self.options.control is not None and group["reference_lr"] is None:
+            group["reference_lr"] = float(group["lr"])
         checks.check_settings(group, self.defaults, self.rule, self.who)
         before = self._known
         try:
@@ -190,6 +194,13 @@ class BlockOptimizer(KnownOptions, Optimizer):
             checks.check_coupled(by_param, self.no_decay, self.who)
         for view in views:
             view.formats = states.formats_of(view, self.options.storage)
+            if (control := self.options.control) is not None:
+                view.unit, view.holds = control.unit(view.segments), control.holds
+                if view.unit and view.param.dtype == torch.float16:
+                    raise ValueError(
+                        f"{self.who}: {view.name} is in fp16, whose rounding is coarser than what control {control} "
+                        f"sets; keep the weights in fp32 or bf16 (autocast may compute in fp16)"
+                    )
             parts = [view.of_segments(by_name[view.name]) for by_name in factors]
             view.multipliers = product(parts, len(view.segments))
             own = self.state[view.param]

@@ -66,6 +66,8 @@ class Options:
         if self.block_lr is not None:
             found |= {"peak_lr": 0.0} if self.block_lr.follows_lr else {}
             found["block_lr"] = str(self.block_lr)
+        if self.control is not None:
+            found |= {"control": str(self.control), "reference_lr": None}
         if self.varies:
             assert self.block_lr is not None
             found |= {"block_lr_step": 0, "multiplier_ramp": (0, 0) * len(self.block_lr.parts)}

@@ -62,8 +62,13 @@ def rehearse_control(control: Control, decoupled: bool, who: str) -> None:
         raise ValueError(f"{who}: a control is for decoupled weight decay: decoupled=True")
     some = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
     try:
-        found = control.factors(Sums(some, some, some, some + 1), {"lr": some + 1, "decay": some + 1})
-        fits = [x.shape == some.shape and bool(x.isfinite().all()) for x in found] == [True, True]
+        units = dict.fromkeys(("lr", "decay", "multiplier", "weight_decay"), some + 1)
+        numbers = {"over": control.over, "peak": 1.0, "t": 1, "momentum": 0.9, "mean_square": 0.1, "turn": 1.0}
+        for held in (some, 0 * some):
+            found = control.factors(Sums(some, some, some, some + 1), {**units, **numbers, "held": held})
+            fits = [x.shape == some.shape and bool(x.isfinite().all()) for x in found] == [True, True]
+            if not fits:
+                break
     except Exception as error:
         raise ValueError(f"{who}: control {control.name!r} fails on a row: {type(error).__name__}: {error}") from error
     if not fits:

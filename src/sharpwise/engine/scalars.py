@@ -187,6 +187,10 @@ class StepScalars:
         numbers: dict[Any, int] = {}
         return self._changes, tuple(numbers.setdefault(self.key(view), len(numbers)) for view in views)
 
+    def multipliers(self, view: ParamView) -> tuple[float, ...]:
+        """The multiplier of each segment."""
+        return self._now(view.origin)
+
     def rows(self, view: ParamView) -> tuple[Row, ...]:
         """Learning rate and decay of each segment."""
         key = self.key(view)

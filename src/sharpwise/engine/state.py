@@ -28,6 +28,7 @@ FIXED = {
     "decoupled_weight_decay": True,
     "cautious_decay": False,
     "block_lr": None,
+    "control": None,
     **dict.fromkeys(STORAGES),
 }
 """Keys of groups that hold for the whole optimizer, fixed when it is built; with what holds where there is no key."""
@@ -84,6 +85,8 @@ def zeros(view: ParamView, name: str) -> Tensor:
     inner, kind = local(view.param), view.kinds(variants=True)[name]
     if kind == "block":
         return torch.zeros(view.n_blocks, dtype=view.dtype, device=inner.device)
+    if kind == "unit":
+        return torch.zeros(sum(map(view.units_of, view.segments)), dtype=view.dtype, device=inner.device)
     if kind == "whole":
         shape = view.rule.shape_of(name, view.segments)
         return torch.zeros(shape, dtype=view.dtype, device=inner.device)
@@ -131,6 +134,8 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
             of = name.removesuffix(ABSMAX)
             line = view.line(of)
             fit = *(shape if key == name else view.shape)[: line.lead], line.blocks(view.formats[of].block)
+        elif kind == "unit":
+            fit = (sum(map(view.units_of, view.segments)),)
         else:
             fit = (view.n_blocks,) if kind == "block" else tuple(view.rule.shape_of(name, view.segments))
         if tuple(tensor.shape) != fit:

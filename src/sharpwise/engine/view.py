@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
+from sharpwise.controls.base import Over
 from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
 from sharpwise.engine.stored import ABSMAX, Stored
 from sharpwise.rules.base import Kind, MatrixRule, Rule
@@ -18,6 +19,10 @@ from sharpwise.shards import Shard, local
 from sharpwise.storage import FP32, Dense, Format
 
 T = TypeVar("T")
+HELD = "held_norm"
+"""The state of a control that holds norms: one number per unit, 0 where there is none yet."""
+CUT_OF: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
+"""Units are blocks."""
 
 
 class Line(NamedTuple):
@@ -53,6 +58,7 @@ class ParamView:
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
         varies: whether multipliers change while training, each on its own.
+        unit: what a control bounds of it; None without. holds: whether the norms of these are state.
         formats: of element state, by name; own: its state by the names of the rule; `step` among it.
         kept: what back ends keep of it.
         origin: the view that it is a stage of, by whose scalars it moves; else itself.
@@ -75,6 +81,8 @@ class ParamView:
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
     decays: tuple[bool, ...] = (True,)
+    unit: Over | None = None
+    holds: bool = False
     formats: Mapping[str, Format] = field(default_factory=dict)
     own: dict[str, Tensor] = field(default_factory=dict)
     siblings: "tuple[ParamView, ...]" = ()
@@ -110,6 +118,10 @@ class ParamView:
     def n_blocks(self) -> int:
         """Blocks of the whole parameter, 0 for an element-wise rule."""
         return sum(s.blocks(c) for s, c in zip(self.segments, self.cuts, strict=True)) if self.rule.has_blocks else 0
+
+    def units_of(self, segment: Segment) -> int:
+        """How many units of a control a segment has."""
+        return 0 if self.unit is None else segment.blocks(CUT_OF[self.unit])
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -179,13 +191,14 @@ class ParamView:
         return name if not self.part or name == "step" or common else f"{name}.{self.part}"
 
     def kinds(self, variants: bool = False) -> dict[str, str]:
-        """Names of its state tensors: those of the rule, and "absmax" for the blocks of a format.
+        """Names of its state tensors: those of the rule, "absmax" for the blocks of a format, "unit" for norms held.
 
         Args:
             variants: also of state that the rule keeps under other hyperparameters.
         """
         found: dict[str, str] = dict(self.rule.all_state if variants else self.rule.state)
         blocked = [name for name, format in self.formats.items() if format.block and name in found]
+        found |= {HELD: "unit"} if self.unit and self.holds else {}
         return found | {name + ABSMAX: "absmax" for name in blocked}
 
     def line(self, name: str) -> Line:

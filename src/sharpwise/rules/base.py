@@ -74,6 +74,8 @@ class Rule:
     parameter; "move" begins after it, by a gradient that is neither clipped nor decayed."""
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
+    turn: ClassVar[float] = 1.0
+    """In the long run its rows turn by sqrt(2 lr wd mean_square) times this in a step."""
 
     @property
     def state(self) -> dict[str, Kind]:
@@ -88,6 +90,17 @@ class Rule:
     def second_moment_decay(self, group: Mapping[str, Any]) -> float:
         """b2 of the second moment, under the hyperparameters of a group."""
         raise NotImplementedError(f"{self.name} has no second moment")
+
+    def momentum_of(self, group: Mapping[str, Any]) -> Any:
+        """b: how much of its momentum a step keeps, 0 without."""
+        if "betas" in self.hyperparameters:
+            return group["betas"][0]
+        return group["momentum"] if "momentum" in self.hyperparameters else 0.0
+
+    def mean_square(self, group: Mapping[str, Any]) -> Any:
+        """Of its momentum, in the long run, for independent gradients whose mean square is 1: (1-b) / (1+b)."""
+        b = self.momentum_of(group)
+        return (1 - b) / (1 + b)
 
     def variant(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What decides which tensors and operations it takes: the flags among its hyperparameters, and which are 0.

@@ -32,7 +32,7 @@ class Spec(NamedTuple):
     @property
     def controlled(self) -> bool:
         """Whether a control bounds its updates: its sums come first, and rows have rates and decays of their own."""
-        return self.options.control is not None and self.view.is_matrix and self.view.rule.stage != "input"
+        return self.view.unit is not None and self.view.rule.stage != "input"
 
 
 class Lines(NamedTuple):
