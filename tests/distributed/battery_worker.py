@@ -23,12 +23,12 @@ import sharpwise
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.options import Options
-from sharpwise.rules import AdamMini, AdamW, Muon
+from sharpwise.rules import AdamMini, AdamW, Lion, Muon
 from sharpwise.shards import Shard
 from sharpwise.testing import EXAMPLES
 
 from .cases import Case
-from .controls import CONTROLS
+from .controls import BOUNDS
 from .placements import EVERYWHERE, MODELS, ODD, gradient_as, held, part_of, worst
 from .rules import RULES
 
@@ -43,9 +43,12 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: 
     guard: dict[str, Any] = {"max_grad_norm": 1.0, "on_nonfinite": "skip"} if case.guard else {}
     eager = {"compile": False} if case.path == "eager" else {}
     storage, _, more = case.storage.partition(", ")
-    if case.rule in RULES or more in CONTROLS:
-        rule = RULES.get(case.rule) or {"adamw": AdamW(), "adam-mini": AdamMini(), "muon": Muon()}[case.rule]
-        options = Options(control=CONTROLS.get(more), **guard, **eager)
+    if case.rule in RULES or more in BOUNDS:
+        rule = (
+            RULES.get(case.rule)
+            or {"adamw": AdamW(), "adam-mini": AdamMini(), "lion": Lion(), "muon": Muon()}[case.rule]
+        )
+        options = Options(control=BOUNDS.get(more), **guard, **eager)
         return BlockOptimizer(model, rule, lr=1e-2, weight_decay=0.1, options=options, blocks=blocks)
     block_lr = EXAMPLES.get(case.block_lr, case.block_lr or None)
     if case.rule == "muon":

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sharpwise.controls import Control, Over, Sums
+from sharpwise.controls import L2, Angular, Control, Hyperball, Over, Sums
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,5 @@ def _root(above: Tensor, below: Tensor) -> Tensor:
 
 
 CONTROLS: dict[str, Control] = {"turned": Turned(), "sized": Sized(), "sideways": Sideways()}
+BOUNDS: dict[str, Control] = CONTROLS | {"angular": Angular(), "hyperball": Hyperball(), "l2": L2()}
+"""With those of the library."""

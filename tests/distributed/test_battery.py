@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from .cases import BY_EXPERT, BY_HEAD, CAUTIOUS, CONTROLLED, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
-from .controls import CONTROLS
+from .controls import BOUNDS
 from .launch import launch
 from .placements import WIDE
 
@@ -120,9 +120,11 @@ def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> i
     cut = result["cut"]
     if not cut or skipped:
         return int(cut)
-    control = CONTROLS.get(case.storage.partition(", ")[2])
-    more = int(control is not None and (control.over == "matrix" or bool(result["rows cut"])))
-    more *= 1 + (case.rule == "muon")  # once for what moves element by element, once for each chunk of matrices
+    control = BOUNDS.get(case.storage.partition(", ")[2])
+    wide = control is not None and (control.over == "matrix" or control.name == "angular")  # whose vectors are units
+    more = int(control is not None and (wide or bool(result["rows cut"])))
+    # Once for what moves element by element (of which "hyperball" bounds nothing), once for each chunk of matrices.
+    more *= 1 + (case.rule == "muon" and control is not None and control.name != "hyperball")
     more += result["lines cut"]
     if case.rule in EXPECTED:  # the first sums ride with the norm
         return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted")) + more

@@ -64,10 +64,10 @@ class Log8(Format):
 
 
 @dataclass(frozen=True)
-class Angular(Control):
+class Relative(Control):
     """The update of a row has lr times the norm of the row: it turns by the same angle, whatever the rule."""
 
-    name: ClassVar[str] = "angular"
+    name: ClassVar[str] = "relative"
     over: ClassVar[str] = "row"
 
     def factors(self, sums, s):
@@ -90,7 +90,7 @@ class PlainSGD(Backend):
             view.parameter().mul_(s.get("decay", 1.0)).sub_(s["step"] * view.rows_of(g))
 
 
-@pytest.mark.parametrize("kind", [Signum, Log8, Angular, PlainSGD])
+@pytest.mark.parametrize("kind", [Signum, Log8, Relative, PlainSGD])
 def test_it_stands_in_the_guide_as_it_is_here(kind):
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert inspect.getsource(kind) in text
@@ -244,14 +244,14 @@ def test_a_format_that_the_engine_cannot_keep_is_refused(storage, says):
 
 def test_a_control_bounds_what_a_rule_does():
     model = tiny_model()
-    optimizer = BlockOptimizer(model, AdamW(), lr=1e-2, weight_decay=0.0, options=Options(control=Angular()))
+    optimizer = BlockOptimizer(model, AdamW(), lr=1e-2, weight_decay=0.0, options=Options(control=Relative()))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1}
     fill_gradients(model, 0)
     optimizer.step()
     for name, p in before.items():
         turned = (model.get_parameter(name) - p).norm(dim=1)
         assert torch.allclose(turned, 1e-2 * p.norm(dim=1), rtol=1e-4), name
-    assert {row["control"] for row in optimizer.explain() if row["name"] in before} == {"angular"}
+    assert {row["control"] for row in optimizer.explain() if row["name"] in before} == {"relative"}
 
 
 # A back end
