@@ -130,8 +130,9 @@ AXES = {
 
 
 def pairwise():
-    """Few cases with every pair of values of every two axes, but for SGD: interpreted_int8.py has a few of it."""
-    axes = AXES | {"rule": [name for name, (rule, _) in RULES.items() if rule != "sgd"]}
+    """Few cases with every pair of values of every two axes, but for SGD (interpreted_int8.py has a few of it), and for
+    clipping and skipping without each other."""
+    axes = AXES | {"rule": [name for name, (rule, _) in RULES.items() if rule != "sgd"], "guard": ("none", "both")}
     missing = {(a, x, b, y) for a, b in itertools.combinations(axes, 2) for x, y in itertools.product(axes[a], axes[b])}
     everything = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     found = []

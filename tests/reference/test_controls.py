@@ -231,18 +231,22 @@ def test_resumed_is_uninterrupted(tmp_path):
         assert torch.equal(p, q)
 
 
-def test_state_of_the_bare_rule_loads():
+def test_state_of_the_bare_rule_loads(caplog):
     """Norms are held from the next step on."""
     model, other = model_of(), model_of()
     plain, controlled = built(model, RULES["adamw"]), built(other, RULES["adamw"], control=Angular())
     fill_gradients(model, 0)
     plain.step()
     controlled.load_state_dict(plain.state_dict())
+    assert "saved under control None, and goes on under angular" in caplog.text
     fill_gradients(other, 1)
     norms = other.rows.detach().norm(dim=1)
     controlled.step()
     assert torch.allclose(controlled.state[other.rows]["held_norm"], norms)
     assert torch.equal(controlled.state[other.rows]["step"], torch.tensor(2.0))
+    assert "held_norm" not in controlled.state[other.norm]
+    decays = {row["name"]: row["decay"] for row in controlled.explain()}
+    assert decays["rows"] == "held" and decays["norm"] == 0.1
 
 
 def test_spellings():

@@ -40,8 +40,8 @@ class Control:
 
     Attributes:
         over: what a unit is: an output row, or a matrix (of a segment, of an expert).
-        holds: whether the norm of every unit is held: that of the first step in which it is above `SMALLEST` per
-            element, kept as the state `held_norm`.
+        holds: whether the norm of every unit of that kind is held: that of the first step in which it is above
+            `SMALLEST` per element, kept as the state `held_norm`.
     """
 
     name: ClassVar[str]

@@ -42,6 +42,8 @@ def explanation(stepper: Stepper) -> Table:
         decay: Any = float(view.settings["weight_decay"]) * view.decays[i]
         if stepper.options.cautious and decay:
             decay = f"{decay:.4g} (cautious)"
+        if view.holds:
+            decay = "held"
         storage = "/".join(dict.fromkeys(view.formats[name].name for name in view.elements)) or "fp32"
         size = s.numel * sizes["element"] + per_line * s.numel // max(1, sum(one.numel for one in view.segments))
         size += blocks * sizes["block"] if cut != "element" else 0

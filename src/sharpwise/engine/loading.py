@@ -90,6 +90,12 @@ def read(
     anew = _is_of_another(block_lr, [group.pop("block_lr", None) for group in new], who)
     if anew:
         state = {n: {k: v for k, v in own.items() if not is_of_block_lr(k)} for n, own in state.items()}
+    theirs = {group.get("control") for group in state_dict["param_groups"]}
+    if theirs - {group.get("control") for group in groups}:
+        names = ", ".join(sorted(map(str, theirs)))
+        logger.warning(
+            "%s: the state was saved under control %s, and goes on under %s", who, names, groups[0].get("control")
+        )
     home = {i: group for group in state_dict["param_groups"] for i in group["params"]}
     storages = {n: {k: home[ids[n]][k] for k in STORAGES if k in home[ids[n]]} for n, _ in current}
     return Saved(state, new, storages, ours, anew)

@@ -195,7 +195,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         for view in views:
             view.formats = states.formats_of(view, self.options.storage)
             if (control := self.options.control) is not None:
-                view.unit, view.holds = control.unit(view.segments), control.holds
+                view.unit = control.unit(view.segments)
+                view.holds = control.holds and view.unit == control.over
                 if view.unit and view.param.dtype == torch.float16:
                     raise ValueError(
                         f"{self.who}: {view.name} is in fp16, whose rounding is coarser than what control {control} "
