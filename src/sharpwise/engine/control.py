@@ -60,7 +60,7 @@ class Bounds:
             if view.unit is not None:
                 sums = _row_sums(view, g, scalars, found)
                 sums = torch.stack([self._units(view).gather(own) for own in sums])
-                cut = view.unit == "matrix" or _cuts_rows(view)
+                cut = view.unit == "matrix" or _cuts_rows(view) or not _all_held(view)
                 partials.append((view, bucket.add(sums, view.shard) if cut else Partial(sums, view.shard)))
         bucket.reduce()
         return {id(view): self._lines(view, partial.values, scalars, found) for view, partial in partials}
@@ -138,6 +138,14 @@ def _row_sums(view: ParamView, g: Tensor, scalars: StepScalars, found: Found) ->
         parts.append(torch.stack([(a * b).sum(view.dim) for a, b in ((d, d), (x, d), (x, x))]))
     whole = torch.stack(parts).sum(0) if view.dim == 0 else torch.cat(parts, 1)
     return whole.view(3, -1)
+
+
+def _all_held(view: ParamView) -> bool:
+    """Whether all norms are held, or none is to be: until then every process hears of those of all others, so that all
+    have the same state. Read from the state, no more once it holds."""
+    if view.holds and not view.kept.get("all held"):
+        view.kept["all held"] = bool((view.origin.own[HELD] > 0).all())
+    return not view.holds or bool(view.kept["all held"])
 
 
 def _cuts_rows(view: ParamView) -> bool:
