@@ -105,6 +105,12 @@ def storage(load: Load) -> Iterator[str]:
         yield f"| `{name}` | {row(arms[name], arms[name]['verdict'])}"
     for name in ("linear", "flat2048"):
         yield f"| `{name}` | {min(losses(study, name)):.0f} to {max(losses(study, name)):.0f} nats"
+    study = load("recipes/int8/muon.json")
+    assert len(study["seeds"]) == 5 and study["margin"] == 0.02
+    assert study["budget"] == load("recipes/int8/adamw.json")["budget"]
+    for name, one in compared(study).items():
+        yield f"| `{name}` | {row(one, one['verdict'])}"
+    yield f"{study['budget']['tokens_per_parameter']:.1f} tokens per parameter"
 
 
 # --- docs/block_lr.md ------------------------------------------------------------------------------------------------
