@@ -41,6 +41,8 @@ class BlockType(StrEnum):
     OTHER = "Other"
 
 
+HIDDEN = {Role.Q, Role.K, Role.V, Role.O, Role.O_GATE, Role.GATE, Role.UP, Role.DOWN}
+"""Roles of the matrices within layers."""
 BLOCK_TYPE: dict[Role, BlockType] = {
     Role.TOK_EMB: BlockType.EMB,
     Role.POS_EMB: BlockType.EMB,

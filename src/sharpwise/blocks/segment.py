@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from sharpwise.blocks.roles import BLOCK_TYPE, BlockType, Role
+from sharpwise.blocks.roles import BLOCK_TYPE, HIDDEN, BlockType, Role
 
 Cut = Literal["element", "row", "head", "tensor"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
@@ -87,6 +87,12 @@ class Segment:
     def is_matrix(self) -> bool:
         """Whether its output rows are vectors: not so of norms and biases."""
         return not self.bias and len(self.shape) - self.stacked >= 2
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a matrix of attention or MLP, with more than one row and column."""
+        two = self.is_matrix and len(self.inputs) == 1
+        return two and self.role in HIDDEN and min(self.rows, self.shape[self.inputs[0]]) > 1
 
     @property
     def copies(self) -> int:

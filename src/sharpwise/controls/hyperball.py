@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sharpwise.blocks import Segment
 from sharpwise.controls.base import Control, Over, Sums, ratio
-from sharpwise.rules.muon import is_hidden_matrix
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Hyperball(Control):
     holds: ClassVar[bool] = True
 
     def unit(self, segments: Sequence[Segment]) -> Over | None:
-        return "matrix" if all(map(is_hidden_matrix, segments)) else None
+        return "matrix" if all(segment.is_hidden_matrix for segment in segments) else None
 
     def remark(self, weight_decay: float) -> str:
         held = "hidden matrices keep their norms and do not decay: weight_decay is for all else"

@@ -33,12 +33,11 @@ import torch
 from torch import Tensor
 
 from sharpwise.blocks import Cut, Role, Segment
+from sharpwise.blocks.roles import HIDDEN
 from sharpwise.rules.adamw import AdamW
 from sharpwise.rules.base import Kind, MatrixRule, Rule, Scalars, State, add, check_betas, check_nonnegative, lerp
 from sharpwise.rules.orthogonalize import newton_schulz, normalize_rows, polar_express
 
-MATRICES = {Role.Q, Role.K, Role.V, Role.O, Role.O_GATE, Role.GATE, Role.UP, Role.DOWN}
-"""Roles of the matrices within layers."""
 Scale = Literal["match_rms_adamw", "original"]
 Method = Literal["newton_schulz", "polar_express"]
 SCALES: dict[str, Any] = {
@@ -171,13 +170,13 @@ class Muon(MatrixRule):
                 )
 
     def assign(self, segment: Segment) -> tuple[Rule, Cut]:
-        if not is_hidden_matrix(segment):
+        if not segment.is_hidden_matrix:
             return Aux(self.aux_betas, self.aux_eps), "element"
         return self, "head" if self.per_head and segment.role in (Role.Q, Role.K, Role.V) else "tensor"
 
     def place(self, segments: Sequence[Segment]) -> list[tuple[Rule, Cut]]:
         """A parameter is moved by one of the two: by AdamW, unless all of it are hidden matrices."""
-        if all(map(is_hidden_matrix, segments)):
+        if all(segment.is_hidden_matrix for segment in segments):
             return super().place(segments)
         return [(Aux(self.aux_betas, self.aux_eps), "element") for _ in segments]
 
@@ -200,12 +199,6 @@ class Muon(MatrixRule):
             u, v = normalize_rows(u, small["row_second_moment"], s["b2"])
             u, new = u.mul_(scale), {"row_second_moment": v}
         return u, new
-
-
-def is_hidden_matrix(segment: Segment) -> bool:
-    """Whether Muon moves it: a matrix of attention or MLP, with more than one row and column."""
-    two = segment.is_matrix and len(segment.inputs) == 1
-    return two and segment.role in MATRICES and min(segment.rows, segment.shape[segment.inputs[0]]) > 1
 
 
 def aux_lr_ratio(who: str, lr: Any, aux_lr: Any, scale: Scale) -> float:
@@ -245,7 +238,7 @@ def aux_lr_ratio(who: str, lr: Any, aux_lr: Any, scale: Scale) -> float:
 
 def list_left_out(who: str, segments: Sequence[Segment]) -> None:
     """Say which parameters of attention and MLP are no matrices."""
-    names = [s.name for s in segments if s.role in MATRICES and not s.bias and not is_hidden_matrix(s)]
+    names = [s.name for s in segments if s.role in HIDDEN and not s.bias and not s.is_hidden_matrix]
     if names:
         logger.warning(
             "%s: no matrices with two sides above 1, moved by AdamW: %s", who, ", ".join(dict.fromkeys(names))
