@@ -19,7 +19,7 @@ from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.files import checked_name
 
 if TYPE_CHECKING:
-    from sharpwise.compare.runner import Budget
+    from sharpwise.compare.budget import Budget
     from sharpwise.compare.runner import Progress as Progressed
 
 
@@ -210,7 +210,8 @@ def run_and_write(
     with log.status("Building every arm once"):
         from sharpwise.compare.report.page import write_study_page
         from sharpwise.compare.results import results
-        from sharpwise.compare.runner import look, open_study, place_of, run_study
+        from sharpwise.compare.runner import look, place_of, run_study
+        from sharpwise.compare.stored import open_study
         from sharpwise.train.environment import available_cpus
 
         study = open_study(given, folder, trust_code=trust_code)

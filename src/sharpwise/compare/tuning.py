@@ -2,47 +2,29 @@
 
     tune     every arm: three learning rates, then one more on the side where the best one is, until it is interior or
              seven were tried; then the arm's further settings, one after the other, each at the best so far
+    roles    an arm that asks for it: the factors of its block types, by a search of many runs (`role_search`)
     even     every arm gets as many trials as the one that had most: between the best learning rate and its neighbours
     final    the best setting of every arm, on the same fresh seeds
     horizon  the baseline's best setting on half and on twice the tokens, on the same seeds: what speed-ups are read off
 
-An arm may take the setting of another: it has no trials, and its final runs are at what is best for that one.
+An arm may take the setting of another: its final runs are at what is best for that one, and it has no trials, or those
+of a search of its own that starts there, which nobody else gets.
 
-All of `tune` and `even` is on one seed that `final` does not use. What is decided depends on complete sets of results
-only, never on the order in which they came: one process and ten decide alike.
+All of `tune` and `even` is on one seed that `final` does not use, and `roles` on two others. What is decided depends on
+complete sets of results only, never on the order in which they came: one process and ten decide alike.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-Stage = Literal["tune", "even", "final", "horizon"]
-TUNING_SEED = 0
+from sharpwise.compare.role_search import Roles, Search, search
+from sharpwise.compare.trial import TUNING_SEED, Losses, Setting, Trial
+
 HORIZONS = (0.5, 2.0)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run: an arm's setting (dotted keys of a configuration), a seed, and the share of the budget it gets."""
-
-    arm: str
-    stage: Stage
-    setting: tuple[tuple[str, Any], ...]
-    seed: int
-    horizon: float = 1.0
-
-    @property
-    def lr(self) -> float:
-        """The peak learning rate."""
-        return float(dict(self.setting)["optimizer.lr"])
-
-    @property
-    def key(self) -> str:
-        """What names it in the study's storage."""
-        return json.dumps([self.arm, self.stage, self.setting, self.seed, self.horizon], separators=(",", ":"))
+NO_ROLES: Mapping[str, Roles] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -62,10 +44,6 @@ class Space:
     most: int = 7
 
 
-Losses = Mapping[Trial, float]
-"""End validation losses in nats per token of trials that are done; inf where the run diverged."""
-
-
 def needed(
     spaces: Mapping[str, Space],
     baseline: str,
@@ -73,6 +51,7 @@ def needed(
     done: Losses,
     horizons: Sequence[float] = HORIZONS,
     taken: Mapping[str, str] = MappingProxyType({}),
+    roles: Mapping[str, Roles] = NO_ROLES,
 ) -> list[Trial]:
     """The trials that can be started now; none when the study is complete.
 
@@ -83,19 +62,24 @@ def needed(
         done: results so far. What is running is still among the needed ones.
         horizons: shares of the budget that the baseline is trained on too.
         taken: further arms, each with the one of `spaces` whose setting it takes.
+        roles: the searches of arms that have one.
     """
     trials: list[Trial] = []
     for arm, space in spaces.items():
-        trials += next_of_arm(arm, space, done)
+        trials += next_of_arm(arm, space, done) or (searched(arm, done, arm, roles).wanted if arm in roles else ())
     if trials:
         return [trial for trial in trials if trial not in done]
-    most = max(len(tried(arm, done)) for arm in spaces)
+    most = max(count_trials(arm, done, roles) for arm in spaces)
     for arm in spaces:
-        trials += even_out(arm, most, done)
+        trials += even_out(arm, most, done, roles)
+    if trials:
+        return trials
+    for arm in (arm for arm in taken if arm in roles):
+        trials += searched(arm, done, taken[arm], roles).wanted
     if trials:
         return trials
     for arm in (*spaces, *taken):
-        setting = best(taken.get(arm, arm), done).setting
+        setting = chosen(arm, done, taken.get(arm, arm), roles)
         trials += [Trial(arm, "final", setting, seed) for seed in seeds]
         if arm == baseline:
             trials += [Trial(arm, "horizon", setting, seed, share) for share in horizons for seed in seeds]
@@ -103,14 +87,43 @@ def needed(
 
 
 def tried(arm: str, done: Losses) -> dict[Trial, float]:
-    """The tuning trials of an arm, in the order of their settings."""
+    """The tuning trials of an arm on one seed, in the order of their settings."""
     found = {trial: loss for trial, loss in done.items() if trial.arm == arm and trial.stage in ("tune", "even")}
     return dict(sorted(found.items(), key=lambda item: (item[0].lr, item[0].key)))
 
 
 def best(arm: str, done: Losses) -> Trial:
     """The tuning trial with the lowest loss; where several are equal, that with the smallest learning rate."""
-    found = tried(arm, done)
+    return _lowest(tried(arm, done))
+
+
+def chosen(arm: str, done: Losses, of: str, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
+    """The setting that tuning found for an arm, or for the one `of` whose setting it takes."""
+    if arm not in roles:
+        return best(of, done).setting if of not in roles else chosen(of, done, of, roles)
+    found = searched(arm, done, of, roles).setting
+    after = {trial: loss for trial, loss in tried(arm, done).items() if trial.stage == "even"}
+    return _lowest(after).setting if after else found
+
+
+def searched(arm: str, done: Losses, of: str, roles: Mapping[str, Roles]) -> Search:
+    """How far the search of an arm is, that starts at the best setting of `of`: of itself before all have as many
+    trials, or of another."""
+    tuned = tried(of, done)
+    if of == arm:
+        tuned = {trial: loss for trial, loss in tuned.items() if trial.stage == "tune"}
+    start = _lowest(tuned)
+    if math.isinf(tuned[start]):  # it diverged, as all others did: there is nothing to start from
+        return Search(dict.fromkeys(roles[arm].types, 1.0), start.setting, (), (), (), "nothing")
+    return search(arm, start.setting, roles[arm], done)
+
+
+def count_trials(arm: str, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> int:
+    """How many trials an arm has had, those of its search among them."""
+    return len(tried(arm, done)) + (len(searched(arm, done, arm, roles).trials) if arm in roles else 0)
+
+
+def _lowest(found: Losses) -> Trial:
     return min(found, key=lambda trial: (found[trial], trial.lr))
 
 
@@ -170,23 +183,43 @@ def widened(known: Mapping[float, float], factor: float) -> float | None:
     return None
 
 
-def even_out(arm: str, count: int, done: Losses) -> list[Trial]:
-    """The next trial of an arm that had fewer than `count`: between its best learning rate and a neighbour of it."""
-    found = tried(arm, done)
-    if len(found) >= count:
-        return []
-    chosen = best(arm, done)
-    others = sorted({t.lr for t in found})
-    place = others.index(chosen.lr)
-    sides = [others[i] for i in (place - 1, place + 1) if 0 <= i < len(others)]
-    if not sides:
-        sides = [chosen.lr * 2]
-    # The wider gap first; of equal ones the larger learning rate.
-    gap = max(sides, key=lambda lr: (round(abs(math.log(lr / chosen.lr)), 3), lr))
-    lr = _rounded(math.sqrt(gap * chosen.lr))
-    while lr in others:  # three digits do not tell them apart any more
-        lr = _rounded(lr * 1.01)
-    return [Trial(arm, "even", (("optimizer.lr", lr), *chosen.setting[1:]), TUNING_SEED)]
+def even_out(arm: str, count: int, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> list[Trial]:
+    """The next trials of an arm that had fewer than `count`: between its best learning rate and a neighbour of it.
+
+    One at a time; where a search makes `count` large, on both sides. An arm with a search has them at its factors.
+    """
+    known = {trial: loss for trial, loss in tried(arm, done).items() if trial.stage == "tune"}
+    spent = len(searched(arm, done, arm, roles).trials) if arm in roles else 0
+    own = {} if arm in roles else dict(known)  # among which the best one is looked for
+    while len(known) + spent < count:
+        if own:
+            chosen = _lowest(own)
+            lrs = _between(chosen.lr, {trial.lr for trial in known})[: 2 if roles else 1]
+            batch = [Trial(arm, "even", (("optimizer.lr", lr), *chosen.setting[1:]), TUNING_SEED) for lr in lrs]
+        else:
+            batch = [Trial(arm, "even", searched(arm, done, arm, roles).setting, TUNING_SEED)]
+        batch = batch[: count - spent - len(known)]
+        if missing := [trial for trial in batch if trial not in done]:
+            return missing
+        results = {trial: done[trial] for trial in batch}
+        known |= results
+        own |= results
+    return []
+
+
+def _between(chosen: float, tried: Collection[float]) -> list[float]:
+    """Learning rates between that one and its neighbours, the wider gap first; of equal ones the larger rate."""
+    others = sorted(tried)
+    place = others.index(chosen)
+    sides = [others[i] for i in (place - 1, place + 1) if 0 <= i < len(others)] or [chosen * 2]
+    sides.sort(key=lambda lr: (round(abs(math.log(lr / chosen)), 3), lr), reverse=True)
+    found: list[float] = []
+    for side in sides:
+        lr = _rounded(math.sqrt(side * chosen))
+        while lr in others or lr in found:  # three digits do not tell them apart any more
+            lr = _rounded(lr * 1.01)
+        found.append(lr)
+    return found
 
 
 def _rounded(lr: float) -> float:
