@@ -16,7 +16,7 @@ from sharpwise.compare.record import Record, read_record
 from sharpwise.compare.storage import Storage, losses_of
 from sharpwise.compare.stored import build_arms
 from sharpwise.compare.study import Study
-from sharpwise.compare.trial import Trial
+from sharpwise.compare.trial import Losses, Trial
 from sharpwise.compare.workers import Workers
 from sharpwise.files import check_name, held, remove_leftovers, write_whole
 from sharpwise.train.build import Built
@@ -83,11 +83,10 @@ def run_study(
     import tomli_w
 
     check_name(folder)
-    done = Storage(folder / "study.db").losses if (folder / "study.db").exists() else {}
+    done = _done(folder)
     if done and not study.needed(done):
         return look(study, folder)
-    built = build_arms(study, study.arms)
-    budget = work_out(study, built, done, jobs, timed=True)
+    budget, built = plan(study, folder, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / "study.lock", f"another process runs the study in {folder}"):
         remove_leftovers(folder)
@@ -98,6 +97,20 @@ def run_study(
         with Workers(jobs, threads=study.threads, setup=setup, on_step=runner.note) as workers:
             runner.run(workers)
     return StudyState(study, folder, budget, storage.results, built)
+
+
+def _done(folder: Path) -> Losses:
+    return Storage(folder / "study.db").losses if (folder / "study.db").exists() else {}
+
+
+def plan(study: Study, folder: Path, jobs: int = 1) -> tuple[Budget, Built]:
+    """What the study takes, timed by a few steps, and its baseline; every arm is built once, and nothing is written.
+
+    Raises:
+        ValueError: an arm that cannot be built, a budget too small to say anything.
+    """
+    built = build_arms(study, study.arms)
+    return work_out(study, built, _done(folder), jobs, timed=True), built
 
 
 def look(study: Study, folder: Path) -> StudyState:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sharpwise.compare.report.arms import Result
+from sharpwise.compare.report.arms import Result, searched
 from sharpwise.compare.trial import TUNING_SEED
 
 STAGES = {
@@ -49,11 +49,6 @@ def _tuning(result: Result, arm: Mapping[str, Any]) -> list[Run]:
         )
         for run in (*arm["tuning"], *searched(arm))
     ]  # fmt: skip
-
-
-def searched(arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The runs of an arm's search, none where it has no search."""
-    return list((arm.get("search") or {}).get("runs", ()))
 
 
 def _final(result: Result, arm: Mapping[str, Any]) -> list[Run]:
