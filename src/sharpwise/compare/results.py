@@ -111,6 +111,11 @@ def _arm(state: StudyState, arm: Arm) -> Result:
         "divergence_edge": min(diverged, default=None),
         "tuning": [_tuning_run(state, trial) for trial in tuning],
         "search": _search(state, arm),
+        "refined": [
+            _tuning_run(state, trial)
+            for trial in state.results
+            if trial.arm == arm.name and trial.stage == "refine" and not arm.setting_of
+        ],
         "final": [_run(state, trial) for trial in final],
         "mean": None if mean is None else mean.mean,
         "interval": None if mean is None or mean.low is None else [mean.low, mean.high],

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Stage = Literal["tune", "roles", "even", "final", "horizon"]
+Stage = Literal["tune", "roles", "even", "refine", "final", "horizon"]
 TUNING_SEED = 0
 Setting = tuple[tuple[str, Any], ...]
 """Dotted keys of a configuration with their values, the learning rate first."""

@@ -4,26 +4,29 @@
              seven were tried; then the arm's further settings, one after the other, each at the best so far
     roles    an arm that asks for it: the factors of its block types, by a search of many runs (`role_search`)
     even     every arm gets as many trials as the one that had most: between the best learning rate and its neighbours
+    refine   the same where one that had most had a search: a fine grid of learning rates, on one seed after the other
     final    the best setting of every arm, on the same fresh seeds
     horizon  the baseline's best setting on half and on twice the tokens, on the same seeds: what speed-ups are read off
 
 An arm may take the setting of another: its final runs are at what is best for that one, and it has no trials, or those
 of a search of its own that starts there, which nobody else gets.
 
-All of `tune` and `even` is on one seed that `final` does not use, and `roles` on two others. What is decided depends on
-complete sets of results only, never on the order in which they came: one process and ten decide alike.
+All of `tune` and `even` is on one seed that `final` does not use, `roles` and `refine` on others. What is decided
+depends on complete sets of results only, never on the order in which they came: one process and ten decide alike.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from sharpwise.compare.role_search import Roles, Search, search
+from sharpwise.compare.role_search import SEEDS, Roles, Search, search
 from sharpwise.compare.trial import TUNING_SEED, Losses, Setting, Trial
 
 HORIZONS = (0.5, 2.0)
+GRID = (0, 1, -1, 2, -2, 3, -3, 4, -4)
+"""Quarter powers of two around the best learning rate, an octave on either side."""
 NO_ROLES: Mapping[str, Roles] = MappingProxyType({})
 
 
@@ -71,7 +74,8 @@ def needed(
         return [trial for trial in trials if trial not in done]
     most = max(count_trials(arm, done, roles) for arm in spaces)
     for arm in spaces:
-        trials += even_out(arm, most, done, roles)
+        trials += refine(arm, most, done, roles) if roles.keys() & spaces.keys() else even_out(arm, most, done)
+    trials = [trial for trial in trials if trial not in done]
     if trials:
         return trials
     for arm in (arm for arm in taken if arm in roles):
@@ -99,28 +103,27 @@ def best(arm: str, done: Losses) -> Trial:
 
 def chosen(arm: str, done: Losses, of: str, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
     """The setting that tuning found for an arm, or for the one `of` whose setting it takes."""
-    if arm not in roles:
-        return best(of, done).setting if of not in roles else chosen(of, done, of, roles)
-    found = searched(arm, done, of, roles).setting
-    after = {trial: loss for trial, loss in tried(arm, done).items() if trial.stage == "even"}
-    return _lowest(after).setting if after else found
+    if of != arm and arm in roles:
+        return searched(arm, done, of, roles).setting
+    return _refined(of, _start(of, done, roles), done)
 
 
 def searched(arm: str, done: Losses, of: str, roles: Mapping[str, Roles]) -> Search:
-    """How far the search of an arm is, that starts at the best setting of `of`: of itself before all have as many
-    trials, or of another."""
-    tuned = tried(of, done)
-    if of == arm:
-        tuned = {trial: loss for trial, loss in tuned.items() if trial.stage == "tune"}
-    start = _lowest(tuned)
-    if math.isinf(tuned[start]):  # it diverged, as all others did: there is nothing to start from
-        return Search(dict.fromkeys(roles[arm].types, 1.0), start.setting, (), (), (), "nothing")
-    return search(arm, start.setting, roles[arm], done)
+    """How far the search of an arm is: from its own best setting, or that of another one."""
+    start = best(arm, done).setting if of == arm else chosen(of, done, of, roles)
+    if all(math.isinf(loss) for loss in tried(of, done).values()):  # there is nothing to start from
+        return Search(dict.fromkeys(roles[arm].types, 1.0), start, (), (), (), "nothing")
+    return search(arm, start, roles[arm], done)
 
 
 def count_trials(arm: str, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> int:
-    """How many trials an arm has had, those of its search among them."""
+    """How many trials an arm has had, those of its search among them, and no others that make it equal to one."""
     return len(tried(arm, done)) + (len(searched(arm, done, arm, roles).trials) if arm in roles else 0)
+
+
+def _start(arm: str, done: Losses, roles: Mapping[str, Roles]) -> Setting:
+    """What an arm that is tuned itself is refined from."""
+    return searched(arm, done, arm, roles).setting if arm in roles else best(arm, done).setting
 
 
 def _lowest(found: Losses) -> Trial:
@@ -183,43 +186,48 @@ def widened(known: Mapping[float, float], factor: float) -> float | None:
     return None
 
 
-def even_out(arm: str, count: int, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> list[Trial]:
-    """The next trials of an arm that had fewer than `count`: between its best learning rate and a neighbour of it.
+def even_out(arm: str, count: int, done: Losses) -> list[Trial]:
+    """The next trial of an arm that had fewer than `count`: between its best learning rate and a neighbour of it."""
+    found = tried(arm, done)
+    if len(found) >= count:
+        return []
+    chosen = best(arm, done)
+    others = sorted({t.lr for t in found})
+    place = others.index(chosen.lr)
+    sides = [others[i] for i in (place - 1, place + 1) if 0 <= i < len(others)]
+    if not sides:
+        sides = [chosen.lr * 2]
+    # The wider gap first; of equal ones the larger learning rate.
+    gap = max(sides, key=lambda lr: (round(abs(math.log(lr / chosen.lr)), 3), lr))
+    lr = _rounded(math.sqrt(gap * chosen.lr))
+    while lr in others:  # three digits do not tell them apart any more
+        lr = _rounded(lr * 1.01)
+    return [Trial(arm, "even", (("optimizer.lr", lr), *chosen.setting[1:]), TUNING_SEED)]
 
-    One at a time; where a search makes `count` large, on both sides. An arm with a search has them at its factors.
+
+def refine(arm: str, count: int, done: Losses, roles: Mapping[str, Roles]) -> list[Trial]:
+    """All trials that an arm lacks to `count`, where another one had a search: a fine grid of learning rates around the
+    best one, on one seed after the other. As many learning rates on a single seed would find the luckiest of them.
     """
-    known = {trial: loss for trial, loss in tried(arm, done).items() if trial.stage == "tune"}
-    spent = len(searched(arm, done, arm, roles).trials) if arm in roles else 0
-    own = {} if arm in roles else dict(known)  # among which the best one is looked for
-    while len(known) + spent < count:
-        if own:
-            chosen = _lowest(own)
-            lrs = _between(chosen.lr, {trial.lr for trial in known})[: 2 if roles else 1]
-            batch = [Trial(arm, "even", (("optimizer.lr", lr), *chosen.setting[1:]), TUNING_SEED) for lr in lrs]
-        else:
-            batch = [Trial(arm, "even", searched(arm, done, arm, roles).setting, TUNING_SEED)]
-        batch = batch[: count - spent - len(known)]
-        if missing := [trial for trial in batch if trial not in done]:
-            return missing
-        results = {trial: done[trial] for trial in batch}
-        known |= results
-        own |= results
-    return []
+    setting = _start(arm, done, roles)
+    lrs = [_rounded(setting[0][1] * 2 ** (power / 4)) for power in GRID]
+    return [
+        Trial(arm, "refine", (("optimizer.lr", lrs[i % len(lrs)]), *setting[1:]), SEEDS[0] + i // len(lrs))
+        for i in range(count - count_trials(arm, done, roles))
+    ]
 
 
-def _between(chosen: float, tried: Collection[float]) -> list[float]:
-    """Learning rates between that one and its neighbours, the wider gap first; of equal ones the larger rate."""
-    others = sorted(tried)
-    place = others.index(chosen)
-    sides = [others[i] for i in (place - 1, place + 1) if 0 <= i < len(others)] or [chosen * 2]
-    sides.sort(key=lambda lr: (round(abs(math.log(lr / chosen)), 3), lr), reverse=True)
-    found: list[float] = []
-    for side in sides:
-        lr = _rounded(math.sqrt(side * chosen))
-        while lr in others or lr in found:  # three digits do not tell them apart any more
-            lr = _rounded(lr * 1.01)
-        found.append(lr)
-    return found
+def _refined(arm: str, start: Setting, done: Losses) -> Setting:
+    """The best setting of the grid, in the mean over the seeds on which all of it ran; the start where nothing did."""
+    by_seed: dict[int, dict[Setting, float]] = {}
+    for trial, loss in done.items():
+        if trial.arm == arm and trial.stage == "refine" and trial.setting[1:] == start[1:]:
+            by_seed.setdefault(trial.seed, {})[trial.setting] = loss
+    if not by_seed:
+        return start
+    whole = [losses for losses in by_seed.values() if len(losses) == len(GRID)] or [by_seed[min(by_seed)]]
+    # Of settings that end equally low, the one with the smallest learning rate.
+    return min(whole[0], key=lambda setting: (sum(losses[setting] for losses in whole), setting[0][1]))
 
 
 def _rounded(lr: float) -> float:

@@ -99,8 +99,8 @@ def chosen_lr(arm: Arm) -> float | None:
 
 
 def trials(arm: Arm) -> int:
-    """How many runs tuned the arm, those of its search among them."""
-    return len(arm["tuning"]) + len(searched(arm))
+    """How many runs tuned the arm: those of learning rates and further settings, and those of its search."""
+    return len(arm["tuning"]) + len(searched(arm)) + len(arm.get("refined", ()))
 
 
 def searched(arm: Arm) -> list[Mapping[str, Any]]:

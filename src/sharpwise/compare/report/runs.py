@@ -14,6 +14,7 @@ STAGES = {
     "tune": "tuning",
     "roles": "search of factors",
     "even": "extra trial, so that every arm has {most}",
+    "refine": "learning rate on another seed, so that every arm has {most} trials",
     "final": "final",
     "horizon": "baseline on another number of tokens",
 }
@@ -47,7 +48,7 @@ def _tuning(result: Result, arm: Mapping[str, Any]) -> list[Run]:
             arm["name"], run["stage"], run.get("seed", TUNING_SEED), 1.0, tokens, run["setting"], run["final_loss"],
             run["stopped_at"], run["folder"], run["setting"] == arm["setting"],
         )
-        for run in (*arm["tuning"], *searched(arm))
+        for run in (*arm["tuning"], *searched(arm), *arm.get("refined", ()))
     ]  # fmt: skip
 
 

@@ -26,8 +26,8 @@ HINT = (
     "measurement: what all factors together are worth, the final runs say, with other seeds."
 )
 FIGURE_HINT = (
-    "Loss against the factor of each type, minus that at factor 1 (the mean of two seeds filled, one seed open; of "
-    "factors that follow a step that was taken, the sum of both). The full line: the steps that were taken."
+    "Loss minus that at factor 1, against the factor. Filled: the mean of two seeds, with both as dashes; open: one "
+    "seed alone. The full line: steps that were taken, from the end of which the next ones are drawn."
 )
 
 
@@ -103,7 +103,7 @@ def _card(arm: Arm, search: Search, number: int) -> str:
     content = (
         f'<p class="lead">{escape(summary(search)[0].upper() + summary(search)[1:])} To write, at lr '
         f"{arm['setting']['optimizer.lr']:g}:</p>{spelled}{_table(search)}"
-        + (f'<p class="hint">{FIGURE_HINT}</p><div class="three">{charts}</div>' if charts else "")
+        + (f'<br><p class="hint">{FIGURE_HINT}</p><div class="three">{charts}</div>' if charts else "")
         + _steps(search)
     )
     return card(f"Factors found by search: {arm['name']}", HINT, content, wide=True)
@@ -116,13 +116,13 @@ def _table(search: Search) -> str:
             ("type", ""),
             ("factor", ' class="number"'),
             ("gained, nats (each seed)", ' class="number"'),
-            ("steps tried", ' class="number"'),
+            ("steps tried", ' class="number roomy"'),
         )
     )
     lines = [
         f'<tr{" class=best" * (row.factor != 1)}><th scope="row">{escape(row.type)}</th>'
         f'<td class="number">x{row.factor:g}</td><td class="number">{row.gained}</td>'
-        f'<td class="number">{len(row.tried)}</td></tr>'
+        f'<td class="number roomy">{len(row.tried)}</td></tr>'
         for row in rows(search)
     ]
     return table(head, lines, "Factors by type")
@@ -186,7 +186,7 @@ def _figure(name: str, drawn: Sequence[Point], edges: tuple[float, float], facto
     figure = figures.figure("factor (log scale)", "nats", HEIGHT)
     figure.update_layout(margin={"l": 52, "r": 12, "t": 10, "b": 44})
     colour = figures.TYPE_COLOURS.get(name, figures.TYPE_COLOURS["Other"])
-    figure.add_hline(y=0, line={"color": figures.GRID, "width": 1.5})
+    figure.add_hline(y=0, line={"color": figures.GRID, "width": 1.5}, layer="below")
     for point in drawn:
         mean = min(_mean(point.ys), edges[1]) if point.ys else edges[1]
         said = f"{figures.text(name)} x{point.x0:g} to x{point.x1:g}: "

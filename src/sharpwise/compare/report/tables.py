@@ -92,7 +92,7 @@ def costs(result: Result) -> str:
     arms = result["arms"]
     columns: list[Column] = [
         ("learning rate", [(_rate(arm), "") for arm in arms]),
-        ("further settings", [(setting_words(further(arm["setting"])) or "-", "") for arm in arms]),
+        ("further settings", [(_further(arm) or "-", "") for arm in arms]),
         ("tuning runs", [(_tuning_runs(arm), "") for arm in arms]),
         ("diverged from lr", [(number(arm["divergence_edge"], "g"), "") for arm in arms]),
         ("mean lr factor", [(number(arm["mean_multiplier"], ".3g"), "") for arm in arms]),
@@ -102,9 +102,15 @@ def costs(result: Result) -> str:
     return _arms_table(result, columns, "Settings and costs", [False] * len(arms))
 
 
+def _further(arm: Arm) -> str:
+    """What was tuned besides the learning rate; searched factors have a card of their own."""
+    own = {key: value for key, value in further(arm["setting"]).items() if key != "optimizer.block_lr"}
+    return setting_words(own)
+
+
 def _tuning_runs(arm: Arm) -> str:
     count = len(searched(arm))
-    own = f"those of {arm['setting_of']}" if arm["setting_of"] else str(len(arm["tuning"]))
+    own = f"those of {arm['setting_of']}" if arm["setting_of"] else str(trials(arm) - count)
     return f"{own}, {count} of a search" if count else own
 
 
@@ -191,16 +197,13 @@ def runs(result: Result) -> str:
 
 def _run(run: Run, most: int) -> str:
     end = "diverged" if run.final_loss is None else f"{run.final_loss:.4f}"
-    stage = {
-        "tune": "tuning",
-        "roles": "search",
-        "even": "tuning",
-        "final": "final",
-        "horizon": f"{run.share:g} x tokens",
-    }[run.stage]
+    stages = {"roles": "search", "final": "final", "horizon": f"{run.share:g} x tokens"}
+    stage = stages.get(run.stage, "tuning")
     what = setting_words(run.setting) or "no setting"
     if run.stage in ("final", "horizon"):
         what = f"seed {run.seed}"
+    if run.stage == "refine":
+        what += f", seed {run.seed}"
     if run.stage == "roles":
         what = f"{run.setting.get('optimizer.block_lr', 'all factors 1')}, seed {run.seed}"
     mark = " (chosen)" if run.chosen and run.stage in ("tune", "even") else ""
