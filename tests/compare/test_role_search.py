@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sharpwise.block_lr import PerRole, make_block_lr
 from sharpwise.compare.role_search import BLOCK_LR, SEEDS, Roles, Search, factor, search
 from sharpwise.compare.trial import Trial
+from sharpwise.compare.tuning import Space, chosen, count_trials, needed, searched, tried
 
 LRS = (1e-3, 3e-3, 1e-2)
 START = (("optimizer.lr", 3e-3),)
@@ -175,3 +176,82 @@ def test_the_way_back_is_not_tried_with_a_step_of_the_same_size() -> None:
     found, _ = play(bowl({"Emb": 2.0}))
     factors = {(step.before, step.after) for step in found.steps if step.type == "Emb"}
     assert factors == {(1, 2), (1, 0.5), (2, 4), (2, 2.83), (2, 1.41)}
+
+
+# --- in a study ------------------------------------------------------------------------------------------------------
+
+
+def plan(spaces, roles, loss, *, taken=None, order=None, seeds=(1, 2)) -> dict[Trial, float]:
+    """Run a study in which `loss(trial)` is the result of a trial."""
+    done: dict[Trial, float] = {}
+    chance = random.Random(order)
+    while trials := needed(spaces, "base", seeds, done, (), taken or {}, roles):
+        assert not any(trial in done for trial in trials) and len(set(trials)) == len(trials)
+        for trial in trials if order is None else chance.sample(trials, chance.randint(1, len(trials))):
+            done[trial] = loss(trial)
+    return done
+
+
+def both(optimum, lr=2.5e-3, noise=0.02):
+    """Loss against the learning rate and the factors."""
+    factors = bowl(optimum, noise=noise)
+    return lambda trial: factors(trial) + 0.1 * math.log(trial.lr / lr) ** 2
+
+
+@pytest.mark.parametrize("order", [None, 1, 2])
+def test_every_arm_gets_as_many_trials_as_one_with_a_search(order: int | None) -> None:
+    spaces, roles = {"base": Space(LRS), "own": Space(LRS)}, {"own": ALL}
+    done = plan(spaces, roles, both({"Emb": 4.0, "QK": 0.5}), order=order)
+    assert done == plan(spaces, roles, both({"Emb": 4.0, "QK": 0.5}))
+    counts = {arm: sum(t.arm == arm and t.stage not in ("final", "horizon") for t in done) for arm in spaces}
+    assert counts["base"] == counts["own"] > 20
+    assert counts["own"] == count_trials("own", done, roles)
+    found = searched("own", done, {}, roles)
+    assert found.factors["Emb"] > 2 and chosen("own", done, {}, roles) == found.setting
+    # What base got besides is a grid around its best rate, on one seed after the other; the best in the mean is taken.
+    grid = {t: loss for t, loss in done.items() if t.arm == "base" and t.stage == "refine"}
+    lrs = sorted({t.lr for t in grid})
+    assert lrs[0] == pytest.approx(lrs[-1] / 4, rel=0.01) and len(lrs) == 9
+    whole = [seed for seed in {t.seed for t in grid} if sum(t.seed == seed for t in grid) == 9]
+    means = {lr: sum(loss for t, loss in grid.items() if t.lr == lr and t.seed in whole) for lr in lrs}
+    assert dict(chosen("base", done, {}, roles)) == {"optimizer.lr": min(means, key=lambda lr: means[lr])}
+    final = {(t.arm, t.setting) for t in done if t.stage == "final"}
+    assert final == {(arm, chosen(arm, done, {}, roles)) for arm in spaces}
+
+
+def test_an_arm_with_a_search_that_had_fewer_trials_gets_more_of_its_learning_rate() -> None:
+    spaces = {"base": Space(LRS, {"optimizer.eps": tuple(range(60))}), "own": Space(LRS)}
+    done = plan(spaces, {"own": ALL}, both({"Emb": 4.0}, lr=3.5e-3, noise=0.0))
+    counts = {arm: sum(t.arm == arm and t.stage != "final" for t in done) for arm in spaces}
+    assert counts == {"base": 63, "own": 63}
+    refined = [t for t in done if t.stage == "refine"]
+    assert {t.arm for t in refined} == {"own"}
+    assert {dict(t.setting)[BLOCK_LR] for t in refined} == {"per_role(ratios={Emb: 4, QK: 1, FFN: 1})"}
+    assert chosen("own", done, {}, {"own": ALL})[0] == ("optimizer.lr", 3.57e-3)
+
+
+def test_a_search_from_the_setting_of_another_is_on_top_and_nobody_gets_more() -> None:
+    roles = {"own": Roles(TYPES, 26)}
+    done = plan({"base": Space(LRS)}, roles, both({"FFN": 0.5}, noise=0.0), taken={"own": "base"})
+    assert len(tried("base", done)) == 3 and not any(t.stage in ("even", "refine") for t in done)
+    assert {t.stage for t in done if t.arm == "own"} == {"roles", "final"}
+    final = {t.arm: dict(t.setting) for t in done if t.stage == "final"}
+    assert final["base"] == {"optimizer.lr": 3e-3}
+    assert final["own"] == {"optimizer.lr": 3e-3, BLOCK_LR: "per_role(ratios={Emb: 1, QK: 1, FFN: 0.5})"}
+    assert all(t.lr == 3e-3 for t in done if t.arm == "own")
+
+
+@pytest.mark.parametrize("tuned_itself", [False, True])
+def test_the_factors_that_a_search_found_can_be_taken_by_another_arm(tuned_itself: bool) -> None:
+    spaces = {"base": Space(LRS), **({"own": Space(LRS)} if tuned_itself else {})}
+    taken = {"third": "own", **({} if tuned_itself else {"own": "base"})}
+    done = plan(spaces, {"own": ALL}, both({"Emb": 4.0}, noise=0.0), taken=taken)
+    settings = {t.arm: t.setting for t in done if t.stage == "final"}
+    assert settings["third"] == settings["own"] != settings["base"]
+    assert not any(t.arm == "third" and t.stage != "final" for t in done)
+
+
+def test_no_search_begins_where_every_learning_rate_diverged() -> None:
+    done = plan({"base": Space(LRS)}, {"own": ALL}, lambda trial: math.inf, taken={"own": "base"})
+    assert not any(t.stage == "roles" for t in done)
+    assert {t.stage for t in done} == {"tune", "final"}

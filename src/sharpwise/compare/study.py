@@ -54,11 +54,6 @@ class Arm:
     roles: Roles | None = None
 
     @property
-    def tuned(self) -> str:
-        """The arm whose trials are those of this one."""
-        return self.setting_of or self.name
-
-    @property
     def example(self) -> Trial:
         """A trial with a value for everything that is tuned, to see whether the arm can be built."""
         first = {"optimizer.lr": self.space.lrs[0], **{key: values[0] for key, values in self.space.search.items()}}
@@ -137,18 +132,21 @@ class Study:
 
     def setting(self, name: str, done: Losses) -> Setting | None:
         """The best setting of an arm so far, None where every run that it rests on diverged, or there is none yet."""
-        of = self.arm(name).tuned
-        found = tried(of, done)
-        if all(math.isinf(loss) for loss in found.values()):
+        if all(math.isinf(loss) for loss in tried(self.tuned(name), done).values()):
             return None
-        return chosen(name, done, of, self.roles)
+        return chosen(name, done, self.taken, self.roles)
 
     def search(self, name: str, done: Losses) -> Search | None:
         """How far the search of an arm is, None where it has none, or what it starts from is not tuned yet."""
-        of = self.arm(name).tuned
+        of = self.tuned(name)
         if name not in self.roles or next_of_arm(of, self.spaces[of], done):
             return None
-        return searched(name, done, of, self.roles)
+        return searched(name, done, self.taken, self.roles)
+
+    def tuned(self, name: str) -> str:
+        """The arm that is tuned itself, and whose setting this one takes in the end."""
+        of = self.arm(name).setting_of
+        return self.tuned(of) if of else name
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -302,11 +300,12 @@ def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
             if chain[-1] in chain[:-1]:
                 way = " -> ".join(one.name for one in chain)
                 raise ValueError(f"{what} comes back to where it was: {way}; one of them has to be tuned itself")
-        of = chain[-1]
-        own = {key: value for key, value in arm.settings.items() if value != of.settings.get(key)}
-        if twice := [key for key in of.space.search if key in own]:
+        # It takes what a search found, or in the end what is tuned itself.
+        of, root = next((one for one in chain[1:] if one.roles), chain[-1]), chain[-1]
+        own = {key: value for key, value in arm.settings.items() if value != root.settings.get(key)}
+        if twice := [key for key in root.space.search if key in own]:
             raise ValueError(
-                f"arm {arm.name!r} takes the setting of {of.name}, which tunes {', '.join(twice)}, and sets that "
+                f"arm {arm.name!r} takes the setting of {root.name}, which tunes {', '.join(twice)}, and sets that "
                 "itself; leave it out of its settings"
             )
         if of is not arm and arm.roles and of.roles:
@@ -314,7 +313,7 @@ def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
                 f"arm {arm.name!r} takes the setting of {of.name}, which has searched factors, and would search them "
                 'again; leave out its tune = "roles"'
             )
-        found.append(arm if of is arm else replace(arm, space=of.space, setting_of=of.name))
+        found.append(arm if of is arm else replace(arm, space=root.space, setting_of=of.name))
     return tuple(found)
 
 

@@ -27,6 +27,7 @@ from sharpwise.compare.trial import TUNING_SEED, Losses, Setting, Trial
 HORIZONS = (0.5, 2.0)
 GRID = (0, 1, -1, 2, -2, 3, -3, 4, -4)
 """Quarter powers of two around the best learning rate, an octave on either side."""
+NONE: Mapping[str, str] = MappingProxyType({})
 NO_ROLES: Mapping[str, Roles] = MappingProxyType({})
 
 
@@ -53,7 +54,7 @@ def needed(
     seeds: Sequence[int],
     done: Losses,
     horizons: Sequence[float] = HORIZONS,
-    taken: Mapping[str, str] = MappingProxyType({}),
+    taken: Mapping[str, str] = NONE,
     roles: Mapping[str, Roles] = NO_ROLES,
 ) -> list[Trial]:
     """The trials that can be started now; none when the study is complete.
@@ -64,12 +65,12 @@ def needed(
         seeds: of the final runs.
         done: results so far. What is running is still among the needed ones.
         horizons: shares of the budget that the baseline is trained on too.
-        taken: further arms, each with the one of `spaces` whose setting it takes.
+        taken: further arms, each with the one whose setting it takes: one of `spaces`, or one that searches from there.
         roles: the searches of arms that have one.
     """
     trials: list[Trial] = []
     for arm, space in spaces.items():
-        trials += next_of_arm(arm, space, done) or (searched(arm, done, arm, roles).wanted if arm in roles else ())
+        trials += next_of_arm(arm, space, done) or (searched(arm, done, {}, roles).wanted if arm in roles else ())
     if trials:
         return [trial for trial in trials if trial not in done]
     most = max(count_trials(arm, done, roles) for arm in spaces)
@@ -79,11 +80,11 @@ def needed(
     if trials:
         return trials
     for arm in (arm for arm in taken if arm in roles):
-        trials += searched(arm, done, taken[arm], roles).wanted
+        trials += searched(arm, done, taken, roles).wanted
     if trials:
         return trials
     for arm in (*spaces, *taken):
-        setting = chosen(arm, done, taken.get(arm, arm), roles)
+        setting = chosen(arm, done, taken, roles)
         trials += [Trial(arm, "final", setting, seed) for seed in seeds]
         if arm == baseline:
             trials += [Trial(arm, "horizon", setting, seed, share) for share in horizons for seed in seeds]
@@ -101,29 +102,26 @@ def best(arm: str, done: Losses) -> Trial:
     return _lowest(tried(arm, done))
 
 
-def chosen(arm: str, done: Losses, of: str, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
-    """The setting that tuning found for an arm, or for the one `of` whose setting it takes."""
-    if of != arm and arm in roles:
-        return searched(arm, done, of, roles).setting
-    return _refined(of, _start(of, done, roles), done)
+def chosen(arm: str, done: Losses, taken: Mapping[str, str] = NONE, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
+    """The setting that tuning found for an arm, or for the one whose setting it takes."""
+    if arm in roles:
+        found = searched(arm, done, taken, roles).setting
+        return found if arm in taken else _refined(arm, found, done)
+    return chosen(taken[arm], done, taken, roles) if arm in taken else _refined(arm, best(arm, done).setting, done)
 
 
-def searched(arm: str, done: Losses, of: str, roles: Mapping[str, Roles]) -> Search:
+def searched(arm: str, done: Losses, taken: Mapping[str, str], roles: Mapping[str, Roles]) -> Search:
     """How far the search of an arm is: from its own best setting, or that of another one."""
-    start = best(arm, done).setting if of == arm else chosen(of, done, of, roles)
-    if all(math.isinf(loss) for loss in tried(of, done).values()):  # there is nothing to start from
+    start = chosen(taken[arm], done, taken, roles) if arm in taken else best(arm, done).setting
+    tuned = tried(taken.get(arm, arm), done)
+    if all(math.isinf(loss) for loss in tuned.values()):  # there is nothing to start from
         return Search(dict.fromkeys(roles[arm].types, 1.0), start, (), (), (), "nothing")
     return search(arm, start, roles[arm], done)
 
 
 def count_trials(arm: str, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> int:
     """How many trials an arm has had, those of its search among them, and no others that make it equal to one."""
-    return len(tried(arm, done)) + (len(searched(arm, done, arm, roles).trials) if arm in roles else 0)
-
-
-def _start(arm: str, done: Losses, roles: Mapping[str, Roles]) -> Setting:
-    """What an arm that is tuned itself is refined from."""
-    return searched(arm, done, arm, roles).setting if arm in roles else best(arm, done).setting
+    return len(tried(arm, done)) + (len(searched(arm, done, {}, roles).trials) if arm in roles else 0)
 
 
 def _lowest(found: Losses) -> Trial:
@@ -209,7 +207,7 @@ def refine(arm: str, count: int, done: Losses, roles: Mapping[str, Roles]) -> li
     """All trials that an arm lacks to `count`, where another one had a search: a fine grid of learning rates around the
     best one, on one seed after the other. As many learning rates on a single seed would find the luckiest of them.
     """
-    setting = _start(arm, done, roles)
+    setting = searched(arm, done, {}, roles).setting if arm in roles else best(arm, done).setting
     lrs = [_rounded(setting[0][1] * 2 ** (power / 4)) for power in GRID]
     return [
         Trial(arm, "refine", (("optimizer.lr", lrs[i % len(lrs)]), *setting[1:]), SEEDS[0] + i // len(lrs))
