@@ -147,7 +147,7 @@ def _search(
         return None
     if tune != "roles":
         raise ValueError(f"--tune {tune}: expected roles, for the factor of every block type")
-    if recipe is not None or len(arms) > 1 or any(arm.endswith(".toml") or Path(arm).exists() for arm in arms):
+    if recipe is not None or len(arms) > 1 or any(arm.endswith(".toml") or Path(arm).is_file() for arm in arms):
         raise ValueError(
             "--tune roles takes one optimizer, as in: sharpwise compare adamw --tune roles --budget 0.5M; in a study "
             'file any arm may say tune = "roles"'
