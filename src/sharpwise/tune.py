@@ -7,10 +7,7 @@ from typing import Any
 
 from sharpwise.arms import arm_name
 from sharpwise.block_lr import PerRole, make_block_lr
-from sharpwise.compare.report.page import write_study_page
-from sharpwise.compare.results import results
-from sharpwise.compare.runner import run_study
-from sharpwise.compare.stored import open_study
+from sharpwise.installing import needs
 from sharpwise.train.code import parse_optimizer
 
 
@@ -71,7 +68,13 @@ def roles(
     Raises:
         ValueError: what cannot be meant; a type that the model lacks, with those that it has; too few runs, with how
             many it takes; another study in that folder.
+        ImportError: what comparisons need is not installed.
     """
+    with needs("a search", "demo"):
+        from sharpwise.compare.report.page import write_study_page
+        from sharpwise.compare.results import results
+        from sharpwise.compare.runner import run_study
+        from sharpwise.compare.stored import open_study
     given = role_study(optimizer, types=types, runs=runs, table={"lrs": list(lrs)} if lrs else {})
     given |= {"run": run, "tokens": tokens, "seeds": seeds, "margin": margin, "name": Path(folder).name or "roles"}
     if settings:

@@ -316,7 +316,9 @@ def _run_and_die(given: dict[str, Any], folder: str, after: int) -> None:
 
 @pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_and_finds_the_same_in_two_processes(data, tmp_path) -> None:
-    run_study(open_study(tiny(data), tmp_path / "whole"), tmp_path / "whole")
+    seen: list[Any] = []
+    state = run_study(open_study(tiny(data), tmp_path / "whole"), tmp_path / "whole", on_progress=seen.append)
+    assert seen[-1].done == seen[-1].expected == len(state.results)
     whole = losses(tmp_path / "whole")
     assert sum("roles" in key for key in whole) >= 6
     for after in (2, 5, 7):  # in the tuning, in the search
