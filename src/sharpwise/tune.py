@@ -101,7 +101,7 @@ def role_study(
     name = arm_name(parse_optimizer(optimizer))
     search: dict[str, Any] = {"name": name, "setting_of": name, "tune": "roles"}
     if types:
-        search["types"] = list(types)
+        search["types"] = types if isinstance(types, str) else list(types)
     if runs is not None:
         search["runs"] = runs
     return {"arms": {name: dict(table or {}), f"{name}, searched": search}, "baseline": name, "horizons": []}

@@ -120,6 +120,19 @@ def test_a_step_is_compared_with_the_factors_that_hold() -> None:
     assert after.against[0] == pytest.approx(5.0)
 
 
+def test_small_steps_are_tried_again_until_a_whole_round_takes_nothing() -> None:
+    """Emb, the first of a round, wants its step once FFN, the last one, has taken its own."""
+
+    def loss(trial: Trial) -> float:
+        emb, qk, ffn = (math.log2(factors_of(trial)[name]) for name in TYPES)
+        return 5 + 0.2 * (ffn - 0.5) ** 2 + 0.1 * (emb - ffn) ** 2 + 0.1 * qk**2
+
+    found, _ = play(loss)
+    assert dict(found.factors) == {"Emb": 1.41, "QK": 1.0, "FFN": 1.41}
+    taken = [(step.type, step.round) for step in found.steps if step.taken]
+    assert [name for name, _ in taken] == ["FFN", "Emb"] and taken[0][1] < taken[1][1]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.tuples(*[st.integers(-5, 5)] * 3),
