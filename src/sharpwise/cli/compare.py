@@ -181,7 +181,7 @@ def _study(
     path: Path | None = None
     if recipe is not None:
         path = find_recipe(recipe)
-    elif base is None and len(arms) == 1 and (arms[0].endswith(".toml") or Path(arms[0]).is_file()):
+    elif len(arms) == 1 and (arms[0].endswith(".toml") or Path(arms[0]).is_file()):
         path = Path(arms[0])
     elif len(arms) == 1 and (Path(arms[0]) / "study.toml").is_file():
         raise ValueError(f"{arms[0]} is the folder of a study; to go on with it: sharpwise compare --out {arms[0]}")
