@@ -23,6 +23,7 @@ RUNGS = (
     ("",),  # what `import sharpwise` gives
     ("train",),
     ("compare", "measure", "report"),
+    ("tune",),
     ("integrations", "cli"),
     ("__main__", "testing"),
 )

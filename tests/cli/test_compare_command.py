@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from sharpwise.cli.compare import _budget
 from sharpwise.cli.main import create_app
 from sharpwise.cli.malloc import keep_large_blocks
-from sharpwise.compare import demo
+from sharpwise.compare import budget, demo
 from sharpwise.compare.recipes import find_recipe, list_recipes
 from sharpwise.compare.report.text import headline
 from sharpwise.compare.study import make_study
@@ -250,3 +250,66 @@ def test_the_allocator_is_asked_on_glibc_only(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(keep_large_blocks(), bool)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not keep_large_blocks()
+
+
+# --- search of factors -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "FEWEST_STEPS", 10)
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_factors_are_searched_for_one_optimizer(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "roles"
+    arguments = ["compare", "--tune", "roles", "--types", "Emb", "--budget", "320", *_arguments(data, out)]
+    dry = _sharpwise(*arguments, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    said = (
+        "2 arms, 13 to 21 runs of 320 tokens (10 steps), 1 at a time 6 to 10 of them search a factor for each of Emb in"
+    )
+    assert said in dry.stderr.replace("\n", " ") and "estimated time" in dry.stderr
+    assert not out.exists() and not dry.stdout
+    outcome = _sharpwise(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert said in outcome.stderr.replace("\n", " ")
+    (arm,) = (arm for arm in json.loads((out / "result.json").read_text())["arms"] if arm["search"])
+    stdout = " ".join(outcome.stdout.split())
+    assert f"Factors found by search, adamw, searched: {len(arm['search']['runs'])} runs of at most 10;" in stdout
+    if found := arm["search"]["block_lr"]:
+        assert f'block_lr="{found}"' in outcome.stdout
+    # What is stored says the types; the folder alone goes on, with more runs too.
+    assert read_given(out / "study.toml")["arms"]["adamw, searched"]["types"] == ["Emb"]
+    for again in (arguments, ["compare", "--out", out, "--trust-code"], [*arguments, "--runs", "12"]):
+        outcome = _sharpwise(*again, "--dry-run")
+        assert outcome.exit_code == 0, outcome.output
+    assert _sharpwise(*arguments, "--runs", "6").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tune", "role"], "--tune role: expected roles, for the factor of every block type"),
+        (
+            ["adamw", "lion", "--tune", "roles"],
+            "--tune roles takes one optimizer, as in: sharpwise compare adamw --tune",
+        ),
+        (["--recipe", "blockwise_lr", "--tune", "roles"], "--tune roles takes one optimizer"),
+        (["some.toml", "--tune", "roles"], "--tune roles takes one optimizer"),
+        (["adamw", "lion", "--runs", "30"], "--runs and --types are those of a search; say --tune roles too"),
+        (["--tune", "roles", "--runs", "25"], "runs must be 26 or more, got 25"),
+        (["--tune", "roles", "--types", "Emb,Had"], "'Had' is no block of this model (did you mean 'Head'?)"),
+        (["--tune", "roles", "--types", ""], "'' is no block of this model; it has the types Emb"),
+        (["adamv", "--tune", "roles"], "no optimizer is called 'adamv' (did you mean 'adamw'?)"),
+        (["adamw+blockwise", "--tune", "roles"], "a search starts at one rate for all blocks"),
+    ],
+)
+def test_a_search_that_cannot_be_meant_ends_with_a_message(
+    data: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    outcome = _sharpwise("compare", *arguments, "--budget", "1600", *_arguments(data, tmp_path / "out"))
+    assert outcome.exit_code == 2, outcome.output
+    assert message in outcome.stderr.replace("\n", " ")
+    assert "Traceback" not in outcome.output
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from sharpwise.cli.main import create_app
-from sharpwise.compare.runner import open_study
+from sharpwise.compare.stored import open_study
 from sharpwise.measure.subject import open_subject
 from sharpwise.train.data import prepare_tokens
 from sharpwise.train.data.tokenizer import load_tokenizer

@@ -9,13 +9,15 @@ import pytest
 
 from compare.test_results import fill, result_of
 from compare.test_runner import study
+from sharpwise.compare.budget import expected, work_out
 from sharpwise.compare.report.page import render
 from sharpwise.compare.report.runs import csv_text
 from sharpwise.compare.report.text import method
-from sharpwise.compare.runner import build_arms, expected, open_study, run_study, work_out
+from sharpwise.compare.runner import run_study
 from sharpwise.compare.storage import Storage
-from sharpwise.compare.study import differences, make_study
-from sharpwise.compare.tuning import Trial
+from sharpwise.compare.stored import build_arms, differences, open_study
+from sharpwise.compare.study import make_study
+from sharpwise.compare.trial import Trial
 
 DECAY = {"optimizer.weight_decay": [0.3]}
 ARMS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compare.test_results import fill, result_of
 from sharpwise.compare.demo import ARMS, demo_study
-from sharpwise.compare.tuning import Trial
+from sharpwise.compare.trial import Trial
 
 # In nats: the gap to adamw, and how far seeds move it. The real ones were -0.4 and 0.1, with 0.05 and 0.03.
 GAPS = {"adamw": (0.0, 0.0), "adamw+blockwise": (-0.2, 0.06), "adam-mini": (0.15, 0.06)}

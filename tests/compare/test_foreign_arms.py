@@ -8,7 +8,8 @@ import pytest
 
 from compare.test_results import fill, result_of
 from compare.test_runner import losses, study
-from sharpwise.compare.runner import open_study, run_study
+from sharpwise.compare.runner import run_study
+from sharpwise.compare.stored import open_study
 from sharpwise.compare.study import make_study
 from sharpwise.optim import parse_arm
 

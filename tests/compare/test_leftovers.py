@@ -10,7 +10,8 @@ import pytest
 from train.kill_rig import processes, settings
 
 from compare.test_runner import study
-from sharpwise.compare.runner import open_study, run_study
+from sharpwise.compare.runner import run_study
+from sharpwise.compare.stored import open_study
 from sharpwise.files import replacing
 from sharpwise.measure.results import add
 from sharpwise.train.run import run

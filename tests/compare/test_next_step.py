@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from compare.test_results import Loss, even, fill, result_of
 from compare.test_runner import study
 from sharpwise.cli.main import create_app
-from sharpwise.compare.runner import open_study
+from sharpwise.compare.stored import open_study
 
 LONG = 150_000  # more than 20 tokens for each parameter of the model
 

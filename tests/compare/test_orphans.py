@@ -12,7 +12,8 @@ import pytest
 from train.kill_rig import Tiny, processes, settings
 
 from compare.test_runner import study
-from sharpwise.compare.runner import open_study, run_study
+from sharpwise.compare.runner import run_study
+from sharpwise.compare.stored import open_study
 from sharpwise.compare.workers import Workers
 from sharpwise.train.data import prepare_tokens
 

@@ -12,16 +12,17 @@ import pytest
 
 from compare.test_runner import study
 from sharpwise.block_lr.spelling import BLOCK_LRS
-from sharpwise.compare import runner
+from sharpwise.compare import budget, stored
 from sharpwise.compare.arms import INSTEAD, RULES, ablations, first_line, instead
 from sharpwise.compare.record import Record
 from sharpwise.compare.report.page import render
 from sharpwise.compare.results import results
-from sharpwise.compare.runner import look, open_study, place_of, run_study, summary
+from sharpwise.compare.runner import look, place_of, run_study, summary
 from sharpwise.compare.statistics import holm, paired_difference
 from sharpwise.compare.storage import Storage
+from sharpwise.compare.stored import open_study
 from sharpwise.compare.study import Study, make_study
-from sharpwise.compare.tuning import Trial
+from sharpwise.compare.trial import Trial
 from sharpwise.optim import ABLATIONS, OPTIMIZERS
 
 Loss = Callable[[Trial], float | None]
@@ -218,7 +219,7 @@ def test_larger_steps_are_one_caveat_for_all_arms(data: Path, tmp_path: Path) ->
 def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     found = fill(study(data), tmp_path)
     built: list[str] = []
-    real = runner.build
+    real = stored.build
 
     def build(config: Any) -> Any:
         built.append(config.optimizer.block_lr)
@@ -227,8 +228,8 @@ def test_a_complete_study_is_looked_at_and_nothing_is_timed(data: Path, tmp_path
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this is not needed")
 
-    monkeypatch.setattr(runner, "build", build)
-    monkeypatch.setattr(runner, "train_steps", refuse)
+    monkeypatch.setattr(stored, "build", build)
+    monkeypatch.setattr(budget, "train_steps", refuse)
     state = run_study(found, tmp_path, on_budget=refuse)
     assert state.complete
     assert built == [""]  # the baseline alone
@@ -239,13 +240,13 @@ def test_the_estimate_is_of_what_is_left_and_of_validation(data: Path, tmp_path:
     def steps_of_32_ms(*_: object) -> Iterator[Any]:
         yield from (SimpleNamespace(seconds=seconds) for seconds in (9.0, 0.032, 0.032, 0.032))
 
-    monkeypatch.setattr(runner, "train_steps", steps_of_32_ms)
+    monkeypatch.setattr(budget, "train_steps", steps_of_32_ms)
     budgets = []
     for runs in (0, 4):
         found = fill(study(data), tmp_path / str(runs), runs=runs)
         done = Storage(tmp_path / str(runs) / "study.db").losses
-        built = runner.build_arms(found, found.arms)
-        budgets.append(runner.work_out(found, built, done, timed=True))
+        built = stored.build_arms(found, found.arms)
+        budgets.append(budget.work_out(found, built, done, timed=True))
     assert [budget.done for budget in budgets] == [0, 4]
     assert budgets[0].seconds is not None and budgets[1].seconds is not None
     assert budgets[0].seconds[0] - budgets[1].seconds[0] == pytest.approx(4 * 1.6 * (1 + 8 / 100 / 3))

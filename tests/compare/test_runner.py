@@ -16,8 +16,9 @@ from train.kill_rig import processes
 from sharpwise.compare import runner
 from sharpwise.compare.record import read_record
 from sharpwise.compare.results import results
-from sharpwise.compare.runner import open_study, place_of, run_study
+from sharpwise.compare.runner import place_of, run_study
 from sharpwise.compare.storage import Storage
+from sharpwise.compare.stored import open_study
 
 
 def study(data: Path, **changes: Any) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpwise.compare.tuning import HORIZONS, Space, Trial, at_edge, best, needed, tried, widened
+from sharpwise.compare.trial import Trial
+from sharpwise.compare.tuning import HORIZONS, Space, at_edge, best, needed, tried, widened
 
 LRS = (1e-3, 3e-3, 1e-2)
 

@@ -1,6 +1,5 @@
 """`sharpwise compare`: which optimizer helps this model, by how much, and how sure that is."""
 
-import datetime
 import math
 import time
 import webbrowser
@@ -9,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from sharpwise.cli.compare_text import announce, duration, print_result
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.files import checked_name
 
 if TYPE_CHECKING:
-    from sharpwise.compare.runner import Budget
+    from sharpwise.compare.budget import Budget
     from sharpwise.compare.runner import Progress as Progressed
+    from sharpwise.compare.study import Study
 
 
 def compare(
@@ -63,6 +62,23 @@ def compare(
             "'optimizer.weight_decay=[0,0.3]' or 'schedule.warmup=[0.02]'. Repeatable.",
         ),
     ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            "--tune",
+            metavar="roles",
+            help="Search the factor on the learning rate that every block type wants, for one optimizer.",
+        ),
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option("--runs", help="Of that search at most. [default: 2 + 8 for each type]")
+    ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(
+            "--types", metavar="TYPE,...", help="Of that search: block types or roles. [default: all of the model]"
+        ),
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="A study that comes with sharpwise.")] = None,
     trust_code: Annotated[
         bool,
@@ -83,6 +99,9 @@ def compare(
     so_far: Annotated[
         bool, typer.Option("--so-far", help="Train nothing: write the page of what there is, of a study in --out.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build every arm once, say what the study takes, and train nothing.")
+    ] = False,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Tune every arm fairly, train its best setting over fresh seeds, and say what is better, by how much, how sure.
@@ -97,7 +116,11 @@ def compare(
             said = {"seeds": seeds, "baseline": baseline, "margin": margin, "ablations": ablations or None}
             run = [f'{key}="{value}"' for key, value in (("model.name", model), ("data.path", data)) if value]
             assignments = [*run, *(settings or [])]
-            given, folder = _study(arms or [], out, recipe, budget, said, assignments, search or [], trust_code)
+            base = _search(arms or [], tune, runs, types, recipe)
+            given, folder = _study(arms or [], out, recipe, budget, said, assignments, search or [], trust_code, base)
+            if dry_run:
+                _plan(log, given, folder, jobs, trust_code)
+                return
             result, page = run_and_write(log, given, folder, jobs, so_far=so_far, trust_code=trust_code)
     except KeyboardInterrupt:
         log.print("Stopped; what was trained is kept, and the same command goes on.")
@@ -108,10 +131,31 @@ def compare(
 def show(result: Mapping[str, Any], page: Path, seconds: float, open_page: bool) -> None:
     """Print what came out, and where the page is."""
     console = Console(highlight=False, markup=False)
-    _print(console, result)
-    console.print(f"{_duration(seconds)}. The page: {page}", soft_wrap=True)
+    print_result(console, result)
+    console.print(f"{duration(seconds)}. The page: {page}", soft_wrap=True)
     if open_page:
         webbrowser.open(page.resolve().as_uri())
+
+
+def _search(
+    arms: list[str], tune: str | None, runs: int | None, types: str | None, recipe: str | None
+) -> dict[str, Any] | None:
+    """The study of a search, None where none is asked for."""
+    if tune is None:
+        if runs is not None or types is not None:
+            raise ValueError("--runs and --types are those of a search; say --tune roles too")
+        return None
+    if tune != "roles":
+        raise ValueError(f"--tune {tune}: expected roles, for the factor of every block type")
+    if recipe is not None or len(arms) > 1 or any(arm.endswith(".toml") or Path(arm).is_file() for arm in arms):
+        raise ValueError(
+            "--tune roles takes one optimizer, as in: sharpwise compare adamw --tune roles --budget 0.5M; in a study "
+            'file any arm may say tune = "roles"'
+        )
+    from sharpwise.tune import role_study
+
+    split = [name.strip() for name in types.split(",")] if types is not None else []
+    return role_study(arms[0] if arms else "adamw", types=split, runs=runs)
 
 
 def _study(
@@ -123,6 +167,7 @@ def _study(
     assignments: list[str],
     search: list[str],
     trust_code: bool = False,
+    base: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any] | None, Path]:
     """The study as TOML would give it, None to go on with the stored one; and its folder."""
     from sharpwise.compare.recipes import find_recipe
@@ -132,7 +177,7 @@ def _study(
 
     if recipe is not None and arms:
         raise ValueError("--recipe is a whole study; leave out the arms")
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = dict(base or {})
     path: Path | None = None
     if recipe is not None:
         path = find_recipe(recipe)
@@ -142,7 +187,7 @@ def _study(
         raise ValueError(f"{arms[0]} is the folder of a study; to go on with it: sharpwise compare --out {arms[0]}")
     if path is not None:
         given = {"name": recipe or path.stem, **read_given(path, "study")}
-    elif arms:
+    elif arms and base is None:
         given = {"arms": list(arms)}
     said = {key: value for key, value in said.items() if value is not None}
     if not given and (said or assignments or search or budget):
@@ -160,7 +205,7 @@ def _study(
         given = {key: value for key, value in given.items() if key not in ("tokens", "ratio")} | _budget(budget)
     if "tokens" not in given and "ratio" not in given:
         raise ValueError("say how long a run is: --budget 4M (tokens), or --budget 1x (20 tokens per parameter)")
-    given.setdefault("name", "study")
+    given.setdefault("name", "study" if base is None else "roles")
     if path is not None:
         typed = [key for key in ("model.name",) if sets(assignments, key)]
         confirm_code(make_study(given).configs, path, trust_code, typed)
@@ -197,6 +242,24 @@ def _budget(text: str) -> dict[str, Any]:
     return {"tokens": round(value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit.lower()])}
 
 
+def _plan(log: Console, given: Mapping[str, Any] | None, folder: Path, jobs: int, trust_code: bool) -> None:
+    """Say what a study takes, and what is done of it."""
+    with log.status("Building every arm once"):
+        from sharpwise.compare.runner import plan
+        from sharpwise.compare.stored import open_study
+
+        study = open_study(given, folder, trust_code=trust_code)
+        jobs = _jobs(study, jobs)
+        budget, _ = plan(study, folder, jobs)
+    announce(log, study, budget, jobs)
+
+
+def _jobs(study: "Study", jobs: int) -> int:
+    from sharpwise.train.environment import available_cpus
+
+    return jobs or (1 if study.on_gpu else max(1, available_cpus() // study.threads))
+
+
 def run_and_write(
     log: Console,
     given: Mapping[str, Any] | None,
@@ -210,20 +273,20 @@ def run_and_write(
     with log.status("Building every arm once"):
         from sharpwise.compare.report.page import write_study_page
         from sharpwise.compare.results import results
-        from sharpwise.compare.runner import look, open_study, place_of, run_study
-        from sharpwise.train.environment import available_cpus
+        from sharpwise.compare.runner import look, place_of, run_study
+        from sharpwise.compare.stored import open_study
 
         study = open_study(given, folder, trust_code=trust_code)
         if so_far:
             result = results(look(study, folder))
             return result, write_study_page(result, folder)
-    jobs = jobs or (1 if study.on_gpu else max(1, available_cpus() // study.threads))
+    jobs = _jobs(study, jobs)
     with _progress(log) as progress:
         task = progress.add_task("", total=1.0, runs="", eta="")
         started, first = time.perf_counter(), [0.0]
 
         def on_budget(budget: "Budget") -> None:
-            _announce(log, budget, len(study.arms), study.seeds, jobs)
+            announce(log, study, budget, jobs)
 
         def on_progress(news: "Progressed") -> None:
             first[0] = first[0] or news.share
@@ -231,7 +294,7 @@ def run_and_write(
             eta = (
                 ""
                 if gained < 0.01 or news.share == 1
-                else _duration((time.perf_counter() - started) / gained * (1 - news.share))
+                else duration((time.perf_counter() - started) / gained * (1 - news.share))
             )
             runs = f"{news.done} of about {news.expected} runs"
             eta = eta and f"about {eta} to go"
@@ -253,28 +316,6 @@ def run_and_write(
     return result, write_study_page(result, folder)
 
 
-def _announce(log: Console, budget: "Budget", arms: int, seeds: int, jobs: int) -> None:
-    least, most = budget.runs
-    log.print(
-        f"{arms} arms, {least} to {most} runs of {budget.tokens:,} tokens ({budget.steps:,} steps), {jobs} at a time"
-        + (f"; {budget.done} are done" if budget.done else "")
-    )
-    log.print(
-        f"{budget.tokens_per_parameter:.2g} tokens per parameter outside the embeddings, where 20 are usual",
-        soft_wrap=True,
-    )
-    if budget.seconds is not None:
-        rest = " of the others" if budget.done else ""
-        least_time, most_time = (_duration(seconds) for seconds in budget.seconds)
-        span = least_time if least_time == most_time else f"{least_time} to {most_time}"
-        log.print(f"estimated time{rest}: {span}")
-    log.print(
-        f"{seeds} seeds see a difference of about {budget.detectable:.3f} nats (80% of the time, if seeds differ as "
-        "those of AdamW at 0.4M parameters)",
-        soft_wrap=True,
-    )
-
-
 def _progress(log: Console) -> Progress:
     return Progress(
         BarColumn(bar_width=None),
@@ -285,48 +326,3 @@ def _progress(log: Console) -> Progress:
         console=log,
         disable=not log.is_terminal,
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return str(datetime.timedelta(seconds=round(seconds))) if seconds >= 5400 else f"{seconds / 60:.0f} min"
-
-
-def _print(console: Console, result: Mapping[str, Any]) -> None:
-    """The verdict, what to know before believing it, and what to do next: as on the page."""
-    from sharpwise.compare.report.text import headline
-
-    console.print(headline(result), style="bold")
-    console.print()
-    console.print(_table(result))
-    console.print()
-    for arm in result["arms"]:
-        if arm["name"] != result["baseline"] and arm["sentence"]:
-            console.print(f"{arm['name']}: {arm['sentence']}")
-    for pair in result["ablations"]:
-        if pair["sentence"]:
-            console.print(f"{pair['arm']}, against {pair['ablation']}: {pair['sentence']}")
-    if result["caveats"]:
-        console.print("\nBefore you believe it", style="bold")
-    for note in result["caveats"]:
-        console.print(f"- {note}")
-    console.print("\nWhat to do next", style="bold")
-    console.print(result["next"]["reason"])
-    console.print(f"  {result['next']['command']}\n", soft_wrap=True)
-
-
-def _table(result: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in ("arm", "lr", "final loss", "against " + result["baseline"], "state"):
-        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
-    for arm in result["arms"]:
-        lr = "-" if arm["setting"] is None else f"{arm['setting']['optimizer.lr']:g}{' (edge)' if arm['edge'] else ''}"
-        mean = ("diverged" if arm["final"] else "-") if arm["mean"] is None else f"{arm['mean']:.4f}"
-        difference = arm["difference"]
-        against = "" if difference is None or difference["mean"] is None else f"{difference['mean']:+.4f}"
-        if difference and difference["low"] is not None:
-            against += f" ({difference['low']:+.4f} to {difference['high']:+.4f})"
-        state = "-" if arm["state_bytes"] is None else f"{arm['state_bytes'] / 2**20:.2f} MiB"
-        table.add_row(arm["name"], lr, mean, against, state)
-    return table

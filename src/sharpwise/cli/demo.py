@@ -38,7 +38,7 @@ def demo(
         with user_errors():
             with log.status("Reading the text and learning its tokens"):
                 from sharpwise.compare.demo import demo_data, demo_study
-                from sharpwise.compare.runner import extends
+                from sharpwise.compare.stored import extends
 
                 corpus = demo_data(data, out / "data")
             about = corpus.about

@@ -104,6 +104,9 @@ def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, 
             if not block_lr.sources:  # else they are measured on the way
                 text += ": " + factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
             text += "; a control" * isinstance(block_lr, Ablation)
+        if arm.roles or (arm.setting_of and study.arm(arm.setting_of).roles):
+            text += ", with a factor for every type of block that a search has found: "
+            text += factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
         if own := {key: v for key, v in arm.settings.items() if any(o.settings.get(key) != v for o in study.arms)}:
             text += f"; {setting_words(own)}"
         told.add(optimizer)

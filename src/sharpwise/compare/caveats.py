@@ -47,7 +47,9 @@ def caveats(state: StudyState, arms: Sequence[Arm]) -> list[str]:
 
 def _of_arm(arm: Arm) -> list[str]:
     notes = []
-    if arm["setting_of"]:
+    if arm.get("search"):
+        notes += _of_search(arm)
+    elif arm["setting_of"]:
         notes.append(
             f"{arm['name']} was not tuned: its runs have the setting that was best for {arm['setting_of']}. With one "
             "of its own it might be better."
@@ -68,6 +70,28 @@ def _of_arm(arm: Arm) -> list[str]:
         )
     if arm["tuning"] and arm["setting"] is None:
         notes.append(f"{arm['name']} diverged at every learning rate that was tried.")
+    return notes
+
+
+def _of_search(arm: Arm) -> list[str]:
+    """Of an arm whose factors were searched."""
+    search, notes = arm["search"], []
+    if arm["setting_of"]:
+        notes.append(
+            f"{arm['name']} had a search of {len(search['runs'])} runs on top of the tuning of {arm['setting_of']}, "
+            "which did not get as many: some of what it gains may be what so many trials gain by themselves. In a "
+            'study file, tune = "roles" without setting_of gives every arm as many.'
+        )
+    if search["ended"] == "runs":
+        notes.append(
+            f"The search of {arm['name']} ended for its number of runs, {search['most']}: more of them (--runs, or "
+            "runs in the study file) may find better factors, and go on from these."
+        )
+    if search["block_lr"]:
+        notes.append(
+            f"The factors of {arm['name']} belong to this model, text, batch, and length of a run, and to its learning "
+            "rate, which was not tuned again: elsewhere they are a guess."
+        )
     return notes
 
 

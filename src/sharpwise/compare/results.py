@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from sharpwise.compare.arms import OWN, ablations, block_lr_of, definitions, instead
+from sharpwise.compare.budget import expected
 from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
 from sharpwise.compare.next_step import next_step
 from sharpwise.compare.record import read_environment
-from sharpwise.compare.runner import StudyState, expected, place_of
+from sharpwise.compare.role_search import BLOCK_LR, Step
+from sharpwise.compare.runner import StudyState, place_of
 from sharpwise.compare.speedup import Speedup, speedup
 from sharpwise.compare.statistics import Difference, holm, mean_interval, paired_difference
 from sharpwise.compare.storage import losses_of
 from sharpwise.compare.study import Arm, Study
-from sharpwise.compare.tuning import Stage, Trial, at_edge, best, tried
+from sharpwise.compare.trial import Setting, Stage, Trial
+from sharpwise.compare.tuning import at_edge, tried
 from sharpwise.compare.verdict import sentence, verdict
 from sharpwise.report.blocks import describe
 from sharpwise.train.build import as_code, build_optimizer
@@ -92,36 +95,42 @@ def _expected(state: StudyState) -> int:
 
 def _arm(state: StudyState, arm: Arm) -> Result:
     losses = losses_of(state.results)
-    tuned = tried(arm.tuned, losses)
-    tuning = {} if arm.setting_of else tuned
-    chosen = best(arm.tuned, losses) if any(math.isfinite(loss) for loss in tuned.values()) else None
+    tuning = {} if arm.setting_of else tried(arm.name, losses)
+    chosen = state.study.setting(arm.name, losses)
     final = list(_runs(state, arm.name, "final").values())
     records = [state.results[trial] for trial in final]
     mean = mean_interval([record["final_loss"] for record in records], LEVEL) if records else None
     diverged = [trial.lr for trial, loss in tuning.items() if math.isinf(loss)]
-    setting = None if chosen is None else dict(chosen.setting)
     return {
         "name": arm.name,
         "setting_of": arm.setting_of,
-        "code": "" if chosen is None else _code(state, replace(chosen, arm=arm.name)),
-        "setting": setting,
+        "code": "" if chosen is None else _code(state, arm.name, chosen),
+        "setting": None if chosen is None else dict(chosen),
         "edge": "" if chosen is None or arm.setting_of else at_edge(arm.name, losses),
         "state_bytes": next((r["state_bytes"] for r in records if r["state_bytes"] is not None), None),
         "divergence_edge": min(diverged, default=None),
-        "tuning": [
-            {
-                "setting": dict(trial.setting),
-                "lr": trial.lr,
-                "stage": trial.stage,
-                "final_loss": state.results[trial]["final_loss"],
-                "stopped_at": state.results[trial]["stopped_at"],
-                "folder": place_of(trial),
-            }
-            for trial in tuning
+        "tuning": [_tuning_run(state, trial) for trial in tuning],
+        "search": _search(state, arm),
+        "refined": [
+            _tuning_run(state, trial)
+            for trial in state.results
+            if trial.arm == arm.name and trial.stage == "refine" and not arm.setting_of
         ],
         "final": [_run(state, trial) for trial in final],
         "mean": None if mean is None else mean.mean,
         "interval": None if mean is None or mean.low is None else [mean.low, mean.high],
+    }
+
+
+def _tuning_run(state: StudyState, trial: Trial) -> Result:
+    return {
+        "setting": dict(trial.setting),
+        "lr": trial.lr,
+        "stage": trial.stage,
+        "seed": trial.seed,
+        "final_loss": state.results[trial]["final_loss"],
+        "stopped_at": state.results[trial]["stopped_at"],
+        "folder": place_of(trial),
     }
 
 
@@ -130,10 +139,10 @@ def _runs(state: StudyState, arm: str, stage: Stage, share: float = 1.0) -> dict
 
     There may be others, of what was best before another arm was added, and with it trials for all.
     """
-    losses, tuned = losses_of(state.results), state.study.arm(arm).tuned
-    if not tried(tuned, losses):
+    losses = losses_of(state.results)
+    setting = state.study.setting(arm, losses)
+    if setting is None:
         return {}
-    setting = best(tuned, losses).setting
     trials = {seed: Trial(arm, stage, setting, seed, share) for seed in state.study.seed_numbers}
     return {seed: trial for seed, trial in trials.items() if trial in losses}
 
@@ -155,7 +164,30 @@ def _run(state: StudyState, trial: Trial) -> Result:
     }
 
 
-def _code(state: StudyState, trial: Trial) -> str:
+def _search(state: StudyState, arm: Arm) -> Result | None:
+    """What the search of an arm has found: its factors, and every step that was tried."""
+    found = state.study.search(arm.name, losses_of(state.results))
+    if found is None or arm.roles is None:
+        return None
+    return {
+        "block_lr": dict(found.setting).get(BLOCK_LR, ""),
+        "factors": dict(found.factors),
+        "ended": found.ended,
+        "most": arm.roles.most,
+        "steps": [_step(step) for step in found.steps],
+        "runs": [_tuning_run(state, trial) for trial in found.trials if trial in state.results],
+    }
+
+
+def _step(step: Step) -> Result:
+    finite = {
+        key: [loss if math.isfinite(loss) else None for loss in getattr(step, key)] for key in ("losses", "against")
+    }
+    return {**asdict(step), "seeds": list(step.seeds), **finite}
+
+
+def _code(state: StudyState, arm: str, setting: Setting) -> str:
+    trial = Trial(arm, "final", setting, state.study.seed_numbers[0])
     own = make_config(state.study.config(trial, state.budget.steps)).optimizer
     return as_code(own, state.budget.steps)
 
@@ -262,7 +294,9 @@ def _plain(gain: Speedup) -> Result:
 
 def _multipliers(state: StudyState, arm: Arm) -> list[float]:
     """Multiplier of the learning rate of every segment."""
-    own = make_config(state.study.config(arm.example, state.budget.steps)).optimizer
+    setting = state.study.setting(arm.name, losses_of(state.results))
+    trial = arm.example if setting is None else Trial(arm.name, "tune", setting, 0)
+    own = make_config(state.study.config(trial, state.budget.steps)).optimizer
     found = build_optimizer(own, state.first.model, None, state.budget.steps, [torch.zeros(1, 2, dtype=torch.int64)])
     return [float(row["multiplier"]) for row in found.lr_multipliers()]
 

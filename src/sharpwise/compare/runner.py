@@ -2,57 +2,28 @@
 
 import hashlib
 import logging
-import math
 import re
 import shutil
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sharpwise.compare.budget import Budget, expected, work_out
 from sharpwise.compare.record import Record, read_record
-from sharpwise.compare.statistics import detectable
 from sharpwise.compare.storage import Storage, losses_of
-from sharpwise.compare.study import FEWEST_STEPS, TOKENS_PER_PARAMETER, Arm, Study, differences, make_study
-from sharpwise.compare.tuning import Losses, Trial, tried
+from sharpwise.compare.stored import build_arms
+from sharpwise.compare.study import Study
+from sharpwise.compare.trial import Losses, Trial
 from sharpwise.compare.workers import Workers
 from sharpwise.files import check_name, held, remove_leftovers, write_whole
-from sharpwise.model_facts import count_parameters
-from sharpwise.train.build import Built, build, validation_every
-from sharpwise.train.code import confirm_code
-from sharpwise.train.config_file import make_config, read_given
-from sharpwise.train.steps import train_steps
+from sharpwise.train.build import Built
 
 logger = logging.getLogger("sharpwise.compare")
 
-# Standard deviation over seeds of the end loss: AdamW, 0.4M parameters, 4.1M tokens of mixed text, three seeds. What a
-# study can see is worked out from its own runs once there are some.
-SEED_NOISE = 0.012
 POINTS = 200  # of a training curve that is kept
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a study takes: `runs` at least and at most, `done` of them, `seconds` of the others (None if not timed)."""
-
-    runs: tuple[int, int]
-    done: int
-    tokens: int
-    steps: int
-    tokens_per_step: int
-    parameters: int
-    non_embedding_parameters: int
-    seconds: tuple[float, float] | None
-    detectable: float
-
-    @property
-    def tokens_per_parameter(self) -> float:
-        """Of a run, by parameters outside the embeddings."""
-        return self.tokens / self.non_embedding_parameters
 
 
 @dataclass(frozen=True)
@@ -85,37 +56,6 @@ class StudyState:
         return not self.study.needed(losses_of(self.results))
 
 
-def open_study(given: Mapping[str, Any] | None, folder: Path, *, trust_code: bool = False) -> Study:
-    """The study of a folder: that which is stored there, with the arms and seeds that `given` adds.
-
-    Args:
-        given: as `make_study` takes it; None goes on with the stored study.
-        folder: of the study.
-        trust_code: the stored study may name code to import, `module:function` for its models, `module:class` for an
-            optimizer; one in `given` may in any case.
-
-    Raises:
-        ValueError: `given` contradicts it; or there is none and `given` is None.
-    """
-    path = folder / "study.toml"
-    stored = make_study(read_given(path, "study")) if path.exists() else None
-    if given is None:
-        if stored is None:
-            raise ValueError(f"{folder} holds no study to go on with; name arms, or a study file")
-        confirm_code(stored.configs, path, trust_code)
-        return stored
-    study = make_study(given)
-    if stored is not None and (lines := differences(stored, study)):
-        raise ValueError(f"{folder} holds another study:\n  " + "\n  ".join(lines) + "\nName another folder with --out")
-    return study
-
-
-def extends(folder: Path, given: Mapping[str, Any]) -> bool:
-    """Whether the folder holds that study, perhaps with more arms or seeds."""
-    path = folder / "study.toml"
-    return path.exists() and not differences(make_study(given), make_study(read_given(path, "study")))
-
-
 def run_study(
     study: Study,
     folder: Path,
@@ -128,7 +68,7 @@ def run_study(
     """Run all that a study needs and does not have; what is complete is looked at alone.
 
     Args:
-        study: see `open_study`.
+        study: see `stored.open_study`.
         folder: its place, made if need be: `study.toml`, `study.db`, and the runs below `runs/`.
         jobs: processes that train at a time. The results do not depend on it.
         setup: called first in every process.
@@ -143,11 +83,10 @@ def run_study(
     import tomli_w
 
     check_name(folder)
-    done = Storage(folder / "study.db").losses if (folder / "study.db").exists() else {}
+    done = _done(folder)
     if done and not study.needed(done):
         return look(study, folder)
-    built = build_arms(study, study.arms)
-    budget = work_out(study, built, done, jobs, timed=True)
+    budget, built = plan(study, folder, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / "study.lock", f"another process runs the study in {folder}"):
         remove_leftovers(folder)
@@ -158,6 +97,20 @@ def run_study(
         with Workers(jobs, threads=study.threads, setup=setup, on_step=runner.note) as workers:
             runner.run(workers)
     return StudyState(study, folder, budget, storage.results, built)
+
+
+def _done(folder: Path) -> Losses:
+    return Storage(folder / "study.db").losses if (folder / "study.db").exists() else {}
+
+
+def plan(study: Study, folder: Path, jobs: int = 1) -> tuple[Budget, Built]:
+    """What the study takes, timed by a few steps, and its baseline; every arm is built once, and nothing is written.
+
+    Raises:
+        ValueError: an arm that cannot be built, a budget too small to say anything.
+    """
+    built = build_arms(study, study.arms)
+    return work_out(study, built, _done(folder), jobs, timed=True), built
 
 
 def look(study: Study, folder: Path) -> StudyState:
@@ -171,77 +124,6 @@ def look(study: Study, folder: Path) -> StudyState:
     results = Storage(folder / "study.db").results
     built = build_arms(study, [study.arm(study.baseline)])
     return StudyState(study, folder, work_out(study, built, losses_of(results)), results, built)
-
-
-def build_arms(study: Study, arms: Collection[Arm]) -> Built:
-    """Build each of these once, so that what cannot be built is found before anything is trained.
-
-    Returns:
-        That of the baseline, or else of the last one.
-
-    Raises:
-        ValueError: with the name of the arm.
-    """
-    found: Built | None = None
-    for arm in sorted(arms, key=lambda arm: arm.name == study.baseline):
-        try:
-            found = build(make_config(study.config(arm.example, steps=FEWEST_STEPS)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"arm {arm.name!r} cannot be built: {error}") from error
-    assert found is not None
-    return found
-
-
-def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: bool = False) -> Budget:
-    """Runs, tokens and, if it is to be `timed` by a few steps of the baseline, time that a study takes.
-
-    Raises:
-        ValueError: fewer than `FEWEST_STEPS` steps a run.
-    """
-    total, without_embedding = count_parameters(built.model)
-    per_step = built.plan.tokens_per_step
-    tokens = study.tokens or round((study.ratio or 0) * TOKENS_PER_PARAMETER * without_embedding)
-    steps = tokens // per_step
-    if steps < FEWEST_STEPS:
-        raise ValueError(
-            f"a run of {tokens:,} tokens has {steps} steps of {per_step:,}: too few to say anything about an "
-            f"optimizer; {FEWEST_STEPS * per_step:,} tokens are the least"
-        )
-    others = study.seeds * (len(study.arms) + sum(study.horizons))
-    tuned = study.spaces.values()
-    further = max(sum(len(v) for v in space.search.values()) for space in tuned)
-    least = (max(len(space.lrs) for space in tuned) + further) * len(tuned)
-    most = (max(space.most for space in tuned) + further) * len(tuned)
-    seconds = None
-    if timed and (per_token := _seconds_per_token(study, built, steps)) is not None:
-        others -= sum(trial.horizon for trial in done)
-        seconds = (
-            per_token * tokens * max(0.0, least + others) / jobs,
-            per_token * tokens * max(0.0, most + others) / jobs,
-        )
-    count = study.seeds * (len(study.arms) + len(study.horizons))
-    return Budget(
-        runs=(least + count, most + count),
-        done=len(done),
-        tokens=steps * per_step,
-        steps=steps,
-        tokens_per_step=per_step,
-        parameters=total,
-        non_embedding_parameters=without_embedding,
-        seconds=seconds,
-        detectable=detectable(SEED_NOISE * 2**0.5, study.seeds),
-    )
-
-
-def _seconds_per_token(study: Study, built: Built, steps: int) -> float | None:
-    """Of a run of so many steps, validation included: a forward pass is a third of a step's work."""
-    running = train_steps(built.model, built.optimizer, built.data.train, built.data.validation, built.plan)
-    seconds = [step.seconds for step in islice(running, 4)][1:]
-    running.close()
-    every = validation_every(study.run.get("validation", {}).get("every"), steps)
-    validations = math.ceil(steps / every) if every else 1  # the last step has one too
-    validated = validations * built.plan.validation_sequences / (steps * built.plan.sequences)
-    return statistics.median(seconds) / built.plan.tokens_per_step * (1 + validated / 3) if seconds else None
 
 
 class _Runner:
@@ -317,14 +199,6 @@ class _Runner:
         steps = {key: self._steps.get(key, 0) for key in self.running}
         tokens += sum(steps.values()) / self.budget.steps
         self.on_progress(Progress(len(done), sum(runs.values()), min(1.0, tokens / whole), steps, ended))
-
-
-def expected(study: Study, done: Losses) -> Mapping[float, int]:
-    """How many runs a study has in the end, as far as is known, by their share of the tokens."""
-    tuning = max(max(len(tried(arm, done)), len(space.lrs)) for arm, space in study.spaces.items())
-    runs = Counter(dict.fromkeys(study.horizons, study.seeds))
-    runs[1.0] += tuning * len(study.spaces) + study.seeds * len(study.arms)
-    return runs
 
 
 def place_of(trial: Trial) -> str:

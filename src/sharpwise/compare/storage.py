@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sharpwise.compare.tuning import Trial
+from sharpwise.compare.trial import Trial
 from sharpwise.installing import needs
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from sharpwise.arms import arm_name
 from sharpwise.block_lr import Ablation, make_block_lr
-from sharpwise.compare.tuning import HORIZONS, Losses, Space, Trial, needed
+from sharpwise.compare.role_search import BLOCK_LR, KEYS, SEEDS, Roles, Search, read_roles, uniform
+from sharpwise.compare.trial import Losses, Setting, Trial
+from sharpwise.compare.tuning import HORIZONS, Space, chosen, needed, next_of_arm, searched, tried
 from sharpwise.hints import nearest
 from sharpwise.train.code import parse_optimizer
 from sharpwise.train.config import Config
@@ -22,7 +24,7 @@ _KEYS = (
     "name", "arms", "baseline", "seeds", "tokens", "ratio", "margin", "ablations", "run", "lrs", "search", "settings",
     "most", "horizons",
 )  # fmt: skip
-_ARM_KEYS = ("name", "lrs", "search", "settings", "setting_of")
+_ARM_KEYS = ("name", "lrs", "search", "settings", "setting_of", "tune", *KEYS)
 # What `run` may not say, as every run has its own; the same for arms, which differ in nothing but the optimizer and its
 # schedule: another model, text, batch or number of steps would be another comparison.
 _OWN = {
@@ -40,7 +42,8 @@ _OF_ARMS = ("optimizer.", "schedule.")
 class Arm:
     """One optimizer of the comparison; `settings` by dotted key are those besides what `space` tunes.
 
-    `setting_of` is the arm whose tuned setting it takes, "" where it is tuned itself; `space` is then that one's.
+    `setting_of` is the arm whose tuned setting it takes, "" where it is tuned itself; `space` is then that one's. With
+    `roles` the factors of its block types are searched from there on.
     """
 
     name: str
@@ -48,16 +51,14 @@ class Arm:
     space: Space
     settings: Mapping[str, Any] = field(default_factory=dict)
     setting_of: str = ""
-
-    @property
-    def tuned(self) -> str:
-        """The arm whose trials are those of this one."""
-        return self.setting_of or self.name
+    roles: Roles | None = None
 
     @property
     def example(self) -> Trial:
         """A trial with a value for everything that is tuned, to see whether the arm can be built."""
         first = {"optimizer.lr": self.space.lrs[0], **{key: values[0] for key, values in self.space.search.items()}}
+        if self.roles and self.roles.types:
+            first[BLOCK_LR] = uniform(self.roles.types)
         return Trial(self.name, "tune", tuple(first.items()), 0)
 
 
@@ -115,10 +116,37 @@ class Study:
         """A configuration of every arm, with a value for everything that is tuned."""
         return [make_config(self.config(arm.example, steps=1)) for arm in self.arms]
 
+    @property
+    def taken(self) -> dict[str, str]:
+        """By arm that is not tuned itself, the one whose setting it takes."""
+        return {arm.name: arm.setting_of for arm in self.arms if arm.setting_of}
+
+    @property
+    def roles(self) -> dict[str, Roles]:
+        """The searches of arms that have one."""
+        return {arm.name: arm.roles for arm in self.arms if arm.roles}
+
     def needed(self, done: Losses) -> list[Trial]:
         """The trials that can be started now; none when the study is complete."""
-        taken = {arm.name: arm.setting_of for arm in self.arms if arm.setting_of}
-        return needed(self.spaces, self.baseline, self.seed_numbers, done, self.horizons, taken)
+        return needed(self.spaces, self.baseline, self.seed_numbers, done, self.horizons, self.taken, self.roles)
+
+    def setting(self, name: str, done: Losses) -> Setting | None:
+        """The best setting of an arm so far, None where every run that it rests on diverged, or there is none yet."""
+        if all(math.isinf(loss) for loss in tried(self.tuned(name), done).values()):
+            return None
+        return chosen(name, done, self.taken, self.roles)
+
+    def search(self, name: str, done: Losses) -> Search | None:
+        """How far the search of an arm is, None where it has none, or what it starts from is not tuned yet."""
+        of = self.tuned(name)
+        if name not in self.roles or next_of_arm(of, self.spaces[of], done):
+            return None
+        return searched(name, done, self.taken, self.roles)
+
+    def tuned(self, name: str) -> str:
+        """The arm that is tuned itself, and whose setting this one takes in the end."""
+        of = self.arm(name).setting_of
+        return self.tuned(of) if of else name
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -140,8 +168,9 @@ def make_study(given: Mapping[str, Any]) -> Study:
 
     Args:
         given: as TOML gives it: `arms` (names, or tables by name with `lrs`, `settings`, `search`, or `setting_of`
-            another arm, and `name` of the optimizer where the arm is called otherwise), `run` (what all runs share, as
-            for `sharpwise train`), `baseline` (the first arm), `seeds` (3), `tokens` or `ratio` (of 20 tokens per
+            another arm, and `name` of the optimizer where the arm is called otherwise; `tune = "roles"` for searched
+            factors per block type, with `runs` at most and `types`), `run` (what all runs share, as for `sharpwise
+            train`), `baseline` (the first arm), `seeds` (3), `tokens` or `ratio` (of 20 tokens per
             parameter outside the embeddings), `margin`, `ablations`; `lrs`, `settings` and `search` for all arms;
             `most` learning rates of an arm (7), `horizons` of the baseline (0.5 and 2).
 
@@ -169,6 +198,8 @@ def make_study(given: Mapping[str, Any]) -> Study:
     seeds = given.get("seeds", 3)
     if not isinstance(seeds, int) or seeds < 2:
         raise ValueError(f"seeds must be 2 or more, got {seeds!r}: with one nothing can be said about chance")
+    if seeds >= min(SEEDS):
+        raise ValueError(f"seeds must be below {min(SEEDS)}, got {seeds}: from there on they are those of searches")
     margin = given.get("margin", 0.01)
     if not isinstance(margin, (int, float)) or not 0 < margin < math.inf:
         raise ValueError(f"margin must be a number of nats above 0, got {margin!r}")
@@ -234,7 +265,11 @@ def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> 
             f"arm {name!r} takes the setting of {setting_of!r} and has {' and '.join(own)} of its own, which it would "
             "not try; leave out one of them"
         )
-    return Arm(_name_of(name, table), optimizer, space, settings, setting_of)
+    try:
+        roles = read_roles(table, optimizer, given.get("margin", 0.01))
+    except ValueError as error:
+        raise ValueError(f"arm {name!r}: {error}") from None
+    return Arm(_name_of(name, table), optimizer, space, settings, setting_of, roles)
 
 
 def _name_of(name: str, table: Mapping[str, Any]) -> str:
@@ -265,14 +300,20 @@ def _with_taken(arms: Sequence[Arm]) -> tuple[Arm, ...]:
             if chain[-1] in chain[:-1]:
                 way = " -> ".join(one.name for one in chain)
                 raise ValueError(f"{what} comes back to where it was: {way}; one of them has to be tuned itself")
-        of = chain[-1]
-        own = {key: value for key, value in arm.settings.items() if value != of.settings.get(key)}
-        if twice := [key for key in of.space.search if key in own]:
+        # It takes what a search found, or in the end what is tuned itself.
+        of, root = next((one for one in chain[1:] if one.roles), chain[-1]), chain[-1]
+        own = {key: value for key, value in arm.settings.items() if value != root.settings.get(key)}
+        if twice := [key for key in root.space.search if key in own]:
             raise ValueError(
-                f"arm {arm.name!r} takes the setting of {of.name}, which tunes {', '.join(twice)}, and sets that "
+                f"arm {arm.name!r} takes the setting of {root.name}, which tunes {', '.join(twice)}, and sets that "
                 "itself; leave it out of its settings"
             )
-        found.append(arm if of is arm else replace(arm, space=of.space, setting_of=of.name))
+        if of is not arm and arm.roles and of.roles:
+            raise ValueError(
+                f"arm {arm.name!r} takes the setting of {of.name}, which has searched factors, and would search them "
+                'again; leave out its tune = "roles"'
+            )
+        found.append(arm if of is arm else replace(arm, space=root.space, setting_of=of.name))
     return tuple(found)
 
 
@@ -348,28 +389,3 @@ def _with(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
             at = at.setdefault(table, {})
         at[last] = list(value) if isinstance(value, tuple) else value
     return result
-
-
-def differences(stored: Study, wanted: Study) -> list[str]:
-    """What a stored study cannot go on with, a line each. Arms and seeds may be added."""
-    lines = []
-    for key in ("run", "baseline", "tokens", "ratio", "margin", "horizons"):
-        before, now = getattr(stored, key), getattr(wanted, key)
-        if before != now:
-            lines.append(f"{key}: the study has {before!r}, now it is {now!r}")
-    if wanted.seeds < stored.seeds:
-        lines.append(f"seeds: the study has {stored.seeds}, now it is {wanted.seeds}")
-    names = {arm.name: arm for arm in wanted.arms}
-    for arm in stored.arms:
-        if arm.name not in names:
-            lines.append(f"arms: the study has {arm.name}, now it is missing")
-        elif names[arm.name] != arm:
-            lines.append(f"arm {arm.name}: the study has {_said(arm)}, now it is {_said(names[arm.name])}")
-    return lines
-
-
-def _said(arm: Arm) -> str:
-    space = arm.space
-    tuned = f"lrs {list(space.lrs)}, most {space.most}, search {dict(space.search)}"
-    how = f"setting_of {arm.setting_of}" if arm.setting_of else tuned
-    return f"{arm_name(arm.optimizer)}, {how}, settings {dict(arm.settings)}"

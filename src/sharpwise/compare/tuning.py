@@ -2,47 +2,33 @@
 
     tune     every arm: three learning rates, then one more on the side where the best one is, until it is interior or
              seven were tried; then the arm's further settings, one after the other, each at the best so far
+    roles    an arm that asks for it: the factors of its block types, by a search of many runs (`role_search`)
     even     every arm gets as many trials as the one that had most: between the best learning rate and its neighbours
+    refine   the same where one that had most had a search: a fine grid of learning rates, on one seed after the other
     final    the best setting of every arm, on the same fresh seeds
     horizon  the baseline's best setting on half and on twice the tokens, on the same seeds: what speed-ups are read off
 
-An arm may take the setting of another: it has no trials, and its final runs are at what is best for that one.
+An arm may take the setting of another: its final runs are at what is best for that one, and it has no trials, or those
+of a search of its own that starts there, which nobody else gets.
 
-All of `tune` and `even` is on one seed that `final` does not use. What is decided depends on complete sets of results
-only, never on the order in which they came: one process and ten decide alike.
+All of `tune` and `even` is on one seed that `final` does not use, `roles` and `refine` on others. What is decided
+depends on complete sets of results only, never on the order in which they came: one process and ten decide alike.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-Stage = Literal["tune", "even", "final", "horizon"]
-TUNING_SEED = 0
+from sharpwise.compare.role_search import SEEDS, Roles, Search, search
+from sharpwise.compare.trial import TUNING_SEED, Losses, Setting, Trial
+
 HORIZONS = (0.5, 2.0)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run: an arm's setting (dotted keys of a configuration), a seed, and the share of the budget it gets."""
-
-    arm: str
-    stage: Stage
-    setting: tuple[tuple[str, Any], ...]
-    seed: int
-    horizon: float = 1.0
-
-    @property
-    def lr(self) -> float:
-        """The peak learning rate."""
-        return float(dict(self.setting)["optimizer.lr"])
-
-    @property
-    def key(self) -> str:
-        """What names it in the study's storage."""
-        return json.dumps([self.arm, self.stage, self.setting, self.seed, self.horizon], separators=(",", ":"))
+GRID = (0, 1, -1, 2, -2, 3, -3, 4, -4)
+"""Quarter powers of two around the best learning rate, an octave on either side."""
+NONE: Mapping[str, str] = MappingProxyType({})
+NO_ROLES: Mapping[str, Roles] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -62,17 +48,14 @@ class Space:
     most: int = 7
 
 
-Losses = Mapping[Trial, float]
-"""End validation losses in nats per token of trials that are done; inf where the run diverged."""
-
-
 def needed(
     spaces: Mapping[str, Space],
     baseline: str,
     seeds: Sequence[int],
     done: Losses,
     horizons: Sequence[float] = HORIZONS,
-    taken: Mapping[str, str] = MappingProxyType({}),
+    taken: Mapping[str, str] = NONE,
+    roles: Mapping[str, Roles] = NO_ROLES,
 ) -> list[Trial]:
     """The trials that can be started now; none when the study is complete.
 
@@ -82,20 +65,26 @@ def needed(
         seeds: of the final runs.
         done: results so far. What is running is still among the needed ones.
         horizons: shares of the budget that the baseline is trained on too.
-        taken: further arms, each with the one of `spaces` whose setting it takes.
+        taken: further arms, each with the one whose setting it takes: one of `spaces`, or one that searches from there.
+        roles: the searches of arms that have one.
     """
     trials: list[Trial] = []
     for arm, space in spaces.items():
-        trials += next_of_arm(arm, space, done)
+        trials += next_of_arm(arm, space, done) or (searched(arm, done, {}, roles).wanted if arm in roles else ())
     if trials:
         return [trial for trial in trials if trial not in done]
-    most = max(len(tried(arm, done)) for arm in spaces)
+    most = max(count_trials(arm, done, roles) for arm in spaces)
     for arm in spaces:
-        trials += even_out(arm, most, done)
+        trials += refine(arm, most, done, roles) if roles.keys() & spaces.keys() else even_out(arm, most, done)
+    trials = [trial for trial in trials if trial not in done]
+    if trials:
+        return trials
+    for arm in (arm for arm in taken if arm in roles):
+        trials += searched(arm, done, taken, roles).wanted
     if trials:
         return trials
     for arm in (*spaces, *taken):
-        setting = best(taken.get(arm, arm), done).setting
+        setting = chosen(arm, done, taken, roles)
         trials += [Trial(arm, "final", setting, seed) for seed in seeds]
         if arm == baseline:
             trials += [Trial(arm, "horizon", setting, seed, share) for share in horizons for seed in seeds]
@@ -103,14 +92,39 @@ def needed(
 
 
 def tried(arm: str, done: Losses) -> dict[Trial, float]:
-    """The tuning trials of an arm, in the order of their settings."""
+    """The tuning trials of an arm on one seed, in the order of their settings."""
     found = {trial: loss for trial, loss in done.items() if trial.arm == arm and trial.stage in ("tune", "even")}
     return dict(sorted(found.items(), key=lambda item: (item[0].lr, item[0].key)))
 
 
 def best(arm: str, done: Losses) -> Trial:
     """The tuning trial with the lowest loss; where several are equal, that with the smallest learning rate."""
-    found = tried(arm, done)
+    return _lowest(tried(arm, done))
+
+
+def chosen(arm: str, done: Losses, taken: Mapping[str, str] = NONE, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
+    """The setting that tuning found for an arm, or for the one whose setting it takes."""
+    if arm in roles:
+        found = searched(arm, done, taken, roles).setting
+        return found if arm in taken else _refined(arm, found, done)
+    return chosen(taken[arm], done, taken, roles) if arm in taken else _refined(arm, best(arm, done).setting, done)
+
+
+def searched(arm: str, done: Losses, taken: Mapping[str, str], roles: Mapping[str, Roles]) -> Search:
+    """How far the search of an arm is: from its own best setting, or that of another one."""
+    start = chosen(taken[arm], done, taken, roles) if arm in taken else best(arm, done).setting
+    tuned = tried(taken.get(arm, arm), done)
+    if all(math.isinf(loss) for loss in tuned.values()):  # there is nothing to start from
+        return Search(dict.fromkeys(roles[arm].types, 1.0), start, (), (), (), "nothing")
+    return search(arm, start, roles[arm], done)
+
+
+def count_trials(arm: str, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> int:
+    """How many trials an arm has had, those of its search among them, and no others that make it equal to one."""
+    return len(tried(arm, done)) + (len(searched(arm, done, {}, roles).trials) if arm in roles else 0)
+
+
+def _lowest(found: Losses) -> Trial:
     return min(found, key=lambda trial: (found[trial], trial.lr))
 
 
@@ -187,6 +201,31 @@ def even_out(arm: str, count: int, done: Losses) -> list[Trial]:
     while lr in others:  # three digits do not tell them apart any more
         lr = _rounded(lr * 1.01)
     return [Trial(arm, "even", (("optimizer.lr", lr), *chosen.setting[1:]), TUNING_SEED)]
+
+
+def refine(arm: str, count: int, done: Losses, roles: Mapping[str, Roles]) -> list[Trial]:
+    """All trials that an arm lacks to `count`, where another one had a search: a fine grid of learning rates around the
+    best one, on one seed after the other. As many learning rates on a single seed would find the luckiest of them.
+    """
+    setting = searched(arm, done, {}, roles).setting if arm in roles else best(arm, done).setting
+    lrs = [_rounded(setting[0][1] * 2 ** (power / 4)) for power in GRID]
+    return [
+        Trial(arm, "refine", (("optimizer.lr", lrs[i % len(lrs)]), *setting[1:]), SEEDS[0] + i // len(lrs))
+        for i in range(count - count_trials(arm, done, roles))
+    ]
+
+
+def _refined(arm: str, start: Setting, done: Losses) -> Setting:
+    """The best setting of the grid, in the mean over the seeds on which all of it ran; the start where nothing did."""
+    by_seed: dict[int, dict[Setting, float]] = {}
+    for trial, loss in done.items():
+        if trial.arm == arm and trial.stage == "refine" and trial.setting[1:] == start[1:]:
+            by_seed.setdefault(trial.seed, {})[trial.setting] = loss
+    if not by_seed:
+        return start
+    whole = [losses for losses in by_seed.values() if len(losses) == len(GRID)] or [by_seed[min(by_seed)]]
+    # Of settings that end equally low, the one with the smallest learning rate.
+    return min(whole[0], key=lambda setting: (sum(losses[setting] for losses in whole), setting[0][1]))
 
 
 def _rounded(lr: float) -> float:

@@ -269,6 +269,42 @@ def result(
     }  # fmt: skip
 
 
+def step(kind: str, before: float, after: float, moves: list[float | None], *, taken: bool = False) -> dict[str, Any]:
+    """A step of a search with its differences at one seed or two; None where the run diverged."""
+    against = [4.2, 4.1][: len(moves)]
+    losses = [None if move is None else a + move for a, move in zip(against, moves, strict=True)]
+    return {
+        "type": kind, "round": 1, "before": before, "after": after, "seeds": [1001, 1002][: len(moves)],
+        "losses": losses, "against": against, "taken": taken,
+    }  # fmt: skip
+
+
+def searched() -> dict[str, Any]:
+    """A study of two arms, the second with searched factors: steps of every kind."""
+    whole = result(2)
+    spelled = "per_role(ratios={Emb: 4, pos_emb: 1, QK: 1, VO: 0.5, FFN: 1, Norm: 1})"
+    runs = [
+        {**run, "stage": "roles", "seed": 1001 + i % 2, "setting": {**run["setting"], "optimizer.block_lr": spelled}}
+        for i, run in enumerate(whole["arms"][1]["tuning"])
+    ]
+    whole["arms"][1] |= {
+        "setting_of": "adamw", "tuning": [],
+        "setting": {"optimizer.lr": 3e-3, "optimizer.block_lr": spelled},
+        "search": {
+            "block_lr": spelled, "ended": "nothing", "most": 50, "runs": runs,
+            "factors": {"Emb": 4.0, "pos_emb": 1.0, "QK": 1.0, "VO": 0.5, "FFN": 1.0, "Norm": 1.0},
+            "steps": [
+                step("Emb", 1.0, 2.0, [-0.2, -0.1], taken=True), step("Emb", 1.0, 0.5, [0.03]),
+                step("VO", 1.0, 2.0, [1.7]), step("VO", 1.0, 0.5, [-0.18, -0.25], taken=True),
+                step("FFN", 1.0, 2.0, [-0.01, 0.02]), step("FFN", 1.0, 0.5, [-0.1, 0.2]),
+                step("Norm", 1.0, 2.0, [None]), step("QK", 1.0, 2.0, [0.01]),
+                step("Emb", 2.0, 4.0, [-0.02, -0.01], taken=True), step("Emb", 4.0, 8.0, [0.05]),
+            ],
+        },
+    }  # fmt: skip
+    return whole
+
+
 def unfinished() -> dict[str, Any]:
     """A study in the midst of its tuning: one arm has final runs, one only tuning runs, one nothing."""
     whole = result(4)

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from report.parse import Parser, parse
 
 from compare.report import canned
-from sharpwise.compare.report import page, tables
+from sharpwise.compare.report import page, search, tables
 from sharpwise.compare.report.runs import csv_text, runs_of
 from sharpwise.compare.report.text import headline, together
 
@@ -72,6 +72,33 @@ def test_the_verdict_comes_first_then_the_caveats_then_the_next_command() -> Non
         places = [text.rindex(part) if part == headline(result) else text.index(part) for part in order]
         assert places == sorted(places)
         assert html.count('caution"') == 1 and all(text.count(note) == 1 for note in result["caveats"])
+
+
+def test_a_search_is_told_with_what_each_type_gained_and_every_step() -> None:
+    result = canned.searched()
+    parser, found = _parse(result), result["arms"][1]["search"]
+    for text in (
+        f"Factors found by search: {result['arms'][1]['name']}",
+        "5 runs of at most 50; nothing won any more. To write, at lr 0.003:",
+        f'block_lr="{found["block_lr"]}"',
+        "0.165 (0.220, 0.110)",  # of Emb: two steps that were taken, at each seed
+        "0.215 (0.180, 0.250)",  # of VO
+        "x1 to x0.5",
+        "-0.100, +0.200",
+        "diverged",
+    ):
+        assert text in parser.text
+    assert {f"chart-factor-0-{i}" for i in range(5)} <= set(parser.ids)  # nothing was tried of pos_emb
+    # Heights go on from where the last step that was taken ended; what ruins a run does not set the scale.
+    emb = search.points(found, "Emb")
+    assert [(p.x0, p.x1) for p in emb] == [(1, 2), (1, 0.5), (2, 4), (4, 8)]
+    assert [p.y0 for p in emb] == pytest.approx([0, 0, -0.15, -0.165])
+    assert [y for p in emb for y in p.ys] == pytest.approx([-0.2, -0.1, 0.03, -0.17, -0.16, -0.115])
+    figures = search.figure_of_types(found)
+    assert len({figure.layout.yaxis.range for figure in figures.values()}) == 1
+    low, high = figures["VO"].layout.yaxis.range
+    assert -0.35 < low < -0.25 and 0.2 < high < 0.5
+    assert [note.text for note in figures["VO"].layout.annotations] == ["↑ +1.70"]
 
 
 def test_every_run_is_there_with_its_settings_and_folder() -> None:
@@ -309,9 +336,13 @@ def test_the_csv_has_a_row_per_run() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("case", ["eight", "unfinished"])
+@pytest.mark.parametrize("case", ["eight", "unfinished", "searched"])
 def test_a_browser_shows_it_without_errors_and_a_phone_without_scrolling_sideways(case: str, tmp_path: Path) -> None:
-    result = canned.unfinished() if case == "unfinished" else canned.result(8, weight_decay=True, lost={6: 3}, count=7)
+    result = {
+        "eight": canned.result(8, weight_decay=True, lost={6: 3}, count=7),
+        "unfinished": canned.unfinished(),
+        "searched": canned.searched(),
+    }[case]
     page.write_study_page(result, tmp_path)
     (tmp_path / "phone.html").write_text(
         '<iframe src="index.html" style="width: 390px; height: 800px"></iframe><script>'

@@ -98,6 +98,16 @@ def chosen_lr(arm: Arm) -> float | None:
     return None if lr is None else float(lr)
 
 
+def trials(arm: Arm) -> int:
+    """How many runs tuned the arm: those of learning rates and further settings, and those of its search."""
+    return len(arm["tuning"]) + len(searched(arm)) + len(arm.get("refined", ()))
+
+
+def searched(arm: Arm) -> list[Mapping[str, Any]]:
+    """The runs of an arm's search, none where it has no search."""
+    return list((arm.get("search") or {}).get("runs", ()))
+
+
 def further(setting: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a setting says besides the learning rate."""
     return {key: value for key, value in (setting or {}).items() if key != "optimizer.lr"}

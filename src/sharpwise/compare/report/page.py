@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sharpwise.compare.report import curve_charts, row_charts, tables, text
+from sharpwise.compare.report import curve_charts, row_charts, search, tables, text
 from sharpwise.compare.report.arms import Result, html_name, looks
 from sharpwise.compare.report.runs import csv_text
 from sharpwise.compare.report.sensitivity import sensitivity
@@ -65,6 +65,7 @@ def render(result: Result) -> str:
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
         _caveats(result),
         _next(result),
+        *search.cards(result),
         card("What was compared", "", _method(result), wide=True),
         _ablations(result),
         *_charts(result),

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sharpwise.compare.report.arms import Result
-from sharpwise.compare.tuning import TUNING_SEED
+from sharpwise.compare.report.arms import Result, searched
+from sharpwise.compare.trial import TUNING_SEED
 
 STAGES = {
     "tune": "tuning",
+    "roles": "search of factors",
     "even": "extra trial, so that every arm has {most}",
+    "refine": "learning rate on another seed, so that every arm has {most} trials",
     "final": "final",
     "horizon": "baseline on another number of tokens",
 }
@@ -43,10 +45,10 @@ def _tuning(result: Result, arm: Mapping[str, Any]) -> list[Run]:
     tokens = result["budget"]["tokens"]
     return [
         Run(
-            arm["name"], run["stage"], TUNING_SEED, 1.0, tokens, run["setting"], run["final_loss"], run["stopped_at"],
-            run["folder"], run["setting"] == arm["setting"],
+            arm["name"], run["stage"], run.get("seed", TUNING_SEED), 1.0, tokens, run["setting"], run["final_loss"],
+            run["stopped_at"], run["folder"], run["setting"] == arm["setting"],
         )
-        for run in arm["tuning"]
+        for run in (*arm["tuning"], *searched(arm), *arm.get("refined", ()))
     ]  # fmt: skip
 
 

@@ -13,8 +13,10 @@ from sharpwise.compare.report.arms import (
     further,
     html_name,
     looks,
+    searched,
     setting_name,
     setting_words,
+    trials,
     value_words,
 )
 from sharpwise.compare.report.runs import STAGES, Run, runs_of
@@ -90,17 +92,26 @@ def costs(result: Result) -> str:
     arms = result["arms"]
     columns: list[Column] = [
         ("learning rate", [(_rate(arm), "") for arm in arms]),
-        ("further settings", [(setting_words(further(arm["setting"])) or "-", "") for arm in arms]),
-        (
-            "tuning runs",
-            [(f"those of {arm['setting_of']}" if arm["setting_of"] else str(len(arm["tuning"])), "") for arm in arms],
-        ),
+        ("further settings", [(_further(arm) or "-", "") for arm in arms]),
+        ("tuning runs", [(_tuning_runs(arm), "") for arm in arms]),
         ("diverged from lr", [(number(arm["divergence_edge"], "g"), "") for arm in arms]),
         ("mean lr factor", [(number(arm["mean_multiplier"], ".3g"), "") for arm in arms]),
         ("lr x mean factor", [(number(arm["mean_lr"], ".3g"), "") for arm in arms]),
         ("optimizer state", [(mebibytes(arm["state_bytes"]), "") for arm in arms]),
     ]
     return _arms_table(result, columns, "Settings and costs", [False] * len(arms))
+
+
+def _further(arm: Arm) -> str:
+    """What was tuned besides the learning rate; searched factors have a card of their own."""
+    own = {key: value for key, value in further(arm["setting"]).items() if key != "optimizer.block_lr"}
+    return setting_words(own)
+
+
+def _tuning_runs(arm: Arm) -> str:
+    count = len(searched(arm))
+    own = f"those of {arm['setting_of']}" if arm["setting_of"] else str(trials(arm) - count)
+    return f"{own}, {count} of a search" if count else own
 
 
 def rates(result: Result) -> str:
@@ -175,7 +186,7 @@ def _ended(arm: Arm) -> str:
 def runs(result: Result) -> str:
     """Every run by arm, each with its settings a click away."""
     found, look = runs_of(result), looks(result)
-    most = max(len(arm["tuning"]) for arm in result["arms"])
+    most = max(trials(arm) for arm in result["arms"])
     parts = []
     for arm in result["arms"]:
         own = [run for run in found if run.arm == arm["name"]]
@@ -186,10 +197,15 @@ def runs(result: Result) -> str:
 
 def _run(run: Run, most: int) -> str:
     end = "diverged" if run.final_loss is None else f"{run.final_loss:.4f}"
-    stage = {"tune": "tuning", "even": "tuning", "final": "final", "horizon": f"{run.share:g} x tokens"}[run.stage]
+    stages = {"roles": "search", "final": "final", "horizon": f"{run.share:g} x tokens"}
+    stage = stages.get(run.stage, "tuning")
     what = setting_words(run.setting) or "no setting"
     if run.stage in ("final", "horizon"):
         what = f"seed {run.seed}"
+    if run.stage == "refine":
+        what += f", seed {run.seed}"
+    if run.stage == "roles":
+        what = f"{run.setting.get('optimizer.block_lr', 'all factors 1')}, seed {run.seed}"
     mark = " (chosen)" if run.chosen and run.stage in ("tune", "even") else ""
     summary = f"<summary>{escape(f'{stage}, {what}{mark}')}: <b>{end}</b></summary>"
     items = [

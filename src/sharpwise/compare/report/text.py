@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sharpwise.compare.report.arms import Arm, Result, baseline_of, candidates, diverged
+from sharpwise.compare.report.arms import Arm, Result, baseline_of, candidates, diverged, searched, trials
 from sharpwise.report.text import short
 
 VERDICTS = {
@@ -113,15 +113,22 @@ def _times(count: int) -> str:
 
 
 def _tuning(result: Result) -> str:
-    counts = sorted({len(arm["tuning"]) for arm in result["arms"] if not arm["setting_of"]})
+    counts = sorted({trials(arm) for arm in result["arms"] if not arm["setting_of"]})
     taken = "".join(
-        f" {arm['name']} has no trials, but the best setting of {arm['setting_of']}."
+        f" {arm['name']} has no trials, but the best setting of {arm['setting_of']}"
+        + (
+            f", and from there a search of {len(searched(arm))} runs for a factor per type of block"
+            * bool(arm.get("search"))
+        )
+        + "."
         for arm in result["arms"]
         if arm["setting_of"]
     )
     each = "Each other" if taken else "Each"
     keys = {key for arm in result["arms"] for run in arm["tuning"] for key in run["setting"]}
     what = "learning rate" if len(keys) < 2 else "learning rate and further settings"
+    if any(arm.get("search") and not arm["setting_of"] for arm in result["arms"]):
+        what += ", or a factor per type of block"
     if len(counts) == 1 and result["complete"]:
         return f"{each} was tuned with the same number of trials: {counts[0]} runs to find its best {what}.{taken}"
     had = f"{counts[0]} each" if len(counts) == 1 else f"between {counts[0]} and {counts[-1]}"
