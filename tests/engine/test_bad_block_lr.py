@@ -26,14 +26,33 @@ PROBE = "sharpness(source=probe, start=0, every=2)"
         (lambda: sharpwise.SharpnessLR(max_ratio=0), r"max_ratio must be a number in \[1, inf\), got 0"),
         (lambda: sharpwise.SharpnessLR(max_ratio=-3), r"max_ratio must be .*got -3"),
         (lambda: sharpwise.SharpnessLR(ema=1.0), r"ema must be a number in \[0, 1\), got 1.0"),
-        (lambda: sharpwise.SharpnessLR(source="hessian"), "source must be one of second_moment, probe, got 'hessian'"),
+        (lambda: sharpwise.SharpnessLR(source="hessian"), "source must be one of second_moment, .*got 'hessian'"),
+        (lambda: sharpwise.SharpnessLR(source="centered"), r"got 'centered' \(did you mean 'centred'\?\)"),
+        (lambda: sharpwise.SharpnessLR(mean="median"), "mean must be one of arithmetic, geometric, got 'median'"),
+        (lambda: sharpwise.SharpnessLR(normalize="none"), "normalize must be one of reference, geometric, got 'none'"),
+        (lambda: sharpwise.SharpnessLR(source="probe", tied="out"), "tied must be one of both, lookup, head, got"),
+        (lambda: sharpwise.SharpnessLR(tied="head"), "source='second_moment' is of the sum of both; source"),
+        (lambda: sharpwise.SharpnessLR(per_occurrence="no"), "per_occurrence must be one of False, True, got 'no'"),
+        (lambda: sharpwise.SharpnessLR(settle=-0.2), "settle must be a finite number >= 0, or None, got -0.2"),
+        (lambda: sharpwise.SharpnessLR(settle=math.nan), "settle must be .*got nan"),
+        (lambda: sharpwise.SharpnessLR(fixed={"emb": 2}), r"takes Emb, QK.*pos_emb, got 'emb' \(did you mean 'Emb'"),
+        (lambda: sharpwise.SharpnessLR(fixed={"Emb": 0}), "the multiplier of Emb must be a finite number > 0, got 0"),
+        (lambda: sharpwise.SharpnessLR(fixed={"Emb": "10"}), "the multiplier of Emb must be .*got '10'"),
+        (lambda: sharpwise.SharpnessLR(fixed=3), "fixed must be a mapping such as .*got 3"),
+        (lambda: sharpwise.SharpnessLR(fixed="Emb"), "fixed must be a mapping such as .*got 'Emb'"),
+        (
+            lambda: sharpwise.SharpnessLR(reference="FFN", normalize="geometric"),
+            "reference='FFN' has a meaning under normalize='reference' alone",
+        ),
+        (lambda: sharpwise.SharpnessLR(start="warm-up"), "in \\(0, 1\\), or 'peak', got 'warm-up'"),
+        (lambda: sharpwise.SharpnessLR(stop="peak"), "stop must be a whole number .*got 'peak'"),
         (lambda: sharpwise.SharpnessLR(by="layer"), "by must be one of type, module, got 'layer'"),
         (lambda: sharpwise.SharpnessLR(reference="norm"), "reference must be one of Emb, QK, .*got 'norm'"),
         (lambda: sharpwise.SharpnessLR(every=0), "every must be a whole number of steps >= 1, got 0"),
         (lambda: sharpwise.HeavyTailLR(every=-2), "every must be a whole number of steps >= 1, got -2"),
         (lambda: sharpwise.HeavyTailLR(every=2.5), "every must be .*got 2.5"),
         (lambda: sharpwise.HeavyTailLR(soft=-1), "soft must be a whole number of steps >= 0, got -1"),
-        (lambda: sharpwise.HeavyTailLR(start=-1), r"start must be .*or a fraction of the training in \(0, 1\), got -1"),
+        (lambda: sharpwise.HeavyTailLR(start=-1), r"start must be .*the training in \(0, 1\), or 'peak', got -1"),
         (lambda: sharpwise.HeavyTailLR(stop=1.5), "stop must be .*got 1.5"),
         (lambda: sharpwise.HeavyTailLR(stop=math.nan), "stop must be .*got nan"),
         (lambda: sharpwise.HeavyTailLR(start=None), "start must be .*got None"),
@@ -226,7 +245,7 @@ def test_a_zero_that_moves_to_another_block():
     following = sharpwise.SharpnessLR(start=0, every=1, soft=0, power=3, decay="base")
     block_lr = sharpwise.Reversed(following * Still())
     optimizer = sharpwise.AdamW(model, lr=1e-3, weight_decay=0.1, block_lr=block_lr)
-    for _ in range(2):  # queries and keys are as sharp as norms now, so that the largest multiplier is the MLP's
+    for _ in range(3):  # queries and keys are as sharp as norms now, so that the largest multiplier is the MLP's
         for name, p in named(model):
             p.grad = torch.full_like(p, 1.0 if "ln_" in name or "attn" in name else 1e-6)
         optimizer.step()

@@ -18,9 +18,10 @@ from torch import Tensor
 from sharpwise.blocks import Segment
 from sharpwise.hints import kind_of
 
-Source = Literal["second_moment", "gradient", "matrix", "probe"]
-"""Of each segment: the mean of the second moment that the rule keeps; what `of_gradient` and `of_matrices` make of the
-gradient and the weights; the sharpness by a probe of the model."""
+Source = Literal["second_moment", "centred", "gradient", "matrix", "probe", "directional"]
+"""Of each segment: the mean of the second moment that the rule keeps, or of the variance that both moments tell; what
+`of_gradient` and `of_matrices` make of the gradient and the weights; what a probe of the model finds, and one that is
+told in which direction the rule moves."""
 Measured = Mapping["MeasuredLR", Sequence[float]]
 """What was measured for each block_lr that asks: one number per segment of the model, NaN where none is known."""
 NOTHING: Measured = MappingProxyType({})
@@ -58,7 +59,7 @@ class BlockLR:
             if isinstance(value, BlockLR):
                 said.append(str(value))
             elif each.init and value != each.default:
-                said.append(f"{each.name}={spelled(value)}")
+                said.append(f"{each.name}={spelled(each.metadata.get('as', _same)(value))}")
         return f"{self.name}({', '.join(said)})" if said else self.name
 
     def __mul__(self, other: object) -> BlockLR:
@@ -111,6 +112,21 @@ class MeasuredLR(BlockLR):
         return (self,)
 
     @property
+    def probed(self) -> bool:
+        """Whether it is measured on the model and batches, which the optimizer then needs."""
+        return self.measures in ("probe", "directional")
+
+    @property
+    def probe_settings(self) -> Mapping[str, Any]:
+        """What a probe is told beside the model, its blocks and batches."""
+        return {}
+
+    @property
+    def after_warmup(self) -> bool:
+        """Whether it waits until the learning rate no longer rises."""
+        return False
+
+    @property
     def waits(self) -> bool:
         """Whether it is measured at every step until all segments have a value."""
         return False
@@ -145,6 +161,18 @@ class MeasuredLR(BlockLR):
     def updated(self, before: float, now: float) -> float:
         """What to keep, of what was kept before and what has been found now; NaN where there is nothing."""
         return before if isnan(now) else now
+
+    def settles(self, segments: Sequence[Segment], before: Sequence[float], now: Sequence[float]) -> list[bool]:
+        """Of which segments multipliers may follow what is kept, from this measurement on.
+
+        Args:
+            before, now: what was kept before, and what has been found now; NaN where there is nothing.
+        """
+        return [True] * len(segments)
+
+    def unusable(self, segments: Sequence[Segment], now: Sequence[float]) -> str | None:
+        """What a user should know of values that were found and tell nothing; said once."""
+        return None
 
     def remarks(self, segments: Sequence[Segment], values: Sequence[float]) -> str | None:
         """What a user should know of the values of what the optimizer moves, NaN where there is none; said once."""
@@ -213,6 +241,10 @@ class Product(BlockLR):
     def check(self, segments: Sequence[Segment]) -> None:
         for factor in self.factors:
             factor.check(segments)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def is_number(value: object) -> bool:

@@ -37,6 +37,7 @@ class AdamW(Rule):
     name: ClassVar[str] = "adamw"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
     second_moment: ClassVar[str | None] = "exp_avg_sq"
+    first_moment: ClassVar[str | None] = "exp_avg"
 
     @property
     def state(self) -> dict[str, Kind]:
@@ -44,6 +45,9 @@ class AdamW(Rule):
 
     def second_moment_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])
+
+    def first_moment_decay(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][0])
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         b1, b2 = group["betas"]
