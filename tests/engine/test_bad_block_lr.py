@@ -36,8 +36,8 @@ PROBE = "sharpness(source=probe, start=0, every=2)"
         (lambda: sharpwise.SharpnessLR(settle=-0.2), "settle must be a finite number >= 0, or None, got -0.2"),
         (lambda: sharpwise.SharpnessLR(settle=math.nan), "settle must be .*got nan"),
         (lambda: sharpwise.SharpnessLR(fixed={"emb": 2}), r"takes Emb, QK.*pos_emb, got 'emb' \(did you mean 'Emb'"),
-        (lambda: sharpwise.SharpnessLR(fixed={"Emb": 0}), "the multiplier of Emb must be a finite number > 0, got 0"),
-        (lambda: sharpwise.SharpnessLR(fixed={"Emb": "10"}), "the multiplier of Emb must be .*got '10'"),
+        (lambda: sharpwise.SharpnessLR(fixed={"Emb": 0}), "the ratio of 'Emb' must be a finite number > 0, got 0"),
+        (lambda: sharpwise.SharpnessLR(fixed={"Emb": "10"}), "the ratio of 'Emb' must be .*got '10'"),
         (lambda: sharpwise.SharpnessLR(fixed=3), "fixed must be a mapping such as .*got 3"),
         (lambda: sharpwise.SharpnessLR(fixed="Emb"), "fixed must be a mapping such as .*got 'Emb'"),
         (

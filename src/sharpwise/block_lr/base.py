@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from sharpwise.blocks import Segment
+from sharpwise.blocks.roles import meant
 from sharpwise.hints import kind_of
 
 Source = Literal["second_moment", "centred", "gradient", "matrix", "probe", "directional"]
@@ -250,6 +251,39 @@ def _same(value: Any) -> Any:
 def is_number(value: object) -> bool:
     """Whether this is a real number, True and False being none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_choices(own: BlockLR, allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ValueError where a field is none of what it may be."""
+    for key, values in allowed.items():
+        if (value := getattr(own, key)) not in values:
+            words = list(map(str, values))
+            raise ValueError(f"{own.name}: {key} must be one of {', '.join(words)}, got {value!r}{meant(value, words)}")
+
+
+def ratios_of(who: str, key: str, given: Any, example: str) -> tuple[tuple[str, float], ...]:
+    """A mapping or pairs of names and numbers > 0, as pairs; of equal names the last one holds, in its place.
+
+    Raises:
+        ValueError: it is neither, or a number is none.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else given
+    try:
+        found = tuple((name, value) for name, value in pairs)
+    except (TypeError, ValueError):
+        raise ValueError(f"{who}: {key} must be a mapping such as {example}, got {given!r}") from None
+    last: dict[str, float] = {}
+    for name, value in found:
+        check_ratio(who, name, value)
+        last.pop(name, None)
+        last[name] = value
+    return tuple(last.items())
+
+
+def check_ratio(who: str, name: object, value: object) -> None:
+    """Raise ValueError unless this is a name, and a finite number > 0."""
+    if not isinstance(name, str) or not is_number(value) or not 0.0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{who}: the ratio of {name!r} must be a finite number > 0, got {value!r}")
 
 
 def spelled(value: Any) -> str:

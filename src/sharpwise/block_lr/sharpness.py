@@ -37,7 +37,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from sharpwise.block_lr.base import NOTHING, Measured, Source, is_number
+from sharpwise.block_lr.base import NOTHING, Measured, Source, check_choices, is_number, ratios_of
 from sharpwise.block_lr.blockwise import BY_TYPE, argument_of
 from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.block_lr.ratios import ROUNDING, arithmetic, balanced, geometric
@@ -116,12 +116,7 @@ class SharpnessLR(PhasedLR):
             value = getattr(self, key)
             if not is_number(value) or not least <= value < below:
                 raise ValueError(f"{self.name}: {key} must be a number in [{least:g}, {below:g}), got {value!r}")
-        for key, allowed in _CHOICES.items():
-            if (value := getattr(self, key)) not in allowed:
-                hint = meant(value, map(str, allowed))
-                raise ValueError(
-                    f"{self.name}: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}{hint}"
-                )
+        check_choices(self, _CHOICES)
         if self.settle is not None and not (is_number(self.settle) and 0.0 <= self.settle < math.inf):
             raise ValueError(f"{self.name}: settle must be a finite number >= 0, or None, got {self.settle!r}")
         if self.tied != "both" and self.source in _FREE:
@@ -134,21 +129,10 @@ class SharpnessLR(PhasedLR):
                 f"{self.name}: reference={self.reference!r} has a meaning under normalize='reference' alone; leave it "
                 f"out, as the geometric mean of all multipliers is 1"
             )
-        object.__setattr__(self, "fixed", self._pairs())
-
-    def _pairs(self) -> tuple[tuple[str, float], ...]:
-        given: Any = self.fixed
-        try:
-            pairs = tuple((key, value) for key, value in (given.items() if isinstance(given, Mapping) else given))
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.name}: fixed must be a mapping such as {{'Emb': 10}}, got {given!r}") from None
-        for key, value in pairs:
+        object.__setattr__(self, "fixed", ratios_of(self.name, "fixed", self.fixed, "{'Emb': 10}"))
+        for key in dict(self.fixed):
             if key not in FIXABLE:
-                hint = meant(key, FIXABLE)
-                raise ValueError(f"{self.name}: fixed takes {', '.join(FIXABLE)}, got {key!r}{hint}")
-            if not is_number(value) or not 0.0 < value < math.inf:
-                raise ValueError(f"{self.name}: the multiplier of {key} must be a finite number > 0, got {value!r}")
-        return tuple(dict(pairs).items())
+                raise ValueError(f"{self.name}: fixed takes {', '.join(FIXABLE)}, got {key!r}{meant(key, FIXABLE)}")
 
     @property
     def _fixed(self) -> dict[str, float]:
