@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from reference.rig import named, steps
 import sharpwise
 from sharpwise.block_lr import BlockLR, Product
 from sharpwise.probes import sharpness
-from sharpwise.testing import run, tiny_model
+from sharpwise.testing import fill_gradients, run, tiny_model
 
 PROBE = "sharpness(source=probe, start=0, every=2)"
 
@@ -80,6 +81,87 @@ PROBE = "sharpness(source=probe, start=0, every=2)"
 def test_arguments(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_phase_with_one_measurement():
+    """Nothing follows it."""
+    model = models.build("gpt2")
+    for block_lr, says in (
+        ("sharpness(start=4, stop=6, every=3)", "due at step 7 at the earliest, and it would stop at 6"),
+        ("sharpness(start=peak, stop=5, every=3)", "due at step 6 at the earliest, and it would stop at 5"),
+        ("sharpness(start=0.1, stop=0.29)", "due at step 300 .* stop at 290.*every than 200"),
+    ):
+        refuse(ValueError, says, partial(sharpwise.AdamW, model, block_lr=block_lr, total_steps=1000), model)
+    sharpwise.AdamW(model, block_lr="sharpness(start=4, stop=7, every=3)")
+
+
+def test_a_training_that_is_over_before_multipliers_move(caplog):
+    with caplog.at_level(logging.WARNING, logger="sharpwise"):
+        sharpwise.AdamW(models.build("gpt2"), block_lr="sharpness", total_steps=205)
+        assert not caplog.records
+        sharpwise.AdamW(models.build("gpt2"), block_lr="sharpness", total_steps=204)
+    assert "of 204 steps none comes after the second measurement, due at step 204 at the" in caplog.text
+
+
+def test_what_is_fixed_has_to_be_there():
+    model = models.build("gpt2")
+    says = (
+        r"AdamW: sharpness: fixed=\{Head: 10\} is of a type that this model has not; it has Emb, QK, FFN, VO, Norm, pos"
+    )
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr="sharpness(start=0, fixed={Head: 10})"), model)
+    reversed_ = "reversed(sharpness(start=0, fixed={Head: 10}))"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=reversed_), model)
+
+
+def test_occurrences_in_a_tied_table():
+    model = models.build("gpt2")
+    spelling = "sharpness(start=0, per_occurrence=True{})"
+    says = r"for a table that is only looked up, and transformer.wte.weight is also lm_head.weight; measure the look-up"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=spelling.format("")), model)
+    lookup = spelling.format(", source=probe, tied=lookup")
+    sharpwise.AdamW(model, block_lr=lookup, probe_batches=[BATCH])
+    sharpwise.AdamW(models.build("llama"), block_lr=spelling.format(""))  # its head is not tied
+
+
+@pytest.mark.parametrize(
+    ("rule", "block_lr", "says"),
+    [
+        ("lion", "sharpness(start=0, source=centred)", "goes by both moments, which 'lion' does not keep; AdamW and"),
+        ("sgd", "reversed(sharpness(start=0, source=directional))", "goes by both moments, which 'sgd' does not keep"),
+        ("adamw", "sharpness(start=0, source=directional)", "source='directional' lacks batches to measure on"),
+        ("lion", "sharpness(start=0, source=norm_11)", "source='norm_11' lacks batches to measure on"),
+    ],
+)
+def test_sources_that_the_optimizer_has_not(rule, block_lr, says):
+    model = models.build("gpt2")
+    refuse(ValueError, says, lambda: sharpwise.create_optimizer(model, rule, block_lr=block_lr), model)
+
+
+def test_no_mean_of_gradients_is_kept():
+    model = models.build("gpt2")
+    says = r"source='centred' tells the variance .*which betas=\(0.0, 0.9\) do not average; give a first beta above 0"
+    block_lr = "sharpness(start=0, source=centred)"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=block_lr, betas=(0.0, 0.9)), model)
+
+
+def test_a_variance_that_is_not_positive(caplog):
+    """Gradients that do not vary: the block keeps what it has, and that is said once."""
+    model = tiny_model()
+    block_lr = "sharpness(start=2, every=1, soft=0, source=centred, normalize=geometric, ema=0)"
+    optimizer = sharpwise.AdamW(model, lr=1e-3, betas=(0.5, 0.999), block_lr=block_lr)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    with caplog.at_level(logging.WARNING, logger="sharpwise"):
+        for t in range(8):
+            fill_gradients(model, t)
+            if t > 4:  # the mean grows, so that m-hat is larger than the root of v-hat
+                model.get_parameter(name).grad = torch.full_like(model.get_parameter(name), 10.0 * 4**t)
+            optimizer.step()
+            own = {key: value.clone() for key, value in optimizer.state[model.get_parameter(name)].items()}
+            if t == 5:
+                before = own
+    assert own["block_lr_measured"] > 0 and torch.equal(own["block_lr_measured"], before["block_lr_measured"])
+    lines = [r.getMessage() for r in caplog.records if "is not positive" in r.getMessage()]
+    assert len(lines) == 1 and f"of {name}: they keep what was measured of them before" in lines[0], lines
 
 
 def test_a_factor_that_is_none():

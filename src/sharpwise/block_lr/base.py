@@ -144,6 +144,10 @@ class MeasuredLR(BlockLR):
     def check_length(self, total_steps: int | None) -> None:
         """Raise ValueError unless it is known when to measure in a training of so many steps (None: not known)."""
 
+    def doubts(self, total_steps: int | None) -> str | None:
+        """What a user should know before a training of so many steps."""
+        return None
+
     def reads(self, segment: Segment) -> bool:
         """Whether this segment has a value; of matrices, where others are not even brought together."""
         return True

@@ -220,11 +220,21 @@ class SharpnessLR(PhasedLR):
 
     def check_length(self, total_steps: int | None) -> None:
         start, stop = self.phase(total_steps)
-        if stop is not None and stop - start < self.every:
+        second = start + self.every * (2 if self.after_warmup else 1)
+        if stop is not None and stop < second:
             raise ValueError(
-                f"{self.name}: from step {start} to {stop} it would measure once, every={self.every}, and multipliers "
-                f"follow the second measurement; give a later stop, or a smaller every"
+                f"{self.name}: multipliers follow from the second measurement on, which is due at step {second} at the "
+                f"earliest, and it would stop at {stop}; give a later stop, or a smaller every than {self.every}"
             )
+
+    def doubts(self, total_steps: int | None) -> str | None:
+        second = self.phase(total_steps)[0] + self.every * (2 if self.after_warmup else 1)
+        if total_steps is None or second < total_steps:
+            return None
+        return (
+            f"of {total_steps} steps none comes after the second measurement, due at step {second} at the earliest, "
+            f"which multipliers follow: they stay as they are; a smaller every than {self.every}?"
+        )
 
     def check(self, segments: Sequence[Segment]) -> None:
         trained = [segment for segment in segments if not segment.frozen]

@@ -5,6 +5,7 @@ the order in which processes sum does not show in them.
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,6 +22,8 @@ from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import Dense
+
+logger = logging.getLogger(__name__)
 
 Found = list[list[float]]
 """Per view, per segment; NaN where there is nothing."""
@@ -48,6 +51,8 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
             source.check_length(options.total_steps)
         except ValueError as error:
             raise ValueError(f"{who}: {error}") from None
+        if doubts := source.doubts(options.total_steps):
+            logger.warning("%s: block_lr %s: %s", who, source, doubts)
 
 
 _OF_BOTH = ("centred", "directional")

@@ -119,30 +119,29 @@ class Subject:
 
     def _uses_of_tied(self, tied: Tied) -> dict[str, dict[str, bool]]:
         """Of parameters with several names, by the first: all of them, and whether a gradient is taken through each."""
-        found: dict[str, dict[str, bool]] = {}
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
+        found = {own[0]: dict.fromkeys(own, True) for own in names.values() if len(own) > 1}
         for (first, parameter), segments in zip(self.trained.items(), self.parts, strict=True):
             own = names[id(parameter)]
-            is_table = any(s.role == Role.TOK_EMB for s in segments)
+            if not any(s.role in (Role.TOK_EMB, Role.HEAD) and s.tied for s in segments):
+                continue
             lookups = [name for name in own if isinstance(self.model.get_submodule(_owner(name)), nn.Embedding)]
-            if is_table and any(s.tied for s in segments) and not 0 < len(lookups) < len(own):
+            if not 0 < len(lookups) < len(own):
                 raise ValueError(
                     f"{self.who}: tied={tied!r} is one use of {first}, and of its names {', '.join(own)} not one is of "
                     "an nn.Embedding and another of the head; tied='both' measures them together"
                 )
-            if len(own) > 1:
-                kept = {name: not is_table or (name in lookups) == (tied == "lookup") for name in own}
-                found[first] = kept
+            found[first] = {name: (name in lookups) == (tied == "lookup") for name in own}
         return found
 
     def run(self, work: Callable[[nn.Module], Any], tensors: Mapping[str, Tensor]) -> Any:
         """`work(model)` with these tensors, by name, in place of parameters and buffers, backward passes included."""
         given = dict(tensors)
         for first, uses in self._uses.items():
-            own = given.get(first, self.trained[first])
-            given |= {name: own if taken else own.detach() for name, taken in uses.items()}
+            if (own := given.get(first)) is not None:
+                given |= {name: own if taken else own.detach() for name, taken in uses.items()}
         with _at_rest(self.model), torch.enable_grad():
             placed = {f"model.{name}": tensor for name, tensor in given.items()}
             return functional_call(_Host(self.model), placed, (work,), tie_weights=not self._uses)
