@@ -125,6 +125,18 @@ def test_a_redistribution_keeps_the_mean(pairs, power, cap):
         assert m >= k and (v != w or m == k)
 
 
+def test_what_rounding_leaves_enters_no_geometric_mean():
+    """As of the biases of keys, which do not matter to the loss; an arithmetic mean does not mind."""
+    segments = sharpwise.BlockMap.of(tiny_model()).segments
+    values = [{"q": 1e-16, "k": 4.0, "norm": 16.0}.get(str(s.role), 16.0) for s in segments]
+    for mean, want in (("geometric", 2.0), ("arithmetic", 8**0.5)):
+        block_lr = sharpwise.SharpnessLR(mean=mean, power=0.5)
+        found = dict(
+            zip([str(s.role) for s in segments], block_lr.multipliers(segments, {block_lr: values}), strict=True)
+        )
+        assert found["q"] == found["k"] == pytest.approx(want), mean
+
+
 # When
 
 
