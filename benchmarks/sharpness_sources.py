@@ -3,7 +3,7 @@
     python benchmarks/sharpness_sources.py                      gpt2-0.4m, three seeds, about ten minutes of one core
     python benchmarks/sharpness_sources.py --searched R.json    other ratios: {"Emb": 4, "FFN": 2, ...}
     python benchmarks/sharpness_sources.py --quick              one seed, few steps; saves nothing
-    python benchmarks/sharpness_sources.py --again              the tables of the committed file
+    python benchmarks/sharpness_sources.py --again              the tables anew, from the runs of the committed file
 
 AdamW trains the model once per seed. At some steps every source of `SharpnessLR` is measured, of every block type: S.
 A map with power p would multiply the learning rate of a type by S^-p, times a number that is the same for all, and so
@@ -25,6 +25,7 @@ Means over segments are arithmetic, or geometric ("geo"). Intervals are of Stude
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--searched", type=Path, help="a JSON file with a ratio per type")
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--quick", action="store_true", help="to see that it runs; saves nothing")
-    parser.add_argument("--again", action="store_true", help="the tables of a file that is there")
+    parser.add_argument("--again", action="store_true", help="the tables anew, from the runs of a file that is there")
     args = parser.parse_args()
     if args.again:
         result = json.loads(args.out.read_text())
@@ -78,10 +79,11 @@ def main() -> None:
         result = measured(args)
     searched = json.loads(args.searched.read_text()) if args.searched else result.get("searched", SEARCHED)
     result |= {"searched": searched, "distances": distances(result["runs"], searched)}
+    result |= {"moved": moved(result["runs"], list(searched)), "as built": as_built(result["runs"])}
     show(result)
-    if args.quick or args.again:
+    if args.quick:
         return
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"\nSaved {args.out}")
 
 
@@ -179,7 +181,8 @@ def along(model: nn.Module, batch: Tensor, segments: Sequence[Segment], u: Mappi
         slope = sum(float((s.take(g[s.name]) * s.take(u[s.name])).sum()) for s in own)
         square = sum(float(s.take(u[s.name]).square().sum()) for s in own)
         found["directional"][kind] = S
-        found["newton"][kind] = S * square / slope if slope > 0 else math.nan
+        if slope > 0:
+            found["newton"][kind] = S * square / slope
     for tied in ("lookup", "head"):
         if "Emb" in kinds and kinds["Emb"][0].tied:
             found[f"directional, {tied}"] = found["directional"] | {"Emb": curvature("Emb", tied)}
@@ -235,6 +238,42 @@ def distances(runs: Sequence[Mapping[str, Any]], searched: Values) -> dict[str, 
     return found
 
 
+def moved(runs: Sequence[Mapping[str, Any]], types: Sequence[str]) -> dict[str, Any]:
+    """By statistic, from each step to the next: how far two types moved apart at the most, as a logarithm."""
+    found: dict[str, Any] = {}
+    at = list(dict.fromkeys(run["step"] for run in runs))
+    S = {(run["seed"], run["step"]): run["S"] for run in runs}
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    for before, after in itertools.pairwise(at):
+        for name in S[seeds[0], before].keys() & S[seeds[0], after].keys():
+            pairs = [(S[seed, before][name], S[seed, after][name]) for seed in seeds]
+            if any(not value.get(k, 1.0) > 0 for pair in pairs for value in pair for k in types):
+                continue
+            logs = [[math.log(b[k] / a[k]) for k in types if k in a] for a, b in pairs]
+            found.setdefault(name, {})[f"{before} to {after}"] = interval([max(own) - min(own) for own in logs])
+    return found
+
+
+def as_built(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `block_lr="sharpness"` makes of it by step: the ratios of the norms to each type, their power 0.6 within 1
+    and 10, and how much of the second moment is the square of the mean gradient."""
+    found: dict[str, Any] = {}
+    for step in dict.fromkeys(run["step"] for run in runs):
+        own = [run["S"] for run in runs if run["step"] == step]
+        types = [kind for kind in own[0]["probe"] if kind != "Norm"]
+        entry: dict[str, Any] = {}
+        for name in ("second_moment", "probe"):
+            ratios = {kind: [S[name]["Norm"] / S[name][kind] for S in own] for kind in types}
+            entry[f"norms to, {name}"] = {kind: [min(r), max(r)] for kind, r in ratios.items()}
+            entry[f"multipliers, {name}"] = {
+                kind: interval([min(max(x**0.6, 1.0), 10.0) for x in r]) for kind, r in ratios.items()
+            }
+        shares = {kind: [1 - S["centred"][kind] / S["second_moment"][kind] for S in own] for kind in own[0]["probe"]}
+        entry["square of the mean in the second moment"] = {kind: interval(share) for kind, share in shares.items()}
+        found[str(step)] = entry
+    return found
+
+
 def dot(a: Sequence[float], b: Sequence[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True))
 
@@ -273,6 +312,20 @@ def show(result: Mapping[str, Any]) -> None:
                 said(own[key]) for key in ("distance at 0.5", "distance at 0.6", "power", "distance at the best")
             )
             print(f"{name:34s}{cells}  {ends}")
+
+    print("\nhow far two types moved apart from one measurement to the next, as a logarithm (half width)")
+    for name, own in sorted(result["moved"].items()):
+        print(f"{name:34s}" + "".join(f"{steps:>12s} {said(value):12s}" for steps, value in own.items()))
+    print(
+        "\nas built: multipliers by the second moment, and by the probe; ratio of the norms to the type by the probe;"
+    )
+    print("share of the squared mean in the second moment")
+    for step, own in result["as built"].items():
+        for kind, value in own["multipliers, second_moment"].items():
+            ratio = "{:.3g} to {:.3g}".format(*own["norms to, probe"][kind])
+            share = said(own["square of the mean in the second moment"][kind])
+            by_probe = said(own["multipliers, probe"][kind])
+            print(f"step {step:>4s} {kind:8s} {said(value):14s} {by_probe:14s} {ratio:22s} {share}")
 
 
 def said(pair: Sequence[float | None] | None) -> str:

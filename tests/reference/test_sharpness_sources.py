@@ -125,6 +125,24 @@ def test_a_redistribution_keeps_the_mean(pairs, power, cap):
         assert m >= k and (v != w or m == k)
 
 
+def test_what_is_fixed_is_so_from_the_first_step_on():
+    """Of tokens, not of positions; in the tables, in products, and under ablations."""
+    fixed = sharpwise.SharpnessLR(start=3, fixed={"Emb": 10, "VO": 0.5})
+    for block_lr, times in (
+        (fixed, {"tok_emb": 10.0, "v": 0.5, "o": 0.5}),
+        (
+            fixed * sharpwise.BlockwiseLR(emb=2, qk=3, ffn=1, vo=4),
+            {"tok_emb": 20.0, "v": 2.0, "o": 2.0, "q": 3.0, "k": 3.0},
+        ),
+        (sharpwise.Reversed(fixed), {"tok_emb": 0.5, "v": 10.0, "o": 10.0}),
+        (sharpwise.Only(fixed, "VO"), {"v": 0.5, "o": 0.5}),
+    ):
+        optimizer = sharpwise.AdamW(tiny_model(), block_lr=block_lr)
+        for table in (optimizer.explain(), optimizer.lr_multipliers()):
+            assert {row["multiplier"] for row in table if row["role"] not in times} == {1.0}
+            assert all(row["multiplier"] == times[row["role"]] for row in table if row["role"] in times)
+
+
 def test_what_rounding_leaves_enters_no_geometric_mean():
     """As of the biases of keys, which do not matter to the loss; an arithmetic mean does not mind."""
     segments = sharpwise.BlockMap.of(tiny_model()).segments
@@ -173,7 +191,7 @@ def lrs_of(peak, kind):
     if kind == "warm-up":
         return [peak * min((t + 1) / 5, 1.0) * (1 - max(t - 4, 0) / 10) for t in range(12)]
     if kind == "from zero":
-        return [peak * min(max(t - 1, 0) / 4, 1.0) for t in range(12)]
+        return [peak * min(max(t - 2, 0) / 3, 1.0) for t in range(12)]
     return [peak] * 12
 
 

@@ -164,7 +164,7 @@ class SharpnessLR(PhasedLR):
         here = [i for i, s in enumerate(segments) if twice[i] and not s.frozen and argument_of(s) not in fixed]
         some = [segments[i] for i in here]
         was, found = (self._of_blocks(some, [values[i] for i in here])[1] for values in (before, now))
-        moved = [math.log(b) - math.log(a) for a, b in zip(was, found, strict=True)]
+        moved = [math.log(b) - math.log(a) for a, b in zip(was, found, strict=True) if _known(a) and _known(b)]
         return twice if not moved or max(moved) - min(moved) <= self.settle else [False] * len(segments)
 
     def multipliers(self, segments: Sequence[Segment], measured: Measured = NOTHING) -> list[float]:
