@@ -78,7 +78,7 @@ class Multipliers:
         if any(source.probed for source in self.sources) and any(is_dtensor(e.param) for e in views):
             raise ValueError(
                 f"block_lr {self.block_lr} probes the model, and {views[0].name} is sharded; source='second_moment' "
-                f"works on any mesh"
+                f"works on any mesh, and 'centred' too"
             )
         kept: tuple[str, ...] = () if self.block_lr is None else ("lr_multiplier",)
         if self.sources:
@@ -170,7 +170,7 @@ class Multipliers:
         for view, own in zip(views, found, strict=True):
             name = view.full_name
             known[name] = [source.updated(*pair) for pair in zip(known[name], own, strict=True)]
-            settled[name] = [now_too or was for was, now_too in zip(settled[name], follow, strict=False)]
+            settled[name] = [was or new for was, new in zip(settled[name], [next(follow) for _ in own], strict=True)]
         self._warn(source, "", source.unusable(segments, now))
         own_segments = [segment for view in self.views for segment in view.segments]
         self._warn(source, "kept", source.remarks(own_segments, [v for e in self.views for v in known[e.full_name]]))
