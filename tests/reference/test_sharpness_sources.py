@@ -82,7 +82,7 @@ SETTINGS = [
     {"normalize": "geometric", "mean": "geometric", "power": 0.5, "max_ratio": 4.0, "fixed": {"Emb": 10}},
     {"fixed": {"Emb": 10, "Norm": 0.5, "pos_emb": 3}},
     {"source": "centred", "normalize": "geometric", "mean": "geometric"},
-    {"per_occurrence": True, "max_ratio": 1e4},
+    {"per_occurrence": True, "normalize": "geometric", "max_ratio": 1e6},
 ]
 
 
@@ -184,6 +184,30 @@ def test_one_measurement_moves_nothing():
         own = optimizer.state[model.get_parameter(late)]
         assert (float(own["block_lr_measured"]) > 0, bool(own["block_lr_settled"])) == (step >= 7, step >= 9)
     assert min(multipliers.values()) == 1.0 < 5 < max(multipliers.values())
+
+
+def steps_that_settle(model, optimizer, begin, end):
+    """Steps with the same gradients, but for much larger ones of vectors from the fourth on; the multipliers."""
+    seen = []
+    for t in range(begin, end):
+        for i, (_, p) in enumerate(named(model)):
+            p.grad = torch.full_like(p, (1.0 + i % 3) * (30.0 if t > 2 and p.dim() < 2 else 1.0))
+        optimizer.step()
+        seen.append([row["multiplier"] for row in optimizer.lr_multipliers()])
+    return seen
+
+
+def test_what_has_settled_follows_whatever_is_measured():
+    """Measurements that agree, then one that does not; the same where it is resumed between them."""
+    spelling = "sharpness(start=1, every=1, soft=0, settle=0.2, ema=0, normalize=geometric, max_ratio=1e6)"
+    models = [tiny_model(seed=seed) for seed in (0, 0, 1)]
+    whole, first, second = (sharpwise.AdamW(m, lr=1e-3, betas=(0.9, 0.9), block_lr=spelling) for m in models)
+    seen = steps_that_settle(models[0], whole, 0, 5)
+    assert set(seen[1]) == {1.0} and seen[2] == pytest.approx(seen[3]) != seen[4] and len(set(seen[4])) > 2
+    steps_that_settle(models[1], first, 0, 4)
+    models[2].load_state_dict(models[1].state_dict())
+    second.load_state_dict(first.state_dict())
+    assert steps_that_settle(models[2], second, 4, 5) == seen[4:]
 
 
 def lrs_of(peak, kind):
