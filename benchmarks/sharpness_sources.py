@@ -3,6 +3,7 @@
     python benchmarks/sharpness_sources.py                      gpt2-0.4m, three seeds, about ten minutes of one core
     python benchmarks/sharpness_sources.py --searched R.json    other ratios: {"Emb": 4, "FFN": 2, ...}
     python benchmarks/sharpness_sources.py --quick              one seed, few steps; saves nothing
+    python benchmarks/sharpness_sources.py --until 25           of every run the beginning alone; saves nothing
     python benchmarks/sharpness_sources.py --again              the tables anew, from the runs of the committed file
 
 AdamW trains the model once per seed. At some steps every source of `SharpnessLR` is measured, of every block type: S.
@@ -69,49 +70,77 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--searched", type=Path, help="a JSON file with a ratio per type")
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--until", type=int, help="end every run after this step of it; saves nothing")
     parser.add_argument("--quick", action="store_true", help="to see that it runs; saves nothing")
     parser.add_argument("--again", action="store_true", help="the tables anew, from the runs of a file that is there")
     args = parser.parse_args()
-    if args.again:
-        result = json.loads(args.out.read_text())
-    else:
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if not args.again:
         torch.set_num_threads(1)
-        result = measured(args)
+        result = measured(args, result)
     searched = json.loads(args.searched.read_text()) if args.searched else result.get("searched", SEARCHED)
-    result |= {"searched": searched, "distances": distances(result["runs"], searched)}
-    result |= {"moved": moved(result["runs"], list(searched)), "as built": as_built(result["runs"])}
+    result = with_tables(result, searched)
     show(result)
-    if args.quick:
+    if args.quick or args.until:
         return
-    args.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    save(args.out, result)
     print(f"\nSaved {args.out}")
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def with_tables(result: Mapping[str, Any], searched: Values) -> dict[str, Any]:
+    """The runs, and what follows from them."""
+    runs = result["runs"]
+    tables = {"distances": distances(runs, searched), "moved": moved(runs, list(searched)), "as built": as_built(runs)}
+    return {**result, "searched": searched, **tables}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
+def measured(args: argparse.Namespace, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs of all seeds; those that a file has, of the same settings, are not made again."""
     seeds, steps, at = (args.seeds[:1], 6, [3, 6]) if args.quick else (args.seeds, args.steps, args.at)
-    runs, about = [], {}
+    at = [step for step in at if step <= (args.until or steps)]
+    result: dict[str, Any] = {}
     for seed in seeds:
         built = build(make_config(config_of(args, seed, steps)))
         about = {
-            "model": args.model, "lr": args.lr, "steps": steps, "data": built.data.about,
+            "model": args.model, "lr": args.lr, "steps": steps, "at": at, "data": built.data.about,
             "tokens": steps * built.plan.tokens_per_step, "vocabulary": built.data.vocabulary,
         }  # fmt: skip
-        starts = step_starts(built.data.train, built.plan, 0)  # those of no step of the run
-        batch = torch.from_numpy(built.data.train.windows(starts, built.plan.context + 1))
-        data = built.data.train, built.data.validation
-        for step in train_steps(built.model, built.optimizer, *data, built.plan, forward=built.forward):
-            loss = step.validation_loss
-            if step.step in at:
-                began = time.perf_counter()
-                values = statistics_of(built, batch, step.step == at[-1] or step.step == at[-2])
-                seconds = round(time.perf_counter() - began, 1)
-                runs.append({"seed": seed, "step": step.step, "loss": step.loss, "seconds": seconds, "S": values})
-                print(f"seed {seed}, step {step.step}: loss {step.loss:.3f}, measured in {seconds} s", flush=True)
-        runs[-1]["validation_loss"] = loss
-    return {"environment": environment(), **about, "seeds": seeds, "at": at, "runs": runs}
+        same = {key: before.get(key) for key in about} == about and not args.quick and not args.until
+        result = result or {"environment": environment(), **about, "runs": before["runs"] if same else []}
+        if all(any((run["seed"], run["step"]) == (seed, step) for run in result["runs"]) for step in at):
+            continue
+        result["runs"] = [run for run in result["runs"] if run["seed"] != seed] + runs_of(built, seed, at, args.until)
+        result["seeds"] = sorted({run["seed"] for run in result["runs"]})
+        if not (args.quick or args.until):
+            save(args.out, with_tables(result, SEARCHED))
+    return result
+
+
+def runs_of(built: Built, seed: int, at: Sequence[int], until: int | None) -> list[dict[str, Any]]:
+    """What is measured in the run of one seed."""
+    runs: list[dict[str, Any]] = []
+    starts = step_starts(built.data.train, built.plan, 0)  # those of no step of the run
+    batch = torch.from_numpy(built.data.train.windows(starts, built.plan.context + 1))
+    data = built.data.train, built.data.validation
+    for step in train_steps(built.model, built.optimizer, *data, built.plan, forward=built.forward):
+        if step.step in at:
+            began = time.perf_counter()
+            values = statistics_of(built, batch, not until and step.step in at[-2:])
+            runs.append({"seed": seed, "step": step.step, "loss": step.loss, "S": values})
+            seconds = time.perf_counter() - began
+            print(f"seed {seed}, step {step.step}: loss {step.loss:.3f}, measured in {seconds:.0f} s", flush=True)
+        if step.step == until:
+            break
+    else:
+        runs[-1]["validation_loss"] = step.validation_loss
+    return runs
 
 
 def config_of(args: argparse.Namespace, seed: int, steps: int) -> dict[str, Any]:
