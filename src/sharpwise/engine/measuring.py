@@ -35,7 +35,7 @@ def check_sources(options: Options, rule: Rule, has_model: bool, who: str) -> No
         lacks_moment = source.measures in _OF_MOMENTS and rule.second_moment is None
         if lacks_moment or (source.measures in _OF_BOTH and rule.first_moment is None):
             raise ValueError(f"{who}: {no_second_moment_message(source, rule.name)}")
-        if source.measures == "centred" and not rule.first_moment_decay(rule.defaults):
+        if source.measures == "centred" and not rule.momentum_of(rule.defaults):
             raise ValueError(
                 f"{who}: block_lr {source.name!r} with source='centred' tells the variance of gradients from their "
                 f"mean, which betas={rule.defaults['betas']} do not average; give a first beta above 0"
@@ -178,7 +178,7 @@ def variances(views: Sequence[ParamView], group: ReduceGroup) -> Found:
     v, m = ([[next(sums) for _ in view.segments] for view in kept] for _ in range(2))
     found = {}
     for view, t, of_v, of_m in zip(kept, steps_taken(kept), v, m, strict=True):
-        b1, b2 = view.rule.first_moment_decay(view.settings), view.rule.second_moment_decay(view.settings)
+        b1, b2 = float(view.rule.momentum_of(view.settings)), view.rule.second_moment_decay(view.settings)
         if t > 1 and b1 > 0:
             left = 1 - (1 - b1) / (1 + b1) * (1 + b1**t) / (1 - b1**t)
             pairs = zip(of_v, of_m, strict=True)
@@ -205,7 +205,7 @@ def updates(views: Sequence[ParamView]) -> dict[str, Tensor]:
             continue
         m, v = _numbers(view, first).to(view.dtype), view.own[second]
         v = view.spread(v) if view.rule.state[second] == "block" else _numbers(view, second).to(view.dtype)
-        b1, b2 = view.rule.first_moment_decay(view.settings), view.rule.second_moment_decay(view.settings)
+        b1, b2 = float(view.rule.momentum_of(view.settings)), view.rule.second_moment_decay(view.settings)
         eps = float(view.settings.get("eps", 0.0))
         _put(view, whole, m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps))
     return found

@@ -80,9 +80,6 @@ class AdamMini(Rule):
     def second_moment_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])
 
-    def first_moment_decay(self, group: Mapping[str, Any]) -> float:
-        return float(group["betas"][0])
-
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         return AdamW().scalars(t, group)
 

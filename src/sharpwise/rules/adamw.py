@@ -46,9 +46,6 @@ class AdamW(Rule):
     def second_moment_decay(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])
 
-    def first_moment_decay(self, group: Mapping[str, Any]) -> float:
-        return float(group["betas"][0])
-
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         b1, b2 = group["betas"]
         return {

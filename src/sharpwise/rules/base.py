@@ -70,7 +70,8 @@ class Rule:
     second_moment: ClassVar[str | None] = None
     """The state that averages squares of gradients, v <- b2 v + (1-b2) g^2 from v = 0; None where none does."""
     first_moment: ClassVar[str | None] = None
-    """The state that averages gradients, m <- b1 m + (1-b1) g from m = 0, by element; None where none does."""
+    """The state that averages gradients, m <- b m + (1-b) g from m = 0 with b of `momentum_of`, by element; None where
+    none does."""
     stage: ClassVar[Literal["", "input", "move"]] = ""
     """Which part of a step it is, if not all: "input" ends with the direction, and writes the numerator in place of the
     parameter; "move" begins after it, by a gradient that is neither clipped nor decayed."""
@@ -103,10 +104,6 @@ class Rule:
         """Of its momentum, in the long run, for independent gradients whose mean square is 1: (1-b) / (1+b)."""
         b = self.momentum_of(group)
         return (1 - b) / (1 + b)
-
-    def first_moment_decay(self, group: Mapping[str, Any]) -> float:
-        """b1 of the first moment, under the hyperparameters of a group."""
-        raise NotImplementedError(f"{self.name} has no first moment")
 
     def variant(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What decides which tensors and operations it takes: the flags among its hyperparameters, and which are 0.
