@@ -246,7 +246,7 @@ def distances(runs: Sequence[Mapping[str, Any]], searched: Values) -> dict[str, 
         for name in own[0]:
             types = [kind for kind in searched if all(S[name].get(kind, math.nan) > 0 for S in own)]
             if len(types) < 3:
-                continue
+                continue  # a step along the update of so many of them would lead up
             wanted = relative(searched, types)
             logs = [relative(S[name], types) for S in own]
             entry: dict[str, Any] = {"types": types, "log S": interval_by_type(logs, types)}
@@ -276,9 +276,10 @@ def moved(runs: Sequence[Mapping[str, Any]], types: Sequence[str]) -> dict[str, 
     for before, after in itertools.pairwise(at):
         for name in S[seeds[0], before].keys() & S[seeds[0], after].keys():
             pairs = [(S[seed, before][name], S[seed, after][name]) for seed in seeds]
-            if any(not value.get(k, 1.0) > 0 for pair in pairs for value in pair for k in types):
+            there = [kind for kind in types if all(value.get(kind, 0.0) > 0 for pair in pairs for value in pair)]
+            if len(there) < 3:
                 continue
-            logs = [[math.log(b[k] / a[k]) for k in types if k in a] for a, b in pairs]
+            logs = [[math.log(b[kind] / a[kind]) for kind in there] for a, b in pairs]
             found.setdefault(name, {})[f"{before} to {after}"] = interval([max(own) - min(own) for own in logs])
     return found
 
