@@ -17,7 +17,7 @@ from sharpwise.engine.binding import check_roles_named
 from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options, Storage
 from sharpwise.hints import kind_of, nearest
-from sharpwise.probes.fisher import sharpness_by_name
+from sharpwise.probes.directional import probed
 from sharpwise.storage import BF16, FP32, Format, Int8
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ def engine_arguments(
         asked.compile,
         asked.total_steps,
         _batches_of(who, asked.probe_batches),
-        sharpness_by_name,
+        probed,
     )
     own = {key: getattr(asked, key) for key in ("blocks", "model", "strict", "no_decay")}
     return {"options": options, "who": who, **own}

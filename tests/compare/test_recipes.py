@@ -1,8 +1,15 @@
 """Recipes are found by the names of their folders, and of their files where a folder has several studies."""
 
-import pytest
+import tomllib
 
+import pytest
+import torch
+
+from sharpwise.block_lr import make_block_lr
 from sharpwise.compare.recipes import find_recipe, list_recipes, recipes_folder
+from sharpwise.compare.study import make_study
+from sharpwise.train.build import build_optimizer
+from sharpwise.train.models import load_model
 
 
 def test_a_folder_with_several_studies_lists_each() -> None:
@@ -12,6 +19,21 @@ def test_a_folder_with_several_studies_lists_each() -> None:
     assert not any(name.startswith("sharpness_disparity") for name in names)  # runs, which compare nothing
     for name in names:
         assert find_recipe(name).parent.parent == recipes_folder()
+
+
+@pytest.mark.parametrize(("name", "model"), [("dynamic", "gpt2-tiny"), ("dynamic-llama", "llama-tiny")])
+def test_every_arm_of_the_dynamic_ratios_can_be_built(name: str, model: str) -> None:
+    """On a smaller model of the family; their kinds are those that the study is about."""
+    study = make_study(tomllib.loads(find_recipe(f"sharpness_lr/{name}").read_text("utf-8")))
+    assert [arm.name for arm in study.arms] == [
+        *("adamw", "adamw+blockwise", "searched", "centred", "directional", "probe", "reversed")
+    ]
+    assert study.run["model"]["name"].partition("-")[0] == model.partition("-")[0]
+    for config in study.configs:
+        built = load_model(model)
+        batches = [torch.zeros(2, 9, dtype=torch.int64)]
+        optimizer = build_optimizer(config.optimizer, built, steps=220, batches=batches)
+        assert str(make_block_lr(config.optimizer.block_lr or None) or "") == str(optimizer.options.block_lr or "")
 
 
 def test_the_folder_alone_does_not_say_which() -> None:

@@ -113,6 +113,20 @@ CONTROLLED = [
         strict=False,
     )
 ]
+CENTRED = [
+    Case(rule, "sharpness(start=1, every=3, source=centred, normalize=geometric, by=module)", "fp32", *way, *where)
+    for (rule, *where), way in zip(
+        [
+            ("adam-mini", "llama (grouped)", "fsdp 2"),
+            ("adamw", "gpt2 (Conv1D, fused, tied)", "fsdp 3"),
+            ("adam-mini", "gpt2 (Conv1D, fused, tied)", "tp 2"),
+            ("adamw", "llama (grouped)", "fsdp 2 x tp 2"),
+        ],
+        itertools.cycle(WAYS),
+        strict=False,
+    )
+]
+"""Both moments are summed up in one collective, of which one is replicated and the other cut."""
 ODD_HEADS = [
     Case("adam-mini", "blockwise", "fp32", *way, model, placement)
     for model, placement, way in itertools.product(ODD, PLANNED, WAYS)

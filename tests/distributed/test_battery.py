@@ -12,12 +12,25 @@ from typing import Any
 
 import pytest
 
-from .cases import BY_EXPERT, BY_HEAD, CAUTIOUS, CONTROLLED, EVERY, ODD_HEADS, PAIRWISE, PARTED, ROUNDS, STAGES, Case
+from .cases import (
+    BY_EXPERT,
+    BY_HEAD,
+    CAUTIOUS,
+    CENTRED,
+    CONTROLLED,
+    EVERY,
+    ODD_HEADS,
+    PAIRWISE,
+    PARTED,
+    ROUNDS,
+    STAGES,
+    Case,
+)
 from .controls import BOUNDS
 from .launch import launch
 from .placements import WIDE
 
-CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + CONTROLLED + ODD_HEADS + BY_HEAD + BY_EXPERT
+CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + CONTROLLED + CENTRED + ODD_HEADS + BY_HEAD + BY_EXPERT
 EXPECTED = {"low rank": 2, "largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
 

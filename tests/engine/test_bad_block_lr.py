@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from reference.rig import named, steps
 import sharpwise
 from sharpwise.block_lr import BlockLR, Product
 from sharpwise.probes import sharpness
-from sharpwise.testing import run, tiny_model
+from sharpwise.testing import fill_gradients, run, tiny_model
 
 PROBE = "sharpness(source=probe, start=0, every=2)"
 
@@ -26,14 +27,33 @@ PROBE = "sharpness(source=probe, start=0, every=2)"
         (lambda: sharpwise.SharpnessLR(max_ratio=0), r"max_ratio must be a number in \[1, inf\), got 0"),
         (lambda: sharpwise.SharpnessLR(max_ratio=-3), r"max_ratio must be .*got -3"),
         (lambda: sharpwise.SharpnessLR(ema=1.0), r"ema must be a number in \[0, 1\), got 1.0"),
-        (lambda: sharpwise.SharpnessLR(source="hessian"), "source must be one of second_moment, probe, got 'hessian'"),
+        (lambda: sharpwise.SharpnessLR(source="hessian"), "source must be one of second_moment, .*got 'hessian'"),
+        (lambda: sharpwise.SharpnessLR(source="centered"), r"got 'centered' \(did you mean 'centred'\?\)"),
+        (lambda: sharpwise.SharpnessLR(mean="median"), "mean must be one of arithmetic, geometric, got 'median'"),
+        (lambda: sharpwise.SharpnessLR(normalize="none"), "normalize must be one of reference, geometric, got 'none'"),
+        (lambda: sharpwise.SharpnessLR(source="probe", tied="out"), "tied must be one of both, lookup, head, got"),
+        (lambda: sharpwise.SharpnessLR(tied="head"), "source='second_moment' is of the sum of both; source"),
+        (lambda: sharpwise.SharpnessLR(per_occurrence="no"), "per_occurrence must be one of False, True, got 'no'"),
+        (lambda: sharpwise.SharpnessLR(settle=-0.2), "settle must be a finite number >= 0, or None, got -0.2"),
+        (lambda: sharpwise.SharpnessLR(settle=math.nan), "settle must be .*got nan"),
+        (lambda: sharpwise.SharpnessLR(fixed={"emb": 2}), r"takes Emb, QK.*pos_emb, got 'emb' \(did you mean 'Emb'"),
+        (lambda: sharpwise.SharpnessLR(fixed={"Emb": 0}), "the ratio of 'Emb' must be a finite number > 0, got 0"),
+        (lambda: sharpwise.SharpnessLR(fixed={"Emb": "10"}), "the ratio of 'Emb' must be .*got '10'"),
+        (lambda: sharpwise.SharpnessLR(fixed=3), "fixed must be a mapping such as .*got 3"),
+        (lambda: sharpwise.SharpnessLR(fixed="Emb"), "fixed must be a mapping such as .*got 'Emb'"),
+        (
+            lambda: sharpwise.SharpnessLR(reference="FFN", normalize="geometric"),
+            "reference='FFN' has a meaning under normalize='reference' alone",
+        ),
+        (lambda: sharpwise.SharpnessLR(start="warm-up"), "in \\(0, 1\\), or 'peak', got 'warm-up'"),
+        (lambda: sharpwise.SharpnessLR(stop="peak"), "stop must be a whole number .*got 'peak'"),
         (lambda: sharpwise.SharpnessLR(by="layer"), "by must be one of type, module, got 'layer'"),
         (lambda: sharpwise.SharpnessLR(reference="norm"), "reference must be one of Emb, QK, .*got 'norm'"),
         (lambda: sharpwise.SharpnessLR(every=0), "every must be a whole number of steps >= 1, got 0"),
         (lambda: sharpwise.HeavyTailLR(every=-2), "every must be a whole number of steps >= 1, got -2"),
         (lambda: sharpwise.HeavyTailLR(every=2.5), "every must be .*got 2.5"),
         (lambda: sharpwise.HeavyTailLR(soft=-1), "soft must be a whole number of steps >= 0, got -1"),
-        (lambda: sharpwise.HeavyTailLR(start=-1), r"start must be .*or a fraction of the training in \(0, 1\), got -1"),
+        (lambda: sharpwise.HeavyTailLR(start=-1), r"start must be .*the training in \(0, 1\), or 'peak', got -1"),
         (lambda: sharpwise.HeavyTailLR(stop=1.5), "stop must be .*got 1.5"),
         (lambda: sharpwise.HeavyTailLR(stop=math.nan), "stop must be .*got nan"),
         (lambda: sharpwise.HeavyTailLR(start=None), "start must be .*got None"),
@@ -61,6 +81,87 @@ PROBE = "sharpness(source=probe, start=0, every=2)"
 def test_arguments(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_phase_with_one_measurement():
+    """Nothing follows it."""
+    model = models.build("gpt2")
+    for block_lr, says in (
+        ("sharpness(start=4, stop=6, every=3)", "due at step 7 at the earliest, and it would stop at 6"),
+        ("sharpness(start=peak, stop=5, every=3)", "due at step 6 at the earliest, and it would stop at 5"),
+        ("sharpness(start=0.1, stop=0.29)", "due at step 300 .* stop at 290.*every than 200"),
+    ):
+        refuse(ValueError, says, partial(sharpwise.AdamW, model, block_lr=block_lr, total_steps=1000), model)
+    sharpwise.AdamW(model, block_lr="sharpness(start=4, stop=7, every=3)")
+
+
+def test_a_training_that_is_over_before_multipliers_move(caplog):
+    with caplog.at_level(logging.WARNING, logger="sharpwise"):
+        sharpwise.AdamW(models.build("gpt2"), block_lr="sharpness", total_steps=205)
+        assert not caplog.records
+        sharpwise.AdamW(models.build("gpt2"), block_lr="sharpness", total_steps=204)
+    assert "of 204 steps none comes after the second measurement, due at step 204 at the" in caplog.text
+
+
+def test_what_is_fixed_has_to_be_there():
+    model = models.build("gpt2")
+    says = (
+        r"AdamW: sharpness: fixed=\{Head: 10\} is of a type that this model has not; it has Emb, QK, FFN, VO, Norm, pos"
+    )
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr="sharpness(start=0, fixed={Head: 10})"), model)
+    reversed_ = "reversed(sharpness(start=0, fixed={Head: 10}))"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=reversed_), model)
+
+
+def test_occurrences_in_a_tied_table():
+    model = models.build("gpt2")
+    spelling = "sharpness(start=0, per_occurrence=True{})"
+    says = r"for a table that is only looked up, and transformer.wte.weight is also lm_head.weight; measure the look-up"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=spelling.format("")), model)
+    lookup = spelling.format(", source=probe, tied=lookup")
+    sharpwise.AdamW(model, block_lr=lookup, probe_batches=[BATCH])
+    sharpwise.AdamW(models.build("llama"), block_lr=spelling.format(""))  # its head is not tied
+
+
+@pytest.mark.parametrize(
+    ("rule", "block_lr", "says"),
+    [
+        ("lion", "sharpness(start=0, source=centred)", "goes by both moments, which 'lion' does not keep; AdamW and"),
+        ("sgd", "reversed(sharpness(start=0, source=directional))", "goes by both moments, which 'sgd' does not keep"),
+        ("adamw", "sharpness(start=0, source=directional)", "source='directional' lacks batches to measure on"),
+        ("lion", "sharpness(start=0, source=norm_11)", "source='norm_11' lacks batches to measure on"),
+    ],
+)
+def test_sources_that_the_optimizer_has_not(rule, block_lr, says):
+    model = models.build("gpt2")
+    refuse(ValueError, says, lambda: sharpwise.create_optimizer(model, rule, block_lr=block_lr), model)
+
+
+def test_no_mean_of_gradients_is_kept():
+    model = models.build("gpt2")
+    says = r"source='centred' tells the variance .*which betas=\(0.0, 0.9\) do not average; give a first beta above 0"
+    block_lr = "sharpness(start=0, source=centred)"
+    refuse(ValueError, says, lambda: sharpwise.AdamW(model, block_lr=block_lr, betas=(0.0, 0.9)), model)
+
+
+def test_a_variance_that_is_not_positive(caplog):
+    """Gradients that do not vary: the block keeps what it has, and that is said once."""
+    model = tiny_model()
+    block_lr = "sharpness(start=2, every=1, soft=0, source=centred, normalize=geometric, ema=0)"
+    optimizer = sharpwise.AdamW(model, lr=1e-3, betas=(0.5, 0.999), block_lr=block_lr)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    with caplog.at_level(logging.WARNING, logger="sharpwise"):
+        for t in range(8):
+            fill_gradients(model, t)
+            if t > 4:  # the mean grows, so that m-hat is larger than the root of v-hat
+                model.get_parameter(name).grad = torch.full_like(model.get_parameter(name), 10.0 * 4**t)
+            optimizer.step()
+            own = {key: value.clone() for key, value in optimizer.state[model.get_parameter(name)].items()}
+            if t == 5:
+                before = own
+    assert own["block_lr_measured"] > 0 and torch.equal(own["block_lr_measured"], before["block_lr_measured"])
+    lines = [r.getMessage() for r in caplog.records if "is not positive" in r.getMessage()]
+    assert len(lines) == 1 and f"of {name}: they keep what was measured of them before" in lines[0], lines
 
 
 def test_a_factor_that_is_none():
@@ -226,7 +327,7 @@ def test_a_zero_that_moves_to_another_block():
     following = sharpwise.SharpnessLR(start=0, every=1, soft=0, power=3, decay="base")
     block_lr = sharpwise.Reversed(following * Still())
     optimizer = sharpwise.AdamW(model, lr=1e-3, weight_decay=0.1, block_lr=block_lr)
-    for _ in range(2):  # queries and keys are as sharp as norms now, so that the largest multiplier is the MLP's
+    for _ in range(3):  # queries and keys are as sharp as norms now, so that the largest multiplier is the MLP's
         for name, p in named(model):
             p.grad = torch.full_like(p, 1.0 if "ln_" in name or "attn" in name else 1e-6)
         optimizer.step()

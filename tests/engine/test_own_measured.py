@@ -128,10 +128,10 @@ class RMSprop(Rule):
 
 def test_the_second_moment_has_the_name_that_the_rule_says() -> None:
     ours, theirs = tiny_model(), tiny_model()
-    block_lr = sharpwise.SharpnessLR(start=1, every=1)
+    block_lr = sharpwise.SharpnessLR(start=1, every=1, by="module")
     own = BlockOptimizer(ours, RMSprop(), lr=0.0, weight_decay=0.0, options=Options(block_lr=block_lr))
     adamw = sharpwise.AdamW(theirs, lr=0.0, betas=(0.9, 0.9), block_lr=block_lr)
-    for step in range(3):
+    for step in range(4):
         for model, optimizer in ((ours, own), (theirs, adamw)):
             fill_gradients(model, step)
             optimizer.step()

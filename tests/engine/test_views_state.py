@@ -314,7 +314,7 @@ def test_a_probe_measures_every_part():
     found = []
     for by in ({}, MIXED, TURNED):
         model = gpt2()
-        options = {"block_lr": "sharpness(source=probe, start=1, every=3, by=module, power=2)"}
+        options = {"block_lr": "sharpness(source=probe, start=1, every=1, by=module, power=2)"}
         optimizer = optimizer_of(model, by, probe_batches=given, probe=sharpness_by_name, lr=0.0, **options)
         for _ in range(3):
             loss_of(model, given[0]["input_ids"]).backward()

@@ -47,7 +47,11 @@ def test_multipliers_of_1_are_none(rule, case, compiled):
 
 RESUMED = [
     "sharpness(start=0, every=2, soft=5, by=module, ema=0.9)",
-    "sharpness(start=1, every=3, soft=0, stop=4, max_ratio=1e6)",
+    "sharpness(start=1, every=2, soft=0, stop=4, max_ratio=1e6, by=module)",
+    "sharpness(start=1, every=1, soft=2, source=centred, normalize=geometric, mean=geometric, fixed={Emb: 10})",
+    "sharpness(start=1, every=1, soft=2, normalize=geometric, by=module, settle=0.5)",
+    "mean_matched(sharpness(start=1, every=2, source=centred, normalize=geometric, by=module))*layer_decay(rate=0.9)",
+    "reversed(sharpness(start=1, every=1, normalize=geometric, mean=geometric, fixed={Emb: 10}))",
     "llr(least=4, every=3, stop=3, soft=4, shape_corrected=True, normalize=geometric)",
     "llr(least=4, stop=0, soft=5, by=type)*layer_decay(rate=0.9)",
     "llr(least=4, every=2, stop=4, soft=3)*sharpness(start=1, every=3)",

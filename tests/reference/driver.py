@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from reference import cuts
+from reference import cuts, sharpness_lr
 from reference.measured_lr import Follows
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -89,6 +89,7 @@ class Twin:
     def __init__(self, rule, named, groups, *, pieces=None, block_lr=None, blocks=None):
         self.rule, self.pieces, self.blocks = rule, pieces, blocks
         self.seen = {}
+        self.history = {}
         self.p = {name: as_array(p) for name, p in named}
         extra = (lambda name: {"blocks": blocks[name]}) if blocks else (lambda name: {})
         self.extra = extra
@@ -122,6 +123,12 @@ class Twin:
                 v[index] = of_block
         return v / (1 - b2 ** state["step"])
 
+    def variance(self, name):
+        """Of the gradients of each element of the flattened parameter so far; None before the second step."""
+        found = self.history.get(name, [])
+        betas = next(hyper["betas"] for names, hyper, _ in self.groups if name in names)
+        return sharpness_lr.variance(np.array(found), *betas) if len(found) > 1 else None
+
     def rates(self, name, policy, lr):
         """Learning rates of update and decay: numbers, or arrays of the parameter's shape."""
         if policy is None:
@@ -139,6 +146,9 @@ class Twin:
         self.grads = {name: None if g is None else as_array(g) for name, g in grads.items()}
         for policy in self.measured:
             policy.measure(self)
+        for name, g in self.grads.items():
+            if g is not None and self.measured:
+                self.history.setdefault(name, []).append(g.ravel())
         for (names, hyper, policy), lr in zip(self.groups, lrs, strict=True):
             if policy is not None:
                 policy.observe(lr)

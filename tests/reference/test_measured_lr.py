@@ -97,7 +97,7 @@ def test_sharpness_settings(source):
         {"start": 1, "every": 5, "soft": 2},
         {"start": 1, "every": 2, "soft": 6},  # sets out again before it is there
         {"start": 2, "every": 3, "soft": 0, "stop": 5},
-        {"start": 4, "every": 3, "stop": 4},
+        {"start": 4, "every": 3, "stop": 7},
     ],
     ids=str,
 )
@@ -301,7 +301,17 @@ def test_reference_of_sharpness():
     source = sharpness_lr.Sharpness(pieces, power=0.5, max_ratio=6.0)
     assert source.multipliers().tolist() == [1, 1, 1, 1]
     source.look(View())
-    assert source.multipliers().tolist() == [6, 2, 4, 1]
+    assert source.multipliers().tolist() == [1, 1, 1, 1]
+    source.look(View())
+    assert np.allclose(source.multipliers(), [6, 2, 4, 1])
+    source.normalize, source.max_ratio = "geometric", 4.0
+    # 1, 1/4, 1/2, 1/8 over 4, 2, 2, 2 elements: 12 factors of 1/2 in 10 elements
+    assert np.allclose(source.multipliers(), np.array([1, 1 / 4, 1 / 2, 1 / 8]) * 2.0**1.2)
+    source.max_ratio = 2.0
+    assert np.allclose(source.multipliers(), [2.0, 0.5, 1.0, 0.5])
+    source.fixed, source.max_ratio = {"emb": 10.0}, 4.0
+    assert np.allclose(source.multipliers(), [10.0, 1.0, 2.0, 0.5])
+    source.normalize, source.max_ratio, source.fixed = "reference", 6.0, {}
     source.S *= 16.0
     source.look(View())
     assert np.allclose(source.S, [4, 64, 16, 256])

@@ -12,7 +12,7 @@ import sharpwise
 from reference import driver, models, sharpness_lr
 from reference.blockwise_lr import RATIO_OF_ROLE
 from reference.rig import BARE, named, steps
-from sharpwise.probes import calibrate, sharpness
+from sharpwise.probes import Curvature, calibrate, norm_11, sharpness
 
 BATCHES = [torch.randint(0, 13, (2, 7), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
@@ -43,7 +43,7 @@ def found(model, seed, overrides=None):
     return np.array([v if v > 0 else np.nan for v in values]), blocks
 
 
-def ratios(S, blocks, **source):
+def ratios(S, blocks, settled=True, **source):
     """The reference's multipliers of measured S."""
 
     class Part:
@@ -52,7 +52,7 @@ def ratios(S, blocks, **source):
 
     pieces = {i: [Part(segment)] for i, segment in enumerate(blocks.segments)}
     reference = sharpness_lr.Sharpness(pieces, **source)
-    reference.S = S
+    reference.S, reference.settled[:] = S, settled
     return reference.multipliers()
 
 
@@ -83,18 +83,18 @@ def test_multipliers_follow_the_probe(name, rule, by):
             assert p.grad is None or torch.equal(p.grad, recorded[parameter]), "the gradient changed"
         assert model.training and torch.equal(random, torch.get_rng_state())
         got = [row["multiplier"] for row in optimizer.lr_multipliers()]
-        want = ratios(S, blocks, power=0.4, by=by)
+        want = ratios(S, blocks, settled=t >= 2, power=0.4, by=by)
         assert np.allclose(got, want, rtol=1e-5, atol=0), (t, got, want)
     assert len(set(np.round(got, 4))) > 2
 
 
 def test_the_probe_goes_with_products_and_ablations():
     model = models.build("llama")
-    spelling = "reversed(sharpness(source=probe, start=0, every=9, soft=0)*layer_decay(rate=0.8))"
-    optimizer = sharpwise.Lion(model, lr=1e-4, block_lr=spelling, probe_batches=BATCHES)
+    spelling = "reversed(sharpness(source=probe, start=0, every=1, stop=1, soft=0, ema=0)*layer_decay(rate=0.8))"
+    optimizer = sharpwise.Lion(model, lr=0.0, block_lr=spelling, probe_batches=BATCHES)
     steps(optimizer, named(model), driver.gradients(named(model), 2))
     twin = models.build("llama")
-    S, blocks = found(twin, 0)
+    S, blocks = found(twin, 1)
     own = ratios(S, blocks)
     depth = [row["multiplier"] for row in sharpwise.AdamW(twin, block_lr="layer_decay(rate=0.8)").lr_multipliers()]
     values, rank = np.unique(np.round(own * depth, 9), return_inverse=True)
@@ -148,6 +148,24 @@ def test_calibrate_on_a_map_of_more_than_is_trained():
     assert fixed == calibrate(model, BATCHES) and fixed.emb == 1.0
 
 
+def test_calibrate_of_other_statistics_and_maps():
+    model = models.build("gpt2")
+    fixed = calibrate(model, BATCHES, normalize="geometric", max_ratio=4, tied="lookup", fixed={"VO": 2})
+    sizes = dict.fromkeys(("emb", "qk", "ffn", "norm", "pos_emb"), 0)
+    for s in sharpwise.BlockMap.of(model):
+        if (kind := RATIO_OF_ROLE[str(s.role)]) != "vo":
+            sizes[kind] += s.numel
+    logs = sum(n * np.log(getattr(fixed, kind)) for kind, n in sizes.items())
+    assert fixed.vo == 2 and abs(logs) < 5e-3 * sum(sizes.values())
+    others = [
+        calibrate(model, BATCHES, normalize="geometric", max_ratio=1e3, tied=tied).emb for tied in ("both", "head")
+    ]
+    assert others[0] != fixed.emb != others[1]
+    rows = calibrate(model, BATCHES, source="norm_11", max_ratio=1e9, power=1)
+    one = norm_11(Curvature(model, BATCHES, "gauss-newton"), samples=20).select(by="type")
+    assert rows.qk == pytest.approx(max(one.value(of="Norm") / one.value(of="QK"), 1), rel=5.1e-3)
+
+
 def test_calibrate_keeps_the_decay():
     model = models.build("llama")
     assert calibrate(model, BATCHES, decay="base").decay == "base"
@@ -157,6 +175,8 @@ def test_calibrate_keeps_the_decay():
     ("settings", "says"),
     [
         ({"by": "module"}, "calibrate gives one ratio per type, got by='module'"),
+        ({"source": "centred"}, "calibrate has a model and no optimizer, got source='centred'; leave it out"),
+        ({"source": "directional"}, "got source='directional'"),
         ({"power": -1}, "power must be"),
         ({"reference": "Other"}, "Other, which no trained parameter"),
     ],

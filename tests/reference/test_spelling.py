@@ -54,6 +54,19 @@ READ = [
     ("sharpness(stop=None, every=200)", SharpnessLR(), "sharpness"),
     ("sharpness(source=probe, power=1.0)", SharpnessLR(source="probe", power=1), "sharpness(power=1, source=probe)"),
     ("sharpness(by='module', soft=0)", SharpnessLR(by="module", soft=0), "sharpness(soft=0, by=module)"),
+    (
+        "sharpness(fixed={Emb: 10, pos_emb: 1.0}, normalize=geometric)",
+        SharpnessLR(fixed={"Emb": 10, "pos_emb": 1}, normalize="geometric"),
+        "sharpness(normalize=geometric, fixed={Emb: 10, pos_emb: 1})",
+    ),
+    ("sharpness(fixed={}, settle=None)", SharpnessLR(), "sharpness"),
+    (
+        "sharpness(source=directional, tied=lookup, start=peak, mean=geometric, settle=.2, per_occurrence=True)",
+        SharpnessLR(
+            source="directional", tied="lookup", start="peak", mean="geometric", settle=0.2, per_occurrence=True
+        ),
+        "sharpness(start=peak, source=directional, mean=geometric, tied=lookup, per_occurrence=True, settle=0.2)",
+    ),
     ("llr", HeavyTailLR(), "llr"),
     ("llr(stop=None)", HeavyTailLR(stop=None), "llr(stop=None)"),
     ("llr(least=2)", HeavyTailLR(least=2), "llr(least=2)"),
@@ -137,9 +150,11 @@ plain = st.one_of(
     st.builds(
         SharpnessLR,
         power=st.floats(0, 1e300),
-        source=st.sampled_from(["second_moment", "probe"]),
+        source=st.sampled_from(["second_moment", "centred", "probe", "directional", "norm_11"]),
         reference=st.sampled_from(["Norm", "FFN"]),
-        start=st.integers(0, 10**12) | st.floats(0, 1, exclude_min=True, exclude_max=True),
+        fixed=st.dictionaries(st.sampled_from(["Emb", "QK", "pos_emb"]), st.floats(1e-300, 1e300)),
+        settle=st.none() | st.floats(0, 1e300),
+        start=st.just("peak") | st.integers(0, 10**12) | st.floats(0, 1, exclude_min=True, exclude_max=True),
         soft=st.none() | st.integers(0, 10**9),
         ema=st.floats(0, 1, exclude_max=True),
     ),

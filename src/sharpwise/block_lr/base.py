@@ -16,11 +16,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from sharpwise.blocks import Segment
+from sharpwise.blocks.roles import meant
 from sharpwise.hints import kind_of
 
-Source = Literal["second_moment", "gradient", "matrix", "probe"]
-"""Of each segment: the mean of the second moment that the rule keeps; what `of_gradient` and `of_matrices` make of the
-gradient and the weights; the sharpness by a probe of the model."""
+Source = Literal["second_moment", "centred", "gradient", "matrix", "probe", "directional"]
+"""Of each segment: the mean of the second moment that the rule keeps, or of the variance that both moments tell; what
+`of_gradient` and `of_matrices` make of the gradient and the weights; what a probe of the model finds, and one that is
+told in which direction the rule moves."""
 Measured = Mapping["MeasuredLR", Sequence[float]]
 """What was measured for each block_lr that asks: one number per segment of the model, NaN where none is known."""
 NOTHING: Measured = MappingProxyType({})
@@ -58,7 +60,7 @@ class BlockLR:
             if isinstance(value, BlockLR):
                 said.append(str(value))
             elif each.init and value != each.default:
-                said.append(f"{each.name}={spelled(value)}")
+                said.append(f"{each.name}={spelled(each.metadata.get('as', _same)(value))}")
         return f"{self.name}({', '.join(said)})" if said else self.name
 
     def __mul__(self, other: object) -> BlockLR:
@@ -111,6 +113,21 @@ class MeasuredLR(BlockLR):
         return (self,)
 
     @property
+    def probed(self) -> bool:
+        """Whether it is measured on the model and batches, which the optimizer then needs."""
+        return self.measures in ("probe", "directional")
+
+    @property
+    def probe_settings(self) -> Mapping[str, Any]:
+        """What a probe is told beside the model, its blocks and batches."""
+        return {}
+
+    @property
+    def after_warmup(self) -> bool:
+        """Whether it waits until the learning rate no longer rises."""
+        return False
+
+    @property
     def waits(self) -> bool:
         """Whether it is measured at every step until all segments have a value."""
         return False
@@ -126,6 +143,10 @@ class MeasuredLR(BlockLR):
 
     def check_length(self, total_steps: int | None) -> None:
         """Raise ValueError unless it is known when to measure in a training of so many steps (None: not known)."""
+
+    def doubts(self, total_steps: int | None) -> str | None:
+        """What a user should know before a training of so many steps."""
+        return None
 
     def reads(self, segment: Segment) -> bool:
         """Whether this segment has a value; of matrices, where others are not even brought together."""
@@ -145,6 +166,18 @@ class MeasuredLR(BlockLR):
     def updated(self, before: float, now: float) -> float:
         """What to keep, of what was kept before and what has been found now; NaN where there is nothing."""
         return before if isnan(now) else now
+
+    def settles(self, segments: Sequence[Segment], before: Sequence[float], now: Sequence[float]) -> list[bool]:
+        """Of which segments multipliers may follow what is kept, from this measurement on.
+
+        Args:
+            before, now: what was kept before, and what has been found now; NaN where there is nothing.
+        """
+        return [True] * len(segments)
+
+    def unusable(self, segments: Sequence[Segment], now: Sequence[float]) -> str | None:
+        """What a user should know of values that were found and tell nothing; said once."""
+        return None
 
     def remarks(self, segments: Sequence[Segment], values: Sequence[float]) -> str | None:
         """What a user should know of the values of what the optimizer moves, NaN where there is none; said once."""
@@ -215,9 +248,46 @@ class Product(BlockLR):
             factor.check(segments)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def is_number(value: object) -> bool:
     """Whether this is a real number, True and False being none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_choices(own: BlockLR, allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ValueError where a field is none of what it may be."""
+    for key, values in allowed.items():
+        if (value := getattr(own, key)) not in values:
+            words = list(map(str, values))
+            raise ValueError(f"{own.name}: {key} must be one of {', '.join(words)}, got {value!r}{meant(value, words)}")
+
+
+def ratios_of(who: str, key: str, given: Any, example: str) -> tuple[tuple[str, float], ...]:
+    """A mapping or pairs of names and numbers > 0, as pairs; of equal names the last one holds, in its place.
+
+    Raises:
+        ValueError: it is neither, or a number is none.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else given
+    try:
+        found = tuple((name, value) for name, value in pairs)
+    except (TypeError, ValueError):
+        raise ValueError(f"{who}: {key} must be a mapping such as {example}, got {given!r}") from None
+    last: dict[str, float] = {}
+    for name, value in found:
+        check_ratio(who, name, value)
+        last.pop(name, None)
+        last[name] = value
+    return tuple(last.items())
+
+
+def check_ratio(who: str, name: object, value: object) -> None:
+    """Raise ValueError unless this is a name, and a finite number > 0."""
+    if not isinstance(name, str) or not is_number(value) or not 0.0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{who}: the ratio of {name!r} must be a finite number > 0, got {value!r}")
 
 
 def spelled(value: Any) -> str:

@@ -31,10 +31,17 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sharpwise.block_lr.base import NOTHING, Measured, Source, is_number
+from sharpwise.block_lr.base import NOTHING, Measured, Source, check_choices, is_number
 from sharpwise.block_lr.measured import PhasedLR
 from sharpwise.block_lr.tail import Convention, Spectrum, alpha_hill, alpha_of_random
 from sharpwise.blocks import BlockType, Segment
+
+_CHOICES = {
+    "normalize": ("none", "geometric"),
+    "by": ("matrix", "type"),
+    "convention": ("hill", "published"),
+    "shape_corrected": (False, True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +80,7 @@ class HeavyTailLR(PhasedLR):
                 raise ValueError(f"{self.name}: {key} must be a finite number > 0, got {value!r}")
         if type(self.least) is not int or self.least < 2:
             raise ValueError(f"{self.name}: least must be a whole number >= 2, got {self.least!r}")
-        for key, allowed in (
-            ("normalize", ("none", "geometric")),
-            ("by", ("matrix", "type")),
-            ("convention", ("hill", "published")),
-            ("shape_corrected", (False, True)),
-        ):
-            if (value := getattr(self, key)) not in allowed:
-                raise ValueError(f"{self.name}: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        check_choices(self, _CHOICES)
 
     @property
     def measures(self) -> Source:

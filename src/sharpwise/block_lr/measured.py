@@ -12,9 +12,12 @@ is saved, so that a resumed run has the same multipliers at every step.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sharpwise.block_lr.base import MeasuredLR, is_number
+
+PEAK: Literal["peak"] = "peak"
+"""In place of a first step: when the learning rate has reached its peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +26,14 @@ class PhasedLR(MeasuredLR):
 
     Args:
         start, stop: first and last step of the phase: a whole number of steps, or a fraction of `total_steps`, which
-            the optimizer then has to be told. stop=None: never. Multipliers stay as they are after the last
-            measurement.
+            the optimizer then has to be told. start="peak": at multiples of `every`, but for those at which the
+            learning rate is higher than ever before, as in a warm-up. stop=None: never. Multipliers stay as they are
+            after the last measurement.
         every: steps between measurements.
         soft: steps in which multipliers go to their new values; None: `every`.
     """
 
-    start: float = 0
+    start: float | Literal["peak"] = 0
     stop: float | None = None
     every: int = 100
     soft: int | None = None
@@ -40,8 +44,10 @@ class PhasedLR(MeasuredLR):
         super().__post_init__()
         for name in ("start", "stop"):
             value = getattr(self, name)
-            if not (value is None and name == "stop") and not _is_phase(value):
-                raise ValueError(f"{self.name}: {name} must be {self.unit}, got {value!r}")
+            word = {"start": PEAK, "stop": None}[name]
+            if value != word and not _is_phase(value):
+                also = f", or {PEAK!r}" if name == "start" else ""
+                raise ValueError(f"{self.name}: {name} must be {self.unit}{also}, got {value!r}")
         for name, least in (("every", 1), ("soft", 0)):
             value = getattr(self, name)
             if not (value is None and name == "soft") and (type(value) is not int or value < least):
@@ -53,7 +59,13 @@ class PhasedLR(MeasuredLR):
 
     def due(self, taken: int, total_steps: int | None) -> bool:
         start, stop = self.phase(total_steps)
+        if self.after_warmup and not taken:
+            return False
         return start <= taken and (stop is None or taken <= stop) and (taken - start) % self.every == 0
+
+    @property
+    def after_warmup(self) -> bool:
+        return self.start == PEAK
 
     def check_length(self, total_steps: int | None) -> None:
         self.phase(total_steps)
@@ -64,7 +76,7 @@ class PhasedLR(MeasuredLR):
         Raises:
             ValueError: one is a fraction, and `total_steps` is not known; or it stops before it starts.
         """
-        start = self._steps("start", self.start, total_steps)
+        start = 0 if isinstance(self.start, str) else self._steps("start", self.start, total_steps)
         stop = None if self.stop is None else self._steps("stop", self.stop, total_steps)
         if stop is not None and stop < start:
             raise ValueError(f"{self.name}: it would stop at step {stop}, before it starts, at {start}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
-from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, is_number, spelled
+from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, check_ratio, ratios_of, spelled
 from sharpwise.blocks import BlockType, Role, Segment
 from sharpwise.blocks.roles import meant
 
@@ -31,21 +31,8 @@ class PerRole(BlockLR):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pairs = self.ratios.items() if isinstance(self.ratios, Mapping) else self.ratios
-        try:
-            found = tuple((name, value) for name, value in pairs)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{self.name}: ratios must be a mapping such as {{'FFN': 6, '*.mlp.*': 3}}, got {self.ratios!r}"
-            ) from None
-        for name, value in (*found, ("default", self.default)):
-            if not isinstance(name, str) or not is_number(value) or not 0.0 < value < float("inf"):
-                raise ValueError(f"{self.name}: the ratio of {name!r} must be a finite number > 0, got {value!r}")
-        last: dict[str, float] = {}
-        for name, value in found:
-            last.pop(name, None)  # of equal names the last one holds, in its place
-            last[name] = value
-        object.__setattr__(self, "ratios", tuple(last.items()))
+        object.__setattr__(self, "ratios", ratios_of(self.name, "ratios", self.ratios, "{'FFN': 6, '*.mlp.*': 3}"))
+        check_ratio(self.name, "default", self.default)
 
     def __str__(self) -> str:
         said = [f"ratios={spelled(dict(self.ratios))}"]

@@ -21,8 +21,9 @@ from sharpwise.shards import is_dtensor, local
 
 logger = logging.getLogger(__name__)
 
-Probe = Callable[[int], dict[str, list[float]]]
-"""Steps taken -> sharpness by a probe of the model, by name of the parameter, per segment."""
+Probe = Callable[[int, MeasuredLR, Mapping[str, Tensor] | None], dict[str, list[float]]]
+"""Steps taken, what asks, the direction of the rule by name where that is asked for -> what a probe of the model finds,
+by name of the parameter, per segment."""
 Factors = list[tuple[float, ...]]
 """Multipliers of one parameter: per factor of the block_lr, per segment."""
 
@@ -44,7 +45,8 @@ class Multipliers:
 
     State of a parameter whose multipliers follow measurements: `multiplier_from` and `multiplier_to`, both ends of the
     ramp of every factor of the block_lr [segments, factors]; `lr_multiplier`, the product of the ends [segments];
-    `block_lr_measured` [segments, sources], 0 where there is nothing. Groups hold `block_lr_step`, the steps taken (on
+    `block_lr_measured` [segments, sources], 0 where there is nothing; `block_lr_settled`, likewise: 1 where multipliers
+    follow it, 0 where it is kept until another measurement agrees. Groups hold `block_lr_step`, the steps taken (on
     a device: asked for, skipped or not), and `multiplier_ramp`, first step and length of the ramp of every factor.
 
     Args:
@@ -71,15 +73,16 @@ class Multipliers:
         self._from: dict[str, Factors] = {}
         self._to: dict[str, Factors] = {}
         self._measured: dict[MeasuredLR, dict[str, list[float]]] = {source: {} for source in self.sources}
+        self._settled: dict[MeasuredLR, dict[str, list[bool]]] = {source: {} for source in self.sources}
         self._applied: list[float] = []
-        if any(source.measures == "probe" for source in self.sources) and any(is_dtensor(e.param) for e in views):
+        if any(source.probed for source in self.sources) and any(is_dtensor(e.param) for e in views):
             raise ValueError(
                 f"block_lr {self.block_lr} probes the model, and {views[0].name} is sharded; source='second_moment' "
-                f"works on any mesh"
+                f"works on any mesh, and 'centred' too"
             )
         kept: tuple[str, ...] = () if self.block_lr is None else ("lr_multiplier",)
         if self.sources:
-            kept = "multiplier_from", "multiplier_to", "block_lr_measured"
+            kept = "multiplier_from", "multiplier_to", "block_lr_measured", "block_lr_settled"
         self._kept = [local(state[v.param][v.state_key(key)]) for v in self.views for key in kept]
         self._versions = versions_of(self._kept)
         if self.sources:
@@ -116,14 +119,16 @@ class Multipliers:
         if any(waiting.values()) and not bool(ok):
             waiting = {}
         due = [s for s in self.sources if waiting.get(s) or s.due(taken, self.options.total_steps)]
-        found = [self._measure(source, waiting.get(source, self.views), taken, reduce_group) for source in due]
+        groups = list({id(e.group): e.group for e in active}.values()) if self.options.tracks_peak else []
+        if any(source.after_warmup for source in due) and _is_rising(groups):
+            due = [source for source in due if not source.after_warmup]
+        measured = [waiting.get(source, self.views) for source in due]
+        found = [self._measure(source, views, taken, reduce_group) for source, views in zip(due, measured, strict=True)]
         # A measurement may fail; nothing is written before the last is there.
-        for source, values in zip(due, found, strict=True):
-            self._measured[source] |= values
-            self._warn(source)
-        if self.block_lr is not None and self.block_lr.follows_lr:
-            for group in {id(e.group): e.group for e in active}.values():
-                group["peak_lr"] = max(float(group["peak_lr"]), float(group["lr"]))
+        for source, views, values in zip(due, measured, found, strict=True):
+            self._take(source, views, values)
+        for group in groups:
+            group["peak_lr"] = max(float(group["peak_lr"]), float(group["lr"]))
         if not self.sources:
             return False
         if due:
@@ -145,20 +150,30 @@ class Multipliers:
 
     def _measure(
         self, source: MeasuredLR, views: Sequence[ParamView], taken: int, reduce_group: ReduceGroup
-    ) -> dict[str, list[float]]:
-        """The values of a source, updated by a measurement now, by name."""
+    ) -> list[list[float]]:
+        """The values of a source now, per view and segment."""
 
-        def probe() -> list[list[float]]:
-            found = self.probe(taken)
+        def probe(updates: Mapping[str, Tensor] | None) -> list[list[float]]:
+            found = self.probe(taken, source, updates)
             none = (math.nan,) * len(self.known)
             return [list(v.of_segments(found.get(v.name, none))) for v in views]
 
-        known = self._measured[source]
-        measured = measure(source, views, reduce_group, probe)
-        return {
-            view.full_name: [source.updated(*pair) for pair in zip(known[view.full_name], values, strict=True)]
-            for view, values in zip(views, measured, strict=True)
-        }
+        return measure(source, views, reduce_group, probe)
+
+    def _take(self, source: MeasuredLR, views: Sequence[ParamView], found: Sequence[Sequence[float]]) -> None:
+        """Keep what was measured, and note of which segments multipliers may follow it."""
+        known, settled = self._measured[source], self._settled[source]
+        segments = [segment for view in views for segment in self._now(view)]
+        before = [value for view in views for value in known[view.full_name]]
+        now = [value for own in found for value in own]
+        follow = iter(source.settles(segments, before, now))
+        for view, own in zip(views, found, strict=True):
+            name = view.full_name
+            known[name] = [source.updated(*pair) for pair in zip(known[name], own, strict=True)]
+            settled[name] = [was or new for was, new in zip(settled[name], [next(follow) for _ in own], strict=True)]
+        self._warn(source, "", source.unusable(segments, now))
+        own_segments = [segment for view in self.views for segment in view.segments]
+        self._warn(source, "kept", source.remarks(own_segments, [v for e in self.views for v in known[e.full_name]]))
 
     def _retarget(self, due: Sequence[MeasuredLR], taken: int) -> None:
         """Ramp from the current factors to the measured targets."""
@@ -185,23 +200,30 @@ class Multipliers:
         frozen = {view.name: not view.param.requires_grad for view in self.views}
         return [replace(s, frozen=frozen.get(s.name, s.frozen)) for s in self.known]
 
+    def _now(self, view: ParamView) -> list[Segment]:
+        """The segments of a view, likewise."""
+        return [replace(s, frozen=not view.param.requires_grad) for s in view.segments]
+
     def _by_segment(self) -> dict[MeasuredLR, list[float]]:
-        """Measured values, in the order of all segments of the model."""
+        """Measured values that multipliers follow, in the order of all segments of the model."""
         result = {}
         for source, values in self._measured.items():
-            pairs = [(v.name, zip(v.numbers, values[v.full_name], strict=True)) for v in self.views]
+            settled = self._settled[source]
+            follow = {
+                name: [v if ok else math.nan for v, ok in zip(own, settled[name], strict=True)]
+                for name, own in values.items()
+            }
+            pairs = [(v.name, zip(v.numbers, follow[v.full_name], strict=True)) for v in self.views]
             found = {(name, i): value for name, own in pairs for i, value in own}
             numbers = {name: itertools.count() for name in dict.fromkeys(s.name for s in self.known)}
             result[source] = [found.get((s.name, next(numbers[s.name])), math.nan) for s in self.known]
         return result
 
-    def _warn(self, source: MeasuredLR) -> None:
-        """Pass on, once, what the source has to remark of its values."""
-        segments = [segment for view in self.views for segment in view.segments]
-        remarks = source.remarks(segments, [v for e in self.views for v in self._measured[source][e.full_name]])
-        if remarks is None or str(source) in self.warned:
+    def _warn(self, source: MeasuredLR, about: str, remarks: str | None) -> None:
+        """Pass on, once, what the source has to remark about its values."""
+        if remarks is None or f"{source} {about}" in self.warned:
             return
-        self.warned.add(str(source))
+        self.warned.add(f"{source} {about}")
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_rank() == 0:
             logger.warning("block_lr %s: %s", source, remarks)
@@ -213,20 +235,24 @@ class Multipliers:
             own, name = self.state[view.param], view.full_name
             self._from[name] = [tuple(column) for column in own[view.state_key("multiplier_from")].T.tolist()]
             self._to[name] = [tuple(column) for column in own[view.state_key("multiplier_to")].T.tolist()]
-            values = own[view.state_key("block_lr_measured")]
+            values, settled = (own[view.state_key(f"block_lr_{what}")] for what in ("measured", "settled"))
             for i, source in enumerate(self.sources):
                 self._measured[source][name] = [v or math.nan for v in values[:, i].tolist()]
+                self._settled[source][name] = [bool(v) for v in settled[:, i].tolist()]
 
     def _write(self) -> None:
         kept: list[Tensor] = []
         flat: list[float] = []
         for view in self.views:
             own, name = self.state[view.param], view.full_name
-            measured = [self._measured[source][name] for source in self.sources]
+            measured, settled = (
+                [own[source][name] for source in self.sources] for own in (self._measured, self._settled)
+            )
             for key, columns in (
                 ("multiplier_from", self._from[name]),
                 ("multiplier_to", self._to[name]),
                 ("block_lr_measured", measured),
+                ("block_lr_settled", settled),
                 ("lr_multiplier", [product(self._to[name], len(view.segments))]),
             ):
                 kept.append(local(own[view.state_key(key)]))
@@ -269,3 +295,9 @@ def _interpolated(start: Sequence[float], target: Sequence[float], progress: flo
     if progress >= 1.0:
         return tuple(target)
     return tuple(a + (b - a) * progress for a, b in zip(start, target, strict=True))
+
+
+def _is_rising(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a learning rate is higher than ever before, or none was above 0 so far: a warm-up."""
+    pairs = [(float(group["lr"]), float(group["peak_lr"])) for group in groups]
+    return any(lr > peak for lr, peak in pairs) or not any(peak > 0 for _, peak in pairs)

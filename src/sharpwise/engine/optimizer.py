@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharpwise.block_lr import BlockLR
+from sharpwise.block_lr import BlockLR, MeasuredLR
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import binding, checks, loading
 from sharpwise.engine import state as states
@@ -145,14 +145,15 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
         binding.check_roles(blocks, self._known, self.rule, block_lr, self.strict, self._model(), unknown, who)
 
-    def _probe(self, taken: int) -> dict[str, list[float]]:
-        """The sharpness of the segments of every parameter, by a probe of the model as it is."""
+    def _probe(self, taken: int, source: MeasuredLR, updates: Mapping[str, Tensor] | None) -> dict[str, list[float]]:
+        """What a probe of the model as it is finds of the segments of every parameter."""
         model = self._model()
         if model is None:
             raise RuntimeError(f"{self.who}: the model that the block_lr measures is gone; build the optimizer anew")
         assert self.options.probe is not None
+        settings = {**source.probe_settings, **({} if updates is None else {"updates": updates})}
         with torch.enable_grad():
-            return self.options.probe(model, self.options.probe_batches, self._known, seed=taken)
+            return self.options.probe(model, self.options.probe_batches, self._known, seed=taken, **settings)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

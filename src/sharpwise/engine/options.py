@@ -11,8 +11,9 @@ from sharpwise.hints import nearest
 from sharpwise.storage import FP32, Format
 
 ModelProbe = Callable[..., dict[str, list[float]]]
-"""(model, batches, blocks, seed=) -> the sharpness of what is trained now: by name, one value per segment. Pickled with
-the optimizer, so that it has to be a function of a module."""
+"""(model, batches, blocks, seed=, **settings) -> a value of what is trained now: by name, one per segment. The settings
+are the `probe_settings` of the block_lr, and `updates` where it asks for them. Pickled with the optimizer, so that it
+has to be a function of a module."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Options:
         if self.on_nonfinite == "skip":
             found["skipped_steps"] = 0
         if self.block_lr is not None:
-            found |= {"peak_lr": 0.0} if self.block_lr.follows_lr else {}
+            found |= {"peak_lr": 0.0} if self.tracks_peak else {}
             found["block_lr"] = str(self.block_lr)
         if self.control is not None:
             found |= {"control": str(self.control), "reference_lr": None}
@@ -77,6 +78,12 @@ class Options:
     def varies(self) -> bool:
         """Whether multipliers change while training, each on its own."""
         return self.block_lr is not None and bool(self.block_lr.sources)
+
+    @property
+    def tracks_peak(self) -> bool:
+        """Whether the largest learning rate so far has to be known."""
+        own = self.block_lr
+        return own is not None and (own.follows_lr or any(source.after_warmup for source in own.sources))
 
     @property
     def guarded(self) -> bool:

@@ -25,6 +25,8 @@ OLD_NAMES = (
     {"lr_step": "block_lr_step", "lr_switch": "multiplier_ramp"},
 )
 """Keys of a block_lr in state dicts of versions before the first release: in the state of a parameter, in a group."""
+SETTLED = "block_lr_settled"
+"""State of a block_lr that versions before the first release lack too."""
 _NESTED = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes puts what FSDP is not to cut."""
 
@@ -167,8 +169,12 @@ def renamed(held: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     for names in OLD_NAMES:
         if names.keys() <= held.keys():
-            held = {k: v for k, v in held.items() if k not in names.values()}
+            held = {k: v for k, v in held.items() if k not in names.values() and k != SETTLED}
             held = {names.get(k, k): v for k, v in held.items()}
+    for key, value in list(held.items()):
+        own = key.replace("block_lr_measured", SETTLED)
+        if own != key and own not in held and isinstance(value, Tensor):
+            held = {**held, own: torch.ones_like(value)}  # multipliers followed the first measurement
     return held
 
 

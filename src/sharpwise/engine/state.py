@@ -15,7 +15,7 @@ from sharpwise.rules.base import MatrixRule
 from sharpwise.shards import like, local
 from sharpwise.storage import FP32, Dense, Format
 
-OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured"}
+OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured", "block_lr_settled"}
 """State of a block_lr: a state dict may have it or not."""
 SHORTEST_LINE = 64
 """Of formats with blocks: what is in shorter ones stays in fp32."""
@@ -184,6 +184,7 @@ def of_block_lr(
         state["multiplier_from"] = state["multiplier_to"].clone()
         shape = len(view.segments), len(block_lr.sources)
         state["block_lr_measured"] = torch.zeros(shape, dtype=torch.float64, device=device)
+        state["block_lr_settled"] = state["block_lr_measured"].clone()
     return state
 
 

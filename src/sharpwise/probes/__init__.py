@@ -1,6 +1,7 @@
 """Probes: what a block's curvature, spectrum, updates and noise are, each with its uncertainty and cost."""
 
 from sharpwise.probes.calibrate import calibrate
+from sharpwise.probes.directional import directional
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.fisher import sharpness
 from sharpwise.probes.hessian import Diagonal, diagonal, frobenius, norm_11, trace
@@ -28,6 +29,7 @@ __all__ = [
     "calibrate",
     "density",
     "diagonal",
+    "directional",
     "eigenvalues",
     "frobenius",
     "gram_eigenvalues",

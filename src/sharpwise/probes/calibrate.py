@@ -8,7 +8,7 @@ from torch import nn
 from sharpwise.block_lr import BlockwiseLR, SharpnessLR
 from sharpwise.block_lr.blockwise import KINDS, argument_of
 from sharpwise.blocks.map import Blocks, blocks_for
-from sharpwise.probes.fisher import sharpness_by_name
+from sharpwise.probes.directional import probed
 
 
 def calibrate(model: nn.Module, batches: Any, *, blocks: Blocks = None, **settings: Any) -> BlockwiseLR:
@@ -18,7 +18,7 @@ def calibrate(model: nn.Module, batches: Any, *, blocks: Blocks = None, **settin
         model: it is left as it was.
         batches: as `sharpwise.probes.sharpness` takes them.
         blocks: the map of its segments, or overrides for the one that is made.
-        **settings: of `SharpnessLR`, such as `power` and `max_ratio`.
+        **settings: of `SharpnessLR`, such as `power`, `max_ratio` and `normalize`; source="norm_11" measures that.
 
     Returns:
         `BlockwiseLR` with the ratios, to three digits; 1 for types that the model has not.
@@ -26,12 +26,14 @@ def calibrate(model: nn.Module, batches: Any, *, blocks: Blocks = None, **settin
     Raises:
         ValueError: for settings, or batches that the probe refuses.
     """
-    own = SharpnessLR(**settings)
+    own = SharpnessLR(**{"source": "probe", **settings})
     if own.by != "type":
         raise ValueError(f"{own.name}: calibrate gives one ratio per type, got by={own.by!r}")
+    if own.measures != "probe":
+        raise ValueError(f"{own.name}: calibrate has a model and no optimizer, got source={own.source!r}; leave it out")
     known = blocks_for(model, blocks, "calibrate")
     own.check(known.segments)
-    by_name = sharpness_by_name(model, batches, known)
+    by_name = probed(model, batches, known, **own.probe_settings)
     nothing = [math.nan]
     values = [by_name.get(name, nothing * len(known[name])) for name in known.names()]
     found = [own.updated(math.nan, value) for per_segment in values for value in per_segment]

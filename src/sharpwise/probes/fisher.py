@@ -25,7 +25,6 @@ result. The geometric mean is over segments, weighted by their elements, not ove
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,10 +37,9 @@ from sharpwise.probes.batches import IGNORED, Batch, check_micro
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.probes.gather import Groups, square_sums
 from sharpwise.probes.monte_carlo import Draws, check_count, check_rtol, not_reached
-from sharpwise.probes.parts import labels as labels_of
-from sharpwise.probes.parts import named_parameters
+from sharpwise.probes.parts import by_name, trained_now
 from sharpwise.probes.second_moment import sharpness_from_optimizer
-from sharpwise.probes.subject import Subject
+from sharpwise.probes.subject import Subject, Tied
 
 Labels = Literal["sampled", "true"]
 Unit = Literal["token", "sequence"]
@@ -62,6 +60,7 @@ def sharpness(
     rtol: float | None = None,
     max_batches: int | None = None,
     seed: int = 0,
+    tied: Tied = "both",
 ) -> Measurement:
     """Sharpness per segment, type and role, in a layer and over all, each with a 95% interval.
 
@@ -83,6 +82,9 @@ def sharpness(
         rtol: stop as soon as every type is known to this relative error, after ten draws at least.
         max_batches: stop after so many.
         seed: of the label draws.
+        tied: of a tied embedding, through "both" uses at once, or through the "lookup" or the output "head" alone: the
+            other one is a constant then. Both add up only in the mean over tokens that are looked up and predicted
+            independently.
 
     Returns:
         Quantity "sharpness" by segment, layer (of its types and roles), type, role and for the model; and "sharpness,
@@ -102,7 +104,7 @@ def sharpness(
     """
     _check_arguments(labels, unit, micro, samples, rtol, max_batches)
     started = time.perf_counter()
-    subject = Subject(model, blocks, _WHO)
+    subject = Subject(model, blocks, _WHO, tied)
     run = _Run(subject, labels, unit, micro, seed)
     columns = run.groups.indices("type")
     stream = itertools.islice(subject.batches(batches), max_batches)
@@ -126,25 +128,23 @@ def sharpness(
         "interval_over": "batches" if run.batches > 1 else "label draws",
         "seed": seed,
         "rtol": rtol,
+        **({} if tied == "both" else {"tied": tied}),
     }
     cost = Cost(time.perf_counter() - started, run.gradients)
     return Measurement(_WHO, run.estimates(), settings=settings, cost=cost, warnings=warnings)
 
 
-def sharpness_by_name(model: nn.Module, batches: Any, blocks: BlockMap, *, seed: int = 0) -> dict[str, list[float]]:
+def sharpness_by_name(
+    model: nn.Module, batches: Any, blocks: BlockMap, *, seed: int = 0, tied: Tied = "both"
+) -> dict[str, list[float]]:
     """The sharpness of what is trained now: by name of the parameter, one value per segment.
 
     Raises:
         ValueError: as `sharpness`.
     """
-    now = {name for name, parameter in named_parameters(model, blocks).items() if parameter.requires_grad}
-    trained = BlockMap(tuple(replace(s, frozen=False) for s in blocks.segments if s.name in now))
-    found = sharpness(model, batches, blocks=trained, seed=seed).select(quantity="sharpness", by="segment")
-    values = {estimate.of: estimate.value for estimate in found}
-    result: dict[str, list[float]] = {}
-    for segment, label in labels_of(trained).items():
-        result.setdefault(segment.name, []).append(values[label])
-    return result
+    trained = trained_now(model, blocks)
+    found = sharpness(model, batches, blocks=trained, seed=seed, tied=tied)
+    return by_name(found.select(quantity="sharpness"), trained)
 
 
 class _Run:

@@ -1,7 +1,7 @@
 """What probes share: which segments of which parameters, what they are called, and groups of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sharpwise.blocks import BlockMap, Segment, canonical_name
 from sharpwise.blocks.roles import meant
 from sharpwise.hints import kind_of
-from sharpwise.probes.estimate import By
+from sharpwise.probes.estimate import By, Estimate
 from sharpwise.shards import is_dtensor
 
 CHUNK = 2**22
@@ -35,6 +35,21 @@ def named_parameters(model: nn.Module, blocks: BlockMap) -> dict[str, nn.Paramet
     if meta := [name for name, parameter in found.items() if parameter.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values; build the model on a real one")
     return found
+
+
+def trained_now(model: nn.Module, blocks: BlockMap) -> BlockMap:
+    """The part of a map that requires a gradient now, whatever did when it was made."""
+    now = {name for name, parameter in named_parameters(model, blocks).items() if parameter.requires_grad}
+    return BlockMap(tuple(replace(s, frozen=False) for s in blocks.segments if s.name in now))
+
+
+def by_name(found: Iterable[Estimate], blocks: BlockMap) -> dict[str, list[float]]:
+    """Values of segments by name of the parameter, one per segment of the map."""
+    values = {estimate.of: estimate.value for estimate in found if estimate.by == "segment"}
+    result: dict[str, list[float]] = {}
+    for segment, label in labels(blocks).items():
+        result.setdefault(segment.name, []).append(values[label])
+    return result
 
 
 def choose(blocks: BlockMap, select: str | Iterable[str] | None) -> tuple[Segment, ...]:

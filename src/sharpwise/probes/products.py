@@ -32,7 +32,7 @@ from sharpwise.blocks.map import Blocks
 from sharpwise.probes.batches import IGNORED, Batch, check_micro
 from sharpwise.probes.gather import Selection
 from sharpwise.probes.parts import choose
-from sharpwise.probes.subject import Subject
+from sharpwise.probes.subject import Subject, Tied
 
 Kind = Literal["hessian", "gauss-newton"]
 _WHO = "Curvature"
@@ -118,6 +118,7 @@ class Curvature(Operator):
             None: every trainable element.
         dtype: torch.float32 or torch.float64, that of the products. None: the parameters', float32 if that is less.
         micro: sequences per pass, None for all of a batch. Memory is about three times that of a gradient.
+        tied: of a tied embedding, rows and columns are those of "both" uses together, of the "lookup" or of the "head".
 
     Raises:
         TypeError, ValueError: for bad arguments, a batch that does not fit the model, or no target that counts.
@@ -140,11 +141,12 @@ class Curvature(Operator):
         select: str | Sequence[str] | Sequence[Segment] | None = None,
         dtype: torch.dtype | None = None,
         micro: int | None = None,
+        tied: Tied = "both",
     ) -> None:
         if kind not in ("hessian", "gauss-newton"):
             raise ValueError(f"{_WHO}: kind must be 'hessian' or 'gauss-newton', got {kind!r}")
         check_micro(micro, _WHO)
-        self.subject = Subject(model, blocks, _WHO)
+        self.subject = Subject(model, blocks, _WHO, tied)
         chosen = _chosen(self.subject.segments, select)
         selection = Selection(chosen, list(self.subject.trained))
         self.names = list(dict.fromkeys(selection.names))

@@ -3,19 +3,22 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sharpwise.blocks import BlockMap, Segment, canonical_name
+from sharpwise.blocks import BlockMap, Role, Segment, canonical_name
 from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.hints import kind_of
 from sharpwise.model_facts import logits_of, vocabulary_of
 from sharpwise.probes.batches import Batch, as_batches
 from sharpwise.shards import is_dtensor
+
+Tied = Literal["both", "lookup", "head"]
+"""The uses of a tied embedding of which a probe takes the gradient; through the other it is a constant."""
 
 
 class Subject:
@@ -28,13 +31,17 @@ class Subject:
         model: any causal language model that returns logits. Wrappers of `torch.compile` and DDP are taken off.
         blocks: of the model, or overrides for it as `BlockMap.of` takes them.
         who: begins the messages.
+        tied: which of the two uses of a tied embedding is looked at.
 
     Raises:
         TypeError: this is no model.
-        ValueError: nothing in it is trainable, it is sharded or on the meta device, or `blocks` is of another model.
+        ValueError: nothing in it is trainable, it is sharded or on the meta device, `blocks` is of another model, or
+            `tied` is no use, or names one of a tied embedding whose uses have no names of their own.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks, who: str) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks, who: str, tied: Tied = "both") -> None:
+        if tied not in ("both", "lookup", "head"):
+            raise ValueError(f"{who}: tied must be one of both, lookup, head, got {tied!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"{who}: got {kind_of(model)}, expected a torch.nn.Module")
         self.who, self.model = who, unwrapped(model)
@@ -49,6 +56,7 @@ class Subject:
         self.parts = [self._segments(found, name, p) for name, p in self.trained.items()]
         self.segments = tuple(segment for parts in self.parts for segment in parts)
         self.device = next(iter(self.trained.values())).device
+        self._uses = {} if tied == "both" else self._uses_of_tied(tied)
 
     def _check(self, name: str, parameter: Tensor) -> None:
         if is_dtensor(parameter):
@@ -109,10 +117,34 @@ class Subject:
             )
         return logits
 
+    def _uses_of_tied(self, tied: Tied) -> dict[str, dict[str, bool]]:
+        """Of parameters with several names, by the first: all of them, and whether a gradient is taken through each."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        found = {own[0]: dict.fromkeys(own, True) for own in names.values() if len(own) > 1}
+        for (first, parameter), segments in zip(self.trained.items(), self.parts, strict=True):
+            own = names[id(parameter)]
+            if not any(s.role in (Role.TOK_EMB, Role.HEAD) and s.tied for s in segments):
+                continue
+            lookups = [name for name in own if isinstance(self.model.get_submodule(_owner(name)), nn.Embedding)]
+            if not 0 < len(lookups) < len(own):
+                raise ValueError(
+                    f"{self.who}: tied={tied!r} is one use of {first}, and of its names {', '.join(own)} not one is of "
+                    "an nn.Embedding and another of the head; tied='both' measures them together"
+                )
+            found[first] = {name: (name in lookups) == (tied == "lookup") for name in own}
+        return found
+
     def run(self, work: Callable[[nn.Module], Any], tensors: Mapping[str, Tensor]) -> Any:
         """`work(model)` with these tensors, by name, in place of parameters and buffers, backward passes included."""
+        given = dict(tensors)
+        for first, uses in self._uses.items():
+            if (own := given.get(first)) is not None:
+                given |= {name: own if taken else own.detach() for name, taken in uses.items()}
         with _at_rest(self.model), torch.enable_grad():
-            return functional_call(_Host(self.model), {f"model.{n}": t for n, t in tensors.items()}, (work,))
+            placed = {f"model.{name}": tensor for name, tensor in given.items()}
+            return functional_call(_Host(self.model), placed, (work,), tie_weights=not self._uses)
 
 
 class _Host(nn.Module):
@@ -124,6 +156,11 @@ class _Host(nn.Module):
 
     def forward(self, work: Callable[[nn.Module], Any]) -> Any:
         return work(self.model)
+
+
+def _owner(name: str) -> str:
+    """The module that has a parameter of this name."""
+    return name.rpartition(".")[0]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

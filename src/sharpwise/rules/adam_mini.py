@@ -51,6 +51,7 @@ class AdamMini(Rule):
     name: ClassVar[str] = "adam-mini"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
     second_moment: ClassVar[str | None] = "exp_avg_sq"
+    first_moment: ClassVar[str | None] = "exp_avg"
     hint: ClassVar[str] = "cut='tensor' for a model that is no transformer: one block per tensor"
 
     def __post_init__(self) -> None:

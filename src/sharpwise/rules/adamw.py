@@ -37,6 +37,7 @@ class AdamW(Rule):
     name: ClassVar[str] = "adamw"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "eps")
     second_moment: ClassVar[str | None] = "exp_avg_sq"
+    first_moment: ClassVar[str | None] = "exp_avg"
 
     @property
     def state(self) -> dict[str, Kind]:

@@ -69,6 +69,9 @@ class Rule:
     hyperparameters: ClassVar[tuple[str, ...]]
     second_moment: ClassVar[str | None] = None
     """The state that averages squares of gradients, v <- b2 v + (1-b2) g^2 from v = 0; None where none does."""
+    first_moment: ClassVar[str | None] = None
+    """The state that averages gradients, m <- b m + (1-b) g from m = 0 with b of `momentum_of`, by element; None where
+    none does."""
     stage: ClassVar[Literal["", "input", "move"]] = ""
     """Which part of a step it is, if not all: "input" ends with the direction, and writes the numerator in place of the
     parameter; "move" begins after it, by a gradient that is neither clipped nor decayed."""

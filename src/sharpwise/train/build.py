@@ -337,7 +337,7 @@ def _try_out(model: nn.Module, config: Config, plan: Plan, data: Prepared, place
 def probe_batches(config: Config, data: Prepared, plan: Plan) -> list[Tensor] | None:
     """What a block_lr that probes the model does so on: as many training windows as a step has, always the same."""
     block_lr = make_block_lr(config.optimizer.block_lr or None)
-    if block_lr is None or all(source.measures != "probe" for source in block_lr.sources):
+    if block_lr is None or not any(source.probed for source in block_lr.sources):
         return None
     starts = step_starts(data.train, plan, 0)  # the steps of a run are counted from 1
     return list(torch.from_numpy(data.train.windows(starts, plan.context + 1)).split(plan.micro))

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from sharpwise.engine.recoding import OLD_NAMES
+from sharpwise.engine.recoding import OLD_NAMES, SETTLED
 from sharpwise.files import sync
 from sharpwise.shards import Shard, is_dtensor, like, local
 from sharpwise.train.distributed import Several
@@ -203,7 +203,8 @@ def _under_names_of(there: Collection[str], optimizer: dict[str, Any]) -> dict[s
 
     def under(prefix: str, held: dict[str, Any]) -> dict[str, Any]:
         old = {new: old for new, old in old_names.items() if f"{prefix}.{old}" in there}
-        return {old.get(key, key): value for key, value in held.items()}
+        known = {key: v for key, v in held.items() if not key.startswith(SETTLED) or f"{prefix}.{key}" in there}
+        return {old.get(key, key): value for key, value in known.items()}
 
     return {
         "state": {name: under(f"optimizer.state.{name}", own) for name, own in optimizer["state"].items()},
