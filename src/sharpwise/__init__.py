@@ -22,6 +22,8 @@ from sharpwise.optim import (
     AdamMini,
     AdamW,
     AdamW8bit,
+    AdaSGD,
+    BlockwiseAdam,
     Lion,
     LionA,
     LionAR,
@@ -36,11 +38,13 @@ from sharpwise.optim import (
 
 __all__ = [
     "SGD",
+    "AdaSGD",
     "AdamMini",
     "AdamW",
     "AdamW8bit",
     "BlockMap",
     "BlockOptimizer",
+    "BlockwiseAdam",
     "BlockwiseLR",
     "GradientSNR",
     "HeavyTailLR",

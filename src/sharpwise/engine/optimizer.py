@@ -341,8 +341,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
             binding.check_followed(stepper.named, self._model(), self.who)
             return loss
         if stepper.counter.begun or not checks.is_empty_step(self.param_groups, grads, stepper.group, before is None):
-            stepper.run(grads, self._scaling(stepper.on_host))
+            self._move(stepper, grads)
         return loss
+
+    def _move(self, stepper: Stepper, grads: list[Tensor | None]) -> None:
+        """Take a step with these gradients."""
+        stepper.run(grads, self._scaling(stepper.on_host))
 
     def _scaling(self, read: bool) -> Scaling | None:
         """What a GradScaler left here for this step, as it does with torch's own fused optimizers."""

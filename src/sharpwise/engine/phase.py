@@ -1,12 +1,17 @@
-"""The block phase: new block state, and the step sizes of blocks, for all views of a class in a handful of calls."""
+"""The block phase: new block state, and the step sizes of blocks, for all views of a class in a handful of calls.
 
-from collections.abc import Sequence
+A block that spans parameters is in the state of each of them: their sums are added up here, over what has a gradient,
+and all get the same mean.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sharpwise.engine.layout import rows_of_blocks
 from sharpwise.engine.norms import SquareSum
 from sharpwise.engine.scalars import StepScalars, rounded
 from sharpwise.engine.view import ParamView
@@ -33,12 +38,47 @@ class _Batch:
         return _Batch(views, [len(own) for own in counts], torch.cat(counts), torch.cat(owners))
 
 
+@dataclass
+class _Spans:
+    """Blocks that span views.
+
+    Attributes:
+        key: ids of the views; sizes: how many blocks each is in; index: of which block each of these is a part, int64.
+        table: parts of each block, padded with -1, int64 [blocks, most parts].
+        counts: elements of the blocks of each view, on its device.
+    """
+
+    key: tuple[int, ...]
+    sizes: list[int]
+    index: Tensor
+    table: Tensor
+    counts: list[Tensor]
+
+    @staticmethod
+    def of(views: Sequence[ParamView], key: tuple[int, ...], device: torch.device) -> "_Spans":
+        numbers: dict[Any, int] = {}
+        owners = [numbers.setdefault(one, len(numbers)) for view in views for one in view.joint]
+        index = torch.tensor(owners, dtype=torch.int64, device="cpu")
+        sizes = [len(view.joint) for view in views]
+        spans = _Spans(key, sizes, index, rows_of_blocks(index, 0, len(numbers)), [])
+        own = torch.cat([view.layout.counts.cpu() for view in views if view.layout.counts is not None])
+        parts = spans.gather(own)[index].split(sizes)
+        spans.counts = [part.to(view.device) for view, part in zip(views, parts, strict=True)]
+        spans.index, spans.table = index.to(device), spans.table.to(device)
+        return spans
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Parts -> sums per block, in the order of the parts."""
+        return torch.cat((values, values.new_zeros(1)))[self.table].sum(1)
+
+
 class BlockPhase:
     """Moves block state."""
 
     def __init__(self, scalars: StepScalars) -> None:
         self.scalars = scalars
         self._batches: dict[tuple[int, ...], _Batch] = {}
+        self._spans: _Spans | None = None
 
     def run(self, views: Sequence[ParamView], sums: Sequence[SquareSum | None]) -> dict[int, Tensor]:
         """Write the new block state of views whose sums are given; their step sizes per block, by id of the view."""
@@ -48,9 +88,12 @@ class BlockPhase:
                 kind = self.scalars.class_key(view), view.dtype, view.own["step"].dtype
                 together.setdefault(kind, []).append((view, squares))
         rates: dict[int, Tensor] = {}
+        spanning = [(v, s) for pairs in together.values() for v, s in pairs if v.joint]
+        joint = self._joined(spanning) if spanning else {}
         for pairs in together.values():
             own = [view for view, _ in pairs]
-            found = self._step(self._batch(own), SquareSum.joined([squares for _, squares in pairs]))
+            batch = self._batch(own)
+            found = self._step(batch, *self._sums(batch, [squares for _, squares in pairs], joint))
             for view, rate in zip(own, found, strict=True):
                 rates[id(view)] = rate
         return rates
@@ -61,7 +104,36 @@ class BlockPhase:
             self._batches = {**dict(list(self._batches.items())[-15:]), key: _Batch.of(views)}
         return self._batches[key]
 
-    def _step(self, batch: _Batch, squares: SquareSum) -> Sequence[Tensor]:
+    def _sums(
+        self, batch: _Batch, squares: Sequence[SquareSum], joint: Mapping[int, tuple[SquareSum, Tensor]]
+    ) -> tuple[SquareSum, Tensor]:
+        """Sums over blocks, and how many elements each has."""
+        if not joint:
+            return SquareSum.joined(squares), batch.counts
+        counts = [view.layout.counts for view in batch.views]
+        whole = [joint.get(id(v), (s, c)) for v, s, c in zip(batch.views, squares, counts, strict=True)]
+        return SquareSum.joined([s for s, _ in whole]), torch.cat([c for _, c in whole if c is not None])
+
+    def _joined(self, pairs: Sequence[tuple[ParamView, SquareSum]]) -> dict[int, tuple[SquareSum, Tensor]]:
+        """Sums over blocks that span these views, and their elements, by id of the view; added up in their order."""
+        views, sums = [view for view, _ in pairs], [squares for _, squares in pairs]
+        device, key = sums[0].values.device, tuple(map(id, views))
+        if self._spans is None or self._spans.key != key:
+            self._spans = _Spans.of(views, key, device)
+        spans = self._spans
+        values, unit = torch.cat([own.values.to(device) for own in sums]), None
+        if any(isinstance(own.unit, Tensor) for own in sums):
+            units = torch.cat([(torch.ones_like(own.values) * own.unit).to(device) for own in sums])
+            unit = units.max()
+            values = values * (units / unit) * (units / unit)  # one after the other: a square of these may be 0
+        total = spans.gather(values)[spans.index]
+        found = {}
+        for view, own, counts in zip(views, total.split(spans.sizes), spans.counts, strict=True):
+            here = own.to(view.device)
+            found[id(view)] = SquareSum(here, 1.0 if unit is None else unit.to(view.device).expand_as(here)), counts
+        return found
+
+    def _step(self, batch: _Batch, squares: SquareSum, counts: Tensor) -> Sequence[Tensor]:
         """Step sizes per block of every view."""
         first, scalars = batch.views[0], self.scalars
         dtype, ok = first.dtype, scalars.ok_of(first)
@@ -69,7 +141,7 @@ class BlockPhase:
         of_rule = {name: rounded(value, dtype) for name, value in scalars.of_rule(first).items()}
         held = {name: [view.blocks[name] for view in batch.views] for name in first.blocks}
         old = {name: torch.cat(tensors) for name, tensors in held.items()}
-        mean = squares.mean(batch.counts, scalars.clip_of(first))
+        mean = squares.mean(counts, scalars.clip_of(first))
         new, denominator = first.rule.block_phase({name: t.to(dtype) for name, t in old.items()}, mean, of_rule)
         for name, tensors in held.items():
             value = new[name].to(old[name].dtype)
