@@ -35,6 +35,7 @@ from sharpwise.optim import (
     list_optimizers,
     parse_arm,
 )
+from sharpwise.rotated import Rotated
 
 __all__ = [
     "SGD",
@@ -60,6 +61,7 @@ __all__ = [
     "PerRole",
     "Product",
     "Reversed",
+    "Rotated",
     "SGDSaI",
     "SharpnessLR",
     "Shuffled",
