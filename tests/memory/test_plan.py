@@ -86,7 +86,7 @@ PUBLISHED = {
     "llama-2-7b": {"adamw": 50.205 * GI, "adam-mini": 25.11 * GI, "sgd-sai": 25.10 * GI},
 }
 SGD_SAI = {"gpt2-xl": (5.93, 0.025), "llama-2-7b": (25.15, 0.003)}
-"""Its paper's GB, which are GiB as an allocator sees them: large tensors rounded up to 2 MiB, GPT-2's by 0.13 in all."""
+"""Its paper's GB, which are GiB as an allocator sees them: large tensors rounded up to 2 MiB, GPT-2's by 0.13."""
 
 
 @functools.cache

@@ -43,13 +43,12 @@ class _Spans:
     """Blocks that span views.
 
     Attributes:
-        key: ids of the views; sizes: how many blocks each is in; index: of which block each of these is a part, int64.
+        key: ids of the views; index: of their blocks, one after the other, of which span each is a part, int64.
         table: parts of each block, padded with -1, int64 [blocks, most parts].
         counts: elements of the blocks of each view, on its device.
     """
 
     key: tuple[int, ...]
-    sizes: list[int]
     index: Tensor
     table: Tensor
     counts: list[Tensor]
@@ -60,7 +59,7 @@ class _Spans:
         owners = [numbers.setdefault(one, len(numbers)) for view in views for one in view.joint]
         index = torch.tensor(owners, dtype=torch.int64, device="cpu")
         sizes = [len(view.joint) for view in views]
-        spans = _Spans(key, sizes, index, rows_of_blocks(index, 0, len(numbers)), [])
+        spans = _Spans(key, index, rows_of_blocks(index, 0, len(numbers)), [])
         own = torch.cat([view.layout.counts.cpu() for view in views if view.layout.counts is not None])
         parts = spans.gather(own)[index].split(sizes)
         spans.counts = [part.to(view.device) for view, part in zip(views, parts, strict=True)]
@@ -115,22 +114,33 @@ class BlockPhase:
         return SquareSum.joined([s for s, _ in whole]), torch.cat([c for _, c in whole if c is not None])
 
     def _joined(self, pairs: Sequence[tuple[ParamView, SquareSum]]) -> dict[int, tuple[SquareSum, Tensor]]:
-        """Sums over blocks that span these views, and their elements, by id of the view; added up in their order."""
-        views, sums = [view for view, _ in pairs], [squares for _, squares in pairs]
-        device, key = sums[0].values.device, tuple(map(id, views))
+        """Sums over blocks that span these views, and their elements, by id of the view; added up device by device, in
+        the order of the views: one copy from each, and one back."""
+        by_device: dict[torch.device, list[tuple[ParamView, SquareSum]]] = {}
+        for view, own in pairs:
+            by_device.setdefault(own.values.device, []).append((view, own))
+        views = [view for own in by_device.values() for view, _ in own]
+        # Not on the CPU, if there is a device: copies from there are waited for.
+        device, key = max(by_device, key=lambda place: place.type != "cpu"), tuple(map(id, views))
         if self._spans is None or self._spans.key != key:
             self._spans = _Spans.of(views, key, device)
         spans = self._spans
-        values, unit = torch.cat([own.values.to(device) for own in sums]), None
-        if any(isinstance(own.unit, Tensor) for own in sums):
-            units = torch.cat([(torch.ones_like(own.values) * own.unit).to(device) for own in sums])
+        joined = [SquareSum.joined([sums for _, sums in own]) for own in by_device.values()]
+        values, unit = torch.cat([own.values.to(device, non_blocking=True) for own in joined]), None
+        if any(isinstance(own.unit, Tensor) for own in joined):
+            units = torch.cat(
+                [(torch.ones_like(own.values) * own.unit).to(device, non_blocking=True) for own in joined]
+            )
             unit = units.max()
             values = values * (units / unit) * (units / unit)  # one after the other: a square of these may be 0
         total = spans.gather(values)[spans.index]
-        found = {}
-        for view, own, counts in zip(views, total.split(spans.sizes), spans.counts, strict=True):
-            here = own.to(view.device)
-            found[id(view)] = SquareSum(here, 1.0 if unit is None else unit.to(view.device).expand_as(here)), counts
+        found, counts = {}, iter(spans.counts)
+        sizes = [sum(len(view.joint) for view, _ in own) for own in by_device.values()]
+        for (place, own), sums in zip(by_device.items(), total.split(sizes), strict=True):
+            here = sums.to(place, non_blocking=place.type != "cpu")
+            of = 1.0 if unit is None else unit.to(place, non_blocking=place.type != "cpu")
+            for (view, _), part in zip(own, here.split([len(view.joint) for view, _ in own]), strict=True):
+                found[id(view)] = SquareSum(part, of.expand_as(part) if isinstance(of, Tensor) else of), next(counts)
         return found
 
     def _step(self, batch: _Batch, squares: SquareSum, counts: Tensor) -> Sequence[Tensor]:
