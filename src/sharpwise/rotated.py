@@ -101,8 +101,7 @@ class Rotated(BlockOptimizer):
         **options: of all optimizers.
 
     Raises:
-        ValueError: for parameters that are sharded, a block_lr, control of roles over the whole model, or arguments out
-            of range.
+        ValueError: for parameters that are sharded, a block_lr, a control, or arguments out of range.
 
     Example:
         >>> import torch, sharpwise
@@ -136,6 +135,8 @@ class Rotated(BlockOptimizer):
             raise TypeError(f"Rotated: rotation_seed must be a whole number, got {rotation_seed!r}")
         if options.get("block_lr") is not None:
             raise ValueError("Rotated: a rotation mixes what a block_lr tells apart; leave block_lr out")
+        if options.get("control") is not None:
+            raise ValueError("Rotated: a rotation mixes the rows that a control bounds; leave control out")
         if by == "model" and options.get("no_decay"):
             raise ValueError("Rotated: by='model' mixes what decays with what does not; leave no_decay out")
         own: Rule = rules.SGD(momentum) if rule == "sgd" else rules.AdamW(betas, eps)

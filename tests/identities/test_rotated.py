@@ -151,6 +151,7 @@ def test_battery(rule, check):
         ({"rule": "lion"}, "no rule is called 'lion'; there are adasgd, adamw, sgd"),
         ({"by": "layer"}, "by must be one of matrix, model, got 'layer'"),
         ({"block_lr": "blockwise"}, "leave block_lr out"),
+        ({"control": "angular"}, "leave control out"),
         ({"by": "model", "no_decay": ("norm",)}, "leave no_decay out"),
     ],
 )

@@ -44,6 +44,13 @@ def test_planned_is_allocated(name, storage, build):
     assert {role for role, count in own.by_role.items() if count} <= names
 
 
+@pytest.mark.parametrize("control", ["l2", "angular", "hyperball"])
+def test_norms_that_a_control_holds_are_planned(control):
+    options = {"adam-mini": {"control": control}}
+    own = next(one for one in plan(wide(), optimizers=options).combinations if one.name == "adam-mini")
+    assert own.state == create_optimizer(wide(), "adam-mini", compile=False, control=control).state_bytes()
+
+
 def test_every_combination_is_planned():
     assert {*planned(wide)} == {*ALL}
     assert not any(own.refused for own in planned(wide).values())

@@ -136,10 +136,10 @@ class BlockPhase:
         total = spans.gather(values)[spans.index]
         found, counts = {}, iter(spans.counts)
         sizes = [sum(len(view.joint) for view, _ in own) for own in by_device.values()]
-        for (place, own), sums in zip(by_device.items(), total.split(sizes), strict=True):
+        for (place, there), sums in zip(by_device.items(), total.split(sizes), strict=True):
             here = sums.to(place, non_blocking=place.type != "cpu")
             of = 1.0 if unit is None else unit.to(place, non_blocking=place.type != "cpu")
-            for (view, _), part in zip(own, here.split([len(view.joint) for view, _ in own]), strict=True):
+            for (view, _), part in zip(there, here.split([len(view.joint) for view, _ in there]), strict=True):
                 found[id(view)] = SquareSum(part, of.expand_as(part) if isinstance(of, Tensor) else of), next(counts)
         return found
 

@@ -12,6 +12,11 @@ ABSMAX = "_absmax"
 """What the name of a state tensor is followed by for the largest element of each of its blocks."""
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is fp32 whatever the parameter's type; only fp64 parameters are moved in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Line(NamedTuple):
     """Lines of a tensor: contiguous memory at one index of its first `lead` dimensions.
 

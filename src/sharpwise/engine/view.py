@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpwise.blocks import Cut, Segment
 from sharpwise.controls.base import Over
 from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
-from sharpwise.engine.stored import ABSMAX, Line, Stored
+from sharpwise.engine.stored import ABSMAX, Line, Stored, compute_dtype
 from sharpwise.rules.base import Kind, MatrixRule, Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import FP32, Dense, Format
@@ -23,11 +23,6 @@ HELD = "held_norm"
 """The state of a control that holds norms: one number per unit, 0 where there is none yet."""
 CUT_OF: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
 """Units are blocks."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic is fp32 whatever the parameter's type; only fp64 parameters are moved in fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(eq=False)
@@ -326,8 +321,7 @@ def views_of(
 ) -> tuple[ParamView, ...]:
     """A parameter as views: one per rule that its segments get, in the order of their first segments.
 
-    Args:
-        shard: which part of the parameter `param` is, where that is planned; None to ask it.
+    `shard`: which part `param` is, where that is planned. None: it is asked.
 
     Raises:
         ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last; if it

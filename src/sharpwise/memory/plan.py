@@ -1,7 +1,7 @@
 """Plans the memory of a training: parameters by role, and the state of every supported combination, to the byte.
 
 State is no formula here: the code that allocates it runs on the meta device, with what one process of several holds of
-every parameter (`engine.state.complete`). What is moved is parameters and state, read and written, and gradients, read.
+every parameter. What is moved is parameters and state, read and written, and gradients, read.
 Activations are an estimate (`memory.activations`).
 """
 
@@ -18,8 +18,7 @@ from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.combinations import COMBINES
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.layout import Layouts
-from sharpwise.engine.multipliers import factor_maps, product
-from sharpwise.engine.state import complete, formats_of
+from sharpwise.engine.multipliers import factor_maps
 from sharpwise.engine.view import ParamView, views_of
 from sharpwise.hints import kind_of, nearest
 from sharpwise.memory.activations import PRECISIONS, activations_of, passes_of
@@ -250,10 +249,7 @@ def state_of(optimizer: BlockOptimizer, pieces: Sequence[Piece]) -> Iterator[tup
         views = views_of(piece.name, piece.held, group, segments, optimizer.rule, layouts, piece.shard)
         for view in views:
             before = set(own)
-            parts = [view.of_segments(by_name[view.name]) for by_name in factors]
-            view.formats = formats_of(view, optimizer.options.storage)
-            view.multipliers = product(parts, len(view.segments))
-            complete(view, own, block_lr, parts)
+            optimizer._allocate(view, own, factors)
             yield view, {key: own[key] for key in own if key not in before}
 
 
