@@ -26,7 +26,7 @@ bf16-weights           2      4          111     3               2     91    2  
 bf16-state-stochastic  2      4          111     3               2     91    2    2
 bf16-all-stochastic    2      4          111     3               2     91    2    2
 8-bit                  3      7          112     6               3     92    3    3
-fp64-weights           309    564        848     779             253   358   169  169
+fp64-weights           309    564        796     779             253   358   169  169
 eager                  309    319        333     326             253   619   169  169
 blockwise              2      4          112     3               2     91    2    2
 blockwise-clip         5      7          118     6               5     96    5    5

@@ -126,7 +126,8 @@ class BlockPhase:
             self._spans = _Spans.of(views, key, device)
         spans = self._spans
         joined = [SquareSum.joined([sums for _, sums in own]) for own in by_device.values()]
-        values, unit = torch.cat([own.values.to(device, non_blocking=True) for own in joined]), None
+        parts, unit = [own.values.to(device, non_blocking=True) for own in joined], None
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
         if any(isinstance(own.unit, Tensor) for own in joined):
             units = torch.cat(
                 [(torch.ones_like(own.values) * own.unit).to(device, non_blocking=True) for own in joined]
