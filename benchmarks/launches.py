@@ -32,7 +32,7 @@ STEPS = 4
 MOST = 12
 """Lines and operations that are noted."""
 
-OPTIMIZERS = ("adamw", "adam-mini", "lion", "muon", "sgd", "sgd-sai")
+OPTIMIZERS = ("adamw", "adam-mini", "adasgd", "blockwise-adam", "lion", "muon", "sgd", "sgd-sai")
 LARGE = ("adamw", "adam-mini", "lion", "sgd")
 """Those that are counted on large models too, with the options of MAIN."""
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ RUNGS = (
     ("rules", "storage", "controls", "block_lr"),
     ("engine",),
     ("probes",),
-    ("arms", "combinations", "optim"),
+    ("arms", "blockwise", "combinations", "optim", "rotated"),
     ("",),  # what `import sharpwise` gives
     ("train",),
-    ("compare", "measure", "report"),
+    ("compare", "measure", "memory", "report"),
     ("tune",),
     ("integrations", "cli"),
     ("__main__", "testing"),

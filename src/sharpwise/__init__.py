@@ -22,6 +22,8 @@ from sharpwise.optim import (
     AdamMini,
     AdamW,
     AdamW8bit,
+    AdaSGD,
+    BlockwiseAdam,
     Lion,
     LionA,
     LionAR,
@@ -33,14 +35,17 @@ from sharpwise.optim import (
     list_optimizers,
     parse_arm,
 )
+from sharpwise.rotated import Rotated
 
 __all__ = [
     "SGD",
+    "AdaSGD",
     "AdamMini",
     "AdamW",
     "AdamW8bit",
     "BlockMap",
     "BlockOptimizer",
+    "BlockwiseAdam",
     "BlockwiseLR",
     "GradientSNR",
     "HeavyTailLR",
@@ -56,6 +61,7 @@ __all__ = [
     "PerRole",
     "Product",
     "Reversed",
+    "Rotated",
     "SGDSaI",
     "SharpnessLR",
     "Shuffled",

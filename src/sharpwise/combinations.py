@@ -39,6 +39,8 @@ _SHORT = tuple(name for name in STORAGES if not name.endswith("-2048"))
 COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adam-mini": ((*_ALL_LRS, "sharpness"), _SHORT),
     "adamw": ((*_ALL_LRS, "sharpness"), tuple(name for name in _SHORT if name != "int8-linear")),
+    "adasgd": (_ALL_LRS, _SHORT),
+    "blockwise-adam": ((*_ALL_LRS, "sharpness"), _SHORT),
     "lion": (_ALL_LRS, _SHORT),
     "muon": (_ALL_LRS, _SHORT),
     "sgd": (_ALL_LRS, _SHORT),

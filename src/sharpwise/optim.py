@@ -14,6 +14,7 @@ from sharpwise.arms import parse_arm, split_arm
 from sharpwise.block_lr import GradientSNR
 from sharpwise.block_lr.spelling import ABLATIONS, BLOCK_LRS
 from sharpwise.blocks import Cut
+from sharpwise.blockwise import AdaSGD, BlockwiseAdam
 from sharpwise.combinations import COMBINES, PRESETS, STORAGES, CommonOptions, engine_arguments, with_common_options
 from sharpwise.controls import L2, Angular
 from sharpwise.engine import BlockOptimizer
@@ -21,8 +22,9 @@ from sharpwise.hints import kind_of
 from sharpwise.storage import Format
 
 __all__ = [
-    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdamMini", "AdamW", "AdamW8bit",
-    "Lion", "LionA", "LionAR", "Muon", "Muon8bit", "MuonH", "SGDSaI", "create_optimizer", "list_optimizers",
+    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdaSGD", "AdamMini", "AdamW",
+    "AdamW8bit", "BlockwiseAdam", "Lion", "LionA", "LionAR", "Muon", "Muon8bit", "MuonH", "SGDSaI", "create_optimizer",
+    "list_optimizers",
     "parse_arm", "split_arm",
 ]  # fmt: skip
 
@@ -363,6 +365,8 @@ def LionAR(
 OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
     "adam-mini": AdamMini,
     "adamw": AdamW,
+    "adasgd": AdaSGD,
+    "blockwise-adam": BlockwiseAdam,
     "lion": Lion,
     "muon": Muon,
     "sgd": SGD,

@@ -40,6 +40,8 @@ foreign = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
 
 SETTINGS = {
     "adam-mini": {"block_lr": "blockwise"},
+    "adasgd": {"block_lr": "layer_decay"},
+    "blockwise-adam": {"cut": "layer"},
     "adamw": {"block_lr": testing.EXAMPLES["sharpness"]},
     "lion": {"storage": "bf16", "stochastic_rounding": True},
     "muon": {"normalize_rows": True, "storage": "bf16", "stochastic_rounding": True},

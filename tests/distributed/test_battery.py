@@ -35,6 +35,8 @@ EXPECTED = {"low rank": 2, "largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
 
 
+BLOCKS = ("adam-mini", "adasgd", "blockwise-adam")
+"""Rules whose blocks are summed up."""
 MATRICES = ("orthogonal", "muon")
 """Rules of whole matrices, which are exchanged: replicas share the work too."""
 
@@ -141,4 +143,4 @@ def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> i
     more += result["lines cut"]
     if case.rule in EXPECTED:  # the first sums ride with the norm
         return EXPECTED[case.rule] + (case.guard and case.rule not in ("low rank", "parted")) + more
-    return int(case.guard or case.rule == "adam-mini") + more
+    return int(case.guard or case.rule in BLOCKS) + more

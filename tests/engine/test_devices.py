@@ -99,10 +99,11 @@ def assert_near(model, optimizer, other, reference, tolerance=1e-6):
             assert driver.error(value(mine[key]), driver.as_array(theirs[key])) <= tolerance, (name, key)
 
 
-def reads_allowed(places, option):
+def reads_allowed(places, option, name=""):
     """Where some are on the CPU, it has to know the sum over all; else only what is raised is read."""
     guarded = OPTIONS[option].keys() & {"max_grad_norm", "on_nonfinite"}
-    return 1 if guarded and ("cpu" in places or option == "raise") else 0
+    spans = name == "adasgd" and "cpu" in places  # its one block does
+    return spans + (1 if guarded and ("cpu" in places or option == "raise") else 0)
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -116,7 +117,7 @@ def test_several_devices_do_what_one_does(cuda, name, option, where):
         asked = step(cuda, model, optimizer)
         step(cuda, other, reference)
         if t >= begin:
-            assert asked.reads.total() <= reads_allowed(places, option), asked.reads
+            assert asked.reads.total() <= reads_allowed(places, option, name), asked.reads
             assert not asked.blocking, asked.blocking
             assert not asked.downloads
     # Of gradients as regular as these small singular values are made large, and the last bits of a kernel with them.
@@ -173,7 +174,7 @@ def test_what_a_scaler_says_reaches_all(cuda, name, option, where):
         if not bad:
             step(cuda, other, reference)
         if t:
-            assert asked.reads.total() <= (3 if "cpu" in places else 0), asked.reads
+            assert asked.reads.total() <= (3 + (name == "adasgd") if "cpu" in places else 0), asked.reads
             assert not asked.blocking
     assert_near(model, optimizer, other, reference)
 
@@ -202,7 +203,7 @@ def test_hyperparameters_on_a_device(cuda, name, option, where, what):
         asked = step(cuda, model, optimizer)
         step(cuda, other, reference)
         if t:
-            extra = reads_allowed(places, option)
+            extra = reads_allowed(places, option, name)
             assert asked.reads.total() <= extra + (8 if "cpu" in places else 0), asked.reads
             assert not asked.blocking
     assert_near(model, optimizer, other, reference)

@@ -7,10 +7,13 @@ from typing import Literal, get_args
 
 import torch
 
+from sharpwise.blocks.names import IN_LAYER
 from sharpwise.blocks.roles import BLOCK_TYPE, HIDDEN, BlockType, Role
 
-Cut = Literal["element", "row", "head", "tensor"]
+Cut = Literal["element", "row", "head", "tensor", "layer", "role", "model"]
 CUTS: tuple[Cut, ...] = get_args(Cut)
+SPANNING: tuple[Cut, ...] = ("layer", "role", "model")
+"""Cuts whose blocks span parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,9 @@ class Segment:
     # -- blocks -----------------------------------------------------------------------------------------------------
 
     def blocks(self, cut: Cut) -> int:
-        """How many blocks `cut` makes of this segment."""
+        """How many blocks `cut` makes of this segment; its part of one that spans parameters counts as one."""
+        if cut in SPANNING:
+            return 1
         return self.copies * {"element": self.numel // self.copies, "row": self.rows}.get(cut, self._units(cut))
 
     def block_of_row(self, cut: Cut, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -160,6 +165,16 @@ class Segment:
             raise ValueError(f"{self.name}: elements of a matrix are not unions of rows")
         units = self.rows if cut in ("row", "element") else self._units(cut)
         return torch.arange(self.rows, device=device) // max(self.rows // units, 1)
+
+    def joint(self, cut: Cut) -> tuple[object, ...] | None:
+        """By what a block that spans parameters is known; None for blocks of this segment alone.
+
+        Cut by layer, what lies outside of the layers is such a block.
+        """
+        if cut == "layer" and self.layer is not None:
+            found = IN_LAYER.fullmatch(self.name)
+            return cut, self.layer, found["stem"] if found else None  # an encoder's and a decoder's differ
+        return (cut, self.role) if cut == "role" else (cut,) if cut == "model" else None
 
     def _units(self, cut: Cut) -> int:
         if cut == "head":

@@ -39,7 +39,7 @@ def create_app() -> "typer.Typer":
             raise typer.Exit
 
     app.command()(blocks)
-    for name in ("prepare", "train", "runs", "page", "compare", "demo"):
+    for name in ("memory", "prepare", "train", "runs", "page", "compare", "demo"):
         if importlib.util.find_spec(f"sharpwise.cli.{name}") is not None:
             app.command()(getattr(importlib.import_module(f"sharpwise.cli.{name}"), name))
     measure = importlib.import_module("sharpwise.cli.measure").measure

@@ -345,8 +345,11 @@ def check_roles(
             raise ValueError(f"{who}: {error}") from None
     for segment in blocks.segments:
         own, cut = rule.assign(segment)
-        if not segment.source and (own, cut) != rule.assign(replace(segment, role=Role.Q)):
+        by_role = cut in ("role", "layer") or (own, cut) != rule.assign(replace(segment, role=Role.Q))
+        if not segment.source and by_role:
             raise unknown(f"rule {rule.name!r} distinguishes", rule.hint)
+        if cut == "layer" and all(s.layer is None for s in known.segments):
+            raise ValueError(f"{who}: cut='layer': no layers were found in the model; take {rule.hint}")
         if cut == "head" and segment.heads is None:
             raise no_heads(who, segment, model)
 

@@ -17,21 +17,21 @@ _CONVERT = {
     ("adamw", "adam-mini"): "exp_avg as it is, of exp_avg_sq the mean over each block",
     ("adam-mini", "adamw"): "exp_avg as it is, in exp_avg_sq for every element the value of its block",
 }
-_ANEW = "start anew, without load_state_dict"
+ANEW = "start anew, without load_state_dict"
 
 
 def of_another_rule(saved: str, own: str) -> str:
     """Message: what the two rules keep, and what to do."""
     theirs, ours = (f"{rule!r} keeps {_KEEPS.get(rule, 'something else')}" for rule in (saved, own))
     convert = f", or convert: {_CONVERT[saved, own]}" if (saved, own) in _CONVERT else ""
-    return f"{theirs}, {ours}; {_ANEW}{convert}"
+    return f"{theirs}, {ours}; {ANEW}{convert}"
 
 
 def of_other_keys(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """The same for the state of one parameter, whose rule is recognized by its keys."""
     theirs, ours = _rule_of(saved), _rule_of(own)
     if theirs is None or ours is None or theirs == ours:
-        return f"it was saved by another rule, or is not whole; {_ANEW}"
+        return f"it was saved by another rule, or is not whole; {ANEW}"
     return f"it was saved by another rule: {of_another_rule(theirs, ours)}"
 
 
@@ -41,9 +41,9 @@ def of_other_shape(key: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -
     if key == "exp_avg_sq" and _shape(saved["exp_avg"]) == _shape(own["exp_avg"]):
         if theirs != ours:
             return of_another_rule(str(theirs), str(ours))
-        return f"its blocks were cut differently; give cut=, v_by= and blocks= as they were, or {_ANEW}"
+        return f"its blocks were cut differently; give cut=, v_by= and blocks= as they were, or {ANEW}"
     return (
-        f"it is of another model, or of this one before it was resized (resize_token_embeddings); {_ANEW}, or load it "
+        f"it is of another model, or of this one before it was resized (resize_token_embeddings); {ANEW}, or load it "
         f"before the model is resized"
     )
 

@@ -183,7 +183,7 @@ def gathers_of(block_of_row: Tensor, where: Sequence[tuple[int, int]]) -> list[R
     """Where the rows of blocks are, for ranges of blocks given by their first and their number; see `Layout`."""
     found: list[Run | Tensor] = []
     for begin, n in where:
-        table = _rows_of_blocks(block_of_row, begin, n)
+        table = rows_of_blocks(block_of_row, begin, n)
         flat, size = table.view(-1), table.shape[1]
         if not n or flat[0] < 0 or not torch.equal(flat, torch.arange(n * size, device=flat.device) + flat[0]):
             found.append(table)
@@ -197,7 +197,7 @@ def gathers_of(block_of_row: Tensor, where: Sequence[tuple[int, int]]) -> list[R
     return found
 
 
-def _rows_of_blocks(block_of_row: Tensor, begin: int, n: int) -> Tensor:
+def rows_of_blocks(block_of_row: Tensor, begin: int, n: int) -> Tensor:
     """Local rows of the blocks begin .. begin + n, padded with -1 (the appended zero): int64 [n, most rows]."""
     rows = torch.nonzero((block_of_row >= begin) & (block_of_row < begin + n)).view(-1)
     order = rows[torch.argsort(block_of_row[rows], stable=True)]

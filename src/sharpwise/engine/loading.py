@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
-from sharpwise.engine.foreign import of_another_rule, of_other_keys, of_other_shape
+from sharpwise.engine.foreign import ANEW, of_another_rule, of_other_keys, of_other_shape
 from sharpwise.engine.recoding import renamed
 from sharpwise.engine.state import (
     FIXED,
@@ -352,6 +352,12 @@ def _group_of_saved(
         refuse_variants(theirs, f"{who}: the state dict was saved with")
         if (rule := theirs.get("rule", group["rule"])) != group["rule"]:
             raise ValueError(f"{who}: the state dict is of another rule: {of_another_rule(rule, group['rule'])}")
+        for key, without in (("cut", group.get("cut")), ("rotation", None)):
+            if (saved_with := theirs.get(key, without)) != group.get(key):
+                raise ValueError(
+                    f"{who}: the state dict was saved with {key} {saved_with!r}, here it is {group.get(key)!r}; build "
+                    f"the optimizer as that one was, or {ANEW}"
+                )
     new = copy.deepcopy(found[0]) if found else {}
     # Gathering makes lists of tuples.
     return {k: tuple(v) if isinstance(v, list) and isinstance(group.get(k), tuple) else v for k, v in new.items()}

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.recoding import announce, recoded, rename
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
 from sharpwise.engine.step import Stepper
-from sharpwise.engine.view import views_of
+from sharpwise.engine.view import ParamView, views_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
 from sharpwise.table import Table
@@ -194,21 +194,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if not self.options.decoupled:
             checks.check_coupled(by_param, self.no_decay, self.who)
         for view in views:
-            view.formats = states.formats_of(view, self.options.storage)
-            if (control := self.options.control) is not None:
-                view.unit = control.unit(view.segments)
-                view.holds = control.holds and view.unit == control.over
-                if view.unit and view.param.dtype == torch.float16:
-                    raise ValueError(
-                        f"{self.who}: {view.name} is in fp16, whose rounding is coarser than what control {control} "
-                        f"sets; keep the weights in fp32 or bf16 (autocast may compute in fp16)"
-                    )
-            parts = [view.of_segments(by_name[view.name]) for by_name in factors]
-            view.multipliers = product(parts, len(view.segments))
             own = self.state[view.param]
-            states.check_step(view, own, self.who)
-            states.complete(view, own, block_lr, parts)
-            states.check_held(view, own, self.who)
+            self._allocate(view, own, factors)
             if block_lr is not None:
                 view.multipliers = tuple(own[view.state_key("lr_multiplier")].tolist())
             view.varies = self.options.varies
@@ -217,6 +204,23 @@ class BlockOptimizer(KnownOptions, Optimizer):
             views, self.param_groups, self._known.segments, self.state, self.options, self._probe, self._said
         )
         return Stepper(views, self.state, self.options, self._backends, multipliers)
+
+    def _allocate(self, view: ParamView, own: dict[str, Any], factors: Sequence[Mapping[str, Any]]) -> None:
+        """Choose formats and units of a view, and allocate what the state of its parameter lacks."""
+        view.formats = states.formats_of(view, self.options.storage)
+        if (control := self.options.control) is not None:
+            view.unit = control.unit(view.segments)
+            view.holds = control.holds and view.unit == control.over
+            if view.unit and view.param.dtype == torch.float16:
+                raise ValueError(
+                    f"{self.who}: {view.name} is in fp16, whose rounding is coarser than what control {control} sets; "
+                    f"keep the weights in fp32 or bf16 (autocast may compute in fp16)"
+                )
+        parts = [view.of_segments(by_name[view.name]) for by_name in factors]
+        view.multipliers = product(parts, len(view.segments))
+        states.check_step(view, own, self.who)
+        states.complete(view, own, self.options.block_lr, parts)
+        states.check_held(view, own, self.who)
 
     def _variants_now(self) -> list[tuple[Any, ...]]:
         """Of the rule in every group: the operations it takes, the numbers in them that are no scalars, and whether a
@@ -342,8 +346,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
             binding.check_followed(stepper.named, self._model(), self.who)
             return loss
         if stepper.counter.begun or not checks.is_empty_step(self.param_groups, grads, stepper.group, before is None):
-            stepper.run(grads, self._scaling(stepper.on_host))
+            self._move(stepper, grads)
         return loss
+
+    def _move(self, stepper: Stepper, grads: list[Tensor | None]) -> None:
+        """Take a step with these gradients."""
+        stepper.run(grads, self._scaling(stepper.on_host))
 
     def _scaling(self, read: bool) -> Scaling | None:
         """What a GradScaler left here for this step, as it does with torch's own fused optimizers."""

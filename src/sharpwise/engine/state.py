@@ -29,6 +29,8 @@ FIXED = {
     "cautious_decay": False,
     "block_lr": None,
     "control": None,
+    "cut": None,
+    "rotation": None,
     **dict.fromkeys(STORAGES),
 }
 """Keys of groups that hold for the whole optimizer, fixed when it is built; with what holds where there is no key."""

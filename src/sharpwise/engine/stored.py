@@ -12,6 +12,28 @@ ABSMAX = "_absmax"
 """What the name of a state tensor is followed by for the largest element of each of its blocks."""
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is fp32 whatever the parameter's type; only fp64 parameters are moved in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Line(NamedTuple):
+    """Lines of a tensor: contiguous memory at one index of its first `lead` dimensions.
+
+    Attributes:
+        begin, columns: what is held of one here; length: of a whole one.
+    """
+
+    lead: int
+    begin: int
+    columns: int
+    length: int
+
+    def blocks(self, size: int) -> int:
+        """Of a whole one."""
+        return -(-self.length // size)
+
+
 class Stored(NamedTuple):
     """A tensor in a format, or some rows of it.
 

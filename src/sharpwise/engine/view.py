@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from sharpwise.blocks import Cut, Segment
 from sharpwise.controls.base import Over
 from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
-from sharpwise.engine.stored import ABSMAX, Stored
+from sharpwise.engine.stored import ABSMAX, Line, Stored, compute_dtype
 from sharpwise.rules.base import Kind, MatrixRule, Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import FP32, Dense, Format
@@ -23,28 +23,6 @@ HELD = "held_norm"
 """The state of a control that holds norms: one number per unit, 0 where there is none yet."""
 CUT_OF: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
 """Units are blocks."""
-
-
-class Line(NamedTuple):
-    """Lines of a tensor: contiguous memory at one index of its first `lead` dimensions.
-
-    Attributes:
-        begin, columns: what is held of one here; length: of a whole one.
-    """
-
-    lead: int
-    begin: int
-    columns: int
-    length: int
-
-    def blocks(self, size: int) -> int:
-        """Of a whole one."""
-        return -(-self.length // size)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic is fp32 whatever the parameter's type; only fp64 parameters are moved in fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(eq=False)
@@ -113,6 +91,17 @@ class ParamView:
     def of_segments(self, values: Sequence[T]) -> tuple[T, ...]:
         """Of one value per segment of the parameter, those of its own."""
         return tuple(values[i] for i in self.numbers)
+
+    @cached_property
+    def joint(self) -> tuple[Any, ...]:
+        """By what its blocks are known that span parameters, one after the other; () where none does."""
+        keys = [s.joint(c) for s, c in zip(self.segments, self.cuts, strict=True)] if self.rule.has_blocks else []
+        return tuple(k or (self.name, i) for i, k in zip(self.numbers, keys, strict=True)) if any(keys) else ()
+
+    @property
+    def summed_apart(self) -> bool:
+        """Whether sums over its blocks take those of other processes or views."""
+        return bool(self.shard.cut or self.joint)
 
     @property
     def n_blocks(self) -> int:
@@ -322,9 +311,17 @@ class ParamView:
 
 
 def views_of(
-    name: str, param: Tensor, group: dict[str, Any], segments: tuple[Segment, ...], rule: Rule, layouts: Layouts
+    name: str,
+    param: Tensor,
+    group: dict[str, Any],
+    segments: tuple[Segment, ...],
+    rule: Rule,
+    layouts: Layouts,
+    shard: Shard | None = None,
 ) -> tuple[ParamView, ...]:
     """A parameter as views: one per rule that its segments get, in the order of their first segments.
+
+    `shard`: which part `param` is, where that is planned. None: it is asked.
 
     Raises:
         ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last; if it
@@ -340,7 +337,7 @@ def views_of(
                 f"{', '.join(lacking)} for it; name all that its rules need among its hyperparameters"
             )
         parts.setdefault(kind, []).append((i, segment, cut))
-    shard = Shard.of(param)
+    shard = shard or Shard.of(param)
     found = []
     for kind, members in parts.items():
         numbers, mine, cuts = (tuple(column) for column in zip(*members, strict=True))
@@ -403,11 +400,3 @@ def _see(view: ParamView, segments: Sequence[Segment], layouts: Layouts) -> None
         n = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
     view.shape = (n, view.whole_shape[1]) if by_row else (*shape[:-1], n)
     view.row_shape = (n, 1) if by_row else (shape[0], 1, n) if first.stacked else (1, n)
-
-
-def multiplier_map(segments: Sequence[Segment], values: Sequence[float]) -> Mapping[str, tuple[float, ...]]:
-    """Multipliers per parameter name, in segment order, from one per segment of the model."""
-    result: dict[str, tuple[float, ...]] = {}
-    for segment, value in zip(segments, values, strict=True):
-        result[segment.name] = (*result.get(segment.name, ()), value)
-    return result

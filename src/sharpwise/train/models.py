@@ -14,7 +14,14 @@ from torch import nn
 from sharpwise.hints import nearest
 from sharpwise.installing import needs
 from sharpwise.train.code import current_directory_first, find, names_function
-from sharpwise.train.presets import PRESETS, build_config, cannot_build, read_config, transformers_for
+from sharpwise.train.presets import (
+    PRESETS,
+    build_config,
+    cannot_build,
+    names_model_type,
+    read_config,
+    transformers_for,
+)
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -25,8 +32,9 @@ def load_model(
     """A model with random weights from the torch generator, in torch's default dtype.
 
     Args:
-        spec: name of a preset, a folder with a Hugging Face `config.json` or such a file, or `module:function`, where
-            the function returns a module. Modules are also looked for in the current directory.
+        spec: name of a preset, a folder with a Hugging Face `config.json` or such a file, a `model_type` of
+            transformers (the sizes are then the defaults of its config), or `module:function`, where the function
+            returns a module. Modules are also looked for in the current directory.
         device: where the parameters are. On `meta` they take no memory, whatever the size of the model.
         settings: fields of the config to override, such as `vocab_size`, `attn_implementation` or `dtype`; `context` is
             the config's maximum of positions, whatever its name there. Arguments of a function.
@@ -46,9 +54,11 @@ def load_model(
     build = _function(text)
     if build is not None:
         return _from_function(build, text, device, settings)
+    if names_model_type(text):
+        return _from_config({"model_type": text}, f"model_type {text!r}", device, settings)
     raise ValueError(
         f"unknown model {text!r}{nearest(text.lower(), PRESETS, 0.8)}; give one of the presets {', '.join(PRESETS)}, "
-        "a folder or .json file with a Hugging Face config, or module:function"
+        "a folder or .json file with a Hugging Face config, a model_type of transformers, or module:function"
     )
 
 
@@ -231,7 +241,9 @@ def _from_function(
         with current_directory_first(), torch.device(device):
             model = build(**settings)
     except Exception as error:
-        raise ValueError(f"{spec}: the function raised {type(error).__name__}: {error}") from error
+        where = " (it is called on the meta device, where tensors have shapes and no values)"
+        hint = where if torch.device(device).type == "meta" else ""
+        raise ValueError(f"{spec}: the function raised {type(error).__name__}: {error}{hint}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: the function returned a {type(model).__name__}, expected a torch.nn.Module")
     return model

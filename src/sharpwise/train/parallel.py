@@ -127,6 +127,24 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in found.values() if any(True for _ in layer.parameters())]
 
 
+def tensor_parallel_cuts(model: nn.Module, size: int) -> dict[str, int]:
+    """Along which dimension tensor parallelism over so many processes cuts parameters, by name; nothing is cut.
+
+    Raises:
+        ValueError: as `shard_model`.
+    """
+    found = {}
+    modules = dict(model.named_modules())
+    for name, style in _tensor_plan(model, size):
+        by_column = isinstance(style, ColwiseParallel)
+        looked_up = isinstance(modules[name], nn.Embedding)  # of which rows are inputs
+        for own, _ in modules[name].named_parameters(recurse=False):
+            if own == "weight" or by_column:
+                dim = 0 if own == "bias" else int(by_column == looked_up)
+                found[canonical_name(f"{name}.{own}")] = dim
+    return found
+
+
 def _tensor_plan(model: nn.Module, size: int) -> Iterator[tuple[str, ParallelStyle]]:
     """Names of modules, and how each is cut."""
     plan = _plan_of(model)

@@ -4,6 +4,7 @@ What a config leaves out has the default of its model_type. Counts are of all pa
 check them. GPT-2 has no dropout here: the 0.1 of Hugging Face is for fine-tuning, pretraining is done without.
 """
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Mapping
@@ -127,6 +128,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{file}: no 'model_type'; expected a Hugging Face config")
     return config
+
+
+def names_model_type(text: str) -> bool:
+    """Whether transformers, where it is installed, has a config of this model_type."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    return text in transformers_for(text).models.auto.configuration_auto.CONFIG_MAPPING
 
 
 def build_config(config: Mapping[str, Any], what: str, settings: Mapping[str, Any]) -> Any:

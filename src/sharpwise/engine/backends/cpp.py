@@ -142,6 +142,6 @@ def _form(spec: Spec) -> Form:
 
 def _whole(view: ParamView) -> Sequence[Rectangle]:
     """The rectangles of a view whose blocks are whole rows that lie together, or columns; none if they are others."""
-    if len(view.shape) != 2 or view.shard.cut or view.layout.counts is None:
+    if len(view.shape) != 2 or view.summed_apart or view.layout.counts is None:
         return ()
     return view.rectangles if view.dim == 0 or all(own.whole for own in view.rectangles) else ()

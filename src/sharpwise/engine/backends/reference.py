@@ -15,8 +15,8 @@ from sharpwise.engine.backends.base import Backend, Found, Spec, row_decay, row_
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.program import decayed
 from sharpwise.engine.scalars import StepScalars
-from sharpwise.engine.stored import Stored
-from sharpwise.engine.view import ParamView, compute_dtype
+from sharpwise.engine.stored import Stored, compute_dtype
+from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Rule, add
 from sharpwise.storage import Dense
 from sharpwise.storage.dense import mix, step_key

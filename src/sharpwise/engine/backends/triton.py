@@ -83,7 +83,7 @@ class Triton(Backend):
         return self._build(spec, printed)
 
     def sums_blocks(self, spec: Spec) -> bool:
-        return not spec.view.shard.cut
+        return not spec.view.summed_apart
 
     def _build(self, spec: Spec, printed: Printed) -> str:
         """Build what moves a view, aligned or not; why that failed, or ""."""
@@ -91,7 +91,7 @@ class Triton(Backend):
         wanted: set[tuple[str, Any]] = set()
         for aligned in (True, False):
             for run in runs_of(view):
-                kernel = kernel_of(run, bool(view.rule.has_blocks and view.shard.cut), coded_lines(view).block)
+                kernel = kernel_of(run, view.rule.has_blocks and view.summed_apart, coded_lines(view).block)
                 wanted.add((printed.text, (*kernel, aligned)))
             if spec.options.guarded or in_pieces(view):
                 wanted.add((triton_print.squares(spec.grad, len(triton_print.FIELDS)), (spec.grad, aligned)))
@@ -129,7 +129,7 @@ class Triton(Backend):
                 if family.scalars is None and capturing():
                     raise cannot(f"the scalars of {own[0].rule.name!r} are worked out by torch")
                 if family.scalars is not None:  # parts of blocks are moved on elsewhere, which takes their scalars
-                    late.update(id(view) for view in own if not (view.rule.has_blocks and view.shard.cut))
+                    late.update(id(view) for view in own if not (view.rule.has_blocks and view.summed_apart))
         return Prepared(totals, summed, late)
 
     def guard(self, device: torch.device, max_norm: float | None, skips: bool) -> Any:

@@ -73,7 +73,7 @@ class Tables:
     def _place(self) -> dict[int, Place]:
         """Where scalars and steps of blocks lie: of one family after the other."""
         places, slot, rates = {}, 0, 0
-        cut = [i for i, view in enumerate(self.views) if view.rule.has_blocks and view.shard.cut]
+        cut = [i for i, view in enumerate(self.views) if view.rule.has_blocks and view.summed_apart]
         begins: dict[int, int] = {}
         for i in [*cut, *(i for i in range(len(self.views)) if i not in set(cut))]:
             begins[i] = rates
@@ -95,7 +95,7 @@ class Tables:
         sums = SumJobs()
         self._starts: dict[int, int] = {}
         for i, (view, g) in enumerate(zip(self.views, grads, strict=True)):
-            own = view.rule.has_blocks and not view.shard.cut
+            own = view.rule.has_blocks and not view.summed_apart
             self._starts[i] = sums.blocks
             if own or self.summed[i]:
                 sums.add(view, i, addresses[i], g.dtype, self.summed[i], own)
@@ -115,7 +115,7 @@ class Tables:
             moves = MoveJobs(formats.width, formats.granule, formats.stochastic)
             for i in family.places:
                 view = self.views[i]
-                by_rate = bool(view.rule.has_blocks and view.shard.cut)
+                by_rate = view.rule.has_blocks and view.summed_apart
                 moves.add(view, places[i], addresses[i], grads[i].element_size(), by_rate)
                 if view.rule.has_blocks and not by_rate and in_pieces(view):
                     moves.add_phases(view, places[i], self._starts[i])
