@@ -22,6 +22,7 @@ from sharpwise.optim import (
     AdamMini,
     AdamW,
     AdamW8bit,
+    AdaPM,
     Lion,
     LionA,
     LionAR,
@@ -36,6 +37,7 @@ from sharpwise.optim import (
 
 __all__ = [
     "SGD",
+    "AdaPM",
     "AdamMini",
     "AdamW",
     "AdamW8bit",

@@ -39,6 +39,7 @@ _SHORT = tuple(name for name in STORAGES if not name.endswith("-2048"))
 COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adam-mini": ((*_ALL_LRS, "sharpness"), _SHORT),
     "adamw": ((*_ALL_LRS, "sharpness"), tuple(name for name in _SHORT if name != "int8-linear")),
+    "adapm": ((*_ALL_LRS, "sharpness"), tuple(name for name in _SHORT if name != "int8-linear")),
     "lion": (_ALL_LRS, _SHORT),
     "muon": (_ALL_LRS, _SHORT),
     "sgd": (_ALL_LRS, _SHORT),
@@ -57,8 +58,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "muonh": {"name": "muon", "control": "hyperball"},
 }
 """Names of an optimizer with options: those of `AdamW8bit`, `LionA`, `LionAR`, `Muon8bit` and `MuonH`."""
-CONTROLLED = dict.fromkeys(COMBINES, tuple(CONTROLS))
-"""Which controls combine with an optimizer: all, with decoupled decay. All can go with any block_lr and storage."""
+CONTROLLED: dict[str, tuple[str, ...]] = {**dict.fromkeys(COMBINES, tuple(CONTROLS)), "adapm": ()}
+"""Which controls combine with an optimizer: all, with decoupled decay, but that AdaPM has one of its own. All can go with
+any block_lr and storage."""
 
 
 class CommonOptions(TypedDict, total=False):
@@ -161,6 +163,7 @@ def engine_arguments(
     decoupled: bool = True,
     own_lr: BlockLR | None = None,
     aux_storage: str | Format | None = None,
+    control: Control | None = None,
 ) -> dict[str, Any]:
     """Arguments of `BlockOptimizer`, but for the rule and its numbers, from the options that all constructors have.
 
@@ -170,6 +173,7 @@ def engine_arguments(
         decoupled: whether weight decay is.
         own_lr: a learning rate per block that belongs to the optimizer; `block_lr` comes on top.
         aux_storage: of what a rule of whole matrices leaves to another; None for `storage`.
+        control: of updates, that belongs to the optimizer.
 
     Raises:
         TypeError, ValueError: for options of a wrong kind or out of range, and for what does not combine.
@@ -177,7 +181,7 @@ def engine_arguments(
     asked: Any = SimpleNamespace(**{option: default for option, (default, _) in _OPTIONS.items()} | given)
     per_block = _block_lr_of(who, asked.block_lr)
     storage = _storage_of(who, name, asked, aux_storage)
-    control = _control_of(who, name, asked, decoupled)
+    control = _control_of(who, name, asked, decoupled) or control
     _check_combination(who, name, per_block, asked)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
@@ -236,7 +240,7 @@ def _storage_of(who: str, name: str, asked: Any, aux: str | Format | None) -> St
     format = _format_of(who, "storage", asked.storage)
     other: Format | None = FP32 if name == "muon" and format.block else None
     other = other if aux is None else _format_of(who, "aux_storage", aux)
-    squares = {"adamw": format, "muon": other or format}.get(name)
+    squares = {"adamw": format, "adapm": format, "muon": other or format}.get(name)
     if isinstance(squares, Int8) and squares.code == "linear" and not asked.allow_unstable:
         raise ValueError(
             f"{who}: {squares.name} for second moments makes the small ones 0, and their elements explode: give "
@@ -268,7 +272,8 @@ def _control_of(who: str, name: str, asked: Any, decoupled: bool) -> Control | N
     if control is None:
         return None
     if control.name in CONTROLS and control.name not in CONTROLLED[name]:
-        raise ValueError(f"{who}: {name} combines with control {', '.join(CONTROLLED[name])}, got {control}")
+        which = f"control {', '.join(CONTROLLED[name])}" if CONTROLLED[name] else "no control but its own"
+        raise ValueError(f"{who}: {name} combines with {which}, got {control}")
     if not decoupled:
         raise ValueError(f"{who}: control={str(control)!r} is for decoupled decay; give decoupled_weight_decay=True")
     if control.holds and asked.cautious_decay:

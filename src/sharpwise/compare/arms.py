@@ -20,7 +20,7 @@ from sharpwise.compare.study import Arm, Study
 from sharpwise.report.blocks import names_of_roles
 
 RULES: dict[str, type[rules.Rule]] = {
-    **{rule.name: rule for rule in (rules.AdamMini, rules.AdamW, rules.Lion, rules.Muon, rules.SGD)},
+    **{rule.name: rule for rule in (rules.AdamMini, rules.AdamW, rules.AdaPM, rules.Lion, rules.Muon, rules.SGD)},
     "sgd-sai": rules.SGD,
 }
 # Per-block learning rates that belong to an optimizer.

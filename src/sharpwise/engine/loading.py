@@ -290,7 +290,7 @@ def prepared(
                 new = new.full_tensor()
             pairs.append((local(tensor), local(new)))
         elif key not in of_block_lr:
-            pairs.append((local(tensor), torch.zeros_like(local(tensor))))
+            pairs.append((local(tensor), local(zeros(*variants[key]))))
     return pairs
 
 

@@ -16,7 +16,7 @@ from sharpwise.engine.counter import versions_of
 from sharpwise.engine.measuring import measure
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.options import Options
-from sharpwise.engine.view import ParamView, multiplier_map
+from sharpwise.engine.view import ParamView
 from sharpwise.shards import is_dtensor, local
 
 logger = logging.getLogger(__name__)
@@ -269,3 +269,11 @@ def _interpolated(start: Sequence[float], target: Sequence[float], progress: flo
     if progress >= 1.0:
         return tuple(target)
     return tuple(a + (b - a) * progress for a, b in zip(start, target, strict=True))
+
+
+def multiplier_map(segments: Sequence[Segment], values: Sequence[float]) -> Mapping[str, tuple[float, ...]]:
+    """Multipliers per parameter name, in segment order, from one per segment of the model."""
+    result: dict[str, tuple[float, ...]] = {}
+    for segment, value in zip(segments, values, strict=True):
+        result[segment.name] = (*result.get(segment.name, ()), value)
+    return result
