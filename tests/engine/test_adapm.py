@@ -130,6 +130,18 @@ def test_kernels_are_the_reference(name, second):
         assert (p - q).norm() <= 1e-6 * q.norm()
 
 
+def test_state_that_was_not_saved_begins_anew():
+    """Of a run that had not begun, in a file without state: the right factor is the sketch again, not 0."""
+    model = testing.tiny_model()
+    optimizer = sharpwise.AdaPM(model, rank=2)
+    begun = {key: t.clone() for key, t in optimizer.state_dict()["state"][4].items()}
+    testing.run(model, optimizer, range(2))
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+    now = optimizer.state_dict()["state"][4]
+    assert "right.q" in now and now["right.q"].any()
+    assert all(torch.equal(t, now[key]) for key, t in begun.items())
+
+
 class _Largest(TorchDispatchMode):
     """The largest tensor that operations make."""
 
