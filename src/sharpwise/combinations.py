@@ -59,8 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Names of an optimizer with options: those of `AdamW8bit`, `LionA`, `LionAR`, `Muon8bit` and `MuonH`."""
 CONTROLLED: dict[str, tuple[str, ...]] = {**dict.fromkeys(COMBINES, tuple(CONTROLS)), "adapm": ()}
-"""Which controls combine with an optimizer: all, with decoupled decay, but that AdaPM has one of its own. All can go with
-any block_lr and storage."""
+"""Which controls combine with an optimizer: all, with decoupled decay; AdaPM has one of its own. All can go with any
+block_lr and storage."""
 
 
 class CommonOptions(TypedDict, total=False):
