@@ -58,9 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "muonh": {"name": "muon", "control": "hyperball"},
 }
 """Names of an optimizer with options: those of `AdamW8bit`, `LionA`, `LionAR`, `Muon8bit` and `MuonH`."""
-CONTROLLED: dict[str, tuple[str, ...]] = {**dict.fromkeys(COMBINES, tuple(CONTROLS)), "adapm": ()}
-"""Which controls combine with an optimizer: all, with decoupled decay; AdaPM has one of its own. All can go with any
-block_lr and storage."""
+CONTROLLED = dict.fromkeys(COMBINES, tuple(CONTROLS))
+"""Which controls combine with an optimizer: all, with decoupled decay. All can go with any block_lr and storage."""
 
 
 class CommonOptions(TypedDict, total=False):
@@ -272,8 +271,7 @@ def _control_of(who: str, name: str, asked: Any, decoupled: bool) -> Control | N
     if control is None:
         return None
     if control.name in CONTROLS and control.name not in CONTROLLED[name]:
-        which = f"control {', '.join(CONTROLLED[name])}" if CONTROLLED[name] else "no control but its own"
-        raise ValueError(f"{who}: {name} combines with {which}, got {control}")
+        raise ValueError(f"{who}: {name} combines with control {', '.join(CONTROLLED[name])}, got {control}")
     if not decoupled:
         raise ValueError(f"{who}: control={str(control)!r} is for decoupled decay; give decoupled_weight_decay=True")
     if control.holds and asked.cautious_decay:

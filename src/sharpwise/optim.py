@@ -128,7 +128,7 @@ class AdaPM(BlockOptimizer):
         momentum: by role "none", "full" or "low_rank", where it is not as above; or one of these words for all.
         debias: weight of what factors leave out: None for 1 / (1 - betas[0]), unbiased; 1 is momentum, 0 factors alone.
         second_moment: "element", Adam's, or "block", Adam-mini's.
-        clip: the largest root mean square of the update of a matrix before lr; None for no bound.
+        clip: the largest root mean square of the update of a matrix before lr; None for no bound, nor with a `control`.
         **options: of all optimizers.
 
     Raises:

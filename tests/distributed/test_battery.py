@@ -142,6 +142,6 @@ def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> i
     more += result["lines cut"]
     if case.rule in EXPECTED:  # the first sums ride with the norm
         return EXPECTED[case.rule] + (case.guard and case.rule != "parted") + more
-    if case.rule == "adapm":  # two for the factors, one for the bound on updates
-        return 3 + more
+    if case.rule == "adapm":  # two for the factors, one for the bound on updates, whose place a control takes
+        return 2 + (control is None) + more
     return int(case.guard or case.rule == "adam-mini") + more
