@@ -17,6 +17,7 @@ from sharpwise.block_lr.spelling import ABLATIONS, BLOCK_LRS
 from sharpwise.blocks import Cut
 from sharpwise.combinations import COMBINES, PRESETS, STORAGES, CommonOptions, engine_arguments, with_common_options
 from sharpwise.controls import L2, Angular
+from sharpwise.controls.rms_clip import check_clip
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
 from sharpwise.storage import Format
@@ -152,7 +153,7 @@ class AdaPM(BlockOptimizer):
     ) -> None:
         by_role = rules.adapm.momentum_of("AdaPM", momentum)
         rule = rules.AdaPM(betas, eps, rank, by_role, debias, second_moment)
-        common = engine_arguments("AdaPM", "adapm", options, control=rules.adapm.check_clip("AdaPM", clip))
+        common = engine_arguments("AdaPM", "adapm", options, control=check_clip("AdaPM", clip))
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
         rules.adapm.list_kept_in_full("AdaPM", rule, self.blocks.segments)
 

@@ -28,10 +28,8 @@ than itself keeps its momentum in full.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -39,7 +37,6 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Role, Segment
 from sharpwise.blocks.roles import meant
-from sharpwise.controls import RMSClip
 from sharpwise.rules.adam_mini import AdamMini
 from sharpwise.rules.adamw import AdamW
 from sharpwise.rules.base import (
@@ -352,21 +349,6 @@ def momentum_of(who: str, given: Any) -> tuple[tuple[str, Momentum], ...]:
         if word not in MOMENTUM:
             raise ValueError(f"{who}: momentum of {role} must be one of {', '.join(map(repr, MOMENTUM))}, got {word!r}")
     return tuple(sorted((str(role), word) for role, word in given.items()))
-
-
-def check_clip(who: str, clip: Any) -> RMSClip | None:
-    """The control of updates for this bound; None for none.
-
-    Raises:
-        TypeError, ValueError: unless it is a finite number above 0, or None.
-    """
-    if clip is None:
-        return None
-    if isinstance(clip, bool) or not isinstance(clip, Real):
-        raise TypeError(f"{who}: clip must be a number > 0, or None, got {clip!r}")
-    if not 0.0 < float(clip) < math.inf:
-        raise ValueError(f"{who}: clip must be a finite number > 0, or None, got {clip!r}")
-    return RMSClip(float(clip))
 
 
 def list_kept_in_full(who: str, rule: AdaPM, segments: Sequence[Segment]) -> None:
