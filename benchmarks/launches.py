@@ -32,7 +32,7 @@ STEPS = 4
 MOST = 12
 """Lines and operations that are noted."""
 
-OPTIMIZERS = ("adamw", "adam-mini", "adasgd", "blockwise-adam", "lion", "muon", "sgd", "sgd-sai")
+OPTIMIZERS = ("adamw", "adam-mini", "adapm", "adasgd", "blockwise-adam", "lion", "muon", "sgd", "sgd-sai")
 LARGE = ("adamw", "adam-mini", "lion", "sgd")
 """Those that are counted on large models too, with the options of MAIN."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -57,6 +57,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """By name: what is passed to the constructor, but for `dtype`, which is that of the parameters. What is
 measured in training is so in the second step (in the first by gradient_snr), and *moves* the multipliers at each."""
+OF_OPTIMIZER: dict[str, dict[str, Any]] = {"adapm": {"rank": 2, "second_moment": "block"}, "sgd": {"momentum": 0.9}}
+"""What is passed with every option: the rank is for the tiny model."""
 MAIN = ("plain", "clip", "clip-skip", "bf16-weights", "8-bit", "blockwise", "everything")
 
 
@@ -117,8 +119,7 @@ def counted(case: Case, steps: int = STEPS, **where: Any) -> list[Counts]:
     """
     settings = {**OPTIONS[case.options]}
     dtype = settings.pop("dtype", torch.float32)
-    if case.optimizer == "sgd":
-        settings["momentum"] = 0.9
+    settings |= OF_OPTIMIZER.get(case.optimizer, {})
     with FakeCuda() as cuda:
         model, blocks = cuda.model(MODELS[case.model], dtype, **where)
         optimizer = create_optimizer(model, case.optimizer, lr=1e-3, weight_decay=0.1, blocks=blocks, **settings)

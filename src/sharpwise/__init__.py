@@ -22,6 +22,7 @@ from sharpwise.optim import (
     AdamMini,
     AdamW,
     AdamW8bit,
+    AdaPM,
     AdaSGD,
     BlockwiseAdam,
     Lion,
@@ -39,6 +40,7 @@ from sharpwise.rotated import Rotated
 
 __all__ = [
     "SGD",
+    "AdaPM",
     "AdaSGD",
     "AdamMini",
     "AdamW",

@@ -39,6 +39,7 @@ _SHORT = tuple(name for name in STORAGES if not name.endswith("-2048"))
 COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adam-mini": ((*_ALL_LRS, "sharpness"), _SHORT),
     "adamw": ((*_ALL_LRS, "sharpness"), tuple(name for name in _SHORT if name != "int8-linear")),
+    "adapm": ((*_ALL_LRS, "sharpness"), tuple(name for name in _SHORT if name != "int8-linear")),
     "adasgd": (_ALL_LRS, _SHORT),
     "blockwise-adam": ((*_ALL_LRS, "sharpness"), _SHORT),
     "lion": (_ALL_LRS, _SHORT),
@@ -163,6 +164,7 @@ def engine_arguments(
     decoupled: bool = True,
     own_lr: BlockLR | None = None,
     aux_storage: str | Format | None = None,
+    control: Control | None = None,
 ) -> dict[str, Any]:
     """Arguments of `BlockOptimizer`, but for the rule and its numbers, from the options that all constructors have.
 
@@ -172,6 +174,7 @@ def engine_arguments(
         decoupled: whether weight decay is.
         own_lr: a learning rate per block that belongs to the optimizer; `block_lr` comes on top.
         aux_storage: of what a rule of whole matrices leaves to another; None for `storage`.
+        control: of updates, that belongs to the optimizer.
 
     Raises:
         TypeError, ValueError: for options of a wrong kind or out of range, and for what does not combine.
@@ -179,7 +182,7 @@ def engine_arguments(
     asked: Any = SimpleNamespace(**{option: default for option, (default, _) in _OPTIONS.items()} | given)
     per_block = _block_lr_of(who, asked.block_lr)
     storage = _storage_of(who, name, asked, aux_storage)
-    control = _control_of(who, name, asked, decoupled)
+    control = _control_of(who, name, asked, decoupled) or control
     _check_combination(who, name, per_block, asked)
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
@@ -238,7 +241,7 @@ def _storage_of(who: str, name: str, asked: Any, aux: str | Format | None) -> St
     format = _format_of(who, "storage", asked.storage)
     other: Format | None = FP32 if name == "muon" and format.block else None
     other = other if aux is None else _format_of(who, "aux_storage", aux)
-    squares = {"adamw": format, "muon": other or format}.get(name)
+    squares = {"adamw": format, "adapm": format, "muon": other or format}.get(name)
     if isinstance(squares, Int8) and squares.code == "linear" and not asked.allow_unstable:
         raise ValueError(
             f"{who}: {squares.name} for second moments makes the small ones 0, and their elements explode: give "

@@ -5,6 +5,7 @@ option is in every signature and docstring, where editors, `help()` and `inspect
 """
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack, final
 
 from torch import Tensor
@@ -17,15 +18,15 @@ from sharpwise.blocks import Cut
 from sharpwise.blockwise import AdaSGD, BlockwiseAdam
 from sharpwise.combinations import COMBINES, PRESETS, STORAGES, CommonOptions, engine_arguments, with_common_options
 from sharpwise.controls import L2, Angular
+from sharpwise.controls.rms_clip import check_clip
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
 from sharpwise.storage import Format
 
 __all__ = [
-    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdaSGD", "AdamMini", "AdamW",
-    "AdamW8bit", "BlockwiseAdam", "Lion", "LionA", "LionAR", "Muon", "Muon8bit", "MuonH", "SGDSaI", "create_optimizer",
-    "list_optimizers",
-    "parse_arm", "split_arm",
+    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdaPM", "AdaSGD", "AdamMini",
+    "AdamW", "AdamW8bit", "BlockwiseAdam", "Lion", "LionA", "LionAR", "Muon", "Muon8bit", "MuonH", "SGDSaI",
+    "create_optimizer", "list_optimizers", "parse_arm", "split_arm",
 ]  # fmt: skip
 
 
@@ -107,6 +108,55 @@ class AdamMini(BlockOptimizer):
         rule = rules.AdamMini(betas, eps, v_by, cut)
         common = engine_arguments("AdamMini", "adam-mini", options)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+
+
+@final
+@with_common_options
+class AdaPM(BlockOptimizer):
+    """AdaPM: `sharpwise.rules.adapm`. State: the momentum of a fifth of the matrices or less, and a second moment.
+
+    The gradient itself stands for the momentum of embeddings, head and attention output, thin factors for that of
+    queries, keys and MLP; values, norms and biases keep theirs. With `second_moment="block"` about a twentieth of
+    AdamW's state. A matrix whose factors would not be smaller than itself keeps its momentum; `explain()` shows what
+    each does.
+
+    Args:
+        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        lr: step size, in units of the parameter per step (the update of a matrix has a root mean square of at most lr).
+        betas: decay rates of the first and the second moment, in [0, 1).
+        eps: added to the root of the second moment after its bias correction, in units of the gradient.
+        weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
+        rank: of the factors, a whole number of 1 or more.
+        momentum: by role "none", "full" or "low_rank", where it is not as above; or one of these words for all.
+        debias: weight of what factors leave out: None for 1 / (1 - betas[0]), unbiased; 1 is momentum, 0 factors alone.
+        second_moment: "element", Adam's, or "block", Adam-mini's.
+        clip: the largest root mean square of the update of a matrix before lr; None for no bound, nor with a `control`.
+        **options: of all optimizers.
+
+    Raises:
+        TypeError, ValueError: as `AdamW`; also for roles not known, and for blocks by head without their number.
+    """
+
+    def __init__(
+        self,
+        first: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.01,
+        *,
+        rank: int = 16,
+        momentum: Mapping[str, rules.adapm.Momentum] | rules.adapm.Momentum | None = None,
+        debias: float | None = None,
+        second_moment: rules.adapm.SecondMoment = "element",
+        clip: float | None = 1.0,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        by_role = rules.adapm.momentum_of("AdaPM", momentum)
+        rule = rules.AdaPM(betas, eps, rank, by_role, debias, second_moment)
+        common = engine_arguments("AdaPM", "adapm", options, control=check_clip("AdaPM", clip))
+        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        rules.adapm.list_kept_in_full("AdaPM", rule, self.blocks.segments)
 
 
 @final
@@ -365,6 +415,7 @@ def LionAR(
 OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
     "adam-mini": AdamMini,
     "adamw": AdamW,
+    "adapm": AdaPM,
     "adasgd": AdaSGD,
     "blockwise-adam": BlockwiseAdam,
     "lion": Lion,

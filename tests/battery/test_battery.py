@@ -44,7 +44,7 @@ QUICK = [
 
 
 def make_of(name, block_lr, storage, rounding):
-    extra = {"momentum": 0.9, "weight_decay": 0.1} if name == "sgd" else {"weight_decay": 0.1}
+    extra = {"sgd": {"momentum": 0.9}, "adapm": {"rank": 2}}.get(name, {}) | {"weight_decay": 0.1}
     extra |= {"block_lr": testing.EXAMPLES.get(block_lr, block_lr), "storage": storage, "stochastic_rounding": rounding}
     return lambda first, **more: create_optimizer(first, name, lr=1e-3, **{**extra, **more})
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import sharpwise
-from sharpwise.blocks import BlockMap
+from sharpwise.blocks import BlockMap, Segment
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.options import Options
 from sharpwise.rules import AdamMini, AdamW, Lion, Muon
@@ -54,6 +54,8 @@ def optimizer_of(model: nn.Module, case: Case, blocks: BlockMap | None, shared: 
     if case.rule == "muon":
         guard |= {"normalize_rows": case.guard, "per_head": more == "heads"}
         guard |= {"process_group": dist.group.WORLD if shared else None}
+    if case.rule == "adapm":  # the rank of tiny models
+        guard |= {"rank": 2, "second_moment": "block" if more == "block" else "element"}
     return sharpwise.create_optimizer(
         model, case.rule, lr=1e-2, weight_decay=0.1, block_lr=block_lr, storage=storage,
         stochastic_rounding=more == "stochastic", cautious_decay=more == "cautious", blocks=blocks, **guard, **eager,
@@ -71,16 +73,29 @@ def set_gradients(model: nn.Module, step: int, spoil: bool) -> None:
         p.grad = None if missing else gradient_as(whole, p)
 
 
-def differences(placed: nn.Module, alone: nn.Module, states: tuple[Any, Any]) -> dict[str, list[float]]:
+def differences(placed: nn.Module, alone: nn.Module, states: tuple[Any, Any], blocks: BlockMap) -> dict[str, Any]:
     """max|dp| / max|p| of every parameter, and the same of its state, over all processes."""
     found = {}
     for (name, p), q in zip(placed.named_parameters(), alone.parameters(), strict=True):
         if not p.requires_grad:
             continue
-        own, other = states[0][p], states[1][q]
+        own, other = (
+            states[0][p],
+            _in_full(states[1][q], q, blocks[name]) if "exp_avg" in states[0][p] else states[1][q],
+        )
         assert own.keys() == other.keys(), (name, own.keys(), other.keys())
         apart = max(_apart(own[key], other[key]) for key in own)
         found[name] = [worst(_apart(p, q)), worst(apart)]
+    return found
+
+
+def _in_full(state: dict[str, Tensor], param: Tensor, segments: tuple[Segment, ...]) -> dict[str, Tensor]:
+    """Momentum of a part of a parameter as it is kept where a mesh cuts the rows: with zeros for the others."""
+    found = dict(state)
+    for segment in segments:
+        if (key := f"exp_avg.{segment.role}") in found:
+            whole = torch.zeros_like(param, dtype=found[key].dtype)
+            found["exp_avg"] = whole.index_copy_(segment.dim, segment.row_index(), found.pop(key))
     return found
 
 
@@ -150,7 +165,7 @@ def run(case: Case) -> dict[str, Any]:
     names = [name for name, p in placed.named_parameters() if p.requires_grad]
     parameters = dict(placed.named_parameters())
     return {
-        "differences": differences(placed, alone, (optimizers[0].state, optimizers[1].state)),
+        "differences": differences(placed, alone, (optimizers[0].state, optimizers[1].state), blocks),
         "rows cut": [name for name in names if rows_are_cut(name, parameters[name], blocks)],
         "heads cut": [name for name in names if head_is_cut(name, parameters[name], blocks)],
         "cut": any(isinstance(p, DTensor) for p in placed.parameters()),

@@ -85,7 +85,7 @@ PARTED = [
 """Several views of one parameter, whose rows are cut, or its columns."""
 STAGES = [
     Case(rule, "", "fp32", True, "default", "llama (grouped)", placement)
-    for rule, placement in itertools.product(["adam-mini", *RULES], WIDE)
+    for rule, placement in itertools.product(["adam-mini", "adapm", *RULES], WIDE)
 ]
 CAUTIOUS = [
     Case("adam-mini", "blockwise", "fp32, cautious", *way, "gpt2 (Conv1D, fused, tied)", placement)
@@ -98,7 +98,7 @@ CONTROLLED = [
             ("adam-mini", "turned", "llama (grouped)", "fsdp 2"),
             ("adamw", "turned", "gpt2 (Conv1D, fused, tied)", "fsdp 3"),
             ("adam-mini", "sized", "gpt2 (Conv1D, fused, tied)", "tp 2"),
-            ("low rank", "sized", "llama (grouped)", "fsdp 3"),
+            ("largest", "sized", "llama (grouped)", "fsdp 3"),
             ("adamw", "sized", "mixtral (experts)", "fsdp 2"),
             ("adamw", "sideways", "llama (grouped)", "fsdp 2 x tp 2"),
             ("adam-mini", "sideways", "gpt_neox (interleaved)", "hsdp 2x2"),
@@ -149,3 +149,25 @@ BY_HEAD = [
 BY_EXPERT = [
     Case("muon", "", "fp32", *way, "mixtral (experts)", placement) for placement in EXPERTS for way in WAYS[:3]
 ]
+PARTIAL = [
+    Case("adapm", "", storage, *way, model, placement)
+    for (model, placement, storage), way in zip(
+        [
+            ("gpt2 (Conv1D, fused, tied)", "fsdp 2", "fp32, block"),
+            ("gpt2 (Conv1D, fused, tied)", "tp 2", "fp32"),
+            ("gpt2 (Conv1D, fused, tied)", "fsdp 2 x tp 2", "fp32, block"),
+            ("nanogpt (fused)", "fsdp 3", "fp32, block"),
+            ("nanogpt (fused)", "tp 2", "fp32"),
+            ("gpt_neox (interleaved)", "fsdp 2", "fp32"),
+            ("gpt_neox (interleaved)", "hsdp 2x2", "fp32, block"),
+            ("llama (grouped)", "tp 2", "bf16"),
+            ("llama (grouped)", "fsdp 3", "fp32, block"),
+            ("mixtral (experts)", "fsdp 2 x tp 2", "fp32"),
+            ("mixtral (experts)", "fsdp 4", "fp32, block"),
+            ("mixtral (experts)", "replicated but for experts 2", "fp32"),
+        ],
+        itertools.cycle(WAYS),
+        strict=False,
+    )
+]
+"""AdaPM: factors of matrices that are cut, whole or in parts; momentum of a part of a parameter."""

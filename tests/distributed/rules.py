@@ -1,4 +1,4 @@
-"""Rules that use what no rule of the library does yet: two reductions of sums, a maximum, whole matrices."""
+"""Rules that use what no rule of the library does yet: a maximum, whole matrices, block state in parts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,6 @@ from torch import Tensor
 from sharpwise.blocks import Cut, Segment
 from sharpwise.rules import SGD, AdamMini, Lion
 from sharpwise.rules.base import Kind, MatrixRule, Reduction, Rule, Scalars, State
-from sharpwise.shards import Part
-
-RANK = 2
 
 
 @dataclass(frozen=True)
@@ -29,63 +26,6 @@ class _OfMatrices(Rule):
 
     def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         return {"momentum": group["momentum"]}
-
-
-@dataclass(frozen=True)
-class LowRank(_OfMatrices):
-    """Momentum as a product of two thin matrices, brought up to date by one step of power iteration:
-
-    M = b L R + g;   L <- orthonormal basis of M R^T;   R <- L^T M;   p <- p - lr L R
-
-    In fp64: an orthonormal basis magnifies the last bits.
-    """
-
-    name: ClassVar[str] = "test-low-rank"
-
-    @property
-    def state(self) -> dict[str, Kind]:
-        return {"left": "whole", "right": "whole"}
-
-    def shape_of(self, name: str, segments: Sequence[Segment]) -> tuple[int, ...]:
-        shape = segments[0].shape
-        return (shape[0], RANK) if name == "left" else (RANK, shape[1])
-
-    @property
-    def reductions(self) -> tuple[Reduction, ...]:
-        return (Reduction("g_right", self._times_right), Reduction("basis_g", self._times_basis))
-
-    def _start(self, right: Tensor) -> Tensor:
-        """The right factor, or where there is none yet anything that is the same everywhere."""
-        anything = torch.cos(torch.arange(right.numel(), dtype=right.dtype)).view_as(right)
-        return torch.where(right.any(), right, anything)
-
-    def _times_right(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
-        rows, columns = part.region
-        whole = g.new_zeros(part.shape[0], RANK, dtype=torch.float64)
-        whole[rows] = g.double() @ self._start(state["right"])[:, columns].double().mT
-        return whole
-
-    def _basis(self, state: State, momentum: float) -> Tensor:
-        left, right, start = (t.double() for t in (state["left"], state["right"], self._start(state["right"])))
-        return torch.linalg.qr(momentum * left @ (right @ start.mT) + state["g_right"])[0]
-
-    def _times_basis(self, g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
-        rows, columns = part.region
-        whole = g.new_zeros(RANK, part.shape[1], dtype=torch.float64)
-        whole[:, columns] = self._basis(state, hyper["momentum"])[rows].mT @ g.double()
-        return whole
-
-    def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
-        basis, left, right = self._basis(state, s["momentum"]), state["left"].double(), state["right"].double()
-        right = s["momentum"] * (basis.mT @ left) @ right + state["basis_g"]
-        return {"left": basis.to(state["left"].dtype), "right": right.to(state["left"].dtype)}
-
-    def local_slice(self, state: State, part: Part) -> dict[str, Tensor]:
-        rows, columns = part.region
-        return {"left": state["left"][rows], "right": state["right"][:, columns]}
-
-    def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        return {}, state["left"] @ state["right"], None
 
 
 @dataclass(frozen=True)
@@ -184,7 +124,6 @@ class Parted(Rule):
 
 
 RULES: dict[str, Rule] = {
-    "low rank": LowRank(),
     "orthogonal": Orthogonal(),
     "largest": Largest(),
     "parted": Parted(),

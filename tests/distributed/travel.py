@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "adamw, clip and skip": ("linear", torch.float32, "adamw", {"max_grad_norm": 1.0, "on_nonfinite": "skip"}),
     "adamw, int8": ("wide", torch.float32, "adamw", {"storage": "int8-dynamic", "keep_fp32": ()}),
     "muon, int8": ("wide", torch.float32, "muon", {"storage": "int8-linear", "aux_storage": "int8-dynamic"}),
+    "adapm, rows cut": ("conv1d", torch.float32, "adapm", {"rank": 2, "second_moment": "block"}),
     "muon, heads": ("conv1d", torch.float32, "muon", {"normalize_rows": True, "per_head": True, "aux_lr": 0.01}),
 }
 WAYS = ("full", "offloaded", "shards", "flat")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from distributed.rules import Unit
+from distributed.rules import Orthogonal, Unit
 from engine.views import (
     BLOCKS,
     LAYOUTS,
@@ -284,17 +284,30 @@ def test_state_by_name_as_distributed_checkpoints_have_it(by, flat):
 def _one_step(rule, blocks, shape=(24, 8)):
     model = nn.ParameterDict({"w": nn.Parameter(torch.randn(shape))})
     model["w"].grad = torch.randn(shape)
+    before = model["w"].detach().clone()
     optimizer = BlockOptimizer(model, rule, lr=0.1, weight_decay=0.0, options=Options(), blocks=blocks, model=model)
     optimizer.step()
+    return before, model["w"].detach(), model["w"].grad
 
 
-def test_rules_of_whole_matrices_take_no_part():
+def test_reductions_of_a_part_are_over_its_rows():
     class OfQueries(Unit):
         def assign(self, segment):
             return (self if segment.role == "q" else SGD(self.momentum)), "element"
 
     halves = [{"role": role, "start": 12 * i, "length": 12} for i, role in enumerate("qk")]
-    with pytest.raises(ValueError, match=r"w: rule 'test-unit' is for matrices, got its q rows alone"):
+    before, after, g = _one_step(OfQueries(), {"w": halves})
+    assert torch.allclose(before[:12] - after[:12], 0.1 * g[:12] / g[:12].norm(), atol=1e-6)
+    assert torch.allclose(before[12:] - after[12:], 0.1 * g[12:], atol=1e-6)
+
+
+def test_owners_of_whole_matrices_take_no_part():
+    class OfQueries(Orthogonal):
+        def assign(self, segment):
+            return (self, "tensor") if segment.role == "q" else (SGD(self.momentum), "element")
+
+    halves = [{"role": role, "start": 12 * i, "length": 12} for i, role in enumerate("qk")]
+    with pytest.raises(ValueError, match=r"w: rule 'test-orthogonal' is for matrices, got its q rows alone"):
         _one_step(OfQueries(), {"w": halves})
     _one_step(OfQueries(), {"w": "q"})
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from distributed.rules import LowRank, Unit
+from distributed.rules import Unit
 from reference import driver, models
 from reference.rig import ADAMW, BARE, Bag, every_path, named, near, steps, wide_gpt2
 
 import sharpwise
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.options import Options
+from sharpwise.rules import AdaPM
 
 
 def clipped_by_torch(model, optimizer, grads, max_norm):
@@ -53,7 +54,7 @@ def test_clipping_is_clipping_by_hand(rule, compiled):
 
 
 @every_path
-@pytest.mark.parametrize("rule", [LowRank(), Unit()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [AdaPM(rank=2), AdaPM(rank=2, kept_by="block"), Unit()], ids=["1", "1, blocks", "2"])
 def test_clipping_of_sums_over_a_matrix(rule, compiled):
     """Sums that a rule asks for are taken of the gradient as it is; of degree 1 and 2 in the factor on it."""
     first, second = models.build("gpt2"), models.build("gpt2")

@@ -22,7 +22,15 @@ from sharpwise.report.blocks import names_of_roles
 RULES: dict[str, type[rules.Rule]] = {
     **{
         rule.name: rule
-        for rule in (rules.AdamMini, rules.AdamW, rules.BlockwiseAdam, rules.Lion, rules.Muon, rules.SGD)
+        for rule in (
+            rules.AdamMini,
+            rules.AdamW,
+            rules.AdaPM,
+            rules.BlockwiseAdam,
+            rules.Lion,
+            rules.Muon,
+            rules.SGD,
+        )
     },
     "adasgd": rules.BlockwiseAdam,
     "sgd-sai": rules.SGD,

@@ -19,8 +19,8 @@ TOKENS_PER_PARAMETER = 20  # Training Compute-Optimal Large Language Models, arX
 FEWEST_STEPS = 50  # a shorter run says nothing about an optimizer: that is not much more than its warm-up
 # Where each rule's learning rates begin: their middle, for models of some million parameters. A start, not a claim.
 MIDDLE = {
-    "adamw": 3e-3, "adam-mini": 3e-3, "blockwise-adam": 3e-3, "adasgd": 3e-3, "lion": 5e-4, "muon": 3e-3, "sgd": 0.3,
-    "sgd-sai": 1e-2,
+    "adamw": 3e-3, "adam-mini": 3e-3, "adapm": 3e-3, "blockwise-adam": 3e-3, "adasgd": 3e-3, "lion": 5e-4,
+    "muon": 3e-3, "sgd": 0.3, "sgd-sai": 1e-2,
 }  # fmt: skip
 ABLATIONS = ("mean_matched", "reversed", "shuffled")
 _KEYS = (

@@ -22,8 +22,8 @@ class Sums(NamedTuple):
     """Of every unit, fp64 [units], over all processes that hold a part of it.
 
     Attributes:
-        uu, pu, pp: sums of u u, p u and p p; p is the weight before the step, u the update in units of the learning
-            rate (0 where that is 0), after bias correction and clipping.
+        uu, pu, pp: sums of u u, p u and p p (0 both, if the control scales only); p is the weight before the step, u
+            the update in units of the learning rate (0 where that is 0), after bias correction and clipping.
         elements: how many these are.
     """
 
@@ -42,11 +42,13 @@ class Control:
         over: what a unit is: an output row, or a matrix (of a segment, of an expert).
         holds: whether the norm of every unit of that kind is held: that of the first step in which it is above
             `SMALLEST` per element, kept as the state `held_norm`.
+        scales_only: it looks at u u alone, and c is always 1.
     """
 
     name: ClassVar[str]
     over: ClassVar[Over]
     holds: ClassVar[bool] = False
+    scales_only: ClassVar[bool] = False
 
     def __str__(self) -> str:
         """Its spelling, with only what differs from the defaults."""

@@ -5,7 +5,7 @@ is written. Where a mesh cuts rows or matrices, one collective completes all sum
 end, by rates and decays per row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,31 @@ from torch import Tensor
 
 from sharpwise.controls import Control, Sums
 from sharpwise.controls.base import held_norms
+from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found, Lines, row_step
-from sharpwise.engine.backends.reference import aimed, cut_rows, pieces
+from sharpwise.engine.backends.reference import CHUNK, aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
+from sharpwise.engine.norms import SquareSum, squares_of
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import CUT_OF, HELD, ParamView
-from sharpwise.rules.base import MatrixRule
+from sharpwise.rules.base import MatrixRule, ThinRule
 from sharpwise.shards import local
+
+IN_CACHE = 1 << 17
+"""Elements whose temporaries stay in the cache of a CPU."""
 
 
 class Bounds:
-    """What a control makes of the views of an optimizer."""
+    """What a control makes of the views of an optimizer.
 
-    def __init__(self, control: Control) -> None:
-        self.control = control
+    Args:
+        backends: of the optimizer; kernels: whether they may be used.
+    """
+
+    def __init__(self, control: Control, backends: Backends, kernels: bool) -> None:
+        self.control, self.scratch = control, backends.scratch
+        self.backends = backends if kernels else None
         self._layouts = Layouts()
 
     def found(
@@ -36,34 +46,103 @@ class Bounds:
         grads: Sequence[Tensor],
         scalars: StepScalars,
         found: Found,
+        squares: Sequence[SquareSum | None],
         group: ReduceGroup,
     ) -> Found:
-        """`found` with the lines of what moves element by element, and with what gives those of whole matrices, once
-        their owners have worked.
+        """`found` with the lines of what moves element by element, or its rates per block, if they suffice; and with
+        what gives the lines of whole matrices, once their owners have worked.
 
         Args:
+            squares: of gradients per block, where there are blocks.
             group: the processes that hold parts.
         """
 
-        def bound(some: Sequence[ParamView], updates: Sequence[Tensor]) -> dict[int, Lines]:
-            return self._all_lines(some, updates, scalars, found, Bucket(group))
+        def bound(some: Sequence[ParamView], updates: Sequence[Tensor]) -> Mapping[int, Lines]:
+            return self._bound(some, updates, [None] * len(some), scalars, found, Bucket(group)).lines
 
-        pairs = [(v, g) for v, g in zip(views, grads, strict=True) if not isinstance(v.rule, MatrixRule)]
-        return found._replace(lines=bound([v for v, _ in pairs], [g for _, g in pairs]), bound=bound)
+        def rates_of(view: ParamView, x: Tensor, rates: Tensor) -> Tensor:
+            return self._of_numerators(view, x, scalars, rates)
 
-    def _all_lines(
-        self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found, bucket: Bucket
-    ) -> dict[int, Lines]:
-        """Rates and decays of the rows of matrices, by id of the view."""
+        bounded = self._bound(views, grads, squares, scalars, found, Bucket(group))
+        return bounded._replace(bound=bound, rates_of=rates_of)
+
+    def _bound(
+        self,
+        views: Sequence[ParamView],
+        grads: Sequence[Tensor],
+        squares: Sequence[SquareSum | None],
+        scalars: StepScalars,
+        found: Found,
+        bucket: Bucket,
+    ) -> Found:
+        """Rates and decays of the rows of matrices; other rates per block, if they suffice."""
         partials: list[tuple[ParamView, Partial]] = []
-        for view, g in zip(views, grads, strict=True):
-            if view.unit is not None:
-                sums = _row_sums(view, g, scalars, found)
-                sums = torch.stack([self._units(view).gather(own) for own in sums])
-                cut = view.unit == "matrix" or _cuts_rows(view) or not _all_held(view)
-                partials.append((view, bucket.add(sums, view.shard) if cut else Partial(sums, view.shard)))
+        for view, g, own in zip(views, grads, squares, strict=True):
+            if view.unit is None or isinstance(view.rule, MatrixRule):
+                continue
+            rates = found.rates.get(id(view)) if self._by_block(view, found) else None
+            if rates is not None and isinstance(view.rule, ThinRule) and not view.shard.cut:
+                continue  # its back end asks for `rates_of`
+            if rates is not None and view.rule.plain and own is not None:
+                sums = self._of_plain(view, own.times(scalars.clip_of(view)), rates)
+                partials.append((view, Partial(sums, view.shard)))  # of all processes already
+                continue
+            only = self.control.scales_only
+            rows = self._row_squares(view, g, scalars, found) if only else _row_sums(view, g, scalars, found)
+            sums = torch.stack([self._units(view).gather(of) for of in rows])
+            cut = view.unit == "matrix" or _cuts_rows(view) or not _all_held(view)
+            partials.append((view, bucket.add(sums, view.shard) if cut else Partial(sums, view.shard)))
         bucket.reduce()
-        return {id(view): self._lines(view, partial.values, scalars, found) for view, partial in partials}
+        lines: dict[int, Lines] = {}
+        bounded = dict(found.rates)
+        for view, partial in partials:
+            if self._by_block(view, found):
+                bounded[id(view)] = self._bounded(view, partial.values, scalars, bounded[id(view)])
+            else:
+                lines[id(view)] = self._lines(view, *self._factors(view, partial.values, scalars), scalars, found)
+        return found._replace(rates=bounded, lines=lines)
+
+    def _by_block(self, view: ParamView, found: Found) -> bool:
+        """Whether other rates per block suffice."""
+        return self.control.scales_only and view.unit == "matrix" and id(view) in found.rates
+
+    def _of_numerators(self, view: ParamView, x: Tensor, scalars: StepScalars, rates: Tensor) -> Tensor:
+        """Rates per block of a view that no mesh cuts, from the numerators of its elements, which lie as it does."""
+        (rows,) = squares_of([x], [view.dim], self._kernel(view))
+        step = view.spread(rates).double().view(-1)
+        return self._bounded(view, self._units(view).gather(rows * step * step)[None], scalars, rates)
+
+    def _bounded(self, view: ParamView, sums: Tensor, scalars: StepScalars, rates: Tensor) -> Tensor:
+        """Rates per block, times what a control that scales only makes of these sums over matrices."""
+        a, _ = self._factors(view, sums, scalars)
+        return (a[self._unit_of_block(view)] * rates).to(view.dtype)
+
+    def _kernel(self, view: ParamView) -> Any:
+        return self.backends.cpp.of_squares if self.backends is not None and view.device.type == "cpu" else None
+
+    def _of_plain(self, view: ParamView, squares: SquareSum, rates: Tensor) -> Tensor:
+        """Sums of d d over the matrices of a view whose numerator is the gradient: fp64 [1, units]."""
+        counts = self._units(view).counts
+        assert counts is not None
+        rates = rates.double() * squares.unit
+        return torch.zeros_like(counts).index_add_(0, self._unit_of_block(view), rates * rates * squares.values)[None]
+
+    def _row_squares(self, view: ParamView, g: Tensor, scalars: StepScalars, found: Found) -> list[Tensor]:
+        """Sums of d d over the rows held here, where -d is what would be added to p: one vector, fp64."""
+        step, s, clip = _step(view, scalars, found), scalars.named(view), scalars.clip_of(view)
+        rule, kernel = found.rules.get(id(view), view.rule), self._kernel(view)
+        if isinstance(view.rule, ThinRule) and view.rule.has_blocks and view.numel:
+            room = self.scratch.of(view, view.numel)[: view.numel].view(view.shape)
+            parts = squares_of([rule.fill(room, view.rows_of(g), s, clip)], [view.dim], kernel)
+        else:
+            p, g, stored = view.parameter(), view.rows_of(g), view.stored()
+            parts = [torch.zeros(p[:0].sum(view.dim).numel(), dtype=torch.float64, device=p.device)]
+            for j in pieces(view, rule, IN_CACHE if view.device.type == "cpu" else CHUNK):
+                _, _, u, below = aimed(rule, s, p[j], g[j], [one.piece(j) for one in stored])
+                parts += squares_of([u if below is None else u / below], [view.dim], kernel)
+        rows = torch.stack(parts).sum(0) if view.dim == 0 and len(view.shape) == 2 else torch.cat(parts)
+        own = step.double().view(-1) if isinstance(step, Tensor) else step
+        return [rows * own * own]
 
     def _units(self, view: ParamView) -> Layout:
         if "units" not in view.kept:
@@ -73,23 +152,43 @@ class Bounds:
         found: Layout = view.kept["units"]
         return found
 
-    def _lines(self, view: ParamView, sums: Tensor, scalars: StepScalars, found: Found) -> Lines:
+    def _unit_of_block(self, view: ParamView) -> Tensor:
+        """The number of the matrix that each block is of."""
+        if "unit of block" not in view.kept:
+            pairs = zip(view.segments, view.cuts, strict=True)
+            sizes = [s.blocks(cut) // s.copies for s, cut in pairs for _ in range(s.copies)]
+            counts = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+            view.kept["unit of block"] = (
+                torch.arange(len(sizes), device="cpu").repeat_interleave(counts).to(view.device)
+            )
+        found: Tensor = view.kept["unit of block"]
+        return found
+
+    def _factors(self, view: ParamView, sums: Tensor, scalars: StepScalars) -> tuple[Tensor, Tensor]:
+        """a, and c times the factor of decay, of its units."""
         units = self._units(view)
         counts, of = units.counts, units.segment_of_block
         assert counts is not None
         of = torch.zeros_like(counts, dtype=torch.int64) if of is None else of
-        own, s = view.origin, self._settings(view, scalars, of, counts)
+        if self.control.scales_only:
+            lr, decay = (_filled(scalars.spread([view], what, of), counts) for what in ("lr", "decay"))
+            s: dict[str, Any] = {"lr": lr, "decay": decay}
+        else:
+            s = self._settings(view, scalars, of, counts)
         per_lr = torch.where(s["lr"] != 0, s["lr"].reciprocal(), 0.0)
-        of_units = Sums(sums[0] * per_lr * per_lr, sums[1] * per_lr, sums[2], counts)
+        uu, pu, pp = sums if len(sums) == 3 else (sums[0], *torch.zeros_like(sums).expand(2, -1))
+        of_units = Sums(uu * per_lr * per_lr, pu * per_lr, pp, counts)
         if view.holds:
-            held = own.own[HELD]
+            held = view.origin.own[HELD]
             s["held"] = held_norms(of_units, held.double())
             taken = scalars.ok_of(view)
             held.copy_(s["held"] if taken is True else torch.where(taken != 0, s["held"], held.double()))
         a, c = self.control.factors(of_units, s)
-        decay = s["decay"]
-        lines = (x if units.block_of_row is None else x[units.block_of_row] for x in (a, c * decay))
-        a, decay = (x.view(view.row_shape) for x in lines)
+        return a, c * s["decay"]
+
+    def _lines(self, view: ParamView, a: Tensor, decay: Tensor, scalars: StepScalars, found: Found) -> Lines:
+        of = self._units(view).block_of_row
+        a, decay = ((x if of is None else x[of]).view(view.row_shape) for x in (a, decay))
         return Lines((a * _step(view, scalars, found)).to(view.dtype), decay.to(view.dtype))
 
     def _settings(self, view: ParamView, scalars: StepScalars, of: Tensor, like: Tensor) -> dict[str, Any]:
@@ -116,6 +215,11 @@ class Bounds:
             "mean_square": origin.rule.mean_square(hyper),
             "turn": origin.rule.turn,
         }
+
+
+def _filled(value: Any, like: Tensor) -> Tensor:
+    """A number, or several, as a tensor like this; numbers of the host are not copied."""
+    return value.to(like.dtype).expand_as(like) if isinstance(value, Tensor) else torch.full_like(like, value)
 
 
 def _step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | float:

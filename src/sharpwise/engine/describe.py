@@ -7,7 +7,6 @@ from sharpwise.blocks import Segment
 from sharpwise.engine.capture import fixed
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import MatrixRule
 from sharpwise.table import Table
 
 
@@ -26,11 +25,11 @@ def explanation(stepper: Stepper) -> Table:
     control = stepper.options.control
     rows: list[tuple[Any, ...]] = []
     for view, i, s in _in_order(stepper):
-        sizes = dict.fromkeys(("element", "block", "whole", "unit"), 0)
-        per_line = 0
+        sizes = dict.fromkeys(("element", "block", "unit"), 0)
+        shared = 0  # of all its segments together
         for name, kind in view.kinds().items():
-            if kind == "absmax":
-                per_line += view.own[name].numel() * view.own[name].element_size()
+            if kind not in sizes:
+                shared += view.own[name].numel() * view.own[name].element_size()
             else:
                 sizes[kind] += view.own[name].element_size()
         dtype = stepper.grad_dtype(view)
@@ -45,10 +44,8 @@ def explanation(stepper: Stepper) -> Table:
         if view.holds:
             decay = "held"
         storage = "/".join(dict.fromkeys(view.formats[name].name for name in view.elements)) or "fp32"
-        size = s.numel * sizes["element"] + per_line * s.numel // max(1, sum(one.numel for one in view.segments))
+        size = s.numel * sizes["element"] + shared * s.numel // max(1, sum(one.numel for one in view.segments))
         size += blocks * sizes["block"] if cut != "element" else 0
-        if isinstance(view.rule, MatrixRule):
-            size += s.copies * s.rows * sizes["whole"]
         size += view.units_of(s) * sizes["unit"]
         why = "; ".join(filter(None, (choice.why, fixed(view) if stepper.captured else "")))
         how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, why)

@@ -290,7 +290,9 @@ def prepared(
                 new = new.full_tensor()
             pairs.append((local(tensor), local(new)))
         elif key not in of_block_lr:
-            pairs.append((local(tensor), torch.zeros_like(local(tensor))))
+            of, name = variants[key]
+            whole = of.kinds(variants=True).get(name) == "whole"
+            pairs.append((local(tensor), zeros(of, name) if whole else torch.zeros_like(local(tensor))))
     return pairs
 
 

@@ -132,8 +132,14 @@ class Sums:
 
     def _by_block(self, pairs: Sequence[Sequence[Any]]) -> list[tuple[ParamView, bool, Tensor]]:
         """Sums over the blocks of views, and whether they are those of large elements."""
-        matrices, found = [], []
+        matrices, found, shared = [], [], {}
         for view, g in pairs:
+            if view.part and not view.by_row and len(view.whole_shape) == 2 and Kernel.takes(g) and self._kernel():
+                # Columns of a matrix that is read once for all of its views.
+                if id(view.param) not in shared:
+                    (shared[id(view.param)],) = self._rows([g.view(view.whole_shape)], [view.dim])
+                found.append((view, False, view.gather(shared[id(view.param)][view.layout.rows])))
+                continue
             for large, (part,) in _by_size([view.rows_of(g)]).items():
                 if view.n_blocks == 1 and view.by_row:  # added up in the order of a step in one pass
                     found.append((view, large, _sum(self._everything([part])).view(1)))
@@ -144,14 +150,7 @@ class Sums:
 
     def _rows(self, matrices: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
         """Sums of g*g over a dimension of each, as vectors."""
-        own = [i for i, g in enumerate(matrices) if g.dim() == 2 and Kernel.takes(g)]
-        kernel = self._kernel() if own else None
-        by_kernel: dict[int, Tensor] = {}
-        if kernel is not None:
-            sums = kernel([matrices[i] for i in own], [dims[i] for i in own], self.exact)
-            by_kernel = dict(zip(own, sums, strict=True))
-        pairs = enumerate(zip(matrices, dims, strict=True))
-        return [by_kernel[i] if i in by_kernel else row_squares(*pair).reshape(-1) for i, pair in pairs]
+        return squares_of(matrices, dims, self._kernel(), self.exact)
 
     def _everything(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Vectors that add up to the sum of all g*g."""
@@ -166,6 +165,19 @@ class Sums:
 
     def _kernel(self) -> Kernel | None:
         return None if self.backends is None else self.backends.cpp.of_squares
+
+
+def squares_of(
+    matrices: Sequence[Tensor], dims: Sequence[int], kernel: Kernel | None, exact: bool = False
+) -> list[Tensor]:
+    """Sums of x*x over a dimension of each, as fp64 vectors, by the kernel where it takes them."""
+    own = [i for i, x in enumerate(matrices) if kernel is not None and x.dim() == 2 and Kernel.takes(x)]
+    by_kernel: dict[int, Tensor] = {}
+    if kernel is not None and own:
+        sums = kernel([matrices[i] for i in own], [dims[i] for i in own], exact)
+        by_kernel = dict(zip(own, sums, strict=True))
+    pairs = enumerate(zip(matrices, dims, strict=True))
+    return [by_kernel[i] if i in by_kernel else row_squares(*pair).reshape(-1) for i, pair in pairs]
 
 
 def _by_size(tensors: Sequence[Tensor]) -> dict[bool, Sequence[Tensor]]:

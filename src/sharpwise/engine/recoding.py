@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpwise.engine.state import keys_of
 from sharpwise.engine.stored import ABSMAX, Stored
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import MatrixRule
@@ -50,6 +51,9 @@ def recoded(
         ValueError: for codes that nobody here can read.
     """
     found = _of_others(view, dict(saved), who)
+    wanted = keys_of(view, variants=True)
+    for name in {name for own in view.siblings or (view,) for name in _regroup(own, found)} - wanted.keys():
+        found.pop(name, None)
     for own in view.siblings or (view,):
         for name, format in own.formats.items():
             key, absmax = own.state_key(name), own.state_key(name + ABSMAX)
@@ -66,6 +70,29 @@ def recoded(
                 coded = _lines(own, name, format, x)
                 found |= {key: coded.codes.view(x.shape), absmax: coded.absmax}
     return found
+
+
+def _regroup(view: ParamView, saved: dict[str, Any]) -> list[str]:
+    """Element state of a part of a parameter, from what was saved as large as the parameter, or the other way round:
+    where a mesh cuts its rows it is kept so; see `ParamView.rows_cut`. Returns the names it may be taken from."""
+    if not view.part:
+        return []
+    first, rows = view.segments[0], torch.cat([segment.row_index("cpu") for segment in view.segments]).sort()[0]
+    names = [name for name, kind in view.rule.all_state.items() if kind == "element"]
+    names += [name + ABSMAX for name in names if view.by_row]
+    for name in names:
+        key, apart = view.state_key(name), f"{name}.{view.part}"
+        if key == apart and apart not in saved and name in saved:
+            whole = _whole(saved[name])
+            taken = whole.index_select(first.dim, rows.to(whole.device))
+            saved[apart] = taken.reshape(*view.own_shape[:-1], taken.shape[-1])
+        elif key == name and apart in saved:
+            own = _whole(saved.pop(apart))
+            shape = (*view.param.shape[:-1], own.shape[-1] if view.by_row else view.param.shape[-1])
+            whole = _whole(saved[name]) if name in saved else own.new_zeros(shape)
+            taken = whole.index_select(first.dim, rows.to(whole.device))
+            saved[name] = whole.index_copy(first.dim, rows.to(whole.device), own.view(taken.shape))
+    return names
 
 
 def announce(changed: Changed, who: str) -> None:
@@ -92,7 +119,7 @@ def _format_saved(
 def _shape(view: ParamView, name: str) -> tuple[int, ...]:
     """Of a whole tensor as lines."""
     line = view.line(name)
-    lead = view.shape if view.state_key(name) != name else tuple(view.param.shape)
+    lead = view.own_shape if view.state_key(name) != name else tuple(view.param.shape)
     return *lead[: line.lead], line.length
 
 

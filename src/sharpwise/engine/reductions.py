@@ -10,7 +10,8 @@ from torch import Tensor
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import Reduction, Rule, Scalars, State
+from sharpwise.rules.base import Reduction, Rule, Scalars, State, ThinRule
+from sharpwise.shards import Part
 
 
 @dataclass(eq=False)
@@ -37,7 +38,14 @@ class _Pending:
         dtype = self.view.dtype
         own = {n: held.decode(dtype) for n, held in zip(self.view.elements, self.view.stored(), strict=True)}
         g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
-        return asked.local_term(g, {**own, **self.whole, **self.found}, self.hyper, self.view.shard)
+        known = {**own, **self.whole, **self.found}
+        return asked.local_term(as_matrices(self.view, g), known, self.hyper, part_of(self.view))
+
+    def complete(self, asked: Reduction, value: Tensor) -> None:
+        """Take over what a reduction gave, and what follows from it."""
+        self.found[asked.name] = value
+        if asked.then is not None:
+            self.found |= asked.then({**self.whole, **self.found}, self.hyper)
 
 
 class Reductions:
@@ -51,28 +59,32 @@ class Reductions:
 
     def __init__(self, group: ReduceGroup, pairs: Iterable[tuple[ParamView, Tensor]], hyper: Any) -> None:
         self.group = group
-        self._pending: dict[int, _Pending] = {}
+        self._pending: list[_Pending] = []
         for view, g in pairs:
             if view.rule.reductions:
                 kept = view.state_of("whole")
-                whole = {name: tensor.clone() for name, tensor in kept.items()}
-                self._pending[id(view)] = _Pending(view, view.rows_of(g), kept, whole, hyper(view))
+                whole = {name: tensor.to(view.dtype, copy=True) for name, tensor in kept.items()}
+                self._pending.append(_Pending(view, view.rows_of(g), kept, whole, hyper(view)))
 
     def begin(self, bucket: Bucket) -> None:
         """Add the first sums to the bucket of the norm and the sums over blocks: one collective serves them all."""
-        for one in self._pending.values():
+        for one in self._pending:
             first = one.rule.reductions[0]
-            if first.op == "sum":
+            if first.op == "sum" and one.view.shard.cut:
                 one.first = bucket.add(one.term(first), one.view.shard)
 
     def run(self, clip: Any) -> None:
         """Complete all reductions, with one collective per stage and operation."""
-        for one in self._pending.values():
+        for one in self._pending:
             if one.first is not None:
                 first = one.rule.reductions[0]
-                one.found[first.name] = one.first.values if clip is None else one.first.values * clip**first.degree
-        for k in range(max((len(one.rule.reductions) for one in self._pending.values()), default=0)):
-            due = [one for one in self._pending.values() if k < len(one.rule.reductions) and not (k == 0 and one.first)]
+                one.complete(first, one.first.values if clip is None else one.first.values * clip**first.degree)
+            elif not one.view.shard.cut:  # one after the other, while the gradient is in the cache
+                for asked in one.rule.reductions:
+                    one.complete(asked, one.term(asked, clip))
+        pending = [one for one in self._pending if one.view.shard.cut]
+        for k in range(max((len(one.rule.reductions) for one in pending), default=0)):
+            due = [one for one in pending if k < len(one.rule.reductions) and not (k == 0 and one.first)]
             for op in ("sum", "max"):
                 self._reduce([one for one in due if one.rule.reductions[k].op == op], k, op, clip)
 
@@ -81,27 +93,61 @@ class Reductions:
         partials = [bucket.add(one.term(one.rule.reductions[k], clip), one.view.shard) for one in due]
         bucket.reduce()
         for one, own in zip(due, partials, strict=True):
-            one.found[one.rule.reductions[k].name] = own.values
+            one.complete(one.rule.reductions[k], own.values)
 
-    def localized(self, scalars: StepScalars) -> dict[int, Rule]:
-        """Write whole state, and give the rules as the reference calls them, by id of the view."""
+    def written(self, scalars: StepScalars) -> "dict[int, Informed]":
+        """Write whole state, and give the rules as back ends call them, by id of the view."""
         rules = {}
-        for one in self._pending.values():
+        for one in self._pending:
             view, ok = one.view, scalars.ok_of(one.view)
             known = {**one.whole, **one.found}
-            known |= one.rule.finish(known, scalars.named(view))
-            for name, tensor in one.kept.items():
-                tensor.copy_(known[name] if ok is True else torch.where(ok, known[name], tensor))
-            rules[id(view)] = cast(Rule, _Localized(one.rule, one.rule.local_slice(known, view.shard)))
+            for name, value in one.rule.finish(known, scalars.named(view)).items():
+                tensor = one.kept[name]
+                value = value.reshape(tensor.shape)
+                tensor.copy_(value if ok is True else torch.where(ok, value, tensor))
+            rules[id(view)] = Informed(view, known)
         return rules
 
 
-class _Localized:
-    """A rule with what its reductions found, for the part at hand."""
+class Informed:
+    """The rule of a view with what its reductions found. Its own whole state is as it was before the step."""
 
-    def __init__(self, rule: Rule, known: State) -> None:
-        self.rule, self.known = rule, known
-        self.state, self.stage = rule.state, rule.stage
+    def __init__(self, view: ParamView, known: State) -> None:
+        self.view, self.rule, self.known = view, view.rule, known
+        self.state, self.stage = view.rule.state, view.rule.stage
+
+    def fill(self, x: Tensor, g: Tensor, s: Scalars, scale: Any = None) -> Tensor:
+        """Write what a thin rule has of every element to x, which lies as the view does."""
+        if x.numel():
+            into, given = as_matrices(self.view, x), as_matrices(self.view, g)
+            cast(ThinRule, self.rule).fill(into, given, self.known, part_of(self.view), s, scale)
+        return x
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        return self.rule.direction(g, {**state, **self.known}, s)
+        x = {"x": self.fill(torch.empty_like(g), g, s)} if isinstance(self.rule, ThinRule) else {}
+        return self.rule.direction(g, {**state, **self.known, **x}, s)
+
+
+# -- a view as matrices ------------------------------------------------------------------------------------------------
+
+
+def as_matrices(view: ParamView, rows: Tensor) -> Tensor:
+    """A tensor that lies as the view does, as [copies, rows, columns] of what is held here: a view of it."""
+    first = view.segments[0]
+    if not view.by_row:
+        return rows.mT if first.stacked else rows.mT[None]
+    of_copies, of_rows, _ = part_of(view).region  # there may be none here
+    return rows.view(of_copies.stop - of_copies.start, of_rows.stop - of_rows.start, rows.shape[1])
+
+
+def part_of(view: ParamView) -> Part:
+    """What is held here of the matrices of a view: their rows are all of its own, in the order of the parameter."""
+    if "part" not in view.kept:
+        first, region = view.segments[0], view.shard.region
+        rows = torch.cat([segment.row_index("cpu") for segment in view.segments])
+        begin, end = (int((rows < at).sum()) for at in (region[first.dim].start, region[first.dim].stop))
+        copies = region[0] if first.stacked else slice(0, 1)
+        shape = first.copies, len(rows), view.shard.shape[first.inputs[0]]
+        view.kept["part"] = Part(shape, (copies, slice(begin, end), region[first.inputs[0]]))
+    found: Part = view.kept["part"]
+    return found

@@ -11,9 +11,9 @@ from sharpwise.engine.counter import values_of
 from sharpwise.engine.options import Storage
 from sharpwise.engine.stored import ABSMAX
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import MatrixRule
+from sharpwise.rules.base import MatrixRule, ThinRule
 from sharpwise.shards import like, local
-from sharpwise.storage import FP32, Dense, Format
+from sharpwise.storage import BF16, FP32, Dense, Format
 
 OF_BLOCK_LR = {"lr_multiplier", "multiplier_from", "multiplier_to", "block_lr_measured", "block_lr_settled"}
 """State of a block_lr: a state dict may have it or not."""
@@ -51,9 +51,12 @@ def formats_of(view: ParamView, storage: Storage) -> dict[str, Format]:
     found: dict[str, Format] = {}
     for name in names:
         fits = view.param.ndim > 1 and view.dtype == torch.float32 and view.line(name).length >= SHORTEST_LINE
-        fits &= not roles & set(storage.keep_fp32) and (len(view.siblings) < 2 or view.by_row)
+        alone = len(view.siblings) < 2 or view.state_key(name) != name
+        fits &= not roles & set(storage.keep_fp32) and (alone or view.by_row)
         own = format.for_squares() if name == view.rule.second_moment else format
         found[name] = FP32 if own.block and not fits else own
+    if isinstance(view.rule, ThinRule) and storage.format != FP32:  # factors are many numbers at a time: no blocks
+        found |= {name: BF16 for name, kind in view.rule.all_state.items() if kind == "whole"}
     return found
 
 
@@ -90,16 +93,17 @@ def zeros(view: ParamView, name: str) -> Tensor:
     if kind == "unit":
         return torch.zeros(sum(map(view.units_of, view.segments)), dtype=view.dtype, device=inner.device)
     if kind == "whole":
-        shape = view.rule.shape_of(name, view.segments)
-        return torch.zeros(shape, dtype=view.dtype, device=inner.device)
+        start = view.rule.initial(name, view.segments, inner.device)
+        dtype = view.formats.get(name, FP32).dtype_for(view.dtype)
+        return torch.empty(start.shape, dtype=dtype, device=inner.device).copy_(start)
     alone, of = view.state_key(name) != name, name.removesuffix(ABSMAX)
     format, line = view.formats[of], view.line(of)
     held = tuple(view.shape if alone else inner.shape)
     if kind == "absmax":
         plain = torch.zeros(*held[: line.lead], line.blocks(format.block), dtype=torch.float32, device=inner.device)
-        return plain if alone else like(view.param, plain, line.lead)
+        return like(view.param, plain, line.lead)
     plain = torch.zeros(held, dtype=format.dtype_for(view.dtype), device=inner.device)
-    return plain if alone else like(view.param, plain)
+    return like(view.param, plain, line.lead if alone else None)
 
 
 def keys_of(view: ParamView, variants: bool = False) -> dict[str, tuple[ParamView, str]]:
@@ -131,11 +135,11 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
         if kind != "element" or isinstance(view.formats[name], Dense):
             _check_type(tensor, name, view, who)
         if kind == "element":
-            fit = shape if key == name else view.shape
+            fit = shape if key == name else view.own_shape
         elif kind == "absmax":
             of = name.removesuffix(ABSMAX)
             line = view.line(of)
-            fit = *(shape if key == name else view.shape)[: line.lead], line.blocks(view.formats[of].block)
+            fit = *(shape if key == name else view.own_shape)[: line.lead], line.blocks(view.formats[of].block)
         elif kind == "unit":
             fit = (sum(map(view.units_of, view.segments)),)
         else:

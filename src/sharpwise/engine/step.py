@@ -70,7 +70,7 @@ class Stepper:
         self.phase = BlockPhase(self.scalars)
         for view in views:  # what is compiled is built now, before anything is written
             self.plan.choose(view, view.param.dtype)
-        self.bounds = None if options.control is None else Bounds(options.control)
+        self.bounds = None if options.control is None else Bounds(options.control, backends, self.plan.kernels)
         self.guard = Guard(options, self.on_host, backends if self.plan.kernels else None)
 
     # Made at the first step, not when state is bound: every process has to take part where a group has to be made.
@@ -126,9 +126,9 @@ class Stepper:
             scalars.multipliers_changed()
         scalars.ok, scalars.clip = ok, clip
         self.counter.advance(active, ok, self.guard.taken)
-        found = Found(self.phase.run(active, sums), reductions.localized(scalars))
+        found = Found(self.phase.run(active, sums), reductions.written(scalars))
         if self.bounds is not None:
-            found = self.bounds.found(active, grads, scalars, found, self.group)
+            found = self.bounds.found(active, grads, scalars, found, sums, self.group)
         for work, own in zip(works, own_grads, strict=True):
             work.backend.step(work.views, own, scalars, found)
         self.captured |= capture.capturing()

@@ -177,7 +177,20 @@ class ParamView:
         """Under which key of `optimizer.state` the state `name` is: with the part, unless it is of the parameter."""
         of = name.removesuffix(ABSMAX)
         common = all(view.rule.all_state.get(of) == "element" for view in self.siblings or (self,))
+        common |= self.rows_cut and self.rule.all_state.get(of) == "element"
         return name if not self.part or name == "step" or common else f"{name}.{self.part}"
+
+    @cached_property
+    def rows_cut(self) -> bool:
+        """Whether a mesh cuts it so that its rows alone are no tensor cut alike: its element state is then as large as
+        the parameter, of which it uses its rows."""
+        cut = {self.shard.placements[d].dim for d in self.shard.cut}
+        return bool(cut) and (self.by_row or self.param.ndim - 1 in cut)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of state that is of the view alone, in all processes together."""
+        return (*self.param.shape[:-1], self.shape[-1]) if self.shard.cut else self.shape
 
     def kinds(self, variants: bool = False) -> dict[str, str]:
         """Names of its state tensors: those of the rule, "absmax" for the blocks of a format, "unit" for norms held.
@@ -275,14 +288,18 @@ class ParamView:
             target = local(tensor)
             if (name and self.state_key(name) != name) or self.layout.rows is None:
                 target.copy_(rows.view(target.shape))
-                continue
-            whole = self._seen(target.contiguous(), self.whole_shape, name)
-            if self.by_row:
-                whole[self.layout.rows] = rows
             else:
-                whole[..., self.layout.rows] = rows
-            if whole.data_ptr() != target.data_ptr():
-                target.copy_(whole.view(target.shape))
+                self.put_rows(target, rows, name)
+
+    def put_rows(self, target: Tensor, rows: Tensor, name: str = "") -> None:
+        """Write its rows into a plain tensor that lies as the parameter does, or as its state `name`."""
+        whole = self._seen(target.contiguous(), self.whole_shape, name)
+        if self.by_row:
+            whole[self.layout.rows] = rows
+        else:
+            whole[..., self.layout.rows] = rows
+        if whole.data_ptr() != target.data_ptr():
+            target.copy_(whole.view(target.shape))
 
     def spread(self, blocks: Tensor) -> Tensor:
         """One number per block -> one per row, shaped to broadcast."""
@@ -324,8 +341,7 @@ def views_of(
     `shard`: which part `param` is, where that is planned. None: it is asked.
 
     Raises:
-        ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last; if it
-            is cut by a mesh, and not all of its rules keep the same state.
+        ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last.
     """
     values = {key: group[key] for key in rule.defaults}
     own = replace(rule, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[type-var]
@@ -361,16 +377,10 @@ def views_of(
 def _check_parts(views: Sequence[ParamView]) -> None:
     for view in views:
         whole = isinstance(view.rule, MatrixRule)
-        flat = view.param.ndim != 2 if not whole else not all(s.is_matrix and len(s.inputs) == 1 for s in view.segments)
-        if (whole or view.rule.reductions) and (flat or view.part):
+        flat = not all(s.is_matrix and len(s.inputs) == 1 for s in view.segments)
+        if (whole and (flat or view.part)) or (view.rule.reductions and flat):
             what = f"the shape {tuple(view.param.shape)}" if not view.part else f"its {view.part} rows alone"
             raise ValueError(f"{view.name}: rule {view.rule.name!r} is for matrices, got {what}")
-        partial = [n for n, kind in view.rule.all_state.items() if kind == "element" and view.state_key(n) != n]
-        if partial and view.shard.cut:
-            raise ValueError(
-                f"{view.name}: its {view.part} rows keep {', '.join(partial)}, which its other rows do not, and the "
-                f"parameter is sharded: such state is not sharded; give all of its segments one rule"
-            )
 
 
 def _see(view: ParamView, segments: Sequence[Segment], layouts: Layouts) -> None:

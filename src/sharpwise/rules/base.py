@@ -42,17 +42,20 @@ class Reduction:
 
     Args:
         name: under which later reductions, `finish`, `local_slice` and `direction` find it in their state.
-        local_term: (gradient, state, hyperparameters, part) -> what the part at hand has to say. Gradient and element
-            state are those of the part, in the parameter's own layout; whole state and earlier reductions are complete.
-        op: all parts say something of one shape, and it is added up, or the maximum taken.
+        local_term: (gradient, state, hyperparameters, part) -> the term of the part at hand. The gradient is [copies,
+            rows, columns], rows are outputs, and the part a region of the whole; element state is as it lies. Whole
+            state and earlier reductions are complete.
+        op: all terms are of one shape, and are added up, or the maximum is taken.
         degree: of a sum in the first round: scaling the gradient by c scales it by c ** degree. It is taken before the
             clipping factor is known, with whose norm it shares a collective.
+        then: (state, hyperparameters) -> what follows from it when it is complete, by name: later ones find it too.
     """
 
     name: str
     local_term: Callable[[Tensor, State, Mapping[str, Any], Part], Tensor]
     op: Literal["sum", "max"] = "sum"
     degree: int = 1
+    then: Callable[[State, Mapping[str, Any]], dict[str, Tensor]] | None = None
 
 
 class Rule:
@@ -75,6 +78,8 @@ class Rule:
     stage: ClassVar[Literal["", "input", "move"]] = ""
     """Which part of a step it is, if not all: "input" ends with the direction, and writes the numerator in place of the
     parameter; "move" begins after it, by a gradient that is neither clipped nor decayed."""
+    plain: ClassVar[bool] = False
+    """Whether its numerator is the gradient."""
     hint: ClassVar[str] = ""
     """Said to a user whose model has parameters that no source explains."""
     turn: ClassVar[float] = 1.0
@@ -158,20 +163,21 @@ class Rule:
 
     @property
     def reductions(self) -> tuple[Reduction, ...]:
-        """What has to be known of the whole matrix, in order. Such a rule moves matrices only."""
+        """What has to be known of the whole matrix, in order. Such a rule moves matrices only, those of one role of a
+        parameter."""
         return ()
 
     def shape_of(self, name: str, segments: Sequence[Segment]) -> tuple[int, ...]:
         """Of whole state, for these segments of a parameter."""
         raise NotImplementedError(f"{self.name} has no whole state")
 
-    def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
-        """New whole state, from the old and what the reductions found; `direction` finds all of it in its state."""
-        return {}
+    def initial(self, name: str, segments: Sequence[Segment], device: torch.device) -> Tensor:
+        """Whole state before the first step, fp32."""
+        return torch.zeros(self.shape_of(name, segments), dtype=torch.float32, device=device)
 
-    def local_slice(self, state: State, part: Part) -> dict[str, Tensor]:
-        """Of whole state and what the reductions found, what concerns the part at hand."""
-        return dict(state)
+    def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
+        """New whole state, from the old and what the reductions found; `direction` finds the latter in its state."""
+        return {}
 
     @property
     def has_blocks(self) -> bool:
@@ -199,6 +205,22 @@ class MatrixRule(Rule):
         """The update u of matrices [n, rows, columns], which then moves p by -lr u; new whole state, each [n, rows].
 
         It may be written to m.
+        """
+        raise NotImplementedError
+
+
+class ThinRule(Rule):
+    """A rule whose reductions are sums of products with thin matrices, from which it has a number `x` per element.
+
+    `fill` writes x of all elements, and `direction` finds that of its own in its state.
+    """
+
+    def fill(self, x: Tensor, g: Tensor, found: State, part: Part, s: Scalars, scale: Any = None) -> None:
+        """Write x [copies, rows, columns] of the part at hand.
+
+        Args:
+            g: the gradient, of any type, as x is; it is to be multiplied by `scale` (None: 1).
+            found: whole state as it was before the step, and what the reductions found.
         """
         raise NotImplementedError
 

@@ -9,9 +9,10 @@ from sharpwise.engine.backends.base import Backend, Spec
 from sharpwise.engine.backends.cpp import Cpp
 from sharpwise.engine.backends.matrices import Matrices
 from sharpwise.engine.backends.reference import Reference
+from sharpwise.engine.backends.thin import Scratch, Thin
 from sharpwise.engine.backends.triton import Triton
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import MatrixRule
+from sharpwise.rules.base import MatrixRule, ThinRule
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp",),
@@ -50,10 +51,13 @@ class Backends:
 
     def __init__(self, replicas: Any = None) -> None:
         self.by_name: dict[str, Backend] = {name: kind() for name, kind in BACKENDS.items()}
-        self._reference = Reference()
+        self._reference, self.scratch = Reference(), Scratch()
         self.matrices = {
             batched: Matrices(partial(self.of_elements, kernels=batched), batched, replicas)
             for batched in (False, True)
+        }
+        self.thin = {
+            kernels: Thin(partial(self.of_elements, kernels=kernels), self.scratch) for kernels in (False, True)
         }
 
     @property
@@ -63,7 +67,9 @@ class Backends:
 
     def of(self, view: ParamView, kernels: bool) -> list[Backend]:
         """Those to be asked for a view, the reference last; without kernels it alone."""
-        return [self.matrices[kernels]] if isinstance(view.rule, MatrixRule) else self.of_elements(view.device, kernels)
+        if isinstance(view.rule, MatrixRule):
+            return [self.matrices[kernels]]
+        return [self.thin[kernels]] if isinstance(view.rule, ThinRule) else self.of_elements(view.device, kernels)
 
     def of_elements(self, device: torch.device, kernels: bool) -> list[Backend]:
         """The same for what is moved element by element, on a device."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from sharpwise.engine.options import Options
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import Rule
 from sharpwise.shards import Shard, local
 from sharpwise.storage import Dense
 
@@ -52,15 +51,18 @@ class Found(NamedTuple):
 
     Attributes:
         rates: step sizes of its blocks [n_blocks], for those whose back end does not sum them up by itself.
-        rules: of those whose rule has reductions, the rule that holds what these found for the part at hand.
+        rules: of those whose rule has reductions, the rule that holds what these found (`reductions.Informed`).
         lines: of those with a control, in place of `rates` and of the rates and decays among the scalars.
         bound: what gives the lines of views whose updates are known only in the step; every process calls it alike.
+        rates_of: what bounds the rates per block of a view of which its back end alone has the numerators of all
+            elements: (view, numerators, rates) -> rates. None where there is no such bound.
     """
 
     rates: Mapping[int, Tensor]
-    rules: Mapping[int, Rule]
+    rules: Mapping[int, Any]
     lines: Mapping[int, Lines] = {}
     bound: Callable[[Sequence[ParamView], Sequence[Tensor]], Mapping[int, Lines]] = unbounded
+    rates_of: Callable[[ParamView, Tensor, Tensor], Tensor] | None = None
 
 
 class Prepared(NamedTuple):

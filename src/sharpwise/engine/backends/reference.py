@@ -158,12 +158,12 @@ class Reference(Backend):
         view.write_back(p, stored)
 
 
-def pieces(view: ParamView, rule: Rule) -> list[slice]:
-    """A view along its first dimension, in pieces for which temporaries stay small."""
+def pieces(view: ParamView, rule: Rule, most: int = CHUNK) -> list[slice]:
+    """A view along its first dimension, in pieces of so many elements, for which temporaries stay small."""
     n = view.shape[0]
     size = max(1, n)
     if rule is view.rule:  # else it knows the matrix as a whole
-        size = max(1, CHUNK * size // max(view.numel, 1))
+        size = max(1, most * size // max(view.numel, 1))
     return [slice(i, i + size) for i in range(0, n, size)]
 
 

@@ -63,8 +63,8 @@ class Triton(Backend):
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
-        if spec.controlled:
-            return "a control: rows have decays of their own"
+        if spec.controlled and not (spec.options.control.scales_only and view.rule.has_blocks):  # type: ignore[union-attr]
+            return "a control: rows have rates and decays of their own"
         if reason := tensors_refused(view, spec.grad, view.blocks.values()):
             return reason
         if reason := coded_lines(view).refused(view):
