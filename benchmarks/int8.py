@@ -2,6 +2,7 @@
 
     python benchmarks/int8.py            result in benchmarks/results/int8.json
     python benchmarks/int8.py --quick    tiny shapes, one process, few rounds; saves nothing
+    python benchmarks/int8.py --only small "matrices of small"    these subjects alone, in two minutes; saved too
     python benchmarks/int8.py --again    medians and intervals anew from the saved rounds; times nothing
 
 Arms take turns, in an order that rotates, on the same parameters and gradients; a ratio is of steps of the same round.
@@ -77,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one process, few rounds; saves nothing")
     parser.add_argument("--again", action="store_true", help="summarize the saved rounds anew; times nothing")
+    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), help="of these subjects alone", default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"in each of {PROCESSES} processes")
     args = parser.parse_args()
@@ -87,8 +89,11 @@ def main() -> None:
         result["summarized_again"] = {key: here[key] for key in ("date", "commit")}
     else:
         torch.set_num_threads(args.threads)
-        result = measured(args.quick, args.threads, 2 if args.quick else args.rounds)
-    for name, subject in (QUICK if args.quick else SUBJECTS).items():
+        names = list(QUICK) if args.quick else args.only or list(SUBJECTS)
+        result = measured(names, args.quick, args.threads, 2 if args.quick else args.rounds)
+    for name, subject in (QUICK | SUBJECTS).items():
+        if name not in result["subjects"]:
+            continue
         result["subjects"][name] |= summary(subject, result["subjects"][name], result["rounds"])
         show(name, subject, result["subjects"][name])
     show_distances(result["distance"])
@@ -99,14 +104,15 @@ def main() -> None:
     print(f"\nSaved {path.relative_to(HERE.parent)}")
 
 
-def measured(quick: bool, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds of every arm in every round, and distances; no ratios yet."""
+def measured(names: Sequence[str], quick: bool, threads: int, rounds: int) -> dict[str, Any]:
+    """Seconds of every arm in every round on these subjects, and distances; no ratios yet."""
     missing = {arm.name: arm.missing for arm in (*ARMS, *MATRIX_ARMS) if arm.missing}
     for name, why in missing.items():
         print(f"{name} is left out: {why}")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # bitsandbytes brings a runtime of its own, which asks for this alone
     result: dict[str, Any] = {"environment": environment(), "left_out": missing, "rounds": rounds, "subjects": {}}
-    for name, subject in (QUICK if quick else SUBJECTS).items():
+    for name in names:
+        subject = (QUICK | SUBJECTS)[name]
         found: dict[str, Any] = {}
         for _ in range(1 if quick else PROCESSES):
             with ProcessPoolExecutor(1, get_context("spawn")) as process:

@@ -159,3 +159,11 @@ def test_another_source_of_a_setting_is_another_study(data: Path) -> None:
         "arm adam-mini: the study has adam-mini, setting_of adamw, settings {}, now it is adam-mini, setting_of lion, "
         "settings {}"
     ]
+
+
+def test_rates_begin_where_the_control_has_updates_begin(data: Path) -> None:
+    """LionA's lr is AdamW's, and not Lion's; of what stays on a sphere it is relative."""
+    own = {"settings": {"optimizer.control": "hyperball"}}
+    arms: dict[str, Any] = {"lion": {}, "liona": {}, "lionar": {}, "muonh": {}, "adamw": own}
+    middles = {arm.name: arm.space.lrs[1] for arm in make_study(study(data, arms=arms)).arms}
+    assert middles == {"lion": 5e-4, "liona": 3e-3, "lionar": 3e-3, "muonh": 1e-2, "adamw": 1e-2}

@@ -10,6 +10,7 @@ from sharpwise.block_lr import Ablation, make_block_lr
 from sharpwise.compare.role_search import BLOCK_LR, KEYS, SEEDS, Roles, Search, read_roles, uniform
 from sharpwise.compare.trial import Losses, Setting, Trial
 from sharpwise.compare.tuning import HORIZONS, Space, chosen, needed, next_of_arm, searched, tried
+from sharpwise.controls import make_control
 from sharpwise.hints import nearest
 from sharpwise.train.code import parse_optimizer
 from sharpwise.train.config import Config
@@ -240,12 +241,12 @@ def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> 
             allowed = ", ".join(_ARM_KEYS)
             raise ValueError(f"arm {name!r} has no {key!r}{nearest(key, _ARM_KEYS)}; it may have {allowed}")
     optimizer = parse_optimizer(table.get("name", name))
-    middle = MIDDLE.get(optimizer["name"], 1e-3) / (3 if optimizer.get("block_lr") else 1)
+    settings = {**_table(given, "settings"), **_table(table, "settings", f"arm {name!r}: ")}
+    middle = _middle(optimizer, settings) / (3 if optimizer.get("block_lr") else 1)
     lrs = table.get("lrs", given.get("lrs", [middle / math.sqrt(10), middle, middle * math.sqrt(10)]))
     rounded = tuple(sorted({float(f"{lr:.3g}") for lr in lrs})) if _numbers(lrs) else ()
     if len(rounded) < 3:
         raise ValueError(f"arm {name!r}: lrs must be three or more learning rates above 0, got {lrs!r}")
-    settings = {**_table(given, "settings"), **_table(table, "settings", f"arm {name!r}: ")}
     search = {**_table(given, "search"), **_table(table, "search", f"arm {name!r}: ")}
     for key in (*settings, *search):
         if key in _OWN or not key.startswith(_OF_ARMS):
@@ -273,6 +274,14 @@ def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> 
     except ValueError as error:
         raise ValueError(f"arm {name!r}: {error}") from None
     return Arm(_name_of(name, table), optimizer, space, settings, setting_of, roles)
+
+
+def _middle(optimizer: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+    """Where its learning rates begin: under a control that sets the size of updates, whatever the rule."""
+    control = make_control(settings.get("optimizer.control", optimizer.get("control")))
+    if control is not None and control.name in ("angular", "l2"):
+        return MIDDLE["adamw"]
+    return 1e-2 if control is not None and control.name == "hyperball" else MIDDLE.get(optimizer["name"], 1e-3)
 
 
 def _name_of(name: str, table: Mapping[str, Any]) -> str:
