@@ -105,6 +105,18 @@ def storage(load: Load) -> Iterator[str]:
         yield f"| `{name}` | {row(arms[name], arms[name]['verdict'])}"
     for name in ("linear", "flat2048"):
         yield f"| `{name}` | {min(losses(study, name)):.0f} to {max(losses(study, name)):.0f} nats"
+    timed = load("benchmarks/results/int8.json")["subjects"]
+    whole, matrices = timed["small"], timed["matrices of small"]
+    yield f"a GPT-2 of {whole['elements'] / 1e6:.1f}M parameters"
+    dynamic, linear = "sharpwise AdamW int8-dynamic", "sharpwise Muon int8-linear, elements"
+    for found, pair, after in (
+        (whole, f"{dynamic} / sharpwise AdamW", " under AdamW with dynamic codes"),
+        (matrices, f"{linear} / sharpwise Muon, elements", " of what Muon"),
+        (whole, f"bitsandbytes AdamW8bit / {dynamic}", " times ours in 8 bits"),
+        (whole, f"torchao AdamW8bit compiled / {dynamic}", ""),
+    ):
+        ratio, digits = found["ratios"][pair], 1 if "AdamW8bit" in pair else 2
+        yield f"{ratio['ratio']:.{digits}f} ({span(ratio['ratio_95'], digits)}){after}"
     study = load("recipes/int8/muon.json")
     assert len(study["seeds"]) == 5 and study["margin"] == 0.02
     assert study["budget"] == load("recipes/int8/adamw.json")["budget"]
