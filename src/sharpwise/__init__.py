@@ -17,20 +17,16 @@ from sharpwise.block_lr import (
 )
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
+from sharpwise.named import AdamW8bit, LionA, LionAR, Muon8bit, MuonH
 from sharpwise.optim import (
     SGD,
     AdamMini,
     AdamW,
-    AdamW8bit,
     AdaPM,
     AdaSGD,
     BlockwiseAdam,
     Lion,
-    LionA,
-    LionAR,
     Muon,
-    Muon8bit,
-    MuonH,
     SGDSaI,
     create_optimizer,
     list_optimizers,

@@ -27,7 +27,7 @@ from sharpwise.engine.optimizer import BlockOptimizer
 from sharpwise.engine.options import Options
 from sharpwise.engine.program import Arithmetic
 from sharpwise.engine.stored import Stored
-from sharpwise.engine.view import views_of
+from sharpwise.engine.views import views_of
 from sharpwise.optim import create_optimizer
 from sharpwise.rules import SGD, AdamMini, Lion
 from sharpwise.storage import BF16, FP32, Dense

@@ -356,7 +356,7 @@ def test_temporaries_stay_small():
 def test_rounding_follows_the_global_element():
     """Row and column parts of the element numbers, for every layout, add up to the place in memory."""
     from sharpwise.engine.layout import Layouts
-    from sharpwise.engine.view import views_of
+    from sharpwise.engine.views import views_of
     from sharpwise.rules import AdamW
 
     shapes = [((), 0, False), ((5,), 0, False), ((5, 7), 0, False), ((5, 7), 1, False), ((4, 3, 2), 0, False)]

@@ -8,7 +8,7 @@ import sharpwise
 from sharpwise import rules
 from sharpwise.engine.backends import loops
 from sharpwise.engine.layout import Layouts, Rectangle
-from sharpwise.engine.view import views_of
+from sharpwise.engine.views import views_of
 from sharpwise.testing import TinyGPT, fill_gradients, same
 
 

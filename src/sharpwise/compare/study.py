@@ -7,10 +7,10 @@ from typing import Any
 
 from sharpwise.arms import arm_name
 from sharpwise.block_lr import Ablation, make_block_lr
+from sharpwise.compare.rates import middle_rate
 from sharpwise.compare.role_search import BLOCK_LR, KEYS, SEEDS, Roles, Search, read_roles, uniform
 from sharpwise.compare.trial import Losses, Setting, Trial
 from sharpwise.compare.tuning import HORIZONS, Space, chosen, needed, next_of_arm, searched, tried
-from sharpwise.controls import make_control
 from sharpwise.hints import nearest
 from sharpwise.train.code import parse_optimizer
 from sharpwise.train.config import Config
@@ -18,11 +18,6 @@ from sharpwise.train.config_file import make_config, set_keys
 
 TOKENS_PER_PARAMETER = 20  # Training Compute-Optimal Large Language Models, arXiv 2203.15556
 FEWEST_STEPS = 50  # a shorter run says nothing about an optimizer: that is not much more than its warm-up
-# Where each rule's learning rates begin: their middle, for models of some million parameters. A start, not a claim.
-MIDDLE = {
-    "adamw": 3e-3, "adam-mini": 3e-3, "adapm": 3e-3, "blockwise-adam": 3e-3, "adasgd": 3e-3, "lion": 5e-4,
-    "muon": 3e-3, "sgd": 0.3, "sgd-sai": 1e-2,
-}  # fmt: skip
 ABLATIONS = ("mean_matched", "reversed", "shuffled")
 _KEYS = (
     "name", "arms", "baseline", "seeds", "tokens", "ratio", "margin", "ablations", "run", "lrs", "search", "settings",
@@ -242,7 +237,7 @@ def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> 
             raise ValueError(f"arm {name!r} has no {key!r}{nearest(key, _ARM_KEYS)}; it may have {allowed}")
     optimizer = parse_optimizer(table.get("name", name))
     settings = {**_table(given, "settings"), **_table(table, "settings", f"arm {name!r}: ")}
-    middle = _middle(optimizer, settings) / (3 if optimizer.get("block_lr") else 1)
+    middle = middle_rate(optimizer, settings) / (3 if optimizer.get("block_lr") else 1)
     lrs = table.get("lrs", given.get("lrs", [middle / math.sqrt(10), middle, middle * math.sqrt(10)]))
     rounded = tuple(sorted({float(f"{lr:.3g}") for lr in lrs})) if _numbers(lrs) else ()
     if len(rounded) < 3:
@@ -274,14 +269,6 @@ def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> 
     except ValueError as error:
         raise ValueError(f"arm {name!r}: {error}") from None
     return Arm(_name_of(name, table), optimizer, space, settings, setting_of, roles)
-
-
-def _middle(optimizer: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """Where its learning rates begin: under a control that sets the size of updates, whatever the rule."""
-    control = make_control(settings.get("optimizer.control", optimizer.get("control")))
-    if control is not None and control.name in ("angular", "l2"):
-        return MIDDLE["adamw"]
-    return 1e-2 if control is not None and control.name == "hyperball" else MIDDLE.get(optimizer["name"], 1e-3)
 
 
 def _name_of(name: str, table: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.recoding import announce, recoded, rename
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
 from sharpwise.engine.step import Stepper
-from sharpwise.engine.view import ParamView, views_of
+from sharpwise.engine.view import ParamView
+from sharpwise.engine.views import views_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
 from sharpwise.table import Table
@@ -208,14 +209,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
     def _allocate(self, view: ParamView, own: dict[str, Any], factors: Sequence[Mapping[str, Any]]) -> None:
         """Choose formats and units of a view, and allocate what the state of its parameter lacks."""
         view.formats = states.formats_of(view, self.options.storage)
-        if (control := self.options.control) is not None:
-            view.unit = control.unit(view.segments)
-            view.holds = control.holds and view.unit == control.over
-            if view.unit and view.param.dtype == torch.float16:
-                raise ValueError(
-                    f"{self.who}: {view.name} is in fp16, whose rounding is coarser than what control {control} sets; "
-                    f"keep the weights in fp32 or bf16 (autocast may compute in fp16)"
-                )
+        if self.options.control is not None:
+            states.set_units(view, self.options.control, self.who)
         parts = [view.of_segments(by_name[view.name]) for by_name in factors]
         view.multipliers = product(parts, len(view.segments))
         states.check_step(view, own, self.who)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
+from sharpwise.controls import Control
 from sharpwise.engine.counter import values_of
 from sharpwise.engine.options import Storage
 from sharpwise.engine.stored import ABSMAX
@@ -58,6 +59,17 @@ def formats_of(view: ParamView, storage: Storage) -> dict[str, Format]:
     if isinstance(view.rule, ThinRule) and storage.format != FP32:  # factors are many numbers at a time: no blocks
         found |= {name: BF16 for name, kind in view.rule.all_state.items() if kind == "whole"}
     return found
+
+
+def set_units(view: ParamView, control: Control, who: str) -> None:
+    """Set what a control bounds of a view, and whether it holds norms of that. Raises ValueError for fp16."""
+    view.unit = control.unit(view.segments)
+    view.holds = control.holds and view.unit == control.over
+    if view.unit and view.param.dtype == torch.float16:
+        raise ValueError(
+            f"{who}: {view.name} is in fp16, whose rounding is coarser than what control {control} sets; keep the "
+            f"weights in fp32 or bf16 (autocast may compute in fp16)"
+        )
 
 
 def complete(

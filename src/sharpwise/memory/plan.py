@@ -19,7 +19,8 @@ from sharpwise.combinations import COMBINES
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.layout import Layouts
 from sharpwise.engine.multipliers import factor_maps
-from sharpwise.engine.view import ParamView, views_of
+from sharpwise.engine.view import ParamView
+from sharpwise.engine.views import views_of
 from sharpwise.hints import kind_of, nearest
 from sharpwise.memory.activations import PRECISIONS, activations_of, passes_of
 from sharpwise.memory.pieces import SHARDS, How, Piece, cut_dimensions, pieces_of

@@ -1,0 +1,19 @@
+"""Where the learning rates of an arm begin: their middle, for models of some million parameters. A start, not a claim."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sharpwise.controls import make_control
+
+MIDDLE = {
+    "adamw": 3e-3, "adam-mini": 3e-3, "adapm": 3e-3, "blockwise-adam": 3e-3, "adasgd": 3e-3, "lion": 5e-4,
+    "muon": 3e-3, "sgd": 0.3, "sgd-sai": 1e-2,
+}  # fmt: skip
+
+
+def middle_rate(optimizer: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+    """Where its learning rates begin: under a control that sets the size of updates, whatever the rule."""
+    control = make_control(settings.get("optimizer.control", optimizer.get("control")))
+    if control is not None and control.name in ("angular", "l2"):
+        return MIDDLE["adamw"]
+    return 1e-2 if control is not None and control.name == "hyperball" else MIDDLE.get(optimizer["name"], 1e-3)
