@@ -1,4 +1,4 @@
-"""Where the learning rates of an arm begin: their middle, for models of some million parameters. A start, not a claim."""
+"""Where the learning rates of an arm begin: a middle for models of some million parameters, a start and no claim."""
 
 from collections.abc import Mapping
 from typing import Any
