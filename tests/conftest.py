@@ -19,7 +19,32 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+KIN = {"adasgd", "blockwise-adam", "AdaSGD", "BlockwiseAdam"}
+"""Adam-mini's own rule under other cuts."""
+THINNED = {"test_devices.py", "test_launches.py", "test_bad_devices.py"}
+FEW = {"plain", "everything", "clip-skip", "clip, skip", "two"}
+
+
+def is_for_later(item: pytest.Item) -> bool:
+    """Whether a test waits for `make test-all`: most of what goes over all optimizers, where that repeats itself."""
+    words = getattr(item, "callspec", None) and [str(value) for value in item.callspec.params.values()]
+    if not words or item.path.parent.name not in ("engine", "battery", "identities"):
+        return False
+    said = {word.strip("'\"() ") for value in words for word in value.split(", ")} | set(words)
+    if said & KIN:
+        return item.path.name != "test_constructors.py"
+    if item.path.name not in THINNED:
+        return False
+    usual = bool(said & FEW)
+    if "adapm" in said or "gpt2" in said:
+        return not said & {"plain", "everything"}
+    return not usual if "with the CPU" in said else False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_for_later(item):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
