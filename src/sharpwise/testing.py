@@ -24,7 +24,7 @@ from sharpwise.storage.check import check_storage
 EXAMPLES = {
     "llr": "llr(every=4, stop=4, soft=2, least=4)",
     "per_role": "per_role(ratios={FFN: 3, q: 2})",
-    "sharpness": "sharpness(start=1, every=3, by=module, power=2)",
+    "sharpness": "sharpness(start=1, every=3, by=module, power=2, normalize=geometric)",
 }
 """Spellings with which a block_lr does in a few steps of a tiny model what it does in a training; others go by name."""
 
