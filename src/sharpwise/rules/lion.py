@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sharpwise.rules.base import Kind, Rule, Scalars, State, check_betas, lerp, sign
+from sharpwise.rules.base import Kind, Rule, Scalars, State, lerp, sign
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,23 @@ class Lion(Rule):
 
     Args:
         betas: b1 of the update, b2 of the momentum, in [0, 1).
-        nesterov: the update is of the momentum after the step.
+        nesterov: the update is of the momentum after the step; fixed, and not saved.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
     nesterov: bool = False
 
     name: ClassVar[str] = "lion"
-    hyperparameters: ClassVar[tuple[str, ...]] = ("betas", "nesterov")
+    hyperparameters: ClassVar[tuple[str, ...]] = ("betas",)
     turn: ClassVar[float] = math.sqrt(math.pi / 2)
 
     @property
     def state(self) -> dict[str, Kind]:
         return {"exp_avg": "element"}
 
-    def validate(self, group: Mapping[str, Any]) -> None:
-        check_betas(self.name, group["betas"])
-        if not isinstance(group["nesterov"], bool):
-            raise TypeError(f"{self.name}: nesterov must be True or False, got {group['nesterov']!r}")
+    def __post_init__(self) -> None:
+        if not isinstance(self.nesterov, bool):
+            raise TypeError(f"{self.name}: nesterov must be True or False, got {self.nesterov!r}")
 
     def momentum_of(self, group: Mapping[str, Any]) -> Any:
         return group["betas"][1]
