@@ -40,6 +40,7 @@ foreign = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
 
 SETTINGS = {
     "adam-mini": {"block_lr": "blockwise"},
+    "adapm": {"rank": 2},
     "adasgd": {"block_lr": "layer_decay"},
     "blockwise-adam": {"cut": "layer"},
     "adamw": {"block_lr": testing.EXAMPLES["sharpness"]},

@@ -98,7 +98,7 @@ def test_a_study_file(data: Path, tmp_path: Path) -> None:
         (["adamw", "adam-mini"], "say how long a run is: --budget 4M"),
         (["adamw", "adam-mini", "--budget", "4Q"], "expected tokens, as 4000000 or 4M"),
         (["adamw", "adam-mini", "--budget", "0"], "the budget of a run must be above 0"),
-        (["adamw", "adamv", "--budget", "4M"], "no optimizer is called 'adamv' (did you mean 'adamw'?)"),
+        (["adamw", "adamww", "--budget", "4M"], "no optimizer is called 'adamww' (did you mean 'adamw'?)"),
         (["adamw", "adamw", "--budget", "4M"], "two arms are the same: adamw"),
         (["adamw", "lion", "--budget", "4M", "--seeds", "1"], "seeds must be 2 or more"),
         (["adamw", "lion", "--budget", "4M", "--baseline", "lino"], "(did you mean 'lion'?)"),
@@ -301,7 +301,7 @@ def test_factors_are_searched_for_one_optimizer(data: Path, tmp_path: Path) -> N
         (["--tune", "roles", "--runs", "25"], "runs must be 26 or more, got 25"),
         (["--tune", "roles", "--types", "Emb,Had"], "'Had' is no block of this model (did you mean 'Head'?)"),
         (["--tune", "roles", "--types", ""], "'' is no block of this model; it has the types Emb"),
-        (["adamv", "--tune", "roles"], "no optimizer is called 'adamv' (did you mean 'adamw'?)"),
+        (["adamww", "--tune", "roles"], "no optimizer is called 'adamww' (did you mean 'adamw'?)"),
         (["adamw+blockwise", "--tune", "roles"], "a search starts at one rate for all blocks"),
     ],
 )

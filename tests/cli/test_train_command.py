@@ -323,7 +323,7 @@ def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["-s", "schedule.tokens=5"], "schedule.tokens=5 is less than one step of"),
         (["--steps", "0"], "error: schedule.steps must be at least 1, got 0"),
         (["-s", "batch.sequences=6", "-s", "batch.micro=4"], "batch.micro=4 does not divide batch.sequences=6; divis"),
-        (["--optimizer", "adamv"], "no optimizer is called 'adamv' (did you mean 'adamw'?)"),
+        (["--optimizer", "adamww"], "no optimizer is called 'adamww' (did you mean 'adamw'?)"),
         (["--lr", "nan"], "error: optimizer.lr must be at least 0.0, got nan"),
         (["-s", "optimizer.lr"], "error: --set 'optimizer.lr': expected a.b=value"),
         (["-s", "model=3"], "error: model: expected a table [model], got 3"),

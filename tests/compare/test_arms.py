@@ -91,7 +91,7 @@ def test_the_baseline_may_take_a_setting_and_really_trains(data: Path, tmp_path:
     ("arms", "message"),
     [
         ({"adamw": {}, "lion": {"setting_of": "sgd"}}, "arm 'lion': setting_of 'sgd' is no arm; arms are adamw, lion"),
-        ({"adamw": {}, "lion": {"setting_of": "adamv"}}, r"called 'adamv' \(did you mean 'adamw'\?\)"),
+        ({"adamw": {}, "lion": {"setting_of": "adamww"}}, r"called 'adamww' \(did you mean 'adamw'\?\)"),
         ({"adamw": {}, "lion": {"setting_of": "lion"}}, r"comes back to where it was: lion -> lion; one of them"),
         (
             {"adamw": {"setting_of": "lion"}, "lion": {"setting_of": "sgd"}, "sgd": {"setting_of": "lion"}},
@@ -117,7 +117,7 @@ def test_the_baseline_may_take_a_setting_and_really_trains(data: Path, tmp_path:
         ),
         ({"adamw": {}, "lion": 3}, "arm 'lion': expected a table, got 3"),
         ({"adamw": {}, "lion": {"name": "sgd"}}, "arm 'lion': its optimizer is sgd, and lion is another one"),
-        ({"adamw": {}, "x": {"name": "adamv"}}, r"called 'adamv' \(did you mean 'adamw'\?\)"),
+        ({"adamw": {}, "x": {"name": "adamww"}}, r"called 'adamww' \(did you mean 'adamw'\?\)"),
         ({"adamw": {}, " ": {"name": "adamw"}}, "an arm needs a name that can be shown, got ' '"),
         ({"adamw": {}, "adamw ": {"name": "adamw"}}, "two arms are the same: adamw"),
     ],

@@ -177,7 +177,7 @@ def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, t
         ({"arms": ["adamw"]}, "needs two arms or more"),
         ({"arms": ["adamw", "adamw"]}, "two arms are the same: adamw"),
         ({"arms": ["adamw+blockwise", "adamw+blockwise()"]}, r"two arms are the same: adamw\+blockwise"),
-        ({"arms": ["adamw", "adamv"]}, r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\)"),
+        ({"arms": ["adamw", "adamww"]}, r"no optimizer is called 'adamww' \(did you mean 'adamw'\?\)"),
         ({"arms": "adamw"}, "arms must be a list of names"),
         ({"baseline": "lion"}, "the baseline 'lion' is no arm"),
         ({"seeds": 1}, "seeds must be 2 or more, got 1"),

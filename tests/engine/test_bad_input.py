@@ -169,8 +169,8 @@ def test_bad_layer_decay(rate):
 
 def test_unknown_names():
     model = models.build("llama")
-    with pytest.raises(ValueError, match=r"(?s)(?=.*adamv).*adamw"):
-        sharpwise.create_optimizer(model, "adamv")
+    with pytest.raises(ValueError, match=r"(?s)(?=.*adamww).*adamw"):
+        sharpwise.create_optimizer(model, "adamww")
 
 
 # Roles that a part distinguishes and the map does not know

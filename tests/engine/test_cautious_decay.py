@@ -55,7 +55,7 @@ def test_the_kernels_are_the_reference(name, dtype, transposed):
             fill_gradients(model, t)
             optimizer.step()
         found.append((model.w.detach(), optimizer))
-    moved_by = "matrices" if name == "muon" else "cpp"
+    moved_by = {"adapm": "thin", "muon": "matrices"}.get(name, "cpp")
     assert {row["backend"].split()[0] for row in found[0][1].explain()} == {moved_by}
     mine, theirs = (p.double() for p, _ in found)
     if dtype == torch.bfloat16:

@@ -321,14 +321,14 @@ def test_arms(text, meant):
     ("text", "message"),
     [
         (
-            "adamv",
-            r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\); there are adam-mini, adamw, adamw-8bit, lion",
+            "adamww",
+            r"no optimizer is called 'adamww' \(did you mean 'adamw'\?\); there are adam-mini, adamw, adamw-8bit, lion",
         ),
         ("", "no optimizer is called ''; there are adam-mini"),
         ("+blockwise", "no optimizer is called ''"),
         (
             "blockwise",
-            r"no optimizer is called 'blockwise'; .*; it is a learning rate per .*: adamw\+blockwise$",
+            r"no optimizer is called 'blockwise' .*; it is a learning rate per .*: adamw\+blockwise$",
         ),
         ("reversed(llr)", r": adamw\+reversed\(llr\)$"),
         (3, "no optimizer is called 3"),

@@ -102,7 +102,7 @@ def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
         ("optimizer.betaz=[1]", r"did you mean 'betas'"),
         ("optimizer.model=x", r"optimizer\.model: adamw has no such setting"),
         ("arms=['adamw', 'lion']", r"called 'arms'; .*; a file with arms is a study, for sharpwise compare$"),
-        ("optimizer.name=adamv", r"no optimizer is called 'adamv' \(did you mean 'adamw'\?\)"),
+        ("optimizer.name=adamww", r"no optimizer is called 'adamww' \(did you mean 'adamw'\?\)"),
         ("optimizer.name=3", r"no optimizer is called 3"),
         ("optimizer.block_lr=blockwize", r"no block_lr is called 'blockwize' \(did you mean 'blockwise'\?\)"),
         ("optimizer.block_lr={emb = 3}", r"optimizer\.block_lr: a block_lr as a table needs a name"),

@@ -74,7 +74,8 @@ class Angular(Control):
         k = ratio(theta.sin() * sums.pp.sqrt(), turning.sqrt())
         back = ratio(s["held"], sums.pp.sqrt())
         a, c = ratio(k * back, s["lr"]), (theta.cos() + k * ratio(sums.pu, sums.pp)) * back / s["decay"]
-        holds = s["held"] > 0 if self.angle == "lr" else (s["held"] > 0) & (s["weight_decay"] > 0)
+        holds = (s["held"] > 0) & (s["lr"] > 0)
+        holds = holds if self.angle == "lr" else holds & (s["weight_decay"] > 0)
         return torch.where(holds, a, free[0]), torch.where(holds, c, free[1])
 
     def remark(self, weight_decay: float) -> str:

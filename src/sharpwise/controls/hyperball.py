@@ -43,6 +43,6 @@ class Hyperball(Control):
         per_u = ratio(radius, size)
         k = s["lr"] * per_u
         back = ratio(radius, (sums.pp - 2 * k * sums.pu + k * k * sums.uu).clamp(min=0).sqrt())
-        holds = radius > 0
+        holds = (radius > 0) & (s["lr"] > 0)
         one = torch.ones_like(radius)
         return torch.where(holds, per_u * back, one), torch.where(holds, back / s["decay"], one)
