@@ -116,16 +116,14 @@ def test_state_of_another_block_lr_begins_anew(caplog):
 
 
 def test_a_file_without_the_parts():
-    """Of the same rule, with other segments: which state is missing is said, and nothing has changed."""
+    """Of the same rule, with other segments: a part takes its rows of what was kept of all; shapes have to fit."""
     _, optimizer = trained("rows", dict.fromkeys("qkv", "adamw"))
     saved = through_disk(optimizer.state_dict())
     _, second = trained("rows", MIXED, range(1))
-    before = copy.deepcopy(second.state_dict())
-    with pytest.raises(ValueError, match=r"saved state of fused has \['exp_avg', 'exp_avg_sq', 'step'\], this rule "
-                                         r"needs \['exp_avg', 'exp_avg_sq\.v', 'step'\]"):  # fmt: skip
-        second.load_state_dict(saved)
-    for own, then in zip(second.state_dict()["state"].values(), before["state"].values(), strict=True):
-        assert own.keys() == then.keys() and all(torch.equal(own[key], then[key]) for key in own)
+    second.load_state_dict(saved)
+    pairs = list(zip(second.state_dict()["state"].values(), saved["state"].values(), strict=True))
+    parts = [(own["exp_avg_sq.v"], theirs["exp_avg_sq"]) for own, theirs in pairs if "exp_avg_sq.v" in own]
+    assert parts and all(torch.equal(own, theirs[-len(own) :]) for own, theirs in parts)  # v comes last
     with pytest.raises(ValueError, match=r"saved exp_avg_sq\.v of fused has shape \(8, 7\), here it is \(8, 8\)"):
         broken = through_disk(second.state_dict())
         for own in broken["state"].values():
