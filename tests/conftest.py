@@ -35,10 +35,10 @@ def is_for_later(item: pytest.Item) -> bool:
         return item.path.name != "test_constructors.py"
     if item.path.name not in THINNED:
         return False
-    usual = bool(said & FEW)
     if "adapm" in said or "gpt2" in said:
         return not said & {"plain", "everything"}
-    return not usual if "with the CPU" in said else False
+    several = getattr(item, "originalname", "") == "test_several_devices_do_what_one_does"
+    return "with the CPU" in said and not (several and said & FEW)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
