@@ -54,8 +54,8 @@ all of `ABLATIONS`."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "adamw-8bit": {"name": "adamw", "storage": "int8-dynamic"},
-    "liona": {"name": "lion", "betas": [0.9, 0.9], "control": "l2"},
-    "lionar": {"name": "lion", "betas": [0.9, 0.9], "control": "angular"},
+    "liona": {"name": "lion", "betas": [0.9, 0.9], "weight_decay": 0.1, "control": "l2"},
+    "lionar": {"name": "lion", "betas": [0.9, 0.9], "weight_decay": 0.1, "control": "angular"},
     "muon-8bit": {"name": "muon", "storage": "int8-linear"},
     "muonh": {"name": "muon", "control": "hyperball"},
 }

@@ -9,17 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engine.views import Mixed
 from first_contact.fsdp_worker import set_gradients, shard, train
 from first_contact.tiny import gpt2, nanogpt
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 import sharpwise
-from sharpwise.engine import BlockOptimizer
-from sharpwise.engine.options import Options
 
 NAMES = ("adamw", "adam-mini")
 WHY = r"cannot be found in flattened or partitioned.*fully_shard\(model\).*DeepSpeed ZeRO-1, 2 and 3 are not supported"
@@ -250,32 +245,3 @@ def test_a_batch_shows_nothing_of_a_sharded_model(group: None) -> None:
         build("adam-mini", model)
     build("adam-mini", model, blocks=blocks)
     build("adam-mini", model, blocks={"*": "up"})
-
-
-def test_state_of_a_part_is_not_sharded() -> None:
-    """A fused parameter whose v alone keeps a second moment, cut over two processes (the other is not there)."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        for dim in (0, 1):
-            model = nn.ParameterDict({"w": torch.randn(12, 4)})
-            thirds = [{"role": role, "start": 4 * i, "length": 4} for i, role in enumerate("qkv")]
-            mesh = init_device_mesh("cpu", (2,))
-            model["w"] = nn.Parameter(distribute_tensor(model["w"].detach(), mesh, [Shard(dim)], src_data_rank=None))
-            options = Options()
-            refused = BlockOptimizer(
-                model, Mixed(by=(("q", "lion"), ("k", "lion"))), lr=0.1, weight_decay=0.0, options=options,
-                blocks={"w": thirds}, model=model,
-            )  # fmt: skip
-            message = r"w: its v rows keep exp_avg_sq, which its other rows do not, and the parameter is sharded: .*"
-            for call in (refused.init_state, refused.step, refused.state_dict, refused.explain):
-                with pytest.raises(ValueError, match=message + "give all of its segments one rule"):
-                    call()
-            one = BlockOptimizer(
-                model, Mixed(by=tuple(dict.fromkeys("qkv", "lion").items())), lr=0.1, weight_decay=0.0,
-                options=options, blocks={"w": thirds}, model=model,
-            )  # fmt: skip
-            one.init_state()
-    finally:
-        dist.destroy_process_group()
