@@ -225,6 +225,30 @@ class ThinRule(Rule):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Stage(Rule):
+    """A part of the step of another rule: with its hyperparameters and scalars, and its state of one kind."""
+
+    rule: Any
+
+    kind: ClassVar[Kind] = "element"
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.rule.hyperparameters)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return dict(self.rule.defaults)
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return {name: kind for name, kind in self.rule.state.items() if kind == self.kind}
+
+    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self.rule.scalars(t, group))
+
+
 def lerp(old: Tensor, new: Tensor, weight: Any) -> Tensor:
     """old + weight * (new - old)."""
     return torch.lerp(old, new, weight) if isinstance(weight, float) else old + weight * (new - old)

@@ -22,7 +22,7 @@ from sharpwise.engine.backends.owners import Batch, Matrix
 from sharpwise.engine.mesh import ReduceGroup
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import Kind, MatrixRule, Rule, Scalars, State
+from sharpwise.rules.base import Kind, MatrixRule, Rule, Scalars, Stage, State
 from sharpwise.shards import Shard, local
 
 ALIGNED = 16
@@ -31,28 +31,13 @@ NOTHING = Found({}, {})
 
 
 @dataclass(frozen=True)
-class Intake(Rule):
+class Intake(Stage):
     """What matrices are made of: moves the element state of a rule."""
 
     rule: MatrixRule
 
     name: ClassVar[str] = "intake"
     stage = "input"
-
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.rule.hyperparameters
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.rule.defaults
-
-    @property
-    def state(self) -> dict[str, Kind]:
-        return {name: kind for name, kind in self.rule.state.items() if kind == "element"}
-
-    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        return self.rule.scalars(t, group)
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         return *self.rule.input(g, state, s), None

@@ -6,9 +6,9 @@ Where second moments are by element, x lies beside them as another tensor of sta
 where they are by block, x takes the place of the gradient, and the steps of blocks are known.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpwise.engine.backends.base import Backend, Choice, Found, Spec
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import Kind, Rule, Scalars, State, ThinRule
+from sharpwise.rules.base import Kind, Scalars, Stage, State, ThinRule
 from sharpwise.shards import local
 
 X = "x"
@@ -24,7 +24,7 @@ X = "x"
 
 
 @dataclass(frozen=True)
-class Beside(Rule):
+class Beside(Stage):
     """The elements of a thin rule, x among their state."""
 
     rule: ThinRule
@@ -32,19 +32,8 @@ class Beside(Rule):
     name: ClassVar[str] = "beside"
 
     @property
-    def hyperparameters(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.rule.hyperparameters
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.rule.defaults
-
-    @property
     def state(self) -> dict[str, Kind]:
-        return {**{name: kind for name, kind in self.rule.state.items() if kind == "element"}, X: "element"}
-
-    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        return self.rule.scalars(t, group)
+        return super().state | {X: "element"}
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         new, m, below = self.rule.direction(g, state, s)
@@ -52,28 +41,14 @@ class Beside(Rule):
 
 
 @dataclass(frozen=True)
-class InPlaceOfGradients(Rule):
+class InPlaceOfGradients(Stage):
     """The elements of a thin rule with block state, whose gradient is x."""
 
     rule: ThinRule
 
     name: ClassVar[str] = "in-place-of-gradients"
+    kind: ClassVar[Kind] = "block"
     stage = "move"
-
-    @property
-    def hyperparameters(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.rule.hyperparameters
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.rule.defaults
-
-    @property
-    def state(self) -> dict[str, Kind]:
-        return {name: kind for name, kind in self.rule.state.items() if kind == "block"}
-
-    def scalars(self, t: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-        return self.rule.scalars(t, group)
 
     def block_phase(self, blocks: State, mean_square: Tensor, s: Scalars) -> tuple[dict[str, Tensor], Tensor]:
         return self.rule.block_phase(blocks, mean_square, s)
