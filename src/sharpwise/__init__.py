@@ -17,7 +17,7 @@ from sharpwise.block_lr import (
 )
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
-from sharpwise.named import AdamW8bit, LionA, LionAR, Muon8bit, MuonH
+from sharpwise.named import AdamH, AdamW8bit, LionA, LionAR, Muon8bit, MuonH
 from sharpwise.optim import (
     SGD,
     AdamMini,
@@ -38,6 +38,7 @@ __all__ = [
     "SGD",
     "AdaPM",
     "AdaSGD",
+    "AdamH",
     "AdamMini",
     "AdamW",
     "AdamW8bit",

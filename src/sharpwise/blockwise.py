@@ -51,7 +51,7 @@ class BlockwiseAdam(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.BlockwiseAdam(betas, eps, cut)
-        common = engine_arguments("BlockwiseAdam", "blockwise-adam", options)
+        common = engine_arguments("BlockwiseAdam", "blockwise-adam", options, lr)
         block_lr = common["options"].block_lr
         if cut in SPANNING and block_lr is not None and "second_moment" in {s.measures for s in block_lr.sources}:
             raise ValueError(
@@ -90,5 +90,5 @@ class AdaSGD(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.BlockwiseAdam(betas, eps, "model")
-        common = engine_arguments("AdaSGD", "adasgd", options)
+        common = engine_arguments("AdaSGD", "adasgd", options, lr)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
-from sharpwise.block_lr import Ablation, BlockLR, GradientSNR, MeasuredLR, Product, SharpnessLR, make_block_lr
+from sharpwise.block_lr import Ablation, AuxLR, BlockLR, GradientSNR, MeasuredLR, Product, SharpnessLR, make_block_lr
 from sharpwise.block_lr.base import is_number
 from sharpwise.block_lr.spelling import BLOCK_LRS
 from sharpwise.blocks import BlockMap
@@ -18,6 +18,7 @@ from sharpwise.engine.measuring import no_second_moment_message
 from sharpwise.engine.options import Options, Storage
 from sharpwise.hints import kind_of, nearest
 from sharpwise.probes.directional import probed
+from sharpwise.rules.base import lr_ratio
 from sharpwise.storage import BF16, FP32, Format, Int8
 
 T = TypeVar("T")
@@ -51,15 +52,17 @@ COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 that measures by a probe goes with any rule; other sizes of blocks as 256. The battery runs over exactly this table, and
 all of `ABLATIONS`."""
 
-
+AUX_LR = 1e-3
+"""Of AdamH and MuonH for what is no hidden matrix: lr is relative to norms there."""
 PRESETS: dict[str, dict[str, Any]] = {
+    "adamh": {"name": "adamw", "control": "hyperball", "aux_lr": AUX_LR},
     "adamw-8bit": {"name": "adamw", "storage": "int8-dynamic"},
     "liona": {"name": "lion", "betas": [0.9, 0.9], "weight_decay": 0.1, "control": "l2"},
     "lionar": {"name": "lion", "betas": [0.9, 0.9], "weight_decay": 0.1, "control": "angular"},
     "muon-8bit": {"name": "muon", "storage": "int8-linear"},
-    "muonh": {"name": "muon", "control": "hyperball"},
+    "muonh": {"name": "muon", "control": "hyperball", "aux_lr": AUX_LR},
 }
-"""Names of an optimizer with options: those of `AdamW8bit`, `LionA`, `LionAR`, `Muon8bit` and `MuonH`."""
+"""Names of an optimizer with options: those of `AdamH`, `AdamW8bit`, `LionA`, `LionAR`, `Muon8bit` and `MuonH`."""
 CONTROLLED = dict.fromkeys(COMBINES, tuple(CONTROLS))
 """Which controls combine with an optimizer: all, with decoupled decay. All can go with any block_lr and storage."""
 
@@ -71,6 +74,7 @@ class CommonOptions(TypedDict, total=False):
     blocks: BlockMap | Mapping[str, Any] | None
     strict: bool
     block_lr: str | Mapping[str, Any] | BlockLR | None
+    aux_lr: float | None
     control: str | Mapping[str, Any] | Control | None
     storage: str | Format
     keep_fp32: Collection[str] | None
@@ -97,6 +101,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
         None,
         'multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).',
     ),
+    "aux_lr": (None, "lr of what is no hidden matrix (embeddings, head, norms, biases), kept as a ratio; None for lr."),
     "control": (
         None,
         'how large updates are: "l2", "angular" ("angular(angle=sqrt)"), "hyperball", a table or an instance.',
@@ -160,6 +165,7 @@ def engine_arguments(
     who: str,
     name: str,
     given: CommonOptions,
+    lr: Any,
     *,
     decoupled: bool = True,
     own_lr: BlockLR | None = None,
@@ -171,6 +177,7 @@ def engine_arguments(
     Args:
         who: the constructor, for messages.
         name: of the optimizer, as in `COMBINES`.
+        lr: that of the constructor.
         decoupled: whether weight decay is.
         own_lr: a learning rate per block that belongs to the optimizer; `block_lr` comes on top.
         aux_storage: of what a rule of whole matrices leaves to another; None for `storage`.
@@ -184,6 +191,9 @@ def engine_arguments(
     storage = _storage_of(who, name, asked, aux_storage)
     control = _control_of(who, name, asked, decoupled) or control
     _check_combination(who, name, per_block, asked)
+    if asked.aux_lr is not None:
+        aux = AuxLR(lr_ratio(who, lr, asked.aux_lr))
+        own_lr = aux if own_lr is None else aux * own_lr
     if own_lr is not None:
         per_block = own_lr if per_block is None else own_lr * per_block
     _check_numbers(who, asked, decoupled)

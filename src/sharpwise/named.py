@@ -4,10 +4,21 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from sharpwise.combinations import AUX_LR
 from sharpwise.controls import L2, Angular
 from sharpwise.optim import AdamW, Lion, Muon
 
-__all__ = ["AdamW8bit", "LionA", "LionAR", "Muon8bit", "MuonH"]
+__all__ = ["AdamH", "AdamW8bit", "LionA", "LionAR", "Muon8bit", "MuonH"]
+
+
+def AdamH(first: Any, lr: float | Tensor = 1e-2, *own: Any, aux_lr: float | None = AUX_LR, **options: Any) -> AdamW:
+    """`AdamW` whose hidden matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
+
+    Args:
+        first, own, options: as `AdamW` takes them. lr: size of an update in units of the norm of its matrix, about the
+            root of AdamW's lr times weight decay. aux_lr: AdamW's own lr, for all that is no hidden matrix.
+    """
+    return AdamW(first, lr, *own, aux_lr=aux_lr, **{"control": "hyperball", **options})
 
 
 def AdamW8bit(first: Any, lr: float | Tensor = 1e-3, *own: Any, storage: Any = "int8-dynamic", **options: Any) -> AdamW:
@@ -28,14 +39,14 @@ def Muon8bit(first: Any, lr: float | Tensor = 1e-3, *own: Any, storage: Any = "i
     return Muon(first, lr, *own, storage=storage, **options)
 
 
-def MuonH(first: Any, lr: float | Tensor = 1e-2, *own: Any, **options: Any) -> Muon:
+def MuonH(first: Any, lr: float | Tensor = 1e-2, *own: Any, aux_lr: float | None = AUX_LR, **options: Any) -> Muon:
     """`Muon` whose matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
         first, own, options: as `Muon` takes them. lr: size of an update in units of the norm of its matrix, about the
-            root of AdamW's lr times weight decay; give `aux_lr`, AdamW's own, for all that is no hidden matrix.
+            root of AdamW's lr times weight decay. aux_lr: AdamW's own lr, for all that is no hidden matrix.
     """
-    return Muon(first, lr, *own, **{"control": "hyperball", **options})
+    return Muon(first, lr, *own, aux_lr=aux_lr, **{"control": "hyperball", **options})
 
 
 def LionA(

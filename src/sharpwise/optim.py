@@ -65,7 +65,7 @@ class AdamW(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.AdamW(betas, eps)
-        common = engine_arguments("AdamW", "adamw", options)
+        common = engine_arguments("AdamW", "adamw", options, lr)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
@@ -104,7 +104,7 @@ class AdamMini(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.AdamMini(betas, eps, v_by, cut)
-        common = engine_arguments("AdamMini", "adam-mini", options)
+        common = engine_arguments("AdamMini", "adam-mini", options, lr)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
@@ -152,7 +152,7 @@ class AdaPM(BlockOptimizer):
     ) -> None:
         by_role = rules.adapm.momentum_of("AdaPM", momentum)
         rule = rules.AdaPM(betas, eps, rank, by_role, debias, second_moment)
-        common = engine_arguments("AdaPM", "adapm", options, control=check_clip("AdaPM", clip))
+        common = engine_arguments("AdaPM", "adapm", options, lr, control=check_clip("AdaPM", clip))
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
         rules.adapm.list_kept_in_full("AdaPM", rule, self.blocks.segments)
 
@@ -187,7 +187,7 @@ class Lion(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.Lion(betas, nesterov)
-        common = engine_arguments("Lion", "lion", options)
+        common = engine_arguments("Lion", "lion", options, lr)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
@@ -198,8 +198,8 @@ class Muon(BlockOptimizer):
 
     The projections of attention and MLP, each part of a fused one and each expert alone, move by orthogonalized
     momentum; embeddings, head, router, norms, biases and what no source explains by AdamW. `explain()` shows which.
-    `aux_lr` is kept as a ratio to lr: whatever sets the lr of a group sets both. Updates of matrices have a root mean
-    square of about 0.2 lr, as AdamW's have, unless `scale="original"`. Sharded matrices come together at one owner,
+    `aux_lr` is that of the AdamW half, `scale="original"` needs one. Updates of matrices have a root mean square of
+    about 0.2 lr, as AdamW's have, unless `scale="original"`. Sharded matrices come together at one owner,
     and so do plain ones of a DistributedDataParallel model: each is worked on once in the world.
 
     Args:
@@ -208,7 +208,6 @@ class Muon(BlockOptimizer):
         momentum: mu, what is kept of the momentum per step, in [0, 1).
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
         nesterov: look ahead by one step of momentum.
-        aux_lr: step size of the AdamW half; None for lr, which `scale="original"` does not allow.
         aux_betas: decay rates of its first and second moment, in [0, 1).
         aux_eps: added to the root of its second moment after the bias correction, in units of the gradient.
         aux_weight_decay: of the AdamW half; None for weight_decay.
@@ -237,7 +236,6 @@ class Muon(BlockOptimizer):
         weight_decay: float | Tensor = 0.1,
         nesterov: bool = True,
         *,
-        aux_lr: float | None = None,
         aux_betas: tuple[float, float] = (0.9, 0.95),
         aux_eps: float = 1e-8,
         aux_weight_decay: float | None = None,
@@ -254,12 +252,12 @@ class Muon(BlockOptimizer):
         aux_storage: str | Format | None = None,
         **options: Unpack[CommonOptions],
     ) -> None:
-        ratio = rules.muon.aux_lr_ratio("Muon", lr, aux_lr, scale)
+        ratio = rules.muon.aux_lr_ratio("Muon", lr, options.pop("aux_lr", None), scale)
         rule = rules.Muon(
             momentum, nesterov, ratio, aux_betas, aux_eps, aux_weight_decay, beta2, heavy_ball, scale, method, ns_steps,
             normalize_rows, per_head, precision, bf16_exchange,
         )  # fmt: skip
-        common = engine_arguments("Muon", "muon", options, aux_storage=aux_storage)
+        common = engine_arguments("Muon", "muon", options, lr, aux_storage=aux_storage)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
         rules.muon.list_left_out("Muon", self.blocks.segments)
 
@@ -297,7 +295,7 @@ class SGD(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.SGD(momentum, dampening, nesterov)
-        common = engine_arguments("SGD", "sgd", options, decoupled=decoupled_weight_decay)
+        common = engine_arguments("SGD", "sgd", options, lr, decoupled=decoupled_weight_decay)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
@@ -331,7 +329,7 @@ class SGDSaI(BlockOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         rule = rules.SGD(momentum, None, False)
-        common = engine_arguments("SGDSaI", "sgd-sai", options, own_lr=GradientSNR(normalize=normalize))
+        common = engine_arguments("SGDSaI", "sgd-sai", options, lr, own_lr=GradientSNR(normalize=normalize))
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
 
 

@@ -135,6 +135,8 @@ class Rotated(BlockOptimizer):
             raise TypeError(f"Rotated: rotation_seed must be a whole number, got {rotation_seed!r}")
         if options.get("block_lr") is not None:
             raise ValueError("Rotated: a rotation mixes what a block_lr tells apart; leave block_lr out")
+        if options.get("aux_lr") is not None:
+            raise ValueError("Rotated: a rotation mixes what has two learning rates; leave aux_lr out")
         if options.get("control") is not None:
             raise ValueError("Rotated: a rotation mixes the rows that a control bounds; leave control out")
         if by == "model" and options.get("no_decay"):
@@ -142,7 +144,7 @@ class Rotated(BlockOptimizer):
         own: Rule = rules.SGD(momentum) if rule == "sgd" else rules.AdamW(betas, eps)
         own = rules.BlockwiseAdam(betas, eps, "model") if rule == "adasgd" else own
         self._rotation = f"{by}, seed {rotation_seed}"
-        common = engine_arguments("Rotated", rule, options)
+        common = engine_arguments("Rotated", rule, options, lr)
         super().__init__(first, own, lr=lr, weight_decay=weight_decay, **common)
         self.defaults["rotation"] = self._rotation
 

@@ -1,6 +1,7 @@
 """How far, per block: one file per paper; products and ablations of them; and one spelling of all."""
 
 from sharpwise.block_lr.ablations import Ablation, MeanMatched, Only, Reversed, Shuffled
+from sharpwise.block_lr.aux import AuxLR
 from sharpwise.block_lr.base import BlockLR, MeasuredLR, Product
 from sharpwise.block_lr.blockwise import BlockwiseLR
 from sharpwise.block_lr.gradient_snr import GradientSNR
@@ -12,6 +13,7 @@ from sharpwise.block_lr.spelling import make_block_lr
 
 __all__ = [
     "Ablation",
+    "AuxLR",
     "BlockLR",
     "BlockwiseLR",
     "GradientSNR",

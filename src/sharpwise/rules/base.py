@@ -249,6 +249,26 @@ class Stage(Rule):
         return dict(self.rule.scalars(t, group))
 
 
+def lr_ratio(who: str, lr: Any, aux_lr: Any) -> float:
+    """A second learning rate in units of lr, so that a schedule of lr moves both; 1 for None.
+
+    Raises:
+        TypeError, ValueError: unless both are numbers, this one >= 0, and lr is above 0.
+    """
+    if not isinstance(lr, (Real, Tensor)) or not isinstance(aux_lr, Real | None):
+        raise TypeError(f"{who}: lr and aux_lr must be numbers, aux_lr may be None, got {lr!r} and {aux_lr!r}")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{who}: lr must be a number or a 0-d tensor, got {tuple(lr.shape)}")
+    if aux_lr is None:
+        return 1.0
+    check_nonnegative(who, aux_lr=aux_lr)
+    if float(lr) <= 0:
+        raise ValueError(
+            f"{who}: aux_lr is kept as a ratio to lr, got lr={float(lr)}; build it with the lr of the peak"
+        )
+    return float(aux_lr) / float(lr)
+
+
 def lerp(old: Tensor, new: Tensor, weight: Any) -> Tensor:
     """old + weight * (new - old)."""
     return torch.lerp(old, new, weight) if isinstance(weight, float) else old + weight * (new - old)

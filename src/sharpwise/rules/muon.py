@@ -26,7 +26,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,7 +34,18 @@ from torch import Tensor
 from sharpwise.blocks import Cut, Role, Segment
 from sharpwise.blocks.roles import HIDDEN
 from sharpwise.rules.adamw import AdamW
-from sharpwise.rules.base import Kind, MatrixRule, Rule, Scalars, State, add, check_betas, check_nonnegative, lerp
+from sharpwise.rules.base import (
+    Kind,
+    MatrixRule,
+    Rule,
+    Scalars,
+    State,
+    add,
+    check_betas,
+    check_nonnegative,
+    lerp,
+    lr_ratio,
+)
 from sharpwise.rules.orthogonalize import newton_schulz, normalize_rows, polar_express
 
 Scale = Literal["match_rms_adamw", "original"]
@@ -205,15 +215,9 @@ def aux_lr_ratio(who: str, lr: Any, aux_lr: Any, scale: Scale) -> float:
     """lr of the AdamW half in units of lr; says where lr looks like one for the other scale.
 
     Raises:
-        ValueError: for an lr from which no ratio follows, or no `aux_lr` where scales differ.
+        TypeError, ValueError: as `lr_ratio`; for no `aux_lr` where scales differ.
     """
-    if not isinstance(lr, (Real, Tensor)) or not isinstance(aux_lr, Real | None):
-        raise TypeError(f"{who}: lr and aux_lr must be numbers, aux_lr may be None, got {lr!r} and {aux_lr!r}")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{who}: lr must be a number or a 0-d tensor, got {tuple(lr.shape)}")
-    if aux_lr is not None:
-        check_nonnegative(who, aux_lr=aux_lr)
-    own = float(lr)
+    ratio, own = lr_ratio(who, lr, aux_lr), float(lr)
     if scale == "original" and 0 < own < ORIGINAL_FROM:
         logger.warning(
             "%s: lr=%g looks like one for scale='match_rms_adamw': with scale='original' it is in units of the "
@@ -227,13 +231,9 @@ def aux_lr_ratio(who: str, lr: Any, aux_lr: Any, scale: Scale) -> float:
             who,
             own,
         )
-    if aux_lr is None:
-        if scale == "original":
-            raise ValueError(f"{who}: scale='original' measures lr in other units than AdamW; give aux_lr, say 1e-3")
-        return 1.0
-    if own <= 0:
-        raise ValueError(f"{who}: aux_lr is kept as a ratio to lr, got lr={own}; build it with the lr of the peak")
-    return float(aux_lr) / own
+    if aux_lr is None and scale == "original":
+        raise ValueError(f"{who}: scale='original' measures lr in other units than AdamW; give aux_lr, say 1e-3")
+    return ratio
 
 
 def list_left_out(who: str, segments: Sequence[Segment]) -> None:
