@@ -251,6 +251,9 @@ class View:
 
 
 def _say_end(console: Console, outcome: "Outcome") -> None:
+    from sharpwise.report.run import read_run
+    from sharpwise.report.warmup import advice
+
     if outcome.state == "interrupted":
         again = f"sharpwise train {shlex.quote(str(outcome.folder))}{_to_confirm(outcome.folder)}"
         how = "the same command" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else again
@@ -258,6 +261,8 @@ def _say_end(console: Console, outcome: "Outcome") -> None:
         return
     loss = "" if outcome.validation_loss is None else f" Validation loss {outcome.validation_loss:.4f} nats per token."
     console.print(f"{outcome.message.capitalize()}.{loss}", style="bold")
+    if said := advice(read_run(outcome.folder)):
+        console.print(said, soft_wrap=True)
     sample = outcome.folder / "sample.txt"
     if sample.exists():
         text = sample.read_text(encoding="utf-8").strip()  # of a model, which may say anything to a terminal

@@ -38,9 +38,9 @@ class Probes:
         blocks: the map of the model's segments.
         sequences: per step; 0 where it is not known, and there is no noise then.
         tokens: per step; 0 where it is not known, and sharpness is in units of 1/tokens then.
-        updates_every, noise_every, sharpness_every: steps from one to the next, 0 for none. Those of updates keep a
-            copy of the weights during the optimizer's step, those of noise a copy of the gradients where micro-batches
-            are used.
+        updates_every, noise_every, sharpness_every: steps from one to the next, 0 for none; before the first of them
+            at steps that are powers of two. Those of updates keep a copy of the weights during the optimizer's step,
+            those of noise a copy of the gradients where micro-batches are used.
         last: the step after which everything is due once more; 0 for none.
         micro_batches: whether the gradients of micro-batches can be seen: not so where processes exchange them only in
             the last backward pass.
@@ -70,8 +70,9 @@ class Probes:
         self._drawn: tuple[bool, bool] = (False, False)
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something is due at a step."""
-        return every > 0 and (step % every == 0 or step == self.last)
+        """Whether something is due at a step: before the first multiple at powers of two, where updates change most."""
+        early = step < every and step.bit_count() == 1
+        return every > 0 and (early or step % every == 0 or step == self.last)
 
     def after_micro_batch(self, step: int, sequences: int) -> None:
         """After each backward pass: how many sequences it was of; the gradients accumulate to their mean."""

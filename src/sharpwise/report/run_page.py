@@ -15,6 +15,7 @@ from sharpwise.report.reading import METRICS, TIMING
 from sharpwise.report.run import RunData, read_run
 from sharpwise.report.run_blocks import factors
 from sharpwise.report.text import moment
+from sharpwise.report.warmup import advice
 
 
 def write_run_page(folder: str | Path) -> Path:
@@ -40,6 +41,7 @@ def render(run: RunData) -> str:
             f'<p class="lead">{escape(run_text.lead(run))}</p>',
             f'<p class="state {run.status.state}"><strong>{run.status.state}</strong> '
             f"{escape(run_text.status_words(run))}</p>",
+            _warmup(run),
             notes(run_text.caveats(run)),
             "</header>",
             '<div class="grid">',
@@ -58,6 +60,11 @@ def render(run: RunData) -> str:
         if part
     )
     return document(f"{_name(run)}: {run_text.headline(run)}", body)
+
+
+def _warmup(run: RunData) -> str:
+    said = advice(run)
+    return f'<p class="lead">{escape(said)}</p>' if said else ""
 
 
 def _name(run: RunData) -> str:
