@@ -92,7 +92,7 @@ def test_event_files_have_every_step_once(data, tmp_path) -> None:
     assert [event.step for event in events.Scalars("loss/validation")] == [5, 10, 15, 20, 24]
     assert [event.step for event in events.Scalars("multiplier/q")] == [6, 12, 18, 24]
     # The first, every tenth and the last; and all that have something else to show.
-    assert [event.step for event in events.Scalars("lr")] == [1, 5, 6, 10, 12, 15, 18, 20, 24]
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 4, 5, 6, 10, 12, 15, 18, 20, 24]
     by_step = {line["step"]: line for line in metrics(folder)}
     for event in events.Scalars("loss/train"):
         assert event.value == pytest.approx(by_step[event.step]["loss"], rel=1e-6)
@@ -169,7 +169,7 @@ def test_a_run_of_wandb(data, tmp_path, wandb) -> None:
     steps = [
         [values[0] for what, values in part if what == "log"] for part in (wandb.calls[:first], wandb.calls[first:])
     ]
-    assert steps == [[1, 5, 6, 10], [10, 12, 15, 18, 20, 24]]
+    assert steps == [[1, 2, 4, 5, 6, 10], [10, 12, 15, 18, 20, 24]]
     by_step = {line["step"]: line for line in metrics(folder)}
     for what, values in wandb.calls:
         if what == "log":
