@@ -27,7 +27,7 @@ help:
 	@echo 'make bench-gpu on a machine with a GPU: the tests that need one, then the time of steps, with TORCH=a CUDA build'
 	@echo 'make clean     remove .venv and caches'
 
-demo: $(VENV)/demo
+demo: $(VENV)/compare
 	$(BIN)/sharpwise demo $(if $(OUT),--out $(OUT))
 	@echo 'In this clone the command is $(BIN)/sharpwise.'
 
@@ -91,7 +91,7 @@ endif
 	@if $(BIN)/python -m pip show -q triton > /dev/null 2>&1; then sed -i.bak '/^triton==/d' $@; fi
 
 # Two stamps in one environment: the demo must not wait for the tools of the tests.
-$(VENV)/demo $(VENV)/dev: $(VENV)/%: $(CONSTRAINTS) pyproject.toml
+$(VENV)/compare $(VENV)/dev: $(VENV)/%: $(CONSTRAINTS) pyproject.toml
 	@$(PIP) -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
 

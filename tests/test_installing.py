@@ -119,7 +119,6 @@ def test_needs(origin):
     [
         ("typer", ["runs"], "the command line needs typer, which is not installed: "),
         ("transformers", ["blocks", "gpt2"], "model 'gpt2' needs transformers, which is not installed: "),
-        ("plotly", ["page", "nowhere"], "this command needs plotly, which is not installed: "),
         ("tokenizers", ["prepare", "--out", "nowhere"], "this command needs tokenizers, which is not installed: "),
     ],
 )

@@ -1,4 +1,4 @@
-"""How to install what is missing. sharpwise is on no index: the command depends on where it was installed from."""
+"""How to install what is missing: the command depends on where sharpwise was installed from."""
 
 import importlib.metadata
 import importlib.util
@@ -16,7 +16,6 @@ EXTRAS = frozenset(
         "accelerate",
         "datasets",
         "optuna",
-        "plotly",
         "pyarrow",
         "rich",
         "safetensors",

@@ -70,7 +70,7 @@ def roles(
             many it takes; another study in that folder.
         ImportError: what comparisons need is not installed.
     """
-    with needs("a search", "demo"):
+    with needs("a search", "compare"):
         from sharpwise.compare.report.page import write_study_page
         from sharpwise.compare.results import results
         from sharpwise.compare.runner import run_study

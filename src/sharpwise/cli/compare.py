@@ -59,7 +59,8 @@ def compare(
             "--search",
             metavar="A.B=[VALUE, ...]",
             help="Values of a setting to try for every arm, after its learning rate, as "
-            "'optimizer.weight_decay=[0,0.3]' or 'schedule.warmup=[0.02]'. Repeatable.",
+            "'optimizer.weight_decay=[0,0.3]' or 'schedule.warmup=[0.02]'; of optimizer.lr, the ones to begin with. "
+            "Repeatable.",
         ),
     ] = None,
     tune: Annotated[
@@ -200,7 +201,10 @@ def _study(
     if assignments:
         given["run"] = set_keys(given.get("run", {}), assignments)
     if search:
-        given["search"] = {**given.get("search", {}), **_searched(search)}
+        searched = _searched(search)
+        if (lrs := searched.pop("optimizer.lr", None)) is not None:
+            given = _with_rates(given, lrs)
+        given["search"] = {**given.get("search", {}), **searched}
     if budget is not None:
         given = {key: value for key, value in given.items() if key not in ("tokens", "ratio")} | _budget(budget)
     if "tokens" not in given and "ratio" not in given:
@@ -213,6 +217,17 @@ def _study(
         name = given["name"]
         out = Path("runs") / (name if name == recipe else checked_name(name, "name"))
     return given, out
+
+
+def _with_rates(given: Mapping[str, Any], lrs: Any) -> dict[str, Any]:
+    """A study with these learning rates to begin with, for every arm, and room to go on from them."""
+    given = {**given, "lrs": lrs}
+    if isinstance(given.get("arms"), Mapping):
+        arms = {name: {k: v for k, v in arm.items() if k != "lrs"} for name, arm in given["arms"].items()}
+        given["arms"] = arms
+    if isinstance(lrs, list):
+        given["most"] = max(given.get("most", 7), len(lrs) + 2)
+    return given
 
 
 def _searched(assignments: list[str]) -> dict[str, Any]:

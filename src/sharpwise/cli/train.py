@@ -24,7 +24,6 @@ from rich.text import Text
 from sharpwise.cli.errors import user_errors
 from sharpwise.cli.malloc import keep_large_blocks
 from sharpwise.files import checked_name
-from sharpwise.installing import lacks
 
 if TYPE_CHECKING:
     from sharpwise.train.profile import Profile
@@ -185,9 +184,8 @@ def _write_page(log: Console, folder: Path) -> None:
         from sharpwise.report.run_page import write_run_page
 
         write_run_page(folder)
-    except (ImportError, OSError, ValueError) as error:
-        said = lacks("a page", error) if isinstance(error, ModuleNotFoundError) else str(error)
-        log.print(f"no page was written: {said}", soft_wrap=True)
+    except (OSError, ValueError) as error:
+        log.print(f"no page was written: {error}", soft_wrap=True)
 
 
 class View:

@@ -1,5 +1,6 @@
 """The command to give after a comparison, and why: the one that would tell most."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ FEW = 20
 def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """The `command` to give next, and the `reason` for it.
 
-    The first of these that applies: train what is missing; where seeds diverged, warm up longer; more seeds for what is
-    undecided, where that is possible; the ablations of what was better; longer runs; train with the best arm.
+    The first of these that applies: train what is missing; where seeds diverged, warm up longer; learning rates beyond
+    the edge at which an arm was best, where the verdict hangs on it; more seeds for what is undecided, where that is
+    possible; the ablations of what was better; longer runs; train with the best arm.
 
     Args:
         study: that was compared.
@@ -40,6 +42,14 @@ def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str
             f"{lost} diverged at the learning rate that was best with the seed of the tuning. A longer warm-up "
             "may help; the same study with one for every arm:",
             f"{stored} --set schedule.warmup=0.3 --out {there}",
+        )
+    if at_edge := _at_edge(result["arms"]):
+        there, names = shlex.quote(f"{folder}-lrs"), " and ".join(arm["name"] for arm in at_edge)
+        lrs = ", ".join(f"{lr:g}" for lr in _wider(result["arms"]))
+        return _step(
+            f"{names} ended best at the {at_edge[0]['edge']} learning rate that was tried, so the comparison is not "
+            "fair to it yet. The same study with learning rates beyond it, for every arm:",
+            f"{stored} --search {shlex.quote(f'optimizer.lr=[{lrs}]')} --out {there}",
         )
     if (seeds := _seeds(study, candidates)) is not None:
         undecided = " and ".join(seeds[1])
@@ -84,6 +94,26 @@ def _unstable(study: Study, arms: Sequence[Mapping[str, Any]]) -> str:
     lost = [arm for arm in arms if any(run["final_loss"] is None for run in arm["final"])]
     lost.sort(key=lambda arm: arm["name"] != study.baseline)
     return next((arm["name"] for arm in lost if arm["verdict"] in ("baseline", "undecided")), "")
+
+
+def _at_edge(arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Arms that other learning rates may make better, where that may change a verdict: not those that won anyway."""
+    return [arm for arm in arms if arm["edge"] and arm["verdict"] != "better"]
+
+
+def _wider(arms: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Learning rates sqrt(10) apart: from one below what was best for any arm to one above, two beyond an edge."""
+    steps = [
+        (
+            2 * math.log10(arm["setting"]["optimizer.lr"]),
+            1 + (arm["edge"] == "smallest"),
+            1 + (arm["edge"] == "largest"),
+        )
+        for arm in arms
+        if arm["setting"] is not None and not arm["setting_of"]
+    ]
+    low, high = min(at - below for at, below, _ in steps), max(at + above for at, _, above in steps)
+    return [float(f"{10 ** ((low + i) / 2):.2g}") for i in range(math.ceil(high - low - 1e-6) + 1)]
 
 
 def _seeds(study: Study, candidates: list[Mapping[str, Any]]) -> tuple[int, list[str]] | None:

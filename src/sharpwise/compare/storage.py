@@ -26,7 +26,7 @@ class Storage:
     """
 
     def __init__(self, path: Path) -> None:
-        with needs("comparing", "demo"):
+        with needs("comparing", "compare"):
             import optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._path = path

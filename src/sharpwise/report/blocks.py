@@ -9,11 +9,10 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.blocks import Segment
 from sharpwise.blocks.names import number_ranges
 from sharpwise.report import figures, html
+from sharpwise.report.plot import Figure
 
 # Lines of single layers in one band; of more layers, as many evenly chosen ones.
 MAX_LAYER_LINES = 16
@@ -107,7 +106,7 @@ Layers = tuple[tuple[float, ...], ...]
 class TypeLine:
     """Block types, or roles where those of one type differ, that share a quantity along a run.
 
-    `dash` is Plotly's name of the line, and `mark` what stands before the label, where no colour tells lines apart.
+    `dash` is the kind of the line, and `mark` what stands before the label, where no colour tells lines apart.
     """
 
     label: str
@@ -178,7 +177,7 @@ def type_figure(
     log: bool = False,
     title: str = "tokens",
     hover: str = "%{x:,} tokens",
-) -> go.Figure:
+) -> Figure:
     """A line per block type, named beside its peak; where layers differ a band, with the layers in it.
 
     Args:
@@ -216,7 +215,7 @@ def type_figure(
 
 
 def _add_curve(
-    figure: go.Figure,
+    figure: Figure,
     x: Sequence[float],
     y: Sequence[float],
     colour: str,
@@ -236,7 +235,7 @@ def _add_curve(
     )
 
 
-def _add_band(figure: go.Figure, x: Sequence[float], line: TypeLine, label: str, hover: str, floor: float) -> None:
+def _add_band(figure: Figure, x: Sequence[float], line: TypeLine, label: str, hover: str, floor: float) -> None:
     columns = list(zip(*line.layers, strict=True))
     for edge, fill in ((min, None), (max, "tonexty")):
         figure.add_scatter(

@@ -1,11 +1,11 @@
-"""The look of all figures, in Plotly: colours that colour-blind readers can tell apart, lines named where they end."""
+"""The look of all figures: colours that colour-blind readers can tell apart, lines named where they end."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
+from sharpwise.report.plot import Figure
 
 TYPE_COLOURS = {
     "Emb": "#D55E00",
@@ -21,32 +21,25 @@ HEIGHT = 360
 LABEL_HEIGHT = 15  # pixels that a line of text needs
 
 
-def figure(x: str, y: str, height: int = HEIGHT) -> go.Figure:
+def figure(x: str, y: str, height: int = HEIGHT) -> Figure:
     """An empty figure with the titles of its axes."""
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": "#999999", "ticks": "outside", "tickcolor": "#999999"}
-    title = {"font": {"size": 13, "color": MUTED}, "standoff": 8}
-    return go.Figure(
-        layout={
+    return Figure(
+        {
             "height": height,
             "margin": {"l": 52, "r": 96, "t": 12, "b": 46},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 13, "color": INK},
-            "showlegend": False,
-            "hovermode": "closest",
-            "xaxis": {**axis, "title": {**title, "text": x}, "showgrid": False, "showline": True},
-            "yaxis": {**axis, "title": {**title, "text": y}},
+            "xaxis": {"title": {"text": x}, "showgrid": False},
+            "yaxis": {"title": {"text": y}},
         }
     )
 
 
 def label_ends(
-    figure: go.Figure, labels: Sequence[tuple[str, float, str]], low: float, high: float, height: int = HEIGHT
+    figure: Figure, labels: Sequence[tuple[str, float, str]], low: float, high: float, height: int = HEIGHT
 ) -> None:
     """Name lines at the right edge, at the height `value` of each, moved apart where they would overlap.
 
     Args:
-        labels: (text, value, colour); a text is Plotly's markup: `text(name)` of what comes from outside.
+        labels: (text, value, colour); a text is markup: `text(name)` of what comes from outside.
         low, high: the range of the y axis (of a logarithmic one, in powers of ten, and the values with them).
         height: of the figure, in pixels.
     """
@@ -56,7 +49,7 @@ def label_ends(
     for (text, _, colour), y in zip(labels, spread(wanted, heights), strict=True):
         figure.add_annotation(
             xref="paper", x=1.0, xanchor="left", xshift=6, yref="paper", y=y, yanchor="middle", text=text,
-            showarrow=False, align="left", font={"color": colour, "size": 12},
+            font={"color": colour, "size": 12},
         )  # fmt: skip
 
 
@@ -97,7 +90,7 @@ def padded(low: float, high: float, share: float) -> tuple[float, float]:
 
 
 def text(name: str) -> str:
-    """A name for Plotly, which takes labels and hovers for markup."""
+    """A name for a figure, which takes labels and hovers for markup."""
     return escape(name, quote=False)
 
 
@@ -116,10 +109,10 @@ def faded(colour: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity:g})"
 
 
-def logarithmic(figure: go.Figure, low: float, high: float) -> tuple[float, float]:
+def logarithmic(figure: Figure, low: float, high: float) -> tuple[float, float]:
     """Make the y axis logarithmic, from `low` to `high`; returns its range in powers of ten."""
     bottom, top = math.log10(low), math.log10(high)
-    axis: dict[str, Any] = {"type": "log", "range": [bottom, top], "exponentformat": "e"}
+    axis: dict[str, Any] = {"type": "log", "range": [bottom, top]}
     # Below two decades the powers of ten alone would leave one tick or none.
     figure.update_yaxes(**axis, dtick="D2" if top - bottom < 2 else 1, tickformat="~g" if low >= 1e-3 else ".0e")
     return bottom, top

@@ -5,20 +5,20 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from sharpwise.report.plot import Figure
+from sharpwise.report.svg import draw
 
 PAGE_NAME = "index.html"
 
 
 def document(title: str, body: str) -> str:
-    """The whole page as HTML, with style and Plotly inside; `body` is what `main` holds."""
-    style = files("sharpwise.report").joinpath("page.css").read_text(encoding="utf-8")
+    """The whole page as HTML, with style and script inside; `body` is what `main` holds."""
+    style, script = (files("sharpwise.report").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n"
-        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<script>\n{script}</script>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -54,15 +54,9 @@ def notes(items: Sequence[str]) -> str:
     return f'<ul class="notes">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
 
 
-def chart(figure: go.Figure, name: str, label: str) -> str:
+def chart(figure: Figure, name: str, label: str) -> str:
     """A figure as HTML; `label` says what it shows to those who do not see it."""
-    html: str = figure.to_html(
-        include_plotlyjs=False,
-        full_html=False,
-        div_id=f"chart-{name}",
-        config={"responsive": True, "displayModeBar": False},
-    )
-    return f'<div role="img" aria-label="{escape(label)}">{html}</div>'
+    return f'<div id="chart-{name}" role="img" aria-label="{escape(label)}">{draw(figure)}</div>'
 
 
 def table(head: str, lines: Iterable[str], label: str) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from sharpwise.blocks.roles import BLOCK_TYPE
 from sharpwise.probes.estimate import Estimate, Measurement
 from sharpwise.report import figures
 from sharpwise.report.curves import rounded
+from sharpwise.report.plot import Figure
 
 HEIGHT = 300
 TYPE_OF = {str(role): str(kind) for role, kind in BLOCK_TYPE.items()}
@@ -22,7 +22,7 @@ ORDER = [*figures.TYPE_COLOURS, *TYPE_OF]
 STYLES = (("solid", "circle"), ("dot", "diamond"), ("dash", "square"), ("dashdot", "triangle-up"))
 
 
-def by_type(measurement: Measurement, quantity: str | None = None, *, log: bool | None = None) -> go.Figure:
+def by_type(measurement: Measurement, quantity: str | None = None, *, log: bool | None = None) -> Figure:
     """Bars, one per block type, with error bars where errors are known.
 
     Args:
@@ -63,14 +63,13 @@ def by_type(measurement: Measurement, quantity: str | None = None, *, log: bool 
         },
         customdata=[_said(e) for e in found],
         hovertemplate="%{x}: %{customdata}<extra></extra>",
-        cliponaxis=False,
     )
     figure.update_xaxes(type="category")
     figure.update_layout(margin={"r": 14, "b": 28})
     return figure
 
 
-def by_layer(measurement: Measurement, quantity: str | None = None, *, log: bool | None = None) -> go.Figure:
+def by_layer(measurement: Measurement, quantity: str | None = None, *, log: bool | None = None) -> Figure:
     """A heat map: a row for each role (or block type), a column for each layer.
 
     Values are those of the roles of a layer where the measurement has them, else of their types, else means of those of
@@ -90,23 +89,19 @@ def by_layer(measurement: Measurement, quantity: str | None = None, *, log: bool
         z=values,
         customdata=[[_said_all(cells.get((name, layer), ())) for layer in layers] for name in names],
         hovertemplate="%{y}, layer %{x}: %{customdata}<extra></extra>",
-        colorscale="Cividis",
-        xgap=1,
-        ygap=1,
         colorbar={
-            "thickness": 10, "len": 1, "lenmode": "fraction", "outlinewidth": 0, "xpad": 6,
             "tickvals": [math.log10(t) if log else t for t in ticks], "ticktext": [short(t) for t in ticks],
         },
     )  # fmt: skip
     figure.update_xaxes(dtick=max(1, math.ceil(len(layers) / 12)), showline=False)
-    figure.update_yaxes(showgrid=False, ticks="", type="category")
+    figure.update_yaxes(showgrid=False, type="category")
     figure.update_layout(margin={"l": 64, "r": 10})
     return figure
 
 
 def over_training(
     measurements: Iterable[Measurement], quantity: str | None = None, *, log: bool | None = None
-) -> go.Figure:
+) -> Figure:
     """A line per block type against steps, with a band of its errors.
 
     Args:
@@ -148,7 +143,7 @@ def over_training(
     return figure
 
 
-def alpha_by_layer(measurement: Measurement) -> go.Figure:
+def alpha_by_layer(measurement: Measurement) -> Figure:
     """Tail exponents against layers, a line per role; hollow marks are random matrices of the same shapes.
 
     Raises:
@@ -189,7 +184,7 @@ def density(
     *,
     log: bool = True,
     bins: int = 60,
-) -> go.Figure:
+) -> Figure:
     """Densities of eigenvalues, a line each.
 
     Args:
@@ -222,14 +217,12 @@ def density(
         )
     figure.update_layout(
         showlegend=len(kept) > 1,
-        legend={"orientation": "h", "y": -0.25},
         margin={"r": 14},
-        height=HEIGHT + 22 * len(kept),
     )
     if log:
-        figure.update_xaxes(type="log", exponentformat="e", nticks=5)
+        figure.update_xaxes(type="log", nticks=5)
     else:
-        figure.update_yaxes(type="log", exponentformat="e", nticks=6)
+        figure.update_yaxes(type="log", nticks=6)
     return figure
 
 
@@ -296,7 +289,7 @@ def _said_all(found: Sequence[Estimate]) -> str:
     return f"{_average(found):.3g}, the mean of {len(found)}"
 
 
-def _line(figure: go.Figure, of: str, points: Sequence[tuple[int, Estimate]], floor: float) -> None:
+def _line(figure: Figure, of: str, points: Sequence[tuple[int, Estimate]], floor: float) -> None:
     steps = [step for step, _ in points]
     errors = [e.error or 0.0 for _, e in points]
     if any(errors):

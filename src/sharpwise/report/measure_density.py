@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import plotly.graph_objects as go
 
 from sharpwise.probes.estimate import Measurement
 from sharpwise.probes.lanczos import Density
 from sharpwise.report import figures
 from sharpwise.report.curves import rounded
+from sharpwise.report.plot import Figure
 
 HEIGHT = 320
 SIZE = "weights"  # the array of a measurement that has a density
@@ -20,7 +20,7 @@ def has_density(measurement: Measurement) -> bool:
     return len(measurement.arrays.get(SIZE, ())) > 0
 
 
-def density_curve(measurements: Sequence[Measurement]) -> go.Figure:
+def density_curve(measurements: Sequence[Measurement]) -> Figure:
     """A line per measurement, named by its step; of a single one with a band of its 95% interval.
 
     The y axis is logarithmic and reaches down to where one eigenvalue in ten times the dimension would stand: most
@@ -59,12 +59,9 @@ def density_curve(measurements: Sequence[Measurement]) -> go.Figure:
             name=name,
             hovertemplate=f"{name}{'<br>' if name else ''}%{{x:.3g}}: %{{y:.2g}}<extra></extra>",
         )
-    figure.update_yaxes(type="log", range=[math.log10(floor), math.log10(peak * 2)], exponentformat="e", nticks=6)
-    figure.update_xaxes(nticks=6, exponentformat="e")
-    if len(found) > 1:
-        legend = {"orientation": "h", "y": -0.25}
-        figure.update_layout(showlegend=True, legend=legend, height=HEIGHT + 12 * len(found))
-    figure.update_layout(margin={"r": 14})
+    figure.update_yaxes(type="log", range=[math.log10(floor), math.log10(peak * 2)], nticks=6)
+    figure.update_xaxes(nticks=6)
+    figure.update_layout(showlegend=len(found) > 1, margin={"r": 14})
     return figure
 
 

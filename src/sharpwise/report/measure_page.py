@@ -6,14 +6,13 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
-import plotly.graph_objects as go
-
 from sharpwise.files import write_whole
 from sharpwise.probes.estimate import Estimate, Measurement
 from sharpwise.report import measure
 from sharpwise.report.blocks import code
 from sharpwise.report.html import card, chart, document, facts, notes, table
 from sharpwise.report.measure_density import density_curve, has_density
+from sharpwise.report.plot import Figure
 from sharpwise.report.text import duration
 
 T = TypeVar("T")
@@ -111,7 +110,7 @@ def _cards(same: Sequence[Measurement], prefix: str) -> list[str]:
     cards: list[str] = []
     of = "".join(last.probe.partition(" (")[1:])  # " (VO)", of a part of the model
 
-    def add(title: str, quantity: str, kind: str, figure: go.Figure) -> None:
+    def add(title: str, quantity: str, kind: str, figure: Figure) -> None:
         name = f"{prefix}-{kind}-{quantity.replace(' ', '-')}"
         cards.append(card(title, _hint(quantity), chart(figure, name, title)))
 

@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-import plotly.graph_objects as go
-
 from sharpwise.blocks import BLOCK_TYPE
 from sharpwise.files import write_whole
 from sharpwise.memory import MemoryPlan, Planned, size_text
 from sharpwise.memory.text import estimates, refusals, title
 from sharpwise.report import figures
 from sharpwise.report.html import card, chart, document, notes, table
+from sharpwise.report.plot import Figure
 
 ROW = 40  # pixels of a row: its name, below it the bar
 COLOURS = {
@@ -71,20 +70,19 @@ def _types(one: Planned) -> Parts:
 
 def _bars(
     known: Sequence[Planned], parts_of: Callable[[Planned], Parts], colours: Mapping[str, str], size: int | None = None
-) -> go.Figure:
+) -> Figure:
     """A bar per combination, the first at the top, of what it is made of."""
     parts = [parts_of(one) for one in known]
     largest = max(max(sum(own.values()) for own in parts), size or 0, 1)
     unit, name = next(
         ((1024**i, n) for i, n in ((4, "TiB"), (3, "GiB"), (2, "MiB")) if largest >= 1024**i), (1024, "KiB")
     )
-    figure = figures.figure(name, "", height=110 + ROW * len(known))
+    figure = figures.figure(name, "", height=58 + ROW * len(known))
     figure.update_layout(
-        margin={"l": 10, "r": 14, "t": 60, "b": 48}, barmode="stack", bargap=0.62, showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal", "font": {"size": 12}},
+        margin={"l": 10, "r": 14, "t": 8, "b": 48}, bargap=0.62, showlegend=True,
     )  # fmt: skip
     figure.update_yaxes(range=[len(known) - 0.5, -0.75], visible=False)
-    figure.update_xaxes(range=[0, 1.02 * largest / unit], showgrid=True, nticks=6, tickangle=0)
+    figure.update_xaxes(range=[0, 1.02 * largest / unit], showgrid=True, nticks=6)
     for what, colour in colours.items():
         if not any(own.get(what) for own in parts):
             continue
@@ -96,7 +94,7 @@ def _bars(
         )  # fmt: skip
     for row, (one, own) in enumerate(zip(known, parts, strict=True)):
         figure.add_annotation(
-            xref="paper", x=0, xanchor="left", y=row, yshift=14, showarrow=False, font={"size": 12},
+            xref="paper", x=0, xanchor="left", y=row, yshift=14, font={"size": 12},
             text=f"{figures.text(one.name)}: <b>{size_text(sum(own.values()))}</b>",
         )  # fmt: skip
     if size is not None:

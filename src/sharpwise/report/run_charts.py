@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import plotly.graph_objects as go
 
 from sharpwise.report import blocks, figures
 from sharpwise.report.curves import Array, averaged, rounded, thinned
+from sharpwise.report.plot import Figure
 from sharpwise.report.run import RunData
 from sharpwise.report.run_blocks import OUTSIDE, layer_names, multipliers_at, types_of, updates_by_type
 
@@ -16,7 +16,7 @@ HEIGHT = 300
 FEW = 20  # below so many steps every one of them is a point
 
 
-def loss(run: RunData) -> go.Figure | None:
+def loss(run: RunData) -> Figure | None:
     """Training loss, every step and averaged, and the validation loss where it was measured."""
     x, y = _averaged(run.step, run.loss)
     if not x and not len(run.validation_loss):
@@ -31,7 +31,6 @@ def loss(run: RunData) -> go.Figure | None:
         name="validation loss",
         line={"color": VALIDATION, "width": 1.5, "dash": "dot"},
         marker={"symbol": "diamond", "size": 8, "color": VALIDATION, "line": {"color": "#ffffff", "width": 1}},
-        cliponaxis=False,
         hovertemplate="validation<br>step %{x:,}: %{y:.4f}<extra></extra>",
     )
     low, high = _loss_range(run, x, y)
@@ -58,7 +57,7 @@ def _loss_range(run: RunData, x: Sequence[float], y: Sequence[float]) -> tuple[f
     return figures.padded(min(shown, default=0.0), max(shown, default=1.0), 0.05)
 
 
-def learning_rates(run: RunData) -> go.Figure | None:
+def learning_rates(run: RunData) -> Figure | None:
     """Learning rate of each block type: the scheduled one times the multiplier that was measured last."""
     index = thinned(run.lr, 400)
     if not len(index):
@@ -66,7 +65,7 @@ def learning_rates(run: RunData) -> go.Figure | None:
     return _by_type(run, run.step[index], run.lr[index])
 
 
-def multipliers(run: RunData) -> go.Figure | None:
+def multipliers(run: RunData) -> Figure | None:
     """Factor of each block type on the learning rate, where it follows a measurement and changes."""
     x = run.step[thinned(run.lr, 400)]
     found = multipliers_at(run, x)
@@ -75,7 +74,7 @@ def multipliers(run: RunData) -> go.Figure | None:
     return None if fixed else _by_type(run, x, np.ones(len(x)))
 
 
-def _by_type(run: RunData, x: Array, lr: Array) -> go.Figure:
+def _by_type(run: RunData, x: Array, lr: Array) -> Figure:
     """`lr` times the multiplier of each block type at the steps `x`, with a band where layers differ."""
     multipliers = multipliers_at(run, x) or {"other": np.ones((1, len(x)))}
     types, names = types_of(multipliers), layer_names(run)
@@ -101,7 +100,7 @@ def _by_type(run: RunData, x: Array, lr: Array) -> go.Figure:
     return _with_steps(figure, run)
 
 
-def gradient_norm(run: RunData) -> go.Figure | None:
+def gradient_norm(run: RunData) -> Figure | None:
     """Gradient norm before clipping, the threshold, and the steps that were skipped."""
     known = np.where(run.grad_norm > 0, run.grad_norm, np.nan)
     x, logs = _averaged(run.step, np.log(known))
@@ -125,7 +124,6 @@ def gradient_norm(run: RunData) -> go.Figure | None:
             mode="markers",
             name="skipped",
             marker={"symbol": "x", "size": 10, "color": VALIDATION},
-            cliponaxis=False,
             hovertemplate="step %{x:,} was skipped<extra></extra>",
         )
         labels.append(("x: skipped", high, VALIDATION))
@@ -133,7 +131,7 @@ def gradient_norm(run: RunData) -> go.Figure | None:
     return _with_steps(figure, run)
 
 
-def update_sizes(run: RunData) -> go.Figure | None:
+def update_sizes(run: RunData) -> Figure | None:
     """Norm of the update of each block type over the norm of its parameters."""
     records = [record for record in run.diagnostics if record.get("update_relative")]
     by_type = [updates_by_type(run, record) for record in records]
@@ -162,7 +160,7 @@ def update_sizes(run: RunData) -> go.Figure | None:
     return _with_steps(figure, run)
 
 
-def throughput(run: RunData) -> go.Figure | None:
+def throughput(run: RunData) -> Figure | None:
     """Tokens per second of whole steps, without evaluations and checkpoints."""
     tokens = run.tokens_per_step
     x, seconds = _averaged(run.timing_step, np.where(run.seconds > 0, run.seconds, np.nan))
@@ -178,7 +176,7 @@ def throughput(run: RunData) -> go.Figure | None:
     return _with_steps(figure, run)
 
 
-def memory(run: RunData) -> go.Figure | None:
+def memory(run: RunData) -> Figure | None:
     """Peak memory of each step."""
     shown = thinned(np.where(run.memory > 0, run.memory, np.nan), 1000)
     if not len(shown):
@@ -200,7 +198,7 @@ def _averaged(x: Array, y: Array) -> tuple[list[float], list[float]]:
     return averaged(x.tolist(), y.tolist(), max(1, len(y) // 100))
 
 
-def _raw(figure: go.Figure, x: Array, y: Array) -> None:
+def _raw(figure: Figure, x: Array, y: Array) -> None:
     """Every step, faint: the noise is a part of what happened."""
     shown = thinned(y)
     figure.add_scatter(
@@ -213,7 +211,7 @@ def _raw(figure: go.Figure, x: Array, y: Array) -> None:
     )
 
 
-def _smooth(figure: go.Figure, x: Sequence[float], y: Sequence[float], name: str, spec: str) -> None:
+def _smooth(figure: Figure, x: Sequence[float], y: Sequence[float], name: str, spec: str) -> None:
     figure.add_scatter(
         x=rounded(x, 9),
         y=rounded(y),
@@ -230,7 +228,7 @@ def resumed_at(run: RunData) -> list[int]:
     return sorted({step for step in steps if isinstance(step, int) and step > 1})
 
 
-def _with_steps(figure: go.Figure, run: RunData) -> go.Figure:
+def _with_steps(figure: Figure, run: RunData) -> Figure:
     """Give the x axis the steps of the run; mark where it was resumed and where it diverged."""
     last = max(run.last_step, run.status.step or 0, 1)
     figure.update_xaxes(

@@ -5,12 +5,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.files import write_whole
 from sharpwise.report import run_charts, run_text
 from sharpwise.report.blocks import block_table, describe
 from sharpwise.report.html import PAGE_NAME, card, chart, document, facts, notes, table
+from sharpwise.report.plot import Figure
 from sharpwise.report.reading import METRICS, TIMING
 from sharpwise.report.run import RunData, read_run
 from sharpwise.report.run_blocks import factors
@@ -76,7 +75,7 @@ def _charts(run: RunData) -> list[str]:
     marks += " Red: diverged." if run.status.state == "diverged" else ""
     smoothed = run.last_step >= 200  # below, a hundredth of the run is one step
     updates_hint = "Norm of one update over the norm of the parameters, by block type."
-    cards: tuple[tuple[str, str, str, go.Figure | None], ...] = (
+    cards: tuple[tuple[str, str, str, Figure | None], ...] = (
         (
             "loss",
             "Loss",

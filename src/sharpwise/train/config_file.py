@@ -202,7 +202,7 @@ def as_given(config: Any) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """The text of a `config.toml`."""
-    with needs("writing a configuration", "demo"):
+    with needs("writing a configuration", "compare"):
         import tomli_w
     return tomli_w.dumps(as_given(config))
 

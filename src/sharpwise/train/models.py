@@ -161,7 +161,7 @@ def _with_weights(folder: Path) -> Path:
 
 def _check_weights(folder: Path) -> None:
     """Raise ValueError for a weight file that is not there or not whole, by its name."""
-    with needs(f"reading {folder}", "train"):
+    with needs(f"reading {folder}", "measure"):
         from safetensors import SafetensorError, safe_open
     files = [_WEIGHTS]
     if not (folder / _WEIGHTS).exists() and (folder / _INDEX).exists():

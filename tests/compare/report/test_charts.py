@@ -3,21 +3,21 @@
 import math
 from typing import Any
 
-import plotly.graph_objects as go
 import pytest
 
 from compare.report import canned
 from sharpwise.compare.report import curve_charts, row_charts
 from sharpwise.compare.report.arms import COLOURS, looks, short_name
 from sharpwise.compare.report.sensitivity import sensitivity
+from sharpwise.report.plot import Figure
 
 
-def _traces(figure: go.Figure | None) -> dict[str, Any]:
+def _traces(figure: Figure | None) -> dict[str, Any]:
     assert figure is not None
     return {trace.name: trace for trace in figure.data}
 
 
-def _texts(figure: go.Figure | None) -> str:
+def _texts(figure: Figure | None) -> str:
     assert figure is not None
     return "\n".join(note.text for note in figure.layout.annotations)
 

@@ -13,7 +13,7 @@ Arm = Mapping[str, Any]
 
 # Okabe and Ito's palette; its yellow and the two light ones are darkened, so that text in them can be read on white.
 COLOURS = ("#333333", "#D55E00", "#0072B2", "#00845F", "#B3589A", "#A67C00", "#2488BE", "#882255")
-# Every arm has a symbol of its own too: Plotly's name for it, and the letter that looks like it.
+# Every arm has a symbol of its own too: the name that figures have for it, and the letter that looks like it.
 SYMBOLS = (
     ("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"),
     ("triangle-down", "▼"), ("cross", "✚"), ("star", "★"), ("star-diamond", "✦"),
@@ -42,7 +42,7 @@ def looks(result: Result) -> dict[str, Look]:
 
 
 def short_name(name: str, width: int = 13, lines: int = 3) -> str:
-    """A name for a figure: on several lines, cut where it is far too long, as Plotly's markup.
+    """A name for a figure: on several lines, cut where it is far too long, as markup.
 
     >>> short_name("adamw+reversed(blockwise)")
     'adamw+<br>reversed(<br>blockwise)'
@@ -59,7 +59,7 @@ def short_name(name: str, width: int = 13, lines: int = 3) -> str:
 
 
 def figure_label(name: str, look: Look, width: int = 13, lines: int = 3) -> str:
-    """Symbol and short name of an arm, as Plotly's markup."""
+    """Symbol and short name of an arm, as markup."""
     return f'<span style="color:{look.colour}">{look.glyph}</span> {short_name(name, width, lines)}'
 
 

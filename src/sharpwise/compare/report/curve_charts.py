@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.compare.report.arms import (
     Arm,
     Look,
@@ -23,6 +21,7 @@ from sharpwise.compare.report.arms import varied as varied_run
 from sharpwise.report import figures
 from sharpwise.report.blocks import TypeLine, type_figure, type_lines
 from sharpwise.report.curves import averaged, rounded
+from sharpwise.report.plot import Figure
 from sharpwise.report.text import mebibytes
 
 POINTS = 80  # of a loss curve, and of one of learning rates
@@ -31,13 +30,13 @@ RIGHT = 122  # pixels for the names of arms
 Curve = dict[float, float]
 
 
-def loss_curves(result: Result) -> go.Figure | None:
+def loss_curves(result: Result) -> Figure | None:
     """Training loss against tokens in the final runs: thin every seed, thick the mean of those that ended."""
     curves = {arm["name"]: [_training(run) for run in arm["final"]] for arm in result["arms"]}
     return _curves(result, result["arms"], curves, "training loss, nats per token", ".3f")
 
 
-def gaps(result: Result) -> go.Figure | None:
+def gaps(result: Result) -> Figure | None:
     """Validation loss minus that of the baseline at the same seed and token, along the final runs."""
     curves = {
         arm["name"]: [_gap(mine, other) for mine, other in paired(arm, baseline_of(result))]
@@ -62,7 +61,7 @@ def _gap(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Curve:
 
 def _curves(
     result: Result, arms: Sequence[Arm], curves: Mapping[str, list[Curve]], title: str, spec: str, zero: bool = False
-) -> go.Figure | None:
+) -> Figure | None:
     if not any(any(found) for found in curves.values()):
         return None
     height = 360 + 18 * max(0, len(arms) - 4)
@@ -102,22 +101,21 @@ def _curves(
     return figure
 
 
-def _thick(figure: go.Figure, x: Sequence[float], y: Sequence[float], look: Look, name: str, spec: str) -> None:
+def _thick(figure: Figure, x: Sequence[float], y: Sequence[float], look: Look, name: str, spec: str) -> None:
     step = max(1, len(x) // SYMBOLS_PER_LINE)
     sizes = [9 if (len(x) - 1 - i) % step == 0 else 0 for i in range(len(x))]
     figure.add_scatter(
         x=rounded(list(x), 9),
         y=rounded(list(y)),
         mode="lines+markers",
-        cliponaxis=False,
         name=name,
         line={"color": look.colour, "width": 2.5},
-        marker={"symbol": look.symbol, "size": sizes, "color": look.colour, "opacity": 1},
+        marker={"symbol": look.symbol, "size": sizes, "color": look.colour},
         hovertemplate=f"{name}<br>%{{x:,}} tokens: %{{y:{spec}}}<extra></extra>",
     )
 
 
-def memory(result: Result) -> go.Figure | None:
+def memory(result: Result) -> Figure | None:
     """Mean final validation loss with its interval against bytes of state, where there are more than two sizes."""
     arms = [arm for arm in result["arms"] if arm["state_bytes"] is not None and arm["mean"] is not None]
     if len({mebibytes(arm["state_bytes"]) for arm in arms}) <= 2:
@@ -140,10 +138,10 @@ def memory(result: Result) -> go.Figure | None:
             line={"color": look.colour, "width": 2}, hoverinfo="skip",
         )  # fmt: skip
         figure.add_scatter(
-            x=[x], y=[arm["mean"]], mode="markers", name=name, cliponaxis=False, hoverinfo="text",
+            x=[x], y=[arm["mean"]], mode="markers", name=name, hoverinfo="text",
             hovertext=f"{name}<br>{x:.2f} MiB, loss {arm['mean']:.4f}",
             marker={
-                "symbol": look.symbol, "size": 13, "color": look.colour, "opacity": 1,
+                "symbol": look.symbol, "size": 13, "color": look.colour,
                 "line": {"color": "#ffffff", "width": 1},
             },
         )  # fmt: skip
@@ -162,7 +160,7 @@ def memory(result: Result) -> go.Figure | None:
 DASHES = (("solid", "─ "), ("dash", "╌ "), ("dot", "· "), ("dashdot", "╌·"), ("longdash", "— "))
 
 
-def learning_rates(result: Result) -> dict[tuple[str, ...], go.Figure]:
+def learning_rates(result: Result) -> dict[tuple[str, ...], Figure]:
     """Learning rate of each block type against tokens, of arms whose blocks differ, all on one scale.
 
     Arms whose learning rates are the same share a figure.
@@ -203,7 +201,7 @@ def _dashed(lines: Sequence[TypeLine]) -> list[TypeLine]:
     ]
 
 
-def _relabel(figure: go.Figure, lines: Sequence[TypeLine], low: float, high: float) -> None:
+def _relabel(figure: Figure, lines: Sequence[TypeLine], low: float, high: float) -> None:
     """Name the lines again, at their heights on the scale that all figures share."""
     figure.layout.annotations = ()
     labels = [

@@ -6,14 +6,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.compare.report import curve_charts, row_charts, search, tables, text
 from sharpwise.compare.report.arms import Result, html_name, looks
 from sharpwise.compare.report.runs import csv_text
 from sharpwise.compare.report.sensitivity import sensitivity
 from sharpwise.files import write_whole
 from sharpwise.report.html import PAGE_NAME, bullets, card, chart, command, document, facts
+from sharpwise.report.plot import Figure
 from sharpwise.report.text import moment
 
 JSON_NAME, CSV_NAME = "result.json", "result.csv"
@@ -60,11 +59,11 @@ def render(result: Result) -> str:
         ""
         if result["complete"]
         else f'<p class="state running"><strong>unfinished</strong> {escape(text.status(result))}</p>',
+        f'<p class="lead"><a href="#next">What to do next</a>: {escape(result["next"]["reason"])}</p>',
         "</header>",
         '<div class="grid">',
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
         _caveats(result),
-        _next(result),
         *search.cards(result),
         card("What was compared", "", _method(result), wide=True),
         _ablations(result),
@@ -84,6 +83,7 @@ def render(result: Result) -> str:
             folded=True,
         ),
         *_setup(result),
+        _next(result),
         "</div>",
         _links(),
         f'<p class="hint foot">Written from results of {escape(moment(str(result["environment"].get("date", "-"))))}. '
@@ -93,17 +93,25 @@ def render(result: Result) -> str:
 
 
 def _caveats(result: Result) -> str:
-    """All that a reader has to know before believing it, in one box."""
-    untested = result["not_tested"]
-    more = f"<details><summary>What was not tested</summary>{bullets(untested)}</details>" if untested else ""
-    return card("Before you believe it", "", bullets(result["caveats"]) + more, wide=True, caution=True)
+    """All that a reader has to know before believing it, in one box, a click away."""
+    said, untested = result["caveats"], result["not_tested"]
+    if not said and not untested:
+        return ""
+    more = f"<h3>What was not tested</h3>{bullets(untested)}" if untested else ""
+    title = f"Before you believe it: {len(said)} caveat{'s' * (len(said) != 1)}, and what was not tested"
+    return card(title, "", bullets(said) + more, wide=True, folded=True, caution=True)
 
 
 def _next(result: Result) -> str:
-    step = result["next"]
-    return card(
-        "What to do next", "", f'<p class="lead">{escape(step["reason"])}</p>{command(step["command"])}', wide=True
-    )
+    """The command to give, and until then what to train with."""
+    step, best = result["next"], text.best(result)
+    content = f'<p class="lead">{escape(step["reason"])}</p>{command(step["command"])}'
+    if best is not None:
+        content += (
+            f'<p class="lead">In a training loop of your own, the best that these runs know is '
+            f"{escape(best['name'])}:</p>{command(best['code'])}"
+        )
+    return card("What to do next", "", f'<div id="next">{content}</div>', wide=True)
 
 
 def _method(result: Result) -> str:
@@ -120,7 +128,7 @@ def _verdict_hint(result: Result) -> str:
 
 def _charts(result: Result) -> list[str]:
     baseline = result["baseline"]
-    cards: tuple[tuple[str, str, str, go.Figure | None], ...] = (
+    cards: tuple[tuple[str, str, str, Figure | None], ...] = (
         (
             "difference",
             f"Difference to {baseline}",
@@ -169,13 +177,10 @@ def _charts(result: Result) -> list[str]:
             sensitivity(result),
         ),
     )
-    shown = [one for one in cards if one[3] is not None]
-    return [
-        # The last one fills its row.
-        card(title, hint, chart(figure, name, f"{title}. {hint}"), wide=len(shown) % 2 == 1 and one is shown[-1])
-        for one in shown
-        for name, title, hint, figure in (one,)
-    ]
+    shown = [(title, hint, chart(figure, name, f"{title}. {hint}")) for name, title, hint, figure in cards if figure]
+    last = len(shown) - 1
+    # The last one fills its row.
+    return [card(*one, wide=i == last and i % 2 == 0) for i, one in enumerate(shown)]
 
 
 def _shares(result: Result) -> str:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.compare.report.arms import (
     Arm,
     Look,
@@ -20,12 +18,13 @@ from sharpwise.compare.report.arms import (
 )
 from sharpwise.compare.report.text import VERDICTS, speedup_high
 from sharpwise.report import figures
+from sharpwise.report.plot import Figure
 
 ROW = 62  # pixels of a row: its name on top, below it the mean, below that the seeds
 NAME, BELOW = -0.36, 0.2  # in rows, from the mean
 
 
-def final_losses(result: Result) -> go.Figure | None:
+def final_losses(result: Result) -> Figure | None:
     """Final validation loss of each arm: every seed, their mean and its interval; the baseline's mean as a line."""
     arms, look = list(result["arms"]), looks(result)
     seeds = {arm["name"]: [run["final_loss"] for run in ended(arm["final"])] for arm in arms}
@@ -48,7 +47,7 @@ def final_losses(result: Result) -> go.Figure | None:
     return figure
 
 
-def differences(result: Result) -> go.Figure | None:
+def differences(result: Result) -> Figure | None:
     """Difference of each candidate to the baseline by seed, mean and interval; what makes no difference as a band."""
     arms = [arm for arm in candidates(result) if arm["difference"] and arm["difference"]["mean"] is not None]
     if not arms:
@@ -76,7 +75,7 @@ def differences(result: Result) -> go.Figure | None:
     return figure
 
 
-def speedups(result: Result) -> go.Figure | None:
+def speedups(result: Result) -> Figure | None:
     """Tokens that the baseline needs over those that the arm used, with intervals; arrows where there is a bound."""
     found = {arm["name"]: arm["speedup"] for arm in candidates(result) if arm["speedup"]}
     arms = [arm for arm in candidates(result) if _at(found.get(arm["name"])) is not None]
@@ -95,12 +94,12 @@ def speedups(result: Result) -> go.Figure | None:
         if one["value"] is None:
             at, side = _at(one), "right" if one["bound"].startswith(">") else "left"
             figure.add_scatter(
-                x=[at], y=[row], mode="markers", name=f"{name}, bound", cliponaxis=False, hoverinfo="text",
-                marker={"symbol": f"triangle-{side}", "size": 15, "color": own.colour, "opacity": 1},
+                x=[at], y=[row], mode="markers", name=f"{name}, bound", hoverinfo="text",
+                marker={"symbol": f"triangle-{side}", "size": 15, "color": own.colour},
                 hovertext=f"{name}: {figures.text(one['bound'])}",
             )  # fmt: skip
             figure.add_annotation(
-                x=math.log10(at or 1.0), y=row, text=figures.text(one["bound"]), showarrow=False, yshift=-16,
+                x=math.log10(at or 1.0), y=row, text=figures.text(one["bound"]), yshift=-16,
                 font={"size": 13, "color": own.colour}, xanchor="right" if side == "right" else "left",
             )  # fmt: skip
     ticks = [tick for tick in (0.1, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 8) if edges[0] <= tick <= edges[1]]
@@ -125,12 +124,12 @@ def _at(speedup: Any) -> float | None:
 
 def _rows(
     arms: Sequence[Arm], look: dict[str, Look], title: str, edges: tuple[float, float], *, verdicts: bool = False
-) -> go.Figure:
+) -> Figure:
     """A figure with a row for each arm, the first at the top."""
     figure = figures.figure(title, "", height=80 + ROW * len(arms))
     figure.update_layout(margin={"l": 10, "r": 10, "t": 26, "b": 52})
     figure.update_yaxes(range=[len(arms) - 0.5, -0.55], visible=False)
-    figure.update_xaxes(range=list(edges), showgrid=True, nticks=5, tickangle=0)
+    figure.update_xaxes(range=list(edges), showgrid=True, nticks=5)
     for row, arm in enumerate(arms):
         # Above the row, so that a phone has its whole width for the numbers.
         name = figure_label(arm["name"], look[arm["name"]], width=32, lines=1)
@@ -159,7 +158,7 @@ def _ends(low: float | None, high: float | None) -> list[float] | None:
 
 
 def _seeds(
-    figure: go.Figure, row: int, look: Look, values: Sequence[float], names: Sequence[str], spec: str = ".4f"
+    figure: Figure, row: int, look: Look, values: Sequence[float], names: Sequence[str], spec: str = ".4f"
 ) -> None:
     figure.add_scatter(
         x=list(values),
@@ -167,7 +166,7 @@ def _seeds(
         mode="markers",
         name=names[0].rpartition(",")[0] + ", seeds" if names else "",
         marker={
-            "symbol": look.symbol, "size": 8, "color": "rgba(255,255,255,0.7)", "opacity": 1,
+            "symbol": look.symbol, "size": 8, "color": "rgba(255,255,255,0.7)",
             "line": {"color": look.colour, "width": 1.5},
         },
         hovertext=[f"{name}: {value:{spec}}" for name, value in zip(names, values, strict=True)],
@@ -176,7 +175,7 @@ def _seeds(
 
 
 def _mean(
-    figure: go.Figure,
+    figure: Figure,
     row: int,
     look: Look,
     mean: float | None,
@@ -200,13 +199,13 @@ def _mean(
             x=ends, y=[row, row], mode="lines+markers", name=f"{name}, interval",
             line={"color": look.colour, "width": 3},
             marker={"symbol": marks, "size": 10, "color": look.colour, "line": {"color": look.colour, "width": 2}},
-            cliponaxis=False, hoverinfo="text", hovertext=said,
+            hoverinfo="text", hovertext=said,
         )  # fmt: skip
     if mean is not None:
         figure.add_scatter(
-            x=[mean], y=[row], mode="markers", name=name, hoverinfo="text", hovertext=said, cliponaxis=False,
+            x=[mean], y=[row], mode="markers", name=name, hoverinfo="text", hovertext=said,
             marker={
-                "symbol": look.symbol, "size": 14, "color": look.colour, "opacity": 1,
+                "symbol": look.symbol, "size": 14, "color": look.colour,
                 "line": {"color": "#ffffff", "width": 1},
             },
         )  # fmt: skip
@@ -216,17 +215,17 @@ def _end(value: float, spec: str) -> str:
     return "open" if value >= 1e9 or 0 < value <= 1e-9 else f"{value:{spec}}"
 
 
-def _text(figure: go.Figure, row: int, text: str, side: str) -> None:
+def _text(figure: Figure, row: int, text: str, side: str) -> None:
     figure.add_annotation(
-        xref="paper", x=0 if side == "left" else 1, xanchor=side, y=row + NAME, text=text, showarrow=False,
-        font={"size": 13, "color": figures.INK}, bgcolor="rgba(255,255,255,0.85)", borderpad=0,
+        xref="paper", x=0 if side == "left" else 1, xanchor=side, y=row + NAME, text=text,
+        font={"size": 13, "color": figures.INK}, bgcolor="rgba(255,255,255,0.85)",
     )  # fmt: skip
 
 
-def _sides(figure: go.Figure, left: str, right: str) -> None:
+def _sides(figure: Figure, left: str, right: str) -> None:
     """Say above the figure which side is which."""
     for x, anchor, text in ((0, "left", f"← {left}"), (1, "right", f"{right} →")):
         figure.add_annotation(
             xref="paper", x=x, xanchor=anchor, yref="paper", y=1, yanchor="bottom", yshift=4, text=text,
-            showarrow=False, font={"size": 12, "color": figures.MUTED},
+            font={"size": 12, "color": figures.MUTED},
         )  # fmt: skip

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.compare.report.arms import Arm, Result
 from sharpwise.report import figures
 from sharpwise.report.html import card, chart, command, table
+from sharpwise.report.plot import Figure
 
 Search = Mapping[str, Any]
 Step = Mapping[str, Any]
@@ -168,7 +167,7 @@ def points(search: Search, name: str) -> list[Point]:
     return found
 
 
-def figure_of_types(search: Search) -> dict[str, go.Figure]:
+def figure_of_types(search: Search) -> dict[str, Figure]:
     """Loss against factor of every type that was tried, all on one scale."""
     drawn = {name: points(search, name) for name in search["factors"]}
     drawn = {name: own for name, own in drawn.items() if own}
@@ -182,7 +181,7 @@ def figure_of_types(search: Search) -> dict[str, go.Figure]:
     return {name: _figure(name, own, edges, factors) for name, own in drawn.items()}
 
 
-def _figure(name: str, drawn: Sequence[Point], edges: tuple[float, float], factors: Sequence[float]) -> go.Figure:
+def _figure(name: str, drawn: Sequence[Point], edges: tuple[float, float], factors: Sequence[float]) -> Figure:
     figure = figures.figure("factor (log scale)", "nats", HEIGHT)
     figure.update_layout(margin={"l": 52, "r": 12, "t": 10, "b": 44})
     colour = figures.TYPE_COLOURS.get(name, figures.TYPE_COLOURS["Other"])
@@ -198,19 +197,19 @@ def _figure(name: str, drawn: Sequence[Point], edges: tuple[float, float], facto
         if len(point.ys) > 1:
             figure.add_scatter(
                 x=[point.x1] * len(point.ys), y=[min(y, edges[1]) for y in point.ys], mode="markers", hoverinfo="skip",
-                marker={"symbol": "line-ew", "size": 9, "line": {"color": colour, "width": 1.5}, "opacity": 1},
+                marker={"symbol": "line-ew", "size": 9, "line": {"color": colour, "width": 1.5}},
             )  # fmt: skip
         symbol = "circle" if point.ys else "x-thin"
         figure.add_scatter(
-            x=[point.x1], y=[mean], mode="markers", hovertext=said, hoverinfo="text", cliponaxis=False,
+            x=[point.x1], y=[mean], mode="markers", hovertext=said, hoverinfo="text",
             marker={
-                "symbol": symbol, "size": 10, "color": colour if len(point.ys) > 1 else "#ffffff", "opacity": 1,
+                "symbol": symbol, "size": 10, "color": colour if len(point.ys) > 1 else "#ffffff",
                 "line": {"color": colour, "width": 2},
             },
         )  # fmt: skip
         if point.ys and _mean(point.ys) > edges[1]:
             figure.add_annotation(
-                x=math.log2(point.x1) * math.log10(2), y=edges[1], yanchor="top", yshift=-8, showarrow=False,
+                x=math.log2(point.x1) * math.log10(2), y=edges[1], yanchor="top", yshift=-8,
                 text=f"↑ {_mean(point.ys):+.2f}", font={"size": 11, "color": colour},
             )  # fmt: skip
     figure.add_scatter(x=[1], y=[0], mode="markers", hoverinfo="skip", marker={"size": 7, "color": figures.INK})
@@ -219,13 +218,13 @@ def _figure(name: str, drawn: Sequence[Point], edges: tuple[float, float], facto
     return figure
 
 
-def _axis(figure: go.Figure, factors: Sequence[float]) -> None:
+def _axis(figure: Figure, factors: Sequence[float]) -> None:
     """Powers of two, as many as a third of a page or a phone has room for."""
     low, high = (math.log2(end) for end in (min(factors), max(factors)))
     step = max(1, math.ceil((high - low) / 5))
     powers = [power for power in range(math.floor(low), math.ceil(high) + 1) if power % step == 0]
     room = 0.35 * math.log10(2)
     figure.update_xaxes(
-        type="log", range=[low * math.log10(2) - room, high * math.log10(2) + room], tickangle=0, showgrid=True,
+        type="log", range=[low * math.log10(2) - room, high * math.log10(2) + room], showgrid=True,
         tickvals=[2.0**power for power in powers], ticktext=[f"{2.0**power:g}" for power in powers],
     )  # fmt: skip

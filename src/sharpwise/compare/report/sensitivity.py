@@ -5,17 +5,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
 from sharpwise.compare.report.arms import Arm, Look, Result, figure_label, further, looks, setting_words
 from sharpwise.compare.report.curve_charts import RIGHT
 from sharpwise.report import figures
+from sharpwise.report.plot import Figure
 
 Tuned = Mapping[str, Any]
 ROOM = 1.0  # nats above the best run that the scale shows
 
 
-def sensitivity(result: Result) -> go.Figure | None:
+def sensitivity(result: Result) -> Figure | None:
     """Final validation loss of tuning runs: the chosen one filled, diverged ones on top.
 
     Runs that differ in the learning rate alone are joined: by a full line where it is the largest such set of the arm,
@@ -37,7 +36,7 @@ def sensitivity(result: Result) -> go.Figure | None:
     if any(run["final_loss"] is None for run in runs):
         figure.add_annotation(
             xref="paper", x=0, xanchor="left", y=high, yanchor="bottom", yshift=5, text="✕ diverged",
-            showarrow=False, font={"size": 12, "color": figures.MUTED},
+            font={"size": 12, "color": figures.MUTED},
         )  # fmt: skip
     _beyond(figure, result, cap)
     figure.update_yaxes(range=[low, high], nticks=7)
@@ -63,7 +62,7 @@ def _range(result: Result) -> tuple[float, float, float]:
     return low, high, cap
 
 
-def _arm(figure: go.Figure, arm: Arm, look: Look, cap: float, top: float) -> float | None:
+def _arm(figure: Figure, arm: Arm, look: Look, cap: float, top: float) -> float | None:
     """The runs of one arm; returns the height of its last point, None if all diverged."""
     name, groups = figures.text(arm["name"]), _groups(arm["tuning"])
     last = None
@@ -79,7 +78,7 @@ def _arm(figure: go.Figure, arm: Arm, look: Look, cap: float, top: float) -> flo
             name=name if i == 0 else f"{name}, {figures.text(setting_words(further(group[0]['setting'])))}",
             line={"color": look.colour, "width": 2 if i == 0 else 1, "dash": "solid" if i == 0 else "dot"},
             marker={
-                "symbol": look.symbol, "opacity": 1,
+                "symbol": look.symbol,
                 "size": [14 if it else 9 if i == 0 else 7 for it in chosen],
                 "color": [look.colour if it else "#ffffff" for it in chosen],
                 "line": {"color": look.colour, "width": 2 if i == 0 else 1.5},
@@ -92,7 +91,7 @@ def _arm(figure: go.Figure, arm: Arm, look: Look, cap: float, top: float) -> flo
         for run, it in zip(done, chosen, strict=True):
             if it and arm["edge"]:
                 figure.add_annotation(
-                    x=math.log10(run["lr"]), y=min(run["final_loss"], cap), showarrow=False, yshift=-17,
+                    x=math.log10(run["lr"]), y=min(run["final_loss"], cap), yshift=-17,
                     text=f"{arm['edge']} tried", font={"size": 12, "color": look.colour},
                     xanchor="left" if arm["edge"] == "smallest" else "right",
                 )  # fmt: skip
@@ -100,13 +99,13 @@ def _arm(figure: go.Figure, arm: Arm, look: Look, cap: float, top: float) -> flo
     if lost:
         figure.add_scatter(
             x=[run["lr"] for run in lost], y=[top] * len(lost), mode="markers", name=f"{name}, diverged",
-            marker={"symbol": "x-thin", "size": 9, "line": {"color": look.colour, "width": 2.5}, "opacity": 1},
-            cliponaxis=False, hovertext=[_hover(name, run, False) for run in lost], hoverinfo="text",
+            marker={"symbol": "x-thin", "size": 9, "line": {"color": look.colour, "width": 2.5}},
+            hovertext=[_hover(name, run, False) for run in lost], hoverinfo="text",
         )  # fmt: skip
     return last
 
 
-def _beyond(figure: go.Figure, result: Result, cap: float) -> None:
+def _beyond(figure: Figure, result: Result, cap: float) -> None:
     """The losses of runs that are worse than the scale shows, with arrows, below their symbols at its top."""
     found: dict[float, list[tuple[float, str]]] = {}
     for arm in result["arms"]:
@@ -116,8 +115,8 @@ def _beyond(figure: go.Figure, result: Result, cap: float) -> None:
     for lr, losses in found.items():
         lines = (f'<span style="color:{colour}">↑ {loss:.2f}</span>' for loss, colour in sorted(losses))
         figure.add_annotation(
-            x=math.log10(lr), y=cap, yanchor="top", yshift=-8, text="<br>".join(lines), showarrow=False,
-            font={"size": 11}, bgcolor="rgba(255,255,255,0.85)", borderpad=0,
+            x=math.log10(lr), y=cap, yanchor="top", yshift=-8, text="<br>".join(lines),
+            font={"size": 11}, bgcolor="rgba(255,255,255,0.85)",
         )  # fmt: skip
 
 
@@ -136,7 +135,7 @@ def _hover(name: str, run: Tuned, chosen: bool) -> str:
     return f"{name}<br>{figures.text(setting_words(run['setting']))}: {end}{', chosen' if chosen else ''}"
 
 
-def _rates_axis(figure: go.Figure, rates: Sequence[float]) -> None:
+def _rates_axis(figure: Figure, rates: Sequence[float]) -> None:
     low, high = math.log10(min(rates)), math.log10(max(rates))
     room = max(0.06 * (high - low), 0.1)
     low, high = low - room, high + room
@@ -146,4 +145,4 @@ def _rates_axis(figure: go.Figure, rates: Sequence[float]) -> None:
     ticks = [factor * 10.0**power for power in powers for factor in factors]
     ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
     texts = [f"{tick:g}".replace("e-0", "e-") for tick in ticks]
-    figure.update_xaxes(type="log", range=[low, high], showgrid=True, tickvals=ticks, ticktext=texts, tickangle=0)
+    figure.update_xaxes(type="log", range=[low, high], showgrid=True, tickvals=ticks, ticktext=texts)

@@ -34,6 +34,13 @@ def headline(result: Result) -> str:
     return f"{first}; the best, {better[0]['name']}, ended {_by(better[0])}"
 
 
+def best(result: Result) -> Arm | None:
+    """The arm to train with: of the baseline and what was better, the one with the lowest mean; None before the end."""
+    ended = [arm for arm in result["arms"] if arm["verdict"] in ("baseline", "better") and arm["mean"] is not None]
+    ended = [arm for arm in ended if arm["code"]]
+    return min(ended, key=lambda arm: float(arm["mean"])) if result["complete"] and ended else None
+
+
 def _difference(arm: Arm) -> float:
     found = (arm["difference"] or {}).get("mean")
     return float("inf") if found is None else float(found)
