@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sharpwise.compare.statistics import paired_difference
-from sharpwise.measure.order import as_block_lr, relations, suggested_ratios
 from sharpwise.probes import Measurement
+from sharpwise.probes.order import as_block_lr, relations, suggested_ratios
 
 Load = Callable[[str], Any]
 GEOMETRIC = "sharpness, geometric mean"

@@ -12,9 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from typer.testing import CliRunner, Result
 
 from sharpwise.cli.main import create_app
-from sharpwise.measure.order import as_block_lr, relations, suggested_ratios
 from sharpwise.measure.results import read
 from sharpwise.probes import Density, Estimate, Measurement
+from sharpwise.probes.order import as_block_lr, relations, suggested_ratios
 from sharpwise.train.run import run
 
 

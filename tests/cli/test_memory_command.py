@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from report.parse import parse
 from typer.testing import CliRunner
 
 from sharpwise.cli.main import create_app
@@ -49,6 +50,11 @@ def test_the_page_has_it_all(tmp_path: Path) -> None:
     assert run("gpt2-tiny", "--page", str(path), "--fits", "1MB").exit_code == 0
     page = path.read_text()
     assert "adam-mini int8-dynamic" in page and "What a GPU holds" in page and "largest micro-batch" in page
+    order = ("gpt2-tiny: ", " of state with adamw, ", "Into 976.56 KiB", "trainable parameters", "What a GPU holds",
+             "State by role", "What to do next", "--data DATA --budget 1x")  # fmt: skip
+    text = parse(page).text
+    places = [text.find(part) for part in order]
+    assert -1 not in places and places == sorted(places)
     assert page.count('role="img"') == 2 and "http" not in page.split("<main>")[1].split("<script")[0]
 
 

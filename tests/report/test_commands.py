@@ -41,16 +41,28 @@ def test_the_table_fits_80_columns(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         outcome = _call("runs", folder)
     assert outcome.exit_code == 0, outcome.output
-    lines = outcome.stdout.splitlines()
+    shared, *lines = outcome.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["run", "model", "optimizer", "lr", "step", "loss", "valid.", "tok/s", "state"]
-    wide = {line.split()[0]: line for line in _call("runs", folder, columns=140).stdout.splitlines()[2:]}
-    assert wide["run-10"].split()[1:7] == ["gpt2-0.4m", "adamw", "+", "blockwise", "0.003", "40"]
+    assert shared == "model of all runs: gpt2-0.4m"
+    assert lines[0].split() == ["run", "optimizer", "lr", "step", "loss", "valid.", "tok/s", "state"]
+    wide = {line.split()[0]: line for line in _call("runs", folder, columns=140).stdout.splitlines()[3:]}
+    assert wide["run-10"].split()[1:6] == ["adamw", "+", "blockwise", "0.003", "40"]
     assert wide["run-10"].split()[-1] == "finished"
     assert "12/40" in wide["nested/deep/bad"]
     assert wide["nested/deep/bad"].split()[-1] == "diverged"
     assert "running" in outcome.stdout
     assert wide["run-9"].split()[-1] == "killed"
+
+
+def test_long_names_break_after_their_signs(tmp_path: Path) -> None:
+    for name, model in (("adamw-reversed_blockwise_-0003/seed-3", "gpt2-0.4m"), ("b", "some/Model-of-3.2-1B-letters")):
+        write_run(tmp_path / "a-study-of-mine" / "runs" / name, steps=20000, until=100, model=model)
+    shared, *lines = _call("runs", tmp_path).stdout.splitlines()
+    assert shared == "optimizer of all runs: adamw + blockwise"
+    assert max(map(len, lines)) <= 80
+    parts = [line[: lines[0].index("model") - 1].strip() for line in lines[2:]]
+    assert "".join(parts) == "a-study-of-mine/runs/adamw-reversed_blockwise_-0003/seed-3a-study-of-mine/runs/b"
+    assert all(part[-1] in "-_/" for part in parts if part and not part.endswith(("seed-3", "b")))
 
 
 def test_json_has_all_of_it(folder: Path) -> None:

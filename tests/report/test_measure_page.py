@@ -1,14 +1,18 @@
 """Pictures of measurements, and the page around them: whole, self-contained, and of what there is."""
 
 import math
+import shlex
 
 import numpy as np
 import pytest
 
+import sharpwise
 from report.parse import parse
+from sharpwise.block_lr.spelling import make_block_lr
 from sharpwise.probes.estimate import Cost, Estimate, Measurement
 from sharpwise.report import measure
 from sharpwise.report.measure_page import measure_page, write_measure_page
+from sharpwise.report.measure_text import Study, advice
 
 SHARPNESS = {"Emb": 1e-6, "QK": 2e-5, "FFN": 1e-4, "VO": 3e-4, "Norm": 2e-2}
 
@@ -143,11 +147,11 @@ def test_the_page(tmp_path):
     html = measure_page(found, "a <model>")
     parser = parse(html)
     for text in (
-        "a <model>",
+        "a <model>: sharpness Emb < QK < FFN < VO < Norm",
         "Sharpness at 2 steps, the last 20, spectrum.",
         "sharpness: h.0 <b>: never seen",
-        "and 5 more, below",
-        "h.8.k.weight: no alpha",
+        "Before you believe it: 10 warnings",
+        "spectrum: h.8.k.weight: no alpha",
         "Sharpness over training",
         "Tail exponent by layer",
         "Eigenvalues, 6 of 8 matrices",
@@ -167,6 +171,58 @@ def test_the_page(tmp_path):
     assert "Sharpness." in parse(path.read_text(encoding="utf-8")).text
     with pytest.raises(ValueError, match="no measurements"):
         measure_page([])
+
+
+def of_types(step=None, error=0.1, **values):
+    found = [Estimate("sharpness", "type", of, value, error * value) for of, value in values.items()]
+    return Measurement("sharpness", found, step=step)
+
+
+def test_the_page_opens_with_the_order_how_sure_it_is_and_what_to_do_with_it():
+    first = of_types(10, Emb=2.0, QK=1.0, FFN=100.0, VO=110.0, Norm=1000.0)
+    last = of_types(20, Emb=1.0, QK=4.0, FFN=100.0, VO=110.0, Norm=1000.0)
+    study = Study("gpt2-1m", "my data", "lion")
+    text = parse(measure_page([last, first], "run-1", study)).text
+    order = (
+        "run-1: sharpness Emb < QK < FFN \u2248 VO < Norm",
+        "QK is 4 times Emb (3.3 to 4.9)",
+        "VO is 1.1 times FFN (0.9 to 1.3)",
+        "Open, as their intervals overlap: FFN and VO. The order was the same at 1 of 2 steps.",
+        "3 of 4 relations hold; open: VO is 1.1 times FFN",
+        "What to do with it",
+        "block_lr=sharpwise.BlockwiseLR(emb=10, qk=10, ffn=4, vo=3.8)",
+        "sharpwise compare lion 'lion+blockwise(qk=10, ffn=4, vo=3.8)' --model gpt2-1m --data 'my data' --budget 1x",
+        "Sharpness by type",
+    )
+    places = [text.find(part) for part in order]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_what_is_suggested_can_be_given():
+    """The spelling is that of an arm, and means the factors that the code beside it has."""
+    found = advice([of_types(Emb=1.0, QK=4.0, FFN=100.0, VO=110.0, Norm=1000.0)], Study("gpt2-0.4m", "d", "lion", "m"))
+    words = shlex.split(found.command)
+    assert words[4:] == ["--set", "model.init_from=m", "--data", "d", "--budget", "1x"]
+    factors = make_block_lr(words[3].partition("+")[2])
+    assert factors == eval(found.code.removeprefix("block_lr="), {"sharpwise": sharpwise})
+    assert (factors.emb, factors.ffn) == (10.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        (
+            of_types(FFN=1.0, VO=2.0),
+            "No learning rates per block follow: ratios are relative to the sharpness of norms",
+        ),
+        (of_types(FFN=2.0, VO=3.0, Norm=1.0), "Norm is not sharper than any other type"),
+        (spectrum(), "sharpwise measure sharpness RUN"),
+    ],
+    ids=["no norms", "norms are flat", "no sharpness"],
+)
+def test_where_nothing_follows_the_page_says_so(measured, said):
+    text = parse(measure_page(measured)).text
+    assert said in text and "block_lr=sharpwise" not in text
 
 
 def test_pages_of_little():

@@ -78,7 +78,7 @@ def sharpness(
     """Fisher sharpness: trace of the Fisher matrix of a block over its parameters, and the order of the paper."""
     with user_errors():
         from sharpwise.measure import probing
-        from sharpwise.measure.order import as_block_lr, suggested_ratios
+        from sharpwise.probes.order import as_block_lr, suggested_ratios
 
         text = probing.Text(batches, sequences, micro, seed)
         probe = partial(probing.sharpness, text=text, labels=labels, unit=unit, rtol=rtol)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def _measure(
 ) -> "list[Measurement]":
     """Measure at every step asked for, write after each, and print what the last one says."""
     from sharpwise.measure.results import add, place_of, write_page
-    from sharpwise.measure.subject import chosen_steps, open_subject
+    from sharpwise.measure.subject import chosen_steps, open_subject, study_of
 
     subject = open_subject(where, data=data, context=context, trust_code=trust_code)
     steps = chosen_steps(subject, at, followed=followed)
@@ -194,7 +194,7 @@ def _measure(
             add(folder, new)
             found += new
             progress.advance(task)
-    page = write_page(folder, where.resolve().name)
+    page = write_page(folder, where.resolve().name, study_of(subject, data))
     last = [one for one in found if one.step == steps[-1]]
     for one in last:
         _print(one)
@@ -218,7 +218,7 @@ def _print(one: "Measurement") -> None:
 
 def _print_order(found: "list[Measurement]") -> None:
     """Which relations of the paper hold, at each step."""
-    from sharpwise.measure.order import relations
+    from sharpwise.probes.order import relations
 
     for one in found:
         held = relations(one)

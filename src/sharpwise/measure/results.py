@@ -8,6 +8,7 @@ from pathlib import Path
 from sharpwise.files import parse_json, remove_leftovers, write_whole
 from sharpwise.probes import Measurement
 from sharpwise.report.measure_page import write_measure_page
+from sharpwise.report.measure_text import PLACEHOLDERS, Study
 
 
 def place_of(subject: Path) -> Path:
@@ -38,7 +39,7 @@ def read(path: Path) -> list[Measurement]:
         raise ValueError(f"{path} is no file of measurements ({error}); move it away to measure anew") from None
 
 
-def write_page(folder: Path, title: str) -> Path:
-    """The page of all measurements in a folder."""
+def write_page(folder: Path, title: str, study: Study = PLACEHOLDERS) -> Path:
+    """The page of all measurements in a folder; `study`: what its last command compares."""
     found = [one for path in sorted(folder.glob("*.json")) for one in read(path)]
-    return write_measure_page(folder / "index.html", found, title)
+    return write_measure_page(folder / "index.html", found, title, study)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwise.model_facts import max_context, vocabulary_of
+from sharpwise.report.measure_text import PLACEHOLDERS, Study
 from sharpwise.train.build import Built, build
 from sharpwise.train.checkpoint import OtherVersion, read_checkpoint, saved_steps
 from sharpwise.train.code import confirm_code
@@ -142,6 +143,15 @@ def _open(data: Path, model: nn.Module) -> Prepared:
             "model's own tokenizer (`sharpwise prepare ... --tokenizer FOLDER`)"
         )
     return found
+
+
+def study_of(subject: Subject, data: Path | None) -> Study:
+    """What a comparison has to be told to try what was measured: the run's model and data, or those that were given."""
+    if subject.built is None:
+        place = str(subject.path)
+        return Study(place, str(data or PLACEHOLDERS.data), init_from=place)
+    config = subject.built.config
+    return Study(config.model.name, str(data or config.data.path), config.optimizer.name, config.model.init_from or "")
 
 
 def check_followed(subject: Subject, step: int | None) -> None:

@@ -87,7 +87,7 @@ def _powers(low: float, high: float, dtick: Any, most: int) -> list[float]:
 
 
 def _in_powers(value: float) -> str:
-    return _exponent(f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}")
+    return _exponent(f"{value:g}" if 1e-2 <= value < 1e5 else f"{value:.0e}")
 
 
 def _exponent(text: str) -> str:
@@ -104,6 +104,6 @@ def _label(value: float, values: Sequence[float], form: str | None) -> str:
     largest = max(map(abs, values))
     if form == "~s" or largest >= 1e4:
         return "0" if value == 0 else (f"{value / 1000:g}k" if 1e3 <= abs(value) < 1e4 else short(value))
-    if 0 < largest < 1e-3:
+    if 0 < largest < 1e-2:
         return _exponent(f"{value:g}")
     return f"{value:.10g}"

@@ -95,7 +95,7 @@ def by_layer(measurement: Measurement, quantity: str | None = None, *, log: bool
     )  # fmt: skip
     figure.update_xaxes(dtick=max(1, math.ceil(len(layers) / 12)), showline=False)
     figure.update_yaxes(showgrid=False, type="category")
-    figure.update_layout(margin={"l": 64, "r": 10})
+    figure.update_layout(margin={"l": 64, "r": 60})
     return figure
 
 

@@ -1,22 +1,22 @@
 """The page of what probes measured: one HTML file, readable without a network."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sharpwise.files import write_whole
 from sharpwise.probes.estimate import Estimate, Measurement
-from sharpwise.report import measure
+from sharpwise.report import measure, measure_text
 from sharpwise.report.blocks import code
-from sharpwise.report.html import card, chart, document, facts, notes, table
+from sharpwise.report.html import bullets, card, chart, command, document, facts, table
 from sharpwise.report.measure_density import density_curve, has_density
+from sharpwise.report.measure_text import PLACEHOLDERS, Advice, Study, step_of
 from sharpwise.report.plot import Figure
 from sharpwise.report.text import duration
 
 T = TypeVar("T")
-WARNINGS = 5  # so many are told at the top, the rest where the probe's facts are
 DENSITIES = 6
 HINTS = {
     "sharpness": "Trace of the Fisher matrix of a block over its number of parameters.",
@@ -34,19 +34,27 @@ SHOWN = {"update size": ("relative update", "angle", "angle per neuron"), "gradi
 """By probe, where not all of its quantities have pictures."""
 
 
-def write_measure_page(path: str | Path, measurements: Measurement | Iterable[Measurement], title: str = "") -> Path:
+def write_measure_page(
+    path: str | Path,
+    measurements: Measurement | Iterable[Measurement],
+    title: str = "",
+    study: Study = PLACEHOLDERS,
+) -> Path:
     """Write `measure_page` to a file; returns its path."""
-    write_whole(Path(path), measure_page(measurements, title))
+    write_whole(Path(path), measure_page(measurements, title, study))
     return Path(path)
 
 
-def measure_page(measurements: Measurement | Iterable[Measurement], title: str = "") -> str:
-    """The whole page as HTML, with everything in it.
+def measure_page(
+    measurements: Measurement | Iterable[Measurement], title: str = "", study: Study = PLACEHOLDERS
+) -> str:
+    """The whole page as HTML, with everything in it: the order of the block types first, and what to do with it.
 
     Args:
         measurements: one or several, of one probe or of several. Those of one probe at several steps make pictures over
             training, and the last of them the others.
         title: such as the model's name.
+        study: what the command on the page compares.
 
     Raises:
         ValueError: there are none.
@@ -58,26 +66,41 @@ def measure_page(measurements: Measurement | Iterable[Measurement], title: str =
     for one in given:
         by_probe.setdefault(one.probe, []).append(one)
     for same in by_probe.values():
-        same.sort(key=lambda one: -1 if one.step is None else one.step)
-    title = title or "Measured"
+        same.sort(key=step_of)
     latest = [same[-1] for same in by_probe.values()]
-    warnings = [f"{one.probe}: {text}" for one in latest for text in one.warnings]
+    headline = measure_text.headline(title or "Measured", given)
     body = [
         "<header>",
         '<p class="kicker">sharpwise measure</p>',
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(_lead(by_probe))}</p>',
-        notes(_first(warnings)) if warnings else "",
+        f"<h1>{escape(headline)}</h1>",
+        *(f'<p class="lead">{escape(line)}</p>' for line in measure_text.conclusions(given)),
         "</header>",
         '<div class="grid">',
+        _advice(measure_text.advice(given, study)),
+        _warnings(latest),
+        f'<p class="hint wide">{escape(_lead(by_probe))}</p>',
     ]
     for number, same in enumerate(by_probe.values()):
         body += _cards(same, f"{number}")
     body += [_card_of_values(one) for one in latest]
     body += [_card_of_segments(one) for one in latest]
-    told = set(_first(warnings))
-    body += [_about(same, told) for same in by_probe.values()]
-    return document(f"{title}: sharpwise measure", "\n".join(part for part in [*body, "</div>"] if part))
+    body += [_about(same) for same in by_probe.values()]
+    return document(f"{headline}: sharpwise measure", "\n".join(part for part in [*body, "</div>"] if part))
+
+
+def _advice(found: Advice) -> str:
+    code = command(found.code) if found.code else ""
+    return card("What to do with it", "", f'{code}<p class="lead">{escape(found.reason)}</p>{command(found.command)}',
+                wide=True)  # fmt: skip
+
+
+def _warnings(latest: Sequence[Measurement]) -> str:
+    """In one box, a click away."""
+    said = [f"{one.probe}: {text}" for one in latest for text in one.warnings]
+    if not said:
+        return ""
+    title = f"Before you believe it: {len(said)} warning{'s' * (len(said) > 1)}"
+    return card(title, "", bullets(said), wide=True, folded=True, caution=True)
 
 
 def _lead(by_probe: Mapping[str, Sequence[Measurement]]) -> str:
@@ -95,12 +118,6 @@ def _lead(by_probe: Mapping[str, Sequence[Measurement]]) -> str:
 
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _first(warnings: Sequence[str]) -> list[str]:
-    if len(warnings) <= WARNINGS + 1:
-        return list(warnings)
-    return [*warnings[:WARNINGS], f"and {len(warnings) - WARNINGS} more, below"]
 
 
 def _cards(same: Sequence[Measurement], prefix: str) -> list[str]:
@@ -209,13 +226,11 @@ def _cell(e: Estimate | None) -> str:
     return f"{value} ± {measure.short(e.error)}{' (bound)' if e.kind == 'residual' else ''}" if e.error else value
 
 
-def _about(same: Sequence[Measurement], told: Collection[str]) -> str:
+def _about(same: Sequence[Measurement]) -> str:
     last = same[-1]
     items = [(key.replace("_", " "), _plain(value)) for key, value in last.settings.items()]
     items.append(("cost", _cost(same)))
-    rest = [text for text in last.warnings if f"{last.probe}: {text}" not in told]
-    listed = f'<ul class="plain">{"".join(f"<li>{escape(text)}</li>" for text in rest)}</ul>' if rest else ""
-    return card(f"How: {last.probe}", "", facts(items) + listed)
+    return card(f"How: {last.probe}", "", facts(items))
 
 
 def _plain(value: Any) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from sharpwise.blocks import BLOCK_TYPE
 from sharpwise.files import write_whole
 from sharpwise.memory import MemoryPlan, Planned, size_text
-from sharpwise.memory.text import estimates, refusals, title
+from sharpwise.memory.text import conclusion, estimates, next_command, refusals, title, what_fits
 from sharpwise.report import figures
-from sharpwise.report.html import card, chart, document, notes, table
+from sharpwise.report.html import card, chart, command, document, notes, table
 from sharpwise.report.plot import Figure
 
 ROW = 40  # pixels of a row: its name, below it the bar
@@ -33,11 +33,12 @@ def write_memory_page(path: str | Path, plan: MemoryPlan, size: int | None = Non
 def memory_page(plan: MemoryPlan, size: int | None = None) -> str:
     """The whole page as HTML, with everything in it; with `size`, in bytes, it shows what fits."""
     told = list(refusals(plan))
+    lines = [*([] if size is None else [what_fits(plan, size)]), title(plan), *estimates(plan)]
     body = [
         "<header>",
         '<p class="kicker">sharpwise memory</p>',
-        f"<h1>{escape(title(plan))}</h1>",
-        *(f'<p class="lead">{escape(line)}</p>' for line in estimates(plan)),
+        f"<h1>{escape(conclusion(plan))}</h1>",
+        *(f'<p class="lead">{escape(line)}</p>' for line in lines),
         notes(told) if told else "",
         "</header>",
         '<div class="grid">',
@@ -51,6 +52,9 @@ def memory_page(plan: MemoryPlan, size: int | None = None) -> str:
         body.append(card("State, by type of block", "Exact, to the byte.", types, wide=True))
         body.append(card("In numbers", "", _numbers(plan, known, size), wide=True))
         body.append(card("State by role", "Bytes.", _roles(plan, known), wide=True))
+    if line := next_command(plan):
+        hint = "Whether the loss is the same with less state, a comparison says; DATA is from `sharpwise prepare`."
+        body.append(card("What to do next", hint, command(line), wide=True))
     return document(f"{plan.model}: memory", "\n".join([*body, "</div>"]))
 
 

@@ -1,6 +1,7 @@
 """Numbers in words, and what every reader of a run has to know."""
 
 import math
+import re
 from itertools import pairwise
 
 # Below this many tokens per parameter a run is short (Training Compute-Optimal Large Language Models, 2203.15556).
@@ -79,3 +80,18 @@ def moment(iso: str) -> str:
     '2026-01-02 03:04:05 UTC'
     """
     return iso.replace("T", " ").replace("+00:00", " UTC")
+
+
+def broken(name: str, width: int) -> list[str]:
+    """A name on lines of a width, broken after its signs where that is possible.
+
+    >>> broken("study/runs/adamw+blockwise", 12)
+    ['study/runs/', 'adamw+', 'blockwise']
+    """
+    lines = [""]
+    for part in re.findall(r"[^-+(,/_ ]*[-+(,/_ ]|[^-+(,/_ ]+", name):
+        for piece in (part[i : i + width] for i in range(0, len(part), width)):
+            if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+                lines.append("")
+            lines[-1] += piece
+    return [line.strip() for line in lines]

@@ -1,12 +1,12 @@
 """The arms of a comparison as the page shows them: colour, symbol, a short name, and what is known of each."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sharpwise.report.figures import text
 from sharpwise.report.html import breakable
+from sharpwise.report.text import broken
 
 Result = Mapping[str, Any]
 Arm = Mapping[str, Any]
@@ -47,15 +47,10 @@ def short_name(name: str, width: int = 13, lines: int = 3) -> str:
     >>> short_name("adamw+reversed(blockwise)")
     'adamw+<br>reversed(<br>blockwise)'
     """
-    rows = [""]
-    for part in re.findall(r"[^+( ,_/-]*[+( ,_/-]|[^+( ,_/-]+", name):
-        for piece in (part[i : i + width] for i in range(0, len(part), width)):
-            if rows[-1] and len((rows[-1] + piece).rstrip()) > width:
-                rows.append("")
-            rows[-1] += piece
+    rows = broken(name, width)
     if len(rows) > lines:
         rows = [*rows[: lines - 1], rows[lines - 1][: width - 1].rstrip() + "…"]
-    return "<br>".join(text(row.strip()) for row in rows)
+    return "<br>".join(text(row) for row in rows)
 
 
 def figure_label(name: str, look: Look, width: int = 13, lines: int = 3) -> str:

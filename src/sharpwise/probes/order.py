@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from sharpwise.block_lr import SharpnessLR
@@ -39,6 +40,12 @@ def relations(measurement: Measurement, quantity: str = "sharpness") -> list[Rel
     found = {e.of: e for e in measurement.select(quantity=quantity, by="type")}
     pairs = [(found[a], found[b]) for a, b in ORDER if a in found and b in found]
     return [_relation(a, b) for a, b in pairs if a.value > 0]
+
+
+def ranking(measurement: Measurement, quantity: str = "sharpness") -> list[Relation]:
+    """Each type and the next sharper one, as they were measured, the flattest first; types of sharpness 0 have none."""
+    found = sorted(measurement.select(quantity=quantity, by="type"), key=lambda e: e.value)
+    return [_relation(a, b) for a, b in pairwise(e for e in found if e.value > 0)]
 
 
 def _relation(a: Estimate, b: Estimate) -> Relation:
