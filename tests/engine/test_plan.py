@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sharpwise
+from sharpwise.blocks.names import collapse
 from sharpwise.engine.backends import base, loops
 from sharpwise.engine.backends.base import compiler_present
 from sharpwise.testing import TinyGPT, fill_gradients, same, tiny_model
@@ -56,6 +57,46 @@ def test_each_takes_what_is_its_own(build: Callable[..., sharpwise.AdamW], optio
     found = moved_by(optimizer)
     assert {key: found[key] for key in expected} == expected
     assert {row["why"] for row in optimizer.explain()} == {""}
+
+
+def printed(optimizer: torch.optim.Optimizer, **how: bool) -> list[dict[str, str]]:
+    """The printed table: its rows by the titles of its columns, by where these begin."""
+    head, *lines = str(optimizer.explain(**how)).splitlines()
+    begins = [i for i in range(len(head)) if head[i] != " " and (i == 0 or head[i - 1] == " ")]
+    ends = [*begins[1:], None]
+    return [{head[a:b].strip(): line[a:b].strip() for a, b in zip(begins, ends, strict=True)} for line in lines]
+
+
+def test_equal_layers_share_a_printed_line_and_the_last_has_the_sums() -> None:
+    optimizer = sharpwise.AdamMini(tiny_model(), lr=1e-3, weight_decay=0.1, block_lr="layer_decay(rate=0.5)")
+    rows = list(optimizer.explain())
+    *lines, total = printed(optimizer)
+    assert len(lines) < len(rows) == len({(row["name"], row["role"]) for row in rows})
+    assert "why" not in total and {"rule", "cut", "decay", "storage", "backend"} <= total.keys()
+    line = next(
+        line for line in lines if "{0..1}" in line["name"] and line["role"] == "down" and "weight" in line["name"]
+    )
+    own = [row for row in rows if row["name"] in (line["name"].replace("{0..1}", str(i)) for i in (0, 1))]
+    assert [float(x) for x in line["lr"].split(" to ")] == pytest.approx(sorted(row["lr"] for row in own))
+    assert [row["lr"] for row in own] == pytest.approx([1e-3 * row["multiplier"] for row in own])
+    for key in ("elements", "blocks", "bytes"):
+        assert int(line[key]) == sum(row[key] for row in own)
+    assert int(total["elements"]) == sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert int(total["bytes"]) == sum(row["bytes"] for row in rows)
+    every = printed(optimizer, verbose=True)
+    assert [line["name"] for line in every] == [*(row["name"] for row in rows), "total"]
+
+
+def test_layers_that_differ_have_lines_of_their_own() -> None:
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-3, no_decay=("norm",), weight_decay=0.1)
+    names = [line["name"] for line in printed(optimizer)]
+    assert len(set(names)) == len(collapse([name for name, _ in model.named_parameters()])) + 1  # and the sums
+    odd = [name for name, _ in model.named_parameters() if ".1." in name and "down" not in name]
+    groups = [{"params": [p for n, p in model.named_parameters() if (n in odd) == it], "weight_decay": decay}
+              for it, decay in ((True, 0.0), (False, 0.1))]  # fmt: skip
+    apart = [line["name"] for line in printed(sharpwise.AdamW(groups, model=model, lr=1e-3))]
+    assert all(name in apart for name in odd)
 
 
 @needs_compiler

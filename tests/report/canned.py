@@ -57,6 +57,13 @@ def multipliers(kind: str, layers: int) -> dict[str, float | list[float]]:
     return dict.fromkeys((*BLOCKWISE, "norm"), 1.0)
 
 
+def explained(blocks: BlockMap) -> dict[str, Any]:
+    """What AdamW would note of each segment."""
+    how = ["adamw", "element", 0.1, "fp32"]
+    rows = [[s.name, s.describe_rows(), *how, 8 * s.numel, "cpp", ""] for s in blocks]
+    return {"columns": ["name", "rows", "rule", "cut", "decay", "storage", "bytes", "backend", "why"], "rows": rows}
+
+
 def write_run(
     folder: Path,
     *,
@@ -92,6 +99,7 @@ def write_run(
         "steps": steps,
         "state_bytes": 8 * parameters,
         "data": {"source": "standard library", "documents": 1234, "train_tokens": 9_000_000, "sha256": "0123abcd" * 8},
+        "explained": explained(blocks),
         "optimizer": "sharpwise.AdamW(model, lr=0.003, betas=(0.9, 0.95), block_lr='blockwise')",
     }
     (folder / "facts.json").write_text(json.dumps(facts))

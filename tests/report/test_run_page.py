@@ -208,7 +208,25 @@ def test_layers_that_differ_are_a_band(tmp_path: Path) -> None:
     by_name = {s.name: factor["now"] for s, factor in zip(run.blocks, factors(run), strict=True)}
     assert by_name["h.2.mlp.c_fc.weight"] == 0.75
     assert by_name["ln_f.weight"] == 1.0
-    assert "0.4219 to 0.75" in parse(render(run)).text
+    assert "0.422 to 0.75" in parse(render(run)).text
+
+
+def test_the_block_map_says_how_each_parameter_is_moved(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    facts = json.loads((folder / "facts.json").read_text())
+    table = render(read_run(folder)).partition("<h2>Block map</h2>")[2].partition("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")[1:]]
+    head = "parameter role type rows size rule cut decay storage moved by state, bytes lr factor peak lr"
+    assert " ".join(re.sub("<.*?>", "", cell) for cell in rows[0]) == head
+    up = next(row for row in rows if row[1:2] == ["up"])
+    assert up[4:] == ["32,768", "adamw", "element", "0.1", "fp32", "cpp", "262,144", "6", "0.018"]  # two layers
+    assert (rows[-1][0], rows[-1][4], rows[-1][10]) == ("all", f"{facts['parameters']:,}", f"{facts['state_bytes']:,}")
+    facts["explained"]["rows"][0][-2:] = ["reference", "cpp: <no>"]
+    (folder / "facts.json").write_text(json.dumps(facts))
+    assert "reference (cpp: &lt;no&gt;)" in render(read_run(folder))
+    for odd in ([], {"columns": 1, "rows": []}, {"columns": ["name"], "rows": [1, [2, 3]]}):
+        (folder / "facts.json").write_text(json.dumps({**facts, "explained": odd}))
+        assert "moved by" not in render(read_run(folder))
 
 
 def test_multipliers_change_where_they_were_measured(tmp_path: Path) -> None:

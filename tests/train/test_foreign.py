@@ -143,6 +143,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(data: Path, tmp_path: Path, o
     assert losses[-1] < losses[0] - 0.1
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     parameters = facts["parameters"]
+    assert facts["explained"]["rows"] == []
     assert facts["state_bytes"] == (8 * parameters + 4 * 20 if "RAdam" in name else 4 * 20)
     assert facts["optimizer"].startswith(f"{name.replace(':', '.')}(model.parameters(), lr=0.03)")
     noted = next(line for line in lines(tmp_path / "run") if "multipliers" in line)

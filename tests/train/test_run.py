@@ -61,6 +61,10 @@ def test_the_folder_of_a_finished_run(reference, given) -> None:
     facts = json.loads((reference / "facts.json").read_text())
     assert (facts["steps"], facts["tokens_per_step"], facts["context"]) == (STEPS, 64, 16)
     assert facts["optimizer"].startswith("sharpwise.create_optimizer(model, 'adamw', lr=0.003, ")
+    segments = json.loads((reference / "blocks.json").read_text())["segments"]
+    said = [dict(zip(facts["explained"]["columns"], row, strict=True)) for row in facts["explained"]["rows"]]
+    assert [row["name"] for row in said] == [segment["name"] for segment in segments]
+    assert {(row["rule"], row["cut"], row["storage"]) for row in said} == {("adamw", "element", "fp32")}
     timing = lines(reference, "timing.jsonl")
     assert all(line["seconds"] > 0 and line["memory"] > 1e6 for line in timing)
     stored = read_given(reference / "config.toml")

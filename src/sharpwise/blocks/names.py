@@ -1,7 +1,7 @@
 """Names of parameters: without wrappers, and collapsed where only a layer number differs."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # What torch.compile, FSDP1 and activation checkpointing put in front of a name, at any depth ...
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -35,20 +35,39 @@ def canonical_path(path: str) -> str:
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
+def stem_and_number(name: str) -> tuple[str, int | None]:
+    """A name with {} in place of its first number, and that number.
+
+    >>> stem_and_number("h.11.ln_1.weight"), stem_and_number("wte.weight")
+    (('h.{}.ln_1.weight', 11), ('wte.weight', None))
+    """
+    found = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+    if found is None:
+        return name, None
+    return f"{name[: found.start()]}{{}}{name[found.end() :]}", int(found.group())
+
+
 def collapse(names: Iterable[str]) -> list[str]:
     """One line for all names that differ in their first number only, in order of first appearance.
 
     >>> collapse(["h.0.ln.weight", "h.1.ln.weight", "h.3.ln.weight", "wte.weight"])
     ['h.{0..1,3}.ln.weight', 'wte.weight']
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[int | None]] = {}
     for name in names:
-        found = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
-        key = name if found is None else f"{name[: found.start()]}{{}}{name[found.end() :]}"
-        groups.setdefault(key, [])
-        if found is not None:
-            groups[key].append(int(found.group()))
-    return [key if not numbers else key.replace("{}", number_ranges(numbers), 1) for key, numbers in groups.items()]
+        stem, number = stem_and_number(name)
+        groups.setdefault(stem, []).append(number)
+    return [with_numbers(stem, numbers) for stem, numbers in groups.items()]
+
+
+def with_numbers(stem: str, numbers: Sequence[int | None]) -> str:
+    """The name of all that have these numbers in the place of {}; a stem without a number is a name.
+
+    >>> with_numbers("h.{}.weight", [0, 1, 2]), with_numbers("wte.weight", [None])
+    ('h.{0..2}.weight', 'wte.weight')
+    """
+    known = [number for number in numbers if number is not None]
+    return stem.replace("{}", number_ranges(known), 1) if known else stem
 
 
 def number_ranges(numbers: Iterable[int]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sharpwise.blocks import Segment
+from sharpwise.blocks.names import stem_and_number, with_numbers
 from sharpwise.engine.capture import fixed
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
@@ -20,8 +21,12 @@ def lr_table(stepper: Stepper) -> Table:
     return Table(("name", "role", "type", "layer", "rows", "multiplier", "lr"), rows)
 
 
-def explanation(stepper: Stepper) -> Table:
-    """Per segment: rule, cut and blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
+def explanation(stepper: Stepper, verbose: bool = False) -> Table:
+    """Per segment: rule, cut and blocks, multiplier, lr, decay, storage, state bytes, back end, and why no faster one.
+
+    Printed, equal layers share a line unless it is `verbose`, the last line has the sums, and columns without any entry
+    are left out.
+    """
     control = stepper.options.control
     rows: list[tuple[Any, ...]] = []
     for view, i, s in _in_order(stepper):
@@ -48,12 +53,45 @@ def explanation(stepper: Stepper) -> Table:
         size += blocks * sizes["block"] if cut != "element" else 0
         size += view.units_of(s) * sizes["unit"]
         why = "; ".join(filter(None, (choice.why, fixed(view) if stepper.captured else "")))
-        how = (view.rule.name, cut, blocks, m, decay, storage, size, moved_by, why)
-        rows.append((s.name, str(s.role), s.describe_rows(), *how))
+        how = (view.rule.name, cut, blocks, m, float(view.settings["lr"]) * m, decay, storage, size, moved_by, why)
+        rows.append((s.name, str(s.role), s.describe_rows(), s.numel, *how))
         if control is not None:
             rows[-1] += (None if view.unit is None else str(control),)
-    columns = ("name", "role", "rows", "rule", "cut", "blocks", "multiplier", "decay", "storage", "bytes")
-    return Table((*columns, "backend", "why", *(["control"] if control is not None else [])), rows)
+    columns: tuple[str, ...] = ("name", "role", "rows", "elements", "rule", "cut", "blocks", "multiplier", "lr")
+    columns += ("decay", "storage", "bytes", "backend", "why", *(["control"] if control is not None else []))
+    return Table(columns, rows, _shown(columns, rows if verbose else _by_layer(columns, rows)))
+
+
+SUMS, RANGES = ("elements", "blocks", "bytes"), ("multiplier", "lr")
+"""Columns of which equal layers show the sum, and from where to where."""
+
+
+def _by_layer(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """One row for all layers that differ in multiplier and learning rate at most."""
+    groups: dict[tuple[Any, ...], list[tuple[int | None, tuple[Any, ...]]]] = {}
+    for row in rows:
+        stem, number = stem_and_number(row[0])
+        alike = tuple(value for name, value in zip(columns, row, strict=True) if name not in ("name", *RANGES))
+        groups.setdefault((stem, *alike), []).append((number, row))
+    found = []
+    for (stem, *_), members in groups.items():
+        values = dict(zip(columns, zip(*(row for _, row in members), strict=True), strict=True))
+        joined = {name: sum(values[name]) for name in SUMS} | {name: _range(values[name]) for name in RANGES}
+        joined["name"] = with_numbers(stem, [number for number, _ in members])
+        found.append(tuple(joined.get(name, values[name][0]) for name in columns))
+    return found
+
+
+def _range(values: Sequence[float]) -> Any:
+    low, high = min(values), max(values)
+    return low if low == high else f"{low:.4g} to {high:.4g}"
+
+
+def _shown(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Table:
+    """With the sums below, and without columns that have nothing to say."""
+    kept = [i for i in range(len(columns)) if any(row[i] not in ("", None) for row in rows)]
+    sums = ["total", *(sum(row[i] for row in rows) if columns[i] in ("elements", "bytes") else "" for i in kept[1:])]
+    return Table([columns[i] for i in kept], [*([row[i] for i in kept] for row in rows), sums])
 
 
 def representation(name: str, groups: Sequence[Mapping[str, Any]]) -> str:

@@ -379,9 +379,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
         """Per segment: its multiplier and its learning rate as they are now."""
         return lr_table(self._bind())
 
-    def explain(self) -> Table:
-        """Per segment: rule, cut, blocks, multiplier, decay, storage, state bytes, back end, and why no faster one."""
-        return explanation(self._bind())
+    def explain(self, verbose: bool = False) -> Table:
+        """Per segment: rule, cut, blocks, lr, decay, storage, bytes of state, back end, and why no faster one.
+
+        A row for each segment; printed, equal layers share a line (`verbose=True` prints all), and sums stand below.
+        """
+        return explanation(self._bind(), verbose)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors that this process holds."""

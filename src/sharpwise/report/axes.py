@@ -87,15 +87,16 @@ def _powers(low: float, high: float, dtick: Any, most: int) -> list[float]:
 
 
 def _in_powers(value: float) -> str:
-    return _exponent(f"{value:g}" if 1e-2 <= value < 1e5 else f"{value:.0e}")
+    return f"{value:g}" if 1e-2 <= value < 1e5 else _exponent(value)
 
 
-def _exponent(text: str) -> str:
+def _exponent(value: float) -> str:
     """
-    >>> _exponent("2e-05"), _exponent("1e+06")
-    ('2e-5', '1e6')
+    >>> _exponent(2e-05), _exponent(-2.5e6), _exponent(0.0)
+    ('2e-5', '-2.5e6', '0')
     """
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if value else "0"
 
 
 def _label(value: float, values: Sequence[float], form: str | None) -> str:
@@ -105,5 +106,5 @@ def _label(value: float, values: Sequence[float], form: str | None) -> str:
     if form == "~s" or largest >= 1e4:
         return "0" if value == 0 else (f"{value / 1000:g}k" if 1e3 <= abs(value) < 1e4 else short(value))
     if 0 < largest < 1e-2:
-        return _exponent(f"{value:g}")
+        return _exponent(value)
     return f"{value:.10g}"

@@ -3,14 +3,14 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
 
 from sharpwise.blocks import Segment
-from sharpwise.blocks.names import number_ranges
+from sharpwise.blocks.names import stem_and_number, with_numbers
 from sharpwise.report import figures, html
 from sharpwise.report.plot import Figure
 
@@ -32,41 +32,76 @@ def describe(segment: Segment) -> dict[str, Any]:
     }
 
 
-def block_table(blocks: Iterable[Mapping[str, Any]], factors: Mapping[str, str]) -> str:
-    """The block map as an HTML table, one row for all layers that are alike.
+Block = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the block map: what it shows of blocks that are alike; with `sums` also of all together."""
+
+    title: str
+    css: str
+    cell: Callable[[Sequence[Block]], str]
+    sums: bool = False
+
+
+def block_table(blocks: Iterable[Block], factors: Mapping[str, str]) -> str:
+    """The block map as an HTML table, one row for all layers that are alike, and the sums.
 
     Args:
-        blocks: what `describe` makes, and under `multipliers` the factors on the learning rate by name.
+        blocks: what `describe` makes, perhaps with what `moving` makes, and under `multipliers` the factors on the
+            learning rate by name.
         factors: columns with such factors: their names, and the titles of the columns.
     """
-    head = "".join(
-        f'<th scope="col"{css}>{html.breakable(text)}</th>'
-        for text, css in (
-            ("parameter", ""),
-            ("role", ""),
-            ("type", ' class="roomy"'),
-            ("rows", ' class="roomy"'),
-            ("heads", ' class="number roomy"'),
-            ("shape", ' class="roomy"'),
-            ("size", ' class="number"'),
-            *((title, ' class="number arm"') for title in factors.values()),
-        )
-    )
+    blocks = list(blocks)
+    columns = [
+        Column("role", "", _text("role")),
+        Column("type", "roomy", _text("type")),
+        Column("rows", "roomy", _rows),
+    ]
+    size = Column("size", "number", _sum("parameters"), sums=True)
+    if any("rule" in block for block in blocks):
+        columns += [size, *(Column(title, "roomy", _text(key)) for key, title in MOVING.items())]
+        columns.append(Column("state, bytes", "number roomy", _sum("state"), sums=True))
+    else:
+        columns += [Column("shape", "roomy", lambda own: "x".join(map(str, own[0]["shape"]))), size]
+    columns += [Column(title, "number arm", _range(factor)) for factor, title in factors.items()]
+    head = "".join(f'<th scope="col" class="{one.css}">{html.breakable(one.title)}</th>' for one in columns)
     lines = []
     for name, members in _collapsed(blocks):
-        block = members[0]
-        tied = "".join(f"<br>= {code(other)}" for other in block["tied"])
-        cells = "".join(
-            f'<td class="number">{_range([b["multipliers"].get(factor) for b in members])}</td>' for factor in factors
-        )
-        heads = "" if block["heads"] is None else block["heads"]
-        shape = " x ".join(map(str, block["shape"]))
-        lines.append(
-            f'<tr><td>{code(name)}{tied}</td><td>{block["role"]}</td><td class="roomy">{block["type"]}</td>'
-            f'<td class="roomy">{escape(block["rows"])}</td><td class="number roomy">{heads}</td>'
-            f'<td class="roomy">{shape}</td><td class="number">{block["parameters"] * len(members):,}</td>{cells}</tr>'
-        )
-    return html.table(head, lines, "Block map")
+        tied = "".join(f"<br>= {code(other)}" for other in members[0]["tied"])
+        cells = "".join(f'<td class="{one.css}">{one.cell(members)}</td>' for one in columns)
+        lines.append(f"<tr><td>{code(name)}{tied}</td>{cells}</tr>")
+    sums = "".join(f'<td class="{one.css}">{one.cell(blocks) if one.sums else ""}</td>' for one in columns)
+    return html.table(f'<th scope="col">parameter</th>{head}', [*lines, f'<tr class="rule"><td>all</td>{sums}</tr>'],
+                      "Block map")  # fmt: skip
+
+
+MOVING = {"rule": "rule", "cut": "cut", "decay": "decay", "storage": "storage", "backend": "moved by"}
+"""What is shown of how a segment is moved, with the titles of the columns."""
+
+
+def moving(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table shows of a row of `explain()`: those, the reason why no other back end moves it, and its bytes."""
+    if not row:
+        return {}
+    shown = {key: f"{value:g}" if isinstance(value := row.get(key), float) else str(value) for key in MOVING}
+    shown["backend"] += f" ({row['why']})" if row.get("why") else ""
+    size = row.get("bytes")
+    return {**shown, "state": size if isinstance(size, int) else 0}
+
+
+def _text(key: str) -> Callable[[Sequence[Block]], str]:
+    return lambda members: escape(members[0].get(key, "-"))
+
+
+def _rows(members: Sequence[Block]) -> str:
+    heads = members[0]["heads"]
+    return escape(members[0]["rows"]) + ("" if heads is None else f" ({heads} head{'s' * (heads > 1)})")
+
+
+def _sum(key: str) -> Callable[[Sequence[Block]], str]:
+    return lambda members: f"{sum(block.get(key, 0) for block in members):,}"
 
 
 def code(name: str) -> str:
@@ -74,24 +109,24 @@ def code(name: str) -> str:
     return f"<code>{re.sub(r'(?<![.])[.](?![.])', '.<wbr>', escape(name))}</code>"
 
 
-def _range(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    low, high = f"{min(known):.4g}", f"{max(known):.4g}"
-    return low if low == high else f"{low} to {high}"
+def _range(factor: str) -> Callable[[Sequence[Block]], str]:
+    def cell(members: Sequence[Block]) -> str:
+        known = [value for block in members if (value := block["multipliers"].get(factor)) is not None]
+        low, high = (f"{end(known):.3g}" if known else "-" for end in (min, max))
+        return low if low == high else f"{low} to {high}"
+
+    return cell
 
 
-def _collapsed(blocks: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+def _collapsed(blocks: Iterable[Block]) -> list[tuple[str, list[Block]]]:
     """The name with the range of layers, and the blocks of the layers; they may differ in their multipliers."""
-    groups: dict[tuple[str, ...], list[tuple[int, Mapping[str, Any]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[int | None, Block]]] = {}
     for block in blocks:
-        found = re.search(r"(?<=\.)\d+(?=\.)", block["name"])
-        stem = block["name"] if found is None else f"{block['name'][: found.start()]}\0{block['name'][found.end() :]}"
+        stem, number = stem_and_number(block["name"])
         alike = {key: value for key, value in block.items() if key not in ("name", "multipliers")}
-        groups.setdefault((stem, json.dumps(alike)), []).append((int(found.group()) if found else -1, block))
+        groups.setdefault((stem, json.dumps(alike)), []).append((number, block))
     return [
-        (stem.replace("\0", number_ranges(number for number, _ in members)), [block for _, block in members])
+        (with_numbers(stem, [number for number, _ in members]), [block for _, block in members])
         for (stem, _), members in groups.items()
     ]
 

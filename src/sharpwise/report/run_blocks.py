@@ -8,7 +8,7 @@ import numpy as np
 
 from sharpwise.blocks.roles import BLOCK_TYPE
 from sharpwise.report.curves import Array
-from sharpwise.report.run import RunData
+from sharpwise.report.run import RunData, lookup
 
 OUTSIDE = "outside the layers"
 
@@ -46,6 +46,19 @@ def factors(run: RunData) -> list[dict[str, float | None]]:
         known = len(values) in (1, len(layers)) and math.isfinite(values[i])
         found.append({"now": float(values[i]) if known else None})
     return found
+
+
+def explained(run: RunData) -> dict[tuple[str, str], dict[str, Any]]:
+    """What moves each segment, by its name and rows; nothing where the run did not note it."""
+    columns, rows = lookup(run.facts, "explained", "columns"), lookup(run.facts, "explained", "rows")
+    if not isinstance(columns, list) or not isinstance(rows, list):
+        return {}
+    whole = (dict(zip(map(str, columns), row, strict=True)) for row in rows if _as_long(row, columns))
+    return {(str(own.get("name")), str(own.get("rows"))): own for own in whole}
+
+
+def _as_long(row: Any, columns: list[Any]) -> bool:
+    return isinstance(row, list) and len(row) == len(columns)
 
 
 def layer_names(run: RunData) -> dict[str, tuple[str, ...]]:

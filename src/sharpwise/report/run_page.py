@@ -7,12 +7,12 @@ from typing import Any
 
 from sharpwise.files import write_whole
 from sharpwise.report import run_charts, run_text
-from sharpwise.report.blocks import block_table, describe
+from sharpwise.report.blocks import block_table, describe, moving
 from sharpwise.report.html import PAGE_NAME, card, chart, document, facts, notes, table
 from sharpwise.report.plot import Figure
 from sharpwise.report.reading import METRICS, TIMING
 from sharpwise.report.run import RunData, read_run
-from sharpwise.report.run_blocks import factors
+from sharpwise.report.run_blocks import explained, factors
 from sharpwise.report.text import moment
 from sharpwise.report.warmup import advice
 
@@ -151,13 +151,22 @@ def _cell(key: object, value: Any) -> str:
 def _blocks(run: RunData) -> str:
     if run.blocks is None:
         return ""
-    found = factors(run)
-    rows = [{**describe(s), "multipliers": factor} for s, factor in zip(run.blocks, found, strict=True)]
+    found, moved, peak = factors(run), explained(run), run.setting("optimizer", "lr")
+    rows = [
+        {**describe(s), **moving(moved.get((s.name, s.describe_rows()), {})), "multipliers": _rates(factor, peak)}
+        for s, factor in zip(run.blocks, found, strict=True)
+    ]
     varied = any(factor["now"] not in (None, 1.0) for factor in found)
-    hint = "What each parameter is taken for, and "
-    hint += "the latest mean factor on the learning rate of its role in its layer" if varied else "its size"
-    content = block_table(rows, {"now": "lr factor"} if varied else {})
+    hint = "What each parameter is taken for, " + ("how it is moved, " if moved else "")
+    hint += "the latest mean factor on the lr of its role in its layer, and their product" if varied else "its size"
+    content = block_table(rows, {"now": "lr factor", "peak": "peak lr"} if varied else {})
     return card("Block map", f"{hint}. Equal layers share one row.", content, wide=True)
+
+
+def _rates(factor: Mapping[str, float | None], peak: Any) -> dict[str, float | None]:
+    now = factor["now"]
+    known = now is not None and isinstance(peak, (int, float))
+    return {"now": now, "peak": peak * now if known else None}
 
 
 def _sample(run: RunData) -> str:

@@ -335,7 +335,7 @@ def _filled(template: str, values: dict[str, Any]) -> str:
 
 
 def _tip(text: str) -> str:
-    return escape("\n".join(unescape(line) for line in text.split("<br>")))
+    return "&#10;".join(escape(unescape(line)) for line in text.split("<br>"))
 
 
 def _text(text: str) -> str:

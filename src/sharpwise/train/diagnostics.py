@@ -1,6 +1,16 @@
-"""By which multiplier each role moves: what a run notes down at a cadence."""
+"""What a run notes down of its optimizer: what moves each segment, and at a cadence the multiplier of each role."""
 
 from typing import Any
+
+from sharpwise.engine.optimizer import BlockOptimizer
+
+MOVED = ("name", "rows", "rule", "cut", "decay", "storage", "bytes", "backend", "why")
+
+
+def explained(optimizer: Any) -> dict[str, Any]:
+    """What `explain()` says of each segment and does not change along a run; no rows of another library's optimizer."""
+    rows = optimizer.explain() if isinstance(optimizer, BlockOptimizer) else ()
+    return {"columns": list(MOVED), "rows": [[row[name] for name in MOVED] for row in rows]}
 
 
 def multipliers_by_role(optimizer: Any) -> dict[str, float | list[float]]:

@@ -20,6 +20,7 @@ from sharpwise.train.checkpoint import Checkpoint, Checkpoints, OtherVersion
 from sharpwise.train.code import confirm_code
 from sharpwise.train.config import Config
 from sharpwise.train.config_file import Given, differences, flat, make_config, taking_over
+from sharpwise.train.diagnostics import explained
 from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder, changed_lines, read_starts
@@ -396,5 +397,6 @@ class _Run:
             "state_bytes": built.optimizer.state_bytes(),
             "data": built.data.about,
             "optimizer": as_code(self.config.optimizer, self.config.schedule.steps),
+            "explained": explained(built.optimizer),
         }
         self.place.write_json("facts.json", self.facts)
