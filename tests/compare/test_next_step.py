@@ -1,7 +1,10 @@
 """The command that a study ends with: it is one that can be given, and what it asks for is what is missing."""
 
+import json
+import math
 import shlex
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ from typer.testing import CliRunner
 
 from compare.test_results import Loss, even, fill, result_of
 from compare.test_runner import study
+from sharpwise.cli.compare import _study
 from sharpwise.cli.main import create_app
 from sharpwise.compare.stored import open_study
+from sharpwise.compare.study import make_study
 
 LONG = 150_000  # more than 20 tokens for each parameter of the model
 
@@ -60,6 +65,40 @@ def test_a_model_that_is_no_function_needs_no_confirmation(data: Path, tmp_path:
     given = {**study(data), "run": {**study(data)["run"], "model": {"name": "gpt2-0.4m"}}}
     command = filled(given, tmp_path / "study", even, runs=5)["next"]["command"]
     assert command.startswith("sharpwise compare --out ")
+
+
+@pytest.mark.parametrize(("best", "arm", "edge"), [(300.0, "adamw", "largest"), (1e-9, "adamw+blockwise", "smallest")])
+def test_an_arm_at_the_edge_of_its_learning_rates_gets_others(
+    best: float, arm: str, edge: str, data: Path, tmp_path: Path
+) -> None:
+    def loss(trial: Any) -> float:
+        return 4.0 + 0.1 * abs(math.log10(trial.lr / (best if trial.arm == arm else 3e-3))) + 0.001 * trial.seed
+
+    result = filled(study(data, seeds=3), tmp_path / "study", loss)
+    assert next(own["edge"] for own in result["arms"] if own["name"] == arm) == edge
+    assert result["next"]["reason"].startswith(f"{arm} ended best at the {edge} learning rate")
+    *words, to, folder = words_of(result)
+    assert (to, folder, words[-2]) == ("--out", f"{tmp_path / 'study'}-lrs", "--search")
+    tried = json.loads(words[-1].partition("=")[2])
+    chosen = [own["setting"]["optimizer.lr"] for own in result["arms"]]
+    assert tried == sorted(tried) and tried[0] < min(chosen) / 2 < 2 * max(chosen) < tried[-1]
+    steps = [b / a for a, b in pairwise(tried)]
+    assert max(steps) < 3.3 and min(steps) > 3
+    # It is a study that can be run, in which every arm begins with these, and may go on beyond them.
+    given, _ = _study([str(tmp_path / "study" / "study.toml")], Path(folder), None, None, {}, [], [words[-1]], True)
+    spaces = make_study(given or {}).spaces.values()
+    assert {space.lrs for space in spaces} == {tuple(tried)} and all(space.most > len(tried) for space in spaces)
+
+
+def test_a_candidate_that_won_at_its_edge_has_won(data: Path, tmp_path: Path) -> None:
+    def loss(trial: Any) -> float:
+        if trial.arm == "adamw":
+            return 5.0 + abs(trial.lr - 3e-3)
+        return 4.0 - 0.1 * math.log10(trial.lr) + 0.001 * (1.0, -1.2, 0.2)[trial.seed % 3]
+
+    result = filled(study(data, seeds=3), tmp_path / "study", loss)
+    assert (result["arms"][1]["edge"], result["arms"][1]["verdict"]) == ("largest", "better")
+    assert "--ablations" in words_of(result)
 
 
 def test_what_is_undecided_gets_the_seeds_that_decide_it(data: Path, tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Recipes are found by the names of their folders, and of their files where a folder has several studies."""
 
+import json
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
+from report.parse import parse
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.compare.recipes import find_recipe, list_recipes, recipes_folder
+from sharpwise.compare.report.text import headline
 from sharpwise.compare.study import make_study
 from sharpwise.train.build import build_optimizer
 from sharpwise.train.models import load_model
@@ -34,6 +38,19 @@ def test_every_arm_of_the_dynamic_ratios_can_be_built(name: str, model: str) -> 
         batches = [torch.zeros(2, 9, dtype=torch.int64)]
         optimizer = build_optimizer(config.optimizer, built, steps=220, batches=batches)
         assert str(make_block_lr(config.optimizer.block_lr or None) or "") == str(optimizer.options.block_lr or "")
+
+
+@pytest.mark.parametrize(
+    "page", sorted(recipes_folder().glob("*/*.html")), ids=lambda page: f"{page.parent.name}/{page.stem}"
+)
+def test_committed_pages_say_what_their_results_do_and_are_small(page: Path) -> None:
+    """They are written by benchmarks/pages.py."""
+    numbers = page.with_name("result.json") if page.stem == "page" else page.with_suffix(".json")
+    result, found = json.loads(numbers.read_text("utf-8")), parse(page.read_text("utf-8"))
+    assert headline(result) in found.text and page.stat().st_size < 1_000_000
+    links = [value for _, name, value in found.attributes if name == "href"]
+    assert {numbers.name, numbers.with_suffix(".csv").name} <= set(links)
+    assert all((page.parent / str(link)).exists() for link in links if not str(link).startswith(("#", "./runs/")))
 
 
 def test_the_folder_alone_does_not_say_which() -> None:

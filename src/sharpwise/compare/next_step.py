@@ -44,10 +44,10 @@ def next_step(study: Study, result: Mapping[str, Any], folder: Path) -> dict[str
             f"{stored} --set schedule.warmup=0.3 --out {there}",
         )
     if at_edge := _at_edge(result["arms"]):
-        there, names = shlex.quote(f"{folder}-lrs"), " and ".join(arm["name"] for arm in at_edge)
+        there, arms = shlex.quote(f"{folder}-lrs"), " and ".join(arm["name"] for arm in at_edge)
         lrs = ", ".join(f"{lr:g}" for lr in _wider(result["arms"]))
         return _step(
-            f"{names} ended best at the {at_edge[0]['edge']} learning rate that was tried, so the comparison is not "
+            f"{arms} ended best at the {at_edge[0]['edge']} learning rate that was tried, so the comparison is not "
             "fair to it yet. The same study with learning rates beyond it, for every arm:",
             f"{stored} --search {shlex.quote(f'optimizer.lr=[{lrs}]')} --out {there}",
         )

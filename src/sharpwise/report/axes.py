@@ -103,7 +103,7 @@ def _label(value: float, values: Sequence[float], form: str | None) -> str:
     if form == ",d":
         return f"{value:,.0f}"
     largest = max(map(abs, values))
-    if form == "~s" or largest >= 1e4:
+    if form == "~s" or largest >= 1e3:
         return "0" if value == 0 else (f"{value / 1000:g}k" if 1e3 <= abs(value) < 1e4 else short(value))
     if 0 < largest < 1e-2:
         return _exponent(value)

@@ -50,8 +50,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def render(result: Result) -> str:
-    """The whole page as HTML."""
+def render(result: Result, numbers: str = JSON_NAME, rows: str = CSV_NAME) -> str:
+    """The whole page as HTML; `numbers` and `rows` are the files beside it that it links to."""
+    result = _whole(result)
+    step = result["next"]
     parts = (
         "<header>",
         f'<p class="kicker">Comparison of optimizers: {escape(result["name"])}</p>',
@@ -59,7 +61,7 @@ def render(result: Result) -> str:
         ""
         if result["complete"]
         else f'<p class="state running"><strong>unfinished</strong> {escape(text.status(result))}</p>',
-        f'<p class="lead"><a href="#next">What to do next</a>: {escape(result["next"]["reason"])}</p>',
+        f'<p class="lead"><a href="#next">What to do next</a>: {escape(step["reason"])}</p>' if step else "",
         "</header>",
         '<div class="grid">',
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
@@ -85,11 +87,18 @@ def render(result: Result) -> str:
         *_setup(result),
         _next(result),
         "</div>",
-        _links(),
+        f'<p class="hint foot">All numbers: <a href="{numbers}">{numbers}</a>; a row per run: '
+        f'<a href="{rows}">{rows}</a></p>',
         f'<p class="hint foot">Written from results of {escape(moment(str(result["environment"].get("date", "-"))))}. '
         "This file needs no network.</p>",
     )
     return document(f"{result['name']}: {text.headline(result)}", "\n".join(part for part in parts if part))
+
+
+def _whole(result: Result) -> Result:
+    """With what results of the first versions lack."""
+    arms = [{"setting_of": "", **arm} for arm in result["arms"]]
+    return {"next": None, **result, "arms": arms}
 
 
 def _caveats(result: Result) -> str:
@@ -105,13 +114,13 @@ def _caveats(result: Result) -> str:
 def _next(result: Result) -> str:
     """The command to give, and until then what to train with."""
     step, best = result["next"], text.best(result)
-    content = f'<p class="lead">{escape(step["reason"])}</p>{command(step["command"])}'
+    content = f'<p class="lead">{escape(step["reason"])}</p>{command(step["command"])}' if step else ""
     if best is not None:
         content += (
             f'<p class="lead">In a training loop of your own, the best that these runs know is '
             f"{escape(best['name'])}:</p>{command(best['code'])}"
         )
-    return card("What to do next", "", f'<div id="next">{content}</div>', wide=True)
+    return card("What to do next", "", f'<div id="next">{content}</div>', wide=True) if content else ""
 
 
 def _method(result: Result) -> str:
@@ -234,13 +243,6 @@ def _ablations(result: Result) -> str:
         "ones. p is adjusted for the number of these pairs, apart from those with the baseline: another question."
     )
     return card("Do the ratios matter?", hint, tables.ablations(result), wide=True)
-
-
-def _links() -> str:
-    return (
-        f'<p class="hint foot">All numbers: <a href="{JSON_NAME}">{JSON_NAME}</a>; a row per run: '
-        f'<a href="{CSV_NAME}">{CSV_NAME}</a></p>'
-    )
 
 
 def _setup(result: Result) -> list[str]:
