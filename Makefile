@@ -16,13 +16,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types bench bench-gpu clean FORCE
+.PHONY: help demo test test-all lint format types package bench bench-gpu clean FORCE
 
 help:
 	@echo 'make demo      compare three optimizers on a small transformer, write one HTML page'
 	@echo 'make test      the tests; `make test-all` adds the slow ones'
 	@echo 'make lint      ruff check and format --check, figures of the documents; `make format` applies both'
 	@echo 'make types     mypy'
+	@echo 'make package   build wheel and sdist, install the wheel elsewhere and take a step with it'
 	@echo 'make bench     time the optimizer step on GPT-2 124M shapes (about 15 minutes, 10 GB of memory)'
 	@echo 'make bench-gpu on a machine with a GPU: the tests that need one, then the time of steps, with TORCH=a CUDA build'
 	@echo 'make clean     remove .venv and caches'
@@ -48,6 +49,9 @@ format: $(VENV)/dev
 
 types: $(VENV)/dev
 	$(BIN)/mypy
+
+package: $(VENV)/dev
+	.ci/package $(BIN)/python
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/step_time.py
