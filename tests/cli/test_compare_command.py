@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from sharpwise.cli.compare import _budget
@@ -80,6 +81,18 @@ def test_a_study_by_flags_goes_from_arms_to_page(data: Path, tmp_path: Path) -> 
         outcome = _sharpwise("compare", *again)
         assert outcome.exit_code == 0, outcome.output
     assert (out / "study.db").read_bytes() == before
+
+
+def test_a_processor_that_emulates_bf16_is_named_before_the_first_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    arguments = ["adamw", "lion", "--budget", "1600", *_arguments(data, tmp_path / "out"), "--dry-run"]
+    for precision, slow in (("bf16-autocast", True), ("fp32", False)):
+        outcome = _sharpwise("compare", *arguments, "--set", f"compute.precision={precision}")
+        assert outcome.exit_code == 0, outcome.output
+        assert outcome.stderr.count("To avoid that: --set compute.precision=fp32") == slow
 
 
 def test_a_study_file(data: Path, tmp_path: Path) -> None:

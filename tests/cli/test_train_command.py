@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from sharpwise.cli.main import create_app
@@ -164,6 +165,19 @@ def test_what_is_said_and_where(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "3/3" in err  # of the bar
     assert "parameters" not in out
     assert "\x1b" not in out + err  # no colours into a file
+
+
+def test_a_processor_that_emulates_bf16_is_named_before_the_first_step(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    said = own("--steps", "1", "--set", "compute.precision=bf16-autocast").stderr
+    lines = [line for line in said.splitlines() if line.startswith("Slow: ")]
+    assert len(lines) == 1 and lines[0].endswith("--set compute.precision=fp32")
+    assert said.index("bf16-autocast on cpu") < said.index("Slow: ") < said.index("1/1")
+    assert "Slow: " not in own("--steps", "2", "--out", "fp32").stderr
 
 
 def test_a_finished_run_says_so(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""The environment of a run says which commit made it, and never that of somebody else's repository."""
+"""The environment of a run: which commit made it, never that of another repository; whether its CPU has bf16."""
 
 import importlib.util
 import shutil
@@ -6,7 +6,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from sharpwise.train import environment
+from sharpwise.train.environment import slow_bf16
 
 GIT = ("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
 
@@ -43,3 +47,30 @@ def test_without_a_repository_there_is_none(tmp_path: Path, monkeypatch: Any) ->
     assert module.commit() is None
     monkeypatch.setenv("PATH", "")
     assert module.commit() is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "machine", "has", "slow"),
+    [
+        ("bf16-autocast", "cpu", "x86_64", {"avx512": True}, True),
+        ("bf16", "cpu", "AMD64", {}, True),
+        ("bf16-autocast", "cpu", "x86_64", {"avx512_bf16": True}, False),
+        ("bf16-autocast", "cpu", "x86_64", {"amx_bf16": True}, False),
+        ("bf16-autocast", "cpu", "aarch64", {}, False),
+        ("bf16-autocast", "cuda:0", "x86_64", {}, False),
+        ("bf16-autocast", "cpu", "x86_64", None, False),  # torch cannot tell
+        ("fp32", "cpu", "x86_64", {}, False),
+        (None, "cpu", "x86_64", {}, False),
+    ],
+)
+def test_bf16_is_called_slow_where_the_processor_emulates_it(
+    monkeypatch, precision, device, machine, has, slow
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    if has is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    said = slow_bf16(precision, device)
+    assert bool(said) == slow and "\n" not in said
+    assert not slow or (precision in said and said.endswith("--set compute.precision=fp32"))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def announce(log: Console, study: "Study", budget: "Budget", jobs: int) -> None:
     """What the study takes, before it starts."""
+    from sharpwise.train.environment import slow_bf16
+
     least, most = budget.runs
     log.print(
         f"{len(study.arms)} arms, {least} to {most} runs of {budget.tokens:,} tokens ({budget.steps:,} steps), "
@@ -29,6 +31,9 @@ def announce(log: Console, study: "Study", budget: "Budget", jobs: int) -> None:
         f"{budget.tokens_per_parameter:.2g} tokens per parameter outside the embeddings, where 20 are usual",
         soft_wrap=True,
     )
+    compute = study.run.get("compute", {})
+    if slow := slow_bf16(compute.get("precision"), compute.get("device")):
+        log.print(slow, style="yellow", soft_wrap=True)
     if budget.seconds is not None:
         rest = " of the others" if budget.done else ""
         least_time, most_time = (duration(seconds) for seconds in budget.seconds)

@@ -216,7 +216,9 @@ class View:
             self.progress.stop()
 
     def start(self, start: "Start") -> None:
-        """Say what is trained, on what, and from where."""
+        """Say what is trained, on what, from where, and if it will be slow."""
+        from sharpwise.train.environment import slow_bf16
+
         self.started = True
         facts, config = start.facts, start.config
         state = facts["state_bytes"]
@@ -233,6 +235,8 @@ class View:
             lines.append(f"going on after step {start.step:,}")
         for line in [*lines, f"into {start.folder}"]:
             self.log.print(line, soft_wrap=True)
+        if slow := slow_bf16(config.compute.precision, config.compute.device):
+            self.log.print(slow, style="yellow", soft_wrap=True)
         self.progress.update(self.task, total=facts["steps"], completed=start.step, visible=True)
         self.progress.start()
 

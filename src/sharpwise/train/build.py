@@ -22,6 +22,7 @@ from sharpwise.train.config import Config, OptimizerConfig, steps_of
 from sharpwise.train.config_file import as_flat
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
+from sharpwise.train.environment import cpu_multiplies_bf16
 from sharpwise.train.foreign import Foreign, build_foreign, foreign_code
 from sharpwise.train.launch import Launch
 from sharpwise.train.models import load_model, load_pretrained, tokenizer_of, usable_settings
@@ -155,12 +156,6 @@ def _devices() -> str:
 def _attention(config: Config, kind: str) -> str:
     # On a CPU the backward pass of the fused attention takes three times as long as the products themselves.
     return "eager" if kind == "cpu" and (config.data.context or 0) <= EAGER_UP_TO else "sdpa"
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has products in bf16; without them oneDNN emulates them, slower than fp32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _with_sizes(config: Config, model: nn.Module, data: Prepared) -> Config:

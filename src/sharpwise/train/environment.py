@@ -72,6 +72,31 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_multiplies_bf16() -> bool | None:
+    """Whether the CPU has products in bf16, None where torch cannot tell; without them oneDNN emulates them."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return None
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def slow_bf16(precision: str | None, device: str | None) -> str:
+    """The line to say before a training whose products in bf16 this CPU emulates; "" where nothing is known to be slow.
+
+    Args:
+        precision: of the configuration, None where it is left to the machine.
+        device: where it trains, None where that is left to the machine.
+    """
+    on_cpu = not torch.cuda.is_available() if device is None else device.startswith("cpu")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")  # of others nobody measured it
+    if precision not in ("bf16", "bf16-autocast") or not on_cpu or not x86 or cpu_multiplies_bf16() is not False:
+        return ""
+    return (
+        f"Slow: compute.precision is {precision}, and this CPU has no bf16 instructions (avx512_bf16, amx_bf16): its "
+        "products take about 50 times as long as in fp32. To avoid that: --set compute.precision=fp32"
+    )
+
+
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes that this process has held so far: on the device, or resident in memory for a CPU."""
     if device.type == "cuda":
