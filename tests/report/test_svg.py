@@ -114,13 +114,17 @@ def test_bars_stand_on_zero_and_lying_ones_on_each_other() -> None:
     (path,) = group.iter("path")
     assert (path.get("d") or "").startswith(f"M0 {0.5 * each:.1f}V{1.25 * each:.1f}")
     lying = figure((0, 4), (1.5, -0.5))
-    for long in ((1, 2), (3, 1)):
+    for long in ((1, 2), (2, 1), (1, 1)):
         lying.add_bar(x=long, y=[0, 1], orientation="h", marker={"color": "#333333"}, hovertext=["u", "v"], name="what")
     lying.update_layout(showlegend=True, bargap=0.5)
     found = [[(r.get("x"), r.get("width"), r.get("height")) for r in group.iter("rect")] for group in groups(lying)]
     thick = f"{PLOT / 4:.1f}"
-    assert found == [[("0%", "25%", thick), ("0%", "50%", thick)], [("25%", "75%", thick), ("50%", "25%", thick)]]
-    assert ["".join(item.itertext()).strip() for item in drawn(lying).iter("li")] == ["what", "what"]
+    assert found == [
+        [("0%", "25%", thick), ("0%", "50%", thick)],
+        [("25%", "50%", thick), ("50%", "25%", thick)],
+        [("75%", "25%", thick), ("75%", "25%", thick)],
+    ]
+    assert ["".join(item.itertext()).strip() for item in drawn(lying).iter("li")] == ["what"] * 3
 
 
 def test_a_heat_map_is_darkest_where_it_is_lowest() -> None:
@@ -136,7 +140,8 @@ def test_a_heat_map_is_darkest_where_it_is_lowest() -> None:
     light = [sum(int((cell.get("fill") or "")[i : i + 2], 16) for i in (1, 3, 5)) for cell in cells]
     assert light == sorted(light) and len(set(light)) == 3
     assert [cell.get("x") for cell in cells] == ["0%", "0%", "50%"]
-    assert float(cells[0].get("y") or 0) > float(cells[1].get("y") or 0)  # the first row is the lowest
+    # The first row is the lowest.
+    assert [(cell.get("y"), cell.get("height")) for cell in cells] == [("100.0", "100.0"), *[("0.0", "100.0")] * 2]
 
 
 def test_notes_are_text_whatever_they_hold() -> None:
