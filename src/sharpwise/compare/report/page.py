@@ -54,6 +54,7 @@ def render(result: Result, numbers: str = JSON_NAME, rows: str = CSV_NAME) -> st
     """The whole page as HTML; `numbers` and `rows` are the files beside it that it links to."""
     result = _whole(result)
     step = result["next"]
+    do = f"{step['reason'].removesuffix(':')}." if step else ""  # the command is at the end of the page
     parts = (
         "<header>",
         f'<p class="kicker">Comparison of optimizers: {escape(result["name"])}</p>',
@@ -61,7 +62,7 @@ def render(result: Result, numbers: str = JSON_NAME, rows: str = CSV_NAME) -> st
         ""
         if result["complete"]
         else f'<p class="state running"><strong>unfinished</strong> {escape(text.status(result))}</p>',
-        f'<p class="lead"><a href="#next">What to do next</a>: {escape(step["reason"])}</p>' if step else "",
+        f'<p class="lead"><a href="#next">What to do next</a>: {escape(do)}</p>' if step else "",
         "</header>",
         '<div class="grid">',
         card("Verdicts", _verdict_hint(result), tables.verdicts(result), wide=True),
