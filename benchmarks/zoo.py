@@ -128,6 +128,8 @@ def walk(name: str, file: str, steps: bool = False) -> dict[str, Any]:
         model, example = build(name, file)
     except ModuleNotFoundError as error:
         return {"status": "skipped", "message": str(error)}
+    except Exception as error:
+        return {"status": "error", "message": f"cannot be built: {type(error).__name__}: {error}"}
     row: dict[str, Any] = {"class": type(model).__name__, "parameters": sum(1 for _ in model.parameters())}
     try:
         blocks = BlockMap.of(model, example=example)
