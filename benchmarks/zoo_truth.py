@@ -87,7 +87,7 @@ def parse(truth: str) -> list[Part]:
         weight, _, roles = token.rpartition(":")
         right = frozenset(roles.split(","))
         if right - ROLES or not (weight or "1").isdecimal():
-            raise ValueError(f"{truth!r}: {token!r} is no part; roles are {', '.join(sorted(ROLES))}")
+            raise ValueError(f"truth {truth!r}: {token!r} is no part; roles are {', '.join(sorted(ROLES))}")
         parts.append((int(weight or 1), right))
     if not parts:
         raise ValueError("a truth is empty")
