@@ -180,11 +180,21 @@ def test_what_is_no_rule(written, rule, says):
         written(rule)
 
 
-def test_every_parameter_needs_a_rule_and_every_rule_a_parameter(written):
-    blocks = BlockMap(parts("q"))
-    assert zoo_truth.judge(blocks, written(["w", "q"], ["$shared"], shared=[["v", "v"]])) == []
-    with pytest.raises(ValueError, match=r"without a truth: \['w'\]; rules that no parameter takes: \['v'\]"):
-        zoo_truth.judge(blocks, written(["v", "q"]))
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ([["w", "q"], ["v", "q"]], r"without a truth: \[\]; rules that no parameter takes: \['v'\]"),
+        ([["w", "q"], ["*", "q"]], r"without a truth: \[\]; rules that no parameter takes: \['\*'\]"),
+        ([["$shared"]], r"without a truth: \['w'\]; rules that no parameter takes: \[\]"),
+    ],
+)
+def test_every_parameter_needs_a_rule_and_every_rule_a_parameter(written, rules, says):
+    with pytest.raises(ValueError, match=says):
+        zoo_truth.judge(BlockMap(parts("q")), written(*rules, shared=[["v", "v"]]))
+
+
+def test_shared_rules_may_match_no_parameter(written):
+    assert zoo_truth.judge(BlockMap(parts("q")), written(["w", "q"], ["$shared"], shared=[["v", "v"]])) == []
 
 
 # -- the runner --------------------------------------------------------------------------------------------------------
