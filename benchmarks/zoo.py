@@ -18,10 +18,12 @@ import importlib.metadata
 import json
 import logging
 import multiprocessing
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,10 @@ def main() -> int:
         parser.error(f"no model has {args.only} in its name; they are: {', '.join(known)}")
 
     result: dict[str, Any] = {"environment": environment() | {"packages": versions()}}
-    result["models"] = rows = dict(walked(chosen, args.steps, args.jobs))
+    result["models"] = rows = {}
+    for name, row in walked(chosen, args.steps, args.jobs):
+        rows[name] = row
+        print(f"{name}: {row['status']}", file=sys.stderr)
     result["summary"] = summary(rows)
     report(rows, result["summary"])
     strays = without_truth(set(chosen.values()))
@@ -157,10 +162,10 @@ def grouped(found: list[Judged]) -> list[dict[str, Any]]:
 
 def step(model: nn.Module, example: Any, blocks: BlockMap) -> dict[str, str]:
     """Steps of every optimizer, one after the other on the same weights; what failed, by optimizer."""
-    known = BlockMap.of(model, example=example, overrides=dict.fromkeys(blocks.unexplained, "other"))
+    # What dataflow leaves open counts as said, and no block has to be a head.
+    known = BlockMap(replace(segment, source=segment.source or "override") for segment in blocks)
     failed = {}
     for name in sharpwise.list_optimizers():
-        # What dataflow leaves open is named, and no block has to be a head.
         options = {"cut": "tensor"} if name == "adam-mini" and blocks.unexplained else {}
         try:
             optimizer = sharpwise.create_optimizer(model, name, lr=1e-4, blocks=known, **options)

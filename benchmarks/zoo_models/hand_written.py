@@ -324,6 +324,54 @@ class Parallel(nn.Module):
         return x + self.out(torch.cat([seen, up * F.silu(gate)], -1))
 
 
+class Linear(Attention):
+    """Linear attention: positive features in place of a softmax, keys and values multiplied first."""
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        q, k, v = F.elu(heads(self.q(x))) + 1, F.elu(heads(self.k(x))) + 1, heads(self.v(x))
+        return self.o(merged(q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT)))
+
+
+class Experts(nn.Module):
+    """Four stacked experts, all computed, weighed by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 4, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(4, WIDTH, 48) / 4)
+        self.out = nn.Parameter(torch.randn(4, 24, WIDTH) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.einsum("btd,edf->betf", x, self.gate_up).chunk(2, -1)
+        y = torch.einsum("betf,efd->betd", F.silu(gate) * up, self.out)
+        return torch.einsum("betd,bte->btd", y, self.router(x).softmax(-1))
+
+
+class Edges(Attention):
+    """A graph transformer: features of edges make a bias of the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.edge = nn.Linear(3, HEADS)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        bias = self.edge(edges).permute(0, 3, 1, 2)
+        return self.o(merged(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.attention, self.mlp, self.norm = Edges(), MLP(), nn.LayerNorm(WIDTH)
+
+    def forward(self, atoms: Tensor, edges: Tensor) -> Tensor:
+        x = self.embed(atoms)
+        x = x + self.attention(x, edges)
+        return self.head(self.norm(x + self.mlp(x)).sum(1))
+
+
 def _frames(model: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> Callable[[], tuple[nn.Module, Any]]:
     return lambda: (model(), tuple(torch.randn(2, *shape) for shape in shapes or ((6, 4),)))
 
@@ -348,4 +396,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "hand-written/codes": lambda: (Codes(), torch.randint(11, (2, 5, 3))),
     "hand-written/einsum": _frames(lambda: Encoder(lambda: Block(Einsum()))),
     "hand-written/parallel": _frames(lambda: Encoder(Parallel)),
+    "hand-written/linear": _frames(lambda: Encoder(lambda: Block(Linear()))),
+    "hand-written/experts": _frames(lambda: Encoder(lambda: Block(mlp=Experts()))),
+    "hand-written/graph": lambda: (Graph(), (torch.randint(7, (2, 5)), torch.randn(2, 5, 5, 3))),
 }
