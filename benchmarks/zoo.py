@@ -145,6 +145,7 @@ def walk(name: str, file: str, steps: bool = False) -> dict[str, Any]:
     except ValueError as error:
         return row | {"status": "error", "message": f"the truth of {name}: {error}"}
     wrong, other = (grouped([one for one in found if one.wrong is which]) for which in (True, False))
+    row["without_heads"] = collapse(headless(blocks))
     row |= {"status": "wrong" if wrong else "partly" if other else "complete", "wrong": wrong, "other": other}
     if steps:
         failed = step(model, example, blocks)
@@ -160,13 +161,18 @@ def grouped(found: list[Judged]) -> list[dict[str, Any]]:
     return [{"parameters": collapse(names), "truth": truth, "got": got} for (truth, got), names in groups.items()]
 
 
+def headless(blocks: BlockMap) -> list[str]:
+    """Matrices of queries and keys of which the map has no number of heads: Adam-mini asks for it."""
+    return [s.name for s in blocks if s.role in ("q", "k") and s.is_matrix and s.heads is None]
+
+
 def step(model: nn.Module, example: Any, blocks: BlockMap) -> dict[str, str]:
     """Steps of every optimizer, one after the other on the same weights; what failed, by optimizer."""
-    # What dataflow leaves open counts as said, and no block has to be a head.
+    # What dataflow leaves open counts as said, and no block has to be a head then.
     known = BlockMap(replace(segment, source=segment.source or "override") for segment in blocks)
     failed = {}
     for name in sharpwise.list_optimizers():
-        options = {"cut": "tensor"} if name == "adam-mini" and blocks.unexplained else {}
+        options = {"cut": "tensor"} if name == "adam-mini" and (blocks.unexplained or headless(blocks)) else {}
         try:
             optimizer = sharpwise.create_optimizer(model, name, lr=1e-4, blocks=known, **options)
             for _ in range(STEPS):
