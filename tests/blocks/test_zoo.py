@@ -233,6 +233,11 @@ def test_how_it_ends(monkeypatch, capsys, written, truth, status, ends):
     assert ("a/b: first.weight" in capsys.readouterr().out) == (ends == 1)
 
 
+@pytest.mark.parametrize(("heads", "listed"), [(None, ["w"]), (3, [])])
+def test_queries_without_heads_are_listed(heads, listed):
+    assert zoo.headless(BlockMap([Segment("w", (12, 4), role="q", heads=heads, source="trace")])) == listed
+
+
 @pytest.mark.slow
 def test_steps_of_every_optimizer(path):
     row = zoo.walk("hand-written/interleaved", "hand_written", steps=True)
