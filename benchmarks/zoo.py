@@ -122,7 +122,7 @@ def walked(chosen: Mapping[str, str], steps: bool, jobs: int) -> Iterator[tuple[
             gc.collect()
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, initializer=quiet, max_tasks_per_child=20) as pool:
+    with ProcessPoolExecutor(jobs, spawn, initializer=quiet) as pool:
         yield from zip(chosen, pool.map(walk, chosen, chosen.values(), [steps] * len(chosen)), strict=True)
 
 
