@@ -29,6 +29,18 @@ ENCODER_DECODER = {
     "decoder_ffn_dim": 48,
 }
 CODEC = {"num_filters": 8, "upsampling_ratios": [4, 2], "hidden_size": 16, "codebook_size": 16}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+SOUND_TOKENS = {"audio_token_index": 98, "audio_token_id": 98}
 
 MODELS = {
     "transformers/wav2vec2": tiny("Wav2Vec2ForCTC", SOUND, **SPEECH),
@@ -45,11 +57,7 @@ MODELS = {
         "Wav2Vec2ForCTC", SOUND, add_adapter=True, num_adapter_layers=1, output_hidden_size=24, **SPEECH
     ),
     "transformers/wav2vec2_conformer": tiny(
-        "Wav2Vec2ConformerForCTC",
-        SOUND,
-        position_embeddings_type="relative",
-        conv_depthwise_kernel_size=5,
-        **SPEECH,
+        "Wav2Vec2ConformerForCTC", SOUND, position_embeddings_type="relative", conv_depthwise_kernel_size=5, **SPEECH
     ),
     "transformers/wav2vec2_bert": tiny(
         "Wav2Vec2BertForCTC",
@@ -245,5 +253,65 @@ MODELS = {
         resblock_dilation_sizes=[[1, 3]],
         kernel_predictor_num_blocks=1,
         kernel_predictor_hidden_channels=8,
+    ),
+    "transformers/dac": tiny(
+        "DacModel",
+        {"input_values": noise(1, 1, 64)},
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 4],
+        decoder_hidden_size=16,
+        n_codebooks=2,
+        codebook_size=16,
+        codebook_dim=4,
+    ),
+    "transformers/qwen2_audio": tiny(
+        "Qwen2AudioForConditionalGeneration",
+        {
+            "input_ids": torch.tensor([[5] + [98] * 5 + [6, 7]]),
+            "input_features": noise(1, 16, 20),
+            "feature_attention_mask": torch.ones(1, 20, dtype=torch.long),
+        },
+        audio_config={
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": 16,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "max_source_positions": 10,
+        },
+        text_config=LLAMA | {"model_type": "qwen2"},
+        **SOUND_TOKENS,
+    ),
+    "transformers/granite_speech": tiny(
+        "GraniteSpeechForConditionalGeneration",
+        {"input_ids": torch.tensor([[5] + [98] * 2 + [6, 7]]), "input_features": noise(1, 10, 16)},
+        encoder_config={
+            "input_dim": 16,
+            "num_layers": 2,
+            "hidden_dim": 32,
+            "feedforward_mult": 2,
+            "num_heads": 4,
+            "dim_head": 8,
+            "output_dim": 12,
+            "context_size": 5,
+            "max_pos_emb": 8,
+            "conv_kernel_size": 3,
+            "conv_expansion_factor": 2,
+        },
+        projector_config={
+            "model_type": "blip_2_qformer",
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "encoder_hidden_size": 32,
+            "vocab_size": 99,
+        },
+        text_config=LLAMA,
+        window_size=10,
+        downsample_rate=5,
+        has_lora_adapter=False,
+        **SOUND_TOKENS,
     ),
 }

@@ -22,13 +22,7 @@ SWIN = {
     "window_size": 2,
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
-VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 64,
-    "patch_size": 16,
-}
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
 DETR = {
     "d_model": 32,
     "encoder_layers": 2,

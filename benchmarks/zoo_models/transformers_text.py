@@ -94,12 +94,7 @@ MODELS = {
         "ConvBertForMaskedLM", TYPED, embedding_size=16, head_ratio=2, conv_kernel_size=3, **BERT
     ),
     "transformers/mobilebert": tiny(
-        "MobileBertForMaskedLM",
-        TYPED,
-        embedding_size=16,
-        intra_bottleneck_size=16,
-        num_feedforward_networks=2,
-        **BERT,
+        "MobileBertForMaskedLM", TYPED, embedding_size=16, intra_bottleneck_size=16, num_feedforward_networks=2, **BERT
     ),
     "transformers/squeezebert": tiny("SqueezeBertForMaskedLM", TEXT, embedding_size=32, **BERT),
     "transformers/roformer": tiny("RoFormerForMaskedLM", TYPED, embedding_size=16, **BERT),

@@ -1,5 +1,6 @@
 """Models of images and videos: plain, hierarchical and convolutional backbones."""
 
+import torch
 from zoo_transformers import noise, tiny
 
 IMAGE = {"pixel_values": noise(2, 3, 32, 32)}
@@ -246,4 +247,37 @@ MODELS = {
         num_block_repeats=[1, 2],
         expand_ratios=[1, 2],
     ),
+    "transformers/aimv2": tiny("Aimv2VisionModel", IMAGE, **VIT),
+    "transformers/vjepa2": tiny(
+        "VJEPA2ForVideoClassification",
+        {"pixel_values_videos": noise(1, 4, 3, 32, 32)},
+        crop_size=32,
+        frames_per_clip=4,
+        patch_size=8,
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2.0,
+        pred_hidden_size=36,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
+        pred_num_mask_tokens=1,
+        num_pooler_layers=1,
+    ),
+    "transformers/pixtral": tiny(
+        "PixtralVisionModel", {"pixel_values": noise(1, 3, 32, 32), "image_sizes": torch.tensor([[32, 32]])}, **VIT
+    ),
+    "transformers/hgnet_v2": tiny(
+        "HGNetV2ForImageClassification",
+        IMAGE,
+        stem_channels=[3, 8, 8],
+        hidden_sizes=[16] * 4,
+        depths=[1] * 4,
+        stage_in_channels=[8, 16, 16, 16],
+        stage_mid_channels=[8] * 4,
+        stage_out_channels=[16] * 4,
+        stage_num_blocks=[1] * 4,
+        stage_numb_of_layers=[2] * 4,
+    ),
+    "transformers/textnet": tiny("TextNetForImageClassification", IMAGE, stem_out_channels=8, hidden_sizes=[8] * 5),
 }
