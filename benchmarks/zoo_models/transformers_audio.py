@@ -229,7 +229,7 @@ MODELS = {
         speech_decoder_postnet_layers=2,
     ),
     "transformers/encodec": tiny(
-        "EncodecModel", {"input_values": noise(1, 1, 32)}, target_bandwidths=[8000.0], **CODEC
+        "EncodecModel", {"input_values": noise(1, 1, 16)}, target_bandwidths=[8000.0], **CODEC
     ),
     "transformers/musicgen": tiny(
         "MusicgenForCausalLM",
