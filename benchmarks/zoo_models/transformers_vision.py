@@ -1,7 +1,9 @@
 """Models of images and videos: plain, hierarchical and convolutional backbones."""
 
+from collections.abc import Callable
+
 import torch
-from zoo_transformers import noise, tiny
+from zoo_transformers import Built, noise, tiny
 
 IMAGE = {"pixel_values": noise(2, 3, 32, 32)}
 VIDEO = {"pixel_values": noise(1, 4, 3, 32, 32)}
@@ -25,6 +27,17 @@ PYRAMID = {
     "num_attention_heads": [2, 4],
     "mlp_ratios": [2, 2],
 }
+
+
+def training(build: Callable[[], Built]) -> Callable[[], Built]:
+    """The same in training mode, for a model that in evaluation keeps a graph from one forward to the next."""
+
+    def build_for_training() -> Built:
+        model, example = build()
+        return model.train(), example
+
+    return build_for_training
+
 
 MODELS = {
     "transformers/vit": tiny("ViTForImageClassification", IMAGE, **VIT),
@@ -150,14 +163,16 @@ MODELS = {
         num_attention_heads=[2, 4],
         mlp_ratios=[2, 2],
     ),
-    "transformers/levit": tiny(
-        "LevitForImageClassificationWithTeacher",
-        {"pixel_values": noise(2, 3, 64, 64)},
-        image_size=64,
-        hidden_sizes=[16, 24, 32],
-        num_attention_heads=[2, 3, 4],
-        depths=[2, 1, 1],
-        key_dim=[8, 8, 8],
+    "transformers/levit": training(
+        tiny(
+            "LevitForImageClassificationWithTeacher",
+            {"pixel_values": noise(2, 3, 64, 64)},
+            image_size=64,
+            hidden_sizes=[16, 24, 32],
+            num_attention_heads=[2, 3, 4],
+            depths=[2, 1, 1],
+            key_dim=[8, 8, 8],
+        )
     ),
     "transformers/cvt": tiny(
         "CvtForImageClassification",
