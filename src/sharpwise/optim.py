@@ -350,6 +350,9 @@ OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
 def list_optimizers(pattern: str = "*") -> list[str]:
     """Names that `create_optimizer` takes, by glob.
 
+    Args:
+        pattern: with `*` and `?`, as file names have them.
+
     >>> list_optimizers("adam*")
     ['adam-mini', 'adamw', 'adamw-8bit']
     """

@@ -36,7 +36,13 @@ Make = Callable[..., BlockOptimizer]
 
 
 class TinyGPT(nn.Module):
-    """Parameters of a two-layer transformer under nanoGPT's names: fused qkv, tied head, a frozen and an empty one."""
+    """Parameters of a two-layer transformer under nanoGPT's names: fused qkv, tied head, a frozen and an empty one.
+
+    Args:
+        width: of the residual stream.
+        heads: of attention, a divisor of it.
+        vocabulary: tokens.
+    """
 
     def __init__(self, width: int = 16, heads: int = 2, vocabulary: int = 11) -> None:
         super().__init__()
@@ -67,21 +73,38 @@ def _linear(**sizes: tuple[int, int]) -> nn.ModuleDict:
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A TinyGPT with weights of a seed, the global random state left alone."""
+    """A TinyGPT with weights of a seed, the global random state left alone.
+
+    Args:
+        dtype: of the parameters.
+        seed: of the weights.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TinyGPT().to(dtype)
 
 
 def fill_gradients(model: nn.Module, step: int, skip: Sequence[str] = ()) -> None:
-    """Gradients that depend on (parameter, step) alone, as recorded ones do."""
+    """Gradients that depend on (parameter, step) alone, as recorded ones do.
+
+    Args:
+        model: gets them.
+        step: its number.
+        skip: names of parameters that get none.
+    """
     for i, (name, p) in enumerate(model.named_parameters()):
         generator = torch.Generator("cpu").manual_seed(1000 * step + i)
         p.grad = None if name in skip else torch.randn(p.shape, generator=generator, **_PLACE).to(p.dtype) * 0.1
 
 
 def run(model: nn.Module, optimizer: BlockOptimizer, steps: Sequence[int], skip: Sequence[str] = ()) -> None:
-    """Steps with the gradients of these step numbers."""
+    """Steps with the gradients of these step numbers.
+
+    Args:
+        model, optimizer: what is stepped.
+        steps: numbers of the steps.
+        skip: names of parameters without a gradient.
+    """
     for step in steps:
         fill_gradients(model, step, skip)
         optimizer.step()
@@ -336,7 +359,12 @@ def check_block_lr(block_lr: BlockLR) -> None:
 
 
 def check_measured(block_lr: BlockLR, steps: int = 8) -> None:
-    """Multipliers that follow a measurement are finite, positive and the same after a resume at any step."""
+    """Multipliers that follow a measurement are finite, positive and the same after a resume at any step.
+
+    Args:
+        block_lr: one that measures.
+        steps: how many are taken.
+    """
     model = tiny_model()
     optimizer = create_optimizer(model, "adamw", lr=1e-3, block_lr=block_lr)
     saved, seen = [], []

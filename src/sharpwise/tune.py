@@ -46,10 +46,10 @@ def roles(
 ) -> Tuned:
     """The factors on the learning rate that the block types of a model want, by a search around the best uniform rate.
 
-    The same as `sharpwise compare OPTIMIZER --tune roles` (docs/compare.md). The learning rate is tuned first. Then a
-    step multiplies the factor of one type by 2 or 1/2, later by the root of 2 or its inverse; it is taken if it ends
-    lower with both of two seeds. In the end the factors and the uniform rate train on fresh seeds. Called again, or
-    after it was stopped, it goes on where it was.
+    The same as `sharpwise compare OPTIMIZER --tune roles`. The learning rate is tuned first. Then a step multiplies the
+    factor of one type by 2 or 1/2, later by the root of 2 or its inverse; it is taken if it ends lower with both of two
+    seeds. In the end the factors and the uniform rate train on fresh seeds. Called again, or after it was stopped, it
+    goes on where it was.
 
     Args:
         optimizer: an arm without a block_lr, such as "adamw" or "muon".

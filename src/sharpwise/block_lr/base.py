@@ -101,7 +101,11 @@ class BlockLR:
 
 @dataclass(frozen=True)
 class MeasuredLR(BlockLR):
-    """Base of block_lrs that need a measurement; as long as there is none, multipliers are 1."""
+    """Base of block_lrs that need a measurement; as long as there is none, multipliers are 1.
+
+    Args:
+        decay: "scaled" with the multiplier, as lr is, or "base", without it.
+    """
 
     @property
     def measures(self) -> Source:

@@ -100,6 +100,10 @@ class Spectrum:
 def alpha_hill(eigenvalues: Tensor, convention: Convention = "hill") -> float | None:
     """PL_Alpha_Hill of eigenvalues >= 0, ascending [n].
 
+    Args:
+        eigenvalues: >= 0, ascending [n].
+        convention: "hill", as above, or "published", which counts the threshold among those above it.
+
     Returns:
         alpha > 1; infinite where those of the upper half are all alike; None where it is not defined: for n < 2, values
         that are not finite, and lambda_{n-k} = 0.
@@ -120,6 +124,10 @@ def alpha_hill(eigenvalues: Tensor, convention: Convention = "hill") -> float | 
 @lru_cache(maxsize=1024)
 def alpha_of_random(rows: int, columns: int, convention: Convention = "hill") -> float:
     """What `alpha_hill` gives, on average, for a matrix of independent entries of one variance, to about 0.01.
+
+    Args:
+        rows, columns: sides of the matrix, 2 or more.
+        convention: as of `alpha_hill`.
 
     Raises:
         ValueError: a side below 2 has no alpha.

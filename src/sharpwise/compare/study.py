@@ -7,8 +7,9 @@ from typing import Any
 
 from sharpwise.arms import arm_name
 from sharpwise.block_lr import Ablation, make_block_lr
+from sharpwise.compare.keys import ARM_KEYS, STUDY_KEYS
 from sharpwise.compare.rates import middle_rate
-from sharpwise.compare.role_search import BLOCK_LR, KEYS, SEEDS, Roles, Search, read_roles, uniform
+from sharpwise.compare.role_search import BLOCK_LR, SEEDS, Roles, Search, read_roles, uniform
 from sharpwise.compare.trial import Losses, Setting, Trial
 from sharpwise.compare.tuning import HORIZONS, Space, chosen, needed, next_of_arm, searched, tried
 from sharpwise.hints import nearest
@@ -19,11 +20,6 @@ from sharpwise.train.config_file import make_config, set_keys
 TOKENS_PER_PARAMETER = 20  # Training Compute-Optimal Large Language Models, arXiv 2203.15556
 FEWEST_STEPS = 50  # a shorter run says nothing about an optimizer: that is not much more than its warm-up
 ABLATIONS = ("mean_matched", "reversed", "shuffled")
-_KEYS = (
-    "name", "arms", "baseline", "seeds", "tokens", "ratio", "margin", "ablations", "run", "lrs", "search", "settings",
-    "most", "horizons",
-)  # fmt: skip
-_ARM_KEYS = ("name", "lrs", "search", "settings", "setting_of", "tune", *KEYS)
 # What `run` may not say, as every run has its own; the same for arms, which differ in nothing but the optimizer and its
 # schedule: another model, text, batch or number of steps would be another comparison.
 _OWN = {
@@ -166,19 +162,14 @@ def make_study(given: Mapping[str, Any]) -> Study:
     """The study that is meant.
 
     Args:
-        given: as TOML gives it: `arms` (names, or tables by name with `lrs`, `settings`, `search`, or `setting_of`
-            another arm, and `name` of the optimizer where the arm is called otherwise; `tune = "roles"` for searched
-            factors per block type, with `runs` at most and `types`), `run` (what all runs share, as for `sharpwise
-            train`), `baseline` (the first arm), `seeds` (3), `tokens` or `ratio` (of 20 tokens per
-            parameter outside the embeddings), `margin`, `ablations`; `lrs`, `settings` and `search` for all arms;
-            `most` learning rates of an arm (7), `horizons` of the baseline (0.5 and 2).
+        given: as TOML gives it, with the keys of `STUDY_KEYS` and, for an arm that is a table, of `ARM_KEYS`.
 
     Raises:
         ValueError: what cannot be meant, or an arm that cannot be built.
     """
     for key in given:
-        if key not in _KEYS:
-            raise ValueError(f"a study has no {key!r}{nearest(key, _KEYS)}; it has {', '.join(_KEYS)}")
+        if key not in STUDY_KEYS:
+            raise ValueError(f"a study has no {key!r}{nearest(key, STUDY_KEYS)}; it has {', '.join(STUDY_KEYS)}")
     named = given.get("arms", ())
     tables = dict(named) if isinstance(named, Mapping) else {name: {} for name in _unique(named)}
     for name, table in tables.items():
@@ -232,9 +223,9 @@ def _budget_of(given: Mapping[str, Any]) -> tuple[int | None, float | None]:
 def _make_arm(name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> Arm:
     """An arm by itself; that its `setting_of` is another one shows when all are known."""
     for key in table:
-        if key not in _ARM_KEYS:
-            allowed = ", ".join(_ARM_KEYS)
-            raise ValueError(f"arm {name!r} has no {key!r}{nearest(key, _ARM_KEYS)}; it may have {allowed}")
+        if key not in ARM_KEYS:
+            allowed = ", ".join(ARM_KEYS)
+            raise ValueError(f"arm {name!r} has no {key!r}{nearest(key, ARM_KEYS)}; it may have {allowed}")
     optimizer = parse_optimizer(table.get("name", name))
     settings = {**_table(given, "settings"), **_table(table, "settings", f"arm {name!r}: ")}
     middle = middle_rate(optimizer, settings) / (3 if optimizer.get("block_lr") else 1)

@@ -17,7 +17,11 @@ from sharpwise.controls.base import Control, Over, Sums
 
 @dataclass(frozen=True)
 class RMSClip(Control):
-    """The update of no matrix has a root mean square above `limit`, in units of the learning rate."""
+    """The update of no matrix has a root mean square above `limit`, in units of the learning rate.
+
+    Args:
+        limit: the largest root mean square, above 0.
+    """
 
     limit: float = 1.0
 

@@ -44,6 +44,18 @@ class BlockOptimizer(KnownOptions, Optimizer):
     arguments; this class adds nothing but the machinery.
 
     State is allocated together at the first of `step`, `state_dict`, `load_state_dict`, `init_state`.
+
+    Args:
+        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        rule: where to go.
+        lr, weight_decay: of groups that do not say their own.
+        options: block_lr, control, storage, clipping and all else that any rule may have.
+        blocks: a BlockMap, or overrides by glob.
+        model: that the tensors of `first` belong to.
+        strict: raise where a parameter is not explained, even if nothing depends on it.
+        no_decay: roles without weight decay, and "bias".
+        process_group: processes that hold the same plain parameters, and share the work of whole matrices.
+        who: the name that messages begin with.
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # what torch.amp.GradScaler asks

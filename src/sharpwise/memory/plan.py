@@ -38,8 +38,9 @@ class Planned:
     """An optimizer with a storage, on one process.
 
     Attributes:
-        state: bytes, exact; by_role: the same by role of the parameters.
-        moved: bytes that a step reads and writes; sent: that it sends to others.
+        optimizer, storage: their names.
+        state, by_role: bytes, exact, of all and by role of the parameters.
+        moved, sent: bytes that a step reads and writes, and that it sends to others.
         refused: why the model cannot have it; then there is nothing else.
     """
 
@@ -155,7 +156,7 @@ def plan(
     Args:
         model: on any device, `meta` too; it is left as it was, and nothing of its size is allocated.
         name: for the title.
-        processes: how many train it together; `shard`: one of `SHARDS`, how they share it; rank: which one is meant;
+        processes: how many train it together; shard: one of `SHARDS`, how they share it; rank: which one is meant;
             the first holds the most.
         precision: one of `PRECISIONS`; None: parameters as they are, and the arithmetic in their type.
         context: tokens of a sequence; None for the model's maximum, at most 4096. micro_batch: sequences of a pass.

@@ -29,6 +29,10 @@ def parse_size(text: str) -> int:
 def size_text(count: float | None, digits: int = 2) -> str:
     """A number of bytes with its unit, a dash for None.
 
+    Args:
+        count: of bytes.
+        digits: behind the point.
+
     >>> size_text(24), size_text(5_803_122_688), size_text(498_606_080, 1), size_text(None)
     ('24 B', '5.40 GiB', '475.5 MiB', '-')
     """

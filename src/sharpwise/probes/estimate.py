@@ -45,7 +45,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a measurement took: seconds, and gradients' worth of passes over the model."""
+    """What a measurement took: seconds, and gradients' worth of passes over the model.
+
+    Args:
+        seconds: of wall-clock time.
+        gradients: passes forward and backward, as many as take so long.
+    """
 
     seconds: float = 0.0
     gradients: float = 0.0

@@ -46,6 +46,7 @@ def trace(matrix: Operator, *, samples: int = 30, rtol: float | None = None, see
         matrix: a `Curvature`.
         samples: Rademacher vectors, one product each; with `rtol` at most.
         rtol: stop as soon as the trace of all is known to this relative error, after ten vectors at least.
+        seed: of the random vectors.
 
     Returns:
         Quantity "trace", sums of eigenvalues; divided by `elements` they compare with `sharpness`.
@@ -65,7 +66,8 @@ def trace(matrix: Operator, *, samples: int = 30, rtol: float | None = None, see
 def frobenius(matrix: Operator, *, samples: int = 30, rtol: float | None = None, seed: int = 0) -> Measurement:
     """Frobenius norm of the matrix, and of its rows by segment, layer, type and role (all columns of the selection).
 
-    Arguments and errors are those of `trace`.
+    Args:
+        matrix, samples, rtol, seed: as `trace` takes them; it raises the same errors.
     """
     run = _Run("frobenius", matrix, samples, rtol, seed, of="root")
     for _, av in run.products():
@@ -95,6 +97,7 @@ def diagonal(matrix: Operator, *, samples: int = 100, rtol: float | None = None,
         matrix: a `Curvature`.
         samples: Rademacher vectors, one product each; with `rtol` at most.
         rtol: stop as soon as |errors| / |diagonal|, as Euclidean norms, is at most this, after ten vectors at least.
+        seed: of the random vectors.
 
     Returns:
         Quantity "mean diagonal", and the tensors. It holds two vectors as long as the selection.
@@ -144,6 +147,7 @@ def norm_11(
         rtol: stop as soon as the mean over all rows is known to this relative error; tested every ten vectors.
         rows: keep so many rows of each segment, chosen at random, the uncertainty of which is in the error; None keeps
             all. It holds `samples` numbers per row.
+        seed: of the random vectors.
 
     Returns:
         Quantity "norm_11 / d": the mean of |A_i|_1 over the rows of a block, the columns being those of the selection.

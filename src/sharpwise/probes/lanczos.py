@@ -116,6 +116,7 @@ def eigenvalues(
         which: "largest", "smallest" (most negative), "both", or "magnitude" (k in all).
         rtol: stop as soon as every residual bound is at most this part of the largest absolute eigenvalue.
         steps: products at most; as many vectors as long as the selection are held, and two products per value follow.
+        seed: of the random vectors.
 
     Returns:
         Quantity "eigenvalue" of "largest 1", "largest 2", ..., "smallest 1", ...; the error is the norm of the residual
@@ -262,6 +263,7 @@ def density(
             spectrum is about its range over `steps`, at its ends better.
         rtol: stop as soon as the half width of the curve's interval, integrated, is at most this; after ten vectors
             at least.
+        seed: of the random vectors.
 
     Returns:
         Quantities "mean eigenvalue", "root mean square eigenvalue" and, of a Hessian, "share of negative eigenvalues",

@@ -269,7 +269,7 @@ class AdaPM(Rule):
         rank: r of the factors.
         momentum: pairs of a role and its momentum, where it is not that of `BY_ROLE`.
         debias: c; None for 1 / (1-b1).
-        second_moment: "element" (Adam's) or "block" (Adam-mini's).
+        kept_by: second moments by "element" (Adam's) or "block" (Adam-mini's).
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

@@ -42,7 +42,9 @@ class Dense(Format):
 
 
 FP32 = Dense("fp32", torch.float32)
+"""One fp32 number per element: what optimizers keep unless told otherwise."""
 BF16 = Dense("bf16", torch.bfloat16)
+"""One bf16 number per element, rounded to nearest or stochastically."""
 
 
 def mix(x: Any) -> Any:

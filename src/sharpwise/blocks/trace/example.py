@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
+"""A batch for the model: a tensor, arguments by place, or by name."""
 TOKENS = 8
 _CONTAINERS = (list, dict, set)
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import chain
 
 END_OF_TEXT = "<|endoftext|>"
+"""Separates documents: a line of a text file, and a token."""
 LONGEST = 32 * 2**20  # characters; a text file without marks is cut into documents of this length
 _MARK = re.compile(rf"\n{re.escape(END_OF_TEXT)}(?=\n)")
 
@@ -16,7 +17,10 @@ _MARK = re.compile(rf"\n{re.escape(END_OF_TEXT)}(?=\n)")
 class Document:
     """A piece of text that is never divided between training and validation.
 
-    `whole` is False for a part of a text longer than `LONGEST`; such a part may be divided.
+    Args:
+        name: where it is from.
+        text: the piece.
+        whole: False for a part of a text longer than `LONGEST`; such a part may be divided.
     """
 
     name: str

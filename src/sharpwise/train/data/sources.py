@@ -61,6 +61,10 @@ class Source(Protocol):
 def find_source(spec: str | Path, field: str = "text") -> Source:
     """What a name means: `stdlib`, a data set of `hub.NAMES`, `hub:owner/name[:config]`, or else a path.
 
+    Args:
+        spec: such a name, or a path.
+        field: of a JSON object or parquet row that holds the text.
+
     Raises:
         ValueError: there is no such name and no such path.
     """

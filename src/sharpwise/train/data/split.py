@@ -9,6 +9,10 @@ def split_documents(documents: list[Document], share: float = 0.05) -> tuple[lis
     Validation gets whole documents until it has `share` of the characters, and never more than twice that while a
     smaller document is left. A single document is cut at the line nearest to the end of its first `1 - share`.
 
+    Args:
+        documents: all there are.
+        share: of the characters, for validation, above 0 and below 1.
+
     >>> train, validation = split_documents([Document(str(i), "text" * 9) for i in range(20)])
     >>> len(train), len(validation)
     (19, 1)
