@@ -16,11 +16,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format types package bench bench-gpu clean FORCE
+.PHONY: help demo test test-all docs lint format types package bench bench-gpu clean FORCE
 
 help:
 	@echo 'make demo      compare three optimizers on a small transformer, write one HTML page'
 	@echo 'make test      the tests; `make test-all` adds the slow ones'
+	@echo 'make docs      the documentation, into build/docs; its examples are run, its links checked'
 	@echo 'make lint      ruff check and format --check, figures of the documents; `make format` applies both'
 	@echo 'make types     mypy'
 	@echo 'make package   build wheel and sdist, install the wheel elsewhere and take a step with it'
@@ -37,6 +38,11 @@ test: $(VENV)/dev
 
 test-all: $(VENV)/dev
 	$(PYTEST)
+
+# Warnings are errors. -E: what the pages say depends on the code, which Sphinx does not follow.
+docs: $(VENV)/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -EWnq --keep-going -b html -d build/doctrees docs build/docs
+	@echo 'Open build/docs/index.html.'
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -94,8 +100,8 @@ else
 endif
 	@if $(BIN)/python -m pip show -q triton > /dev/null 2>&1; then sed -i.bak '/^triton==/d' $@; fi
 
-# Two stamps in one environment: the demo must not wait for the tools of the tests.
-$(VENV)/compare $(VENV)/dev: $(VENV)/%: $(CONSTRAINTS) pyproject.toml
+# Stamps in one environment: the demo must not wait for the tools of the tests.
+$(VENV)/compare $(VENV)/dev $(VENV)/docs: $(VENV)/%: $(CONSTRAINTS) pyproject.toml
 	@$(PIP) -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
 

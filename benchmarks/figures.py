@@ -3,7 +3,7 @@
     python benchmarks/figures.py               fails where a document does not say what the files say
     python benchmarks/figures.py --unchecked   also lists the numbers that no sentence below reaches
 
-A document has a function in `figures_readme.py`, `figures_docs.py`, which yields its sentences with the figures read
+A document has a function in `figures_results.py` or `figures_docs.py`, which yields its sentences with the figures read
 from the files. Each has to be in the document, word for word; where lines break is free. Who adds a figure that a
 command has made commits what it made, and yields the sentence that tells it.
 """
@@ -28,17 +28,21 @@ from figures_docs import (
     muon,
     storage,
 )
-from figures_readme import readme
+from figures_results import blocks, choose, readme, speed, where
 
 ROOT = Path(__file__).parents[1]
 Load = Callable[[str], Any]
 DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "README.md": readme,
-    "docs/block_lr.md": block_lr,
-    "docs/muon.md": muon,
-    "docs/storage.md": storage,
-    "docs/distributed.md": distributed,
-    "docs/measure.md": measure,
+    "docs/choose.md": choose,
+    "docs/concepts/blocks.md": blocks,
+    "docs/concepts/block_lr.md": block_lr,
+    "docs/concepts/storage.md": storage,
+    "docs/guides/distributed.md": distributed,
+    "docs/guides/measure.md": measure,
+    "docs/methods/muon.md": muon,
+    "docs/results/speed.md": speed,
+    "docs/results/where.md": where,
     "src/sharpwise/compare/speedup.py": coverage_of_speedup,
     "src/sharpwise/probes/monte_carlo.py": coverage_of_draws,
     "src/sharpwise/probes/products.py": kept_graph,

@@ -63,7 +63,7 @@ def row(one: dict[str, Any], verdict: str) -> str:
     return f"{mean} ({interval}) | {verdict} |"
 
 
-# --- docs/muon.md ----------------------------------------------------------------------------------------------------
+# --- docs/methods/muon.md --------------------------------------------------------------------------------------------
 
 
 def muon(load: Load) -> Iterator[str]:
@@ -93,7 +93,7 @@ def muon(load: Load) -> Iterator[str]:
         yield f"| {shape['layers']} layers of width {shape['width']} | {cells} |"
 
 
-# --- docs/storage.md -------------------------------------------------------------------------------------------------
+# --- docs/concepts/storage.md ----------------------------------------------------------------------------------------
 
 
 def storage(load: Load) -> Iterator[str]:
@@ -125,7 +125,7 @@ def storage(load: Load) -> Iterator[str]:
     yield f"{study['budget']['tokens_per_parameter']:.1f} tokens per parameter"
 
 
-# --- docs/block_lr.md ------------------------------------------------------------------------------------------------
+# --- docs/concepts/block_lr.md ---------------------------------------------------------------------------------------
 
 
 def block_lr(load: Load) -> Iterator[str]:
@@ -265,7 +265,7 @@ def lrs(study: dict[str, Any]) -> list[float]:
     return sorted(trial["lr"] for trial in by_name(study, "adamw")["tuning"])
 
 
-# --- docs/measure.md -------------------------------------------------------------------------------------------------
+# --- docs/guides/measure.md ------------------------------------------------------------------------------------------
 
 
 def measure(load: Load) -> Iterator[str]:
@@ -360,7 +360,7 @@ def _text(one: dict[str, Any]) -> str:
     return json.dumps(one)
 
 
-# --- docs/distributed.md ---------------------------------------------------------------------------------------------
+# --- docs/guides/distributed.md --------------------------------------------------------------------------------------
 
 
 def distributed(load: Load) -> Iterator[str]:

@@ -18,7 +18,7 @@ def figures(monkeypatch):
     import figures
 
     yield figures
-    for name in ("figures", "figures_docs", "figures_readme"):
+    for name in ("figures", "figures_docs", "figures_results"):
         sys.modules.pop(name)
 
 
@@ -49,10 +49,11 @@ def test_documents_say_what_the_files_say(figures):
     ("document", "old", "new"),
     [
         ("README.md", "0.077 nats below", "0.078 nats below"),
-        ("README.md", "| 475.5 |", "| 475.6 |"),
-        ("README.md", "took 0.79,", "took 0.78,"),
-        ("docs/measure.md", "qk=4.5", "qk=4.6"),
-        ("docs/block_lr.md", "(p 0.056)", "(p 0.055)"),
+        ("docs/results/speed.md", "| 475.5 |", "| 475.6 |"),
+        ("docs/results/speed.md", "took 0.79,", "took 0.78,"),
+        ("docs/choose.md", "was 0.0018 without", "was 0.0019 without"),
+        ("docs/guides/measure.md", "qk=4.5", "qk=4.6"),
+        ("docs/concepts/block_lr.md", "(p 0.056)", "(p 0.055)"),
     ],
 )
 def test_a_figure_that_is_changed_in_a_document_is_noticed(figures, copied, document, old, new):
@@ -98,6 +99,6 @@ def _changed(value, rng):
 
 
 def test_numbers_without_a_source_are_listed(figures):
-    listed = dict(figures.unchecked("README.md"))
-    assert "Adam-mini between 0.001 nats below" in listed["0.001"]
-    assert "0.077" not in listed and "2304" not in listed  # checked, and part of a block of code
+    listed = dict(figures.unchecked("docs/choose.md"))
+    assert "0.001 nats below" in listed["0.001"]
+    assert "0.0018" not in listed and "7.2" not in listed  # checked, and part of a block of code

@@ -15,7 +15,7 @@ from sharpwise.blocks.trace import trace
 from sharpwise.cli.main import create_app
 from sharpwise.train.models import load_model
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "blocks.md"
 
 MODELS = """
 import torch
@@ -345,8 +345,8 @@ def test_errors_are_one_message_on_stderr(arguments: list[str], message: str) ->
     assert printed.count("\n") == 1
 
 
-def test_the_readme_shows_what_is_printed() -> None:
-    shown = re.findall(r"^\$ sharpwise blocks (.+)\n((?:(?!\$ |```).*\n)*)", README.read_text(), re.M)
+def test_the_page_of_blocks_shows_what_is_printed() -> None:
+    shown = re.findall(r"^\$ sharpwise blocks (.+)\n((?:(?!\$ |```).*\n)*)", PAGE.read_text(), re.M)
     assert len(shown) >= 3
     for command, expected in shown:
         arguments, pipe, tail = command.partition(" | ")

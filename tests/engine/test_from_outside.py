@@ -1,6 +1,6 @@
 """A rule, a format, a control and a back end of a user's: each a class, and the engine takes it.
 
-The classes stand in CONTRIBUTING.md as they stand here, which a test holds.
+The classes stand in docs/guides/own_rule.md as they stand here, which a test holds.
 """
 
 import copy
@@ -92,7 +92,7 @@ class PlainSGD(Backend):
 
 @pytest.mark.parametrize("kind", [Signum, Log8, Relative, PlainSGD])
 def test_it_stands_in_the_guide_as_it_is_here(kind):
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "own_rule.md").read_text(encoding="utf-8")
     assert inspect.getsource(kind) in text
 
 

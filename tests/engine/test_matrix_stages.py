@@ -90,7 +90,7 @@ OPTIONS = {
 @needs_compiler
 @pytest.mark.parametrize("options", OPTIONS)
 def test_kernels_are_the_reference(options):
-    """Orthogonal factors are found in batches, or one by one: they agree to 3e-5 (docs/muon.md), and move by lr."""
+    """Orthogonal factors are found in batches, or one by one: they agree to 3e-5, and move by lr."""
     one, two = (trained(compile, **OPTIONS[options]) for compile in (None, False))
     for name, mine, other in pairs(one, two):
         bound = 1e-4 if "row_second" in name else 1e-6

@@ -1,11 +1,12 @@
-"""The sentences of the README whose figures come from committed files; see `figures.py`."""
+"""The sentences of the README, the first pages and the results whose figures are committed; see `figures.py`."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from figures_docs import compared, difference, seeds_apart, span
+from figures_docs import by_name, compared, span
 
-ARMS = [  # of the README's table: how it is written, and the arm
+Load = Callable[[str], Any]
+ARMS = [  # of the table of steps: how it is written, and the arm
     ("torch AdamW, fused", "torch AdamW fused"),
     ("torch AdamW, foreach", "torch AdamW foreach"),
     ("`sharpwise.AdamW`", "sharpwise AdamW"),
@@ -26,12 +27,42 @@ SMALL = [  # the columns of the table of small models
 ]
 
 
-def readme(load: Callable[[str], Any]) -> Iterator[str]:
-    yield from of_blocks(load("benchmarks/results/architectures.json"))
-    yield from of_studies(load("recipes/blockwise_lr/result.json"))
-    yield from of_plain_adam_mini(load("recipes/adam_mini/result.json"))
-    yield from of_steps(load("benchmarks/results/step_time.json"))
+def readme(load: Load) -> Iterator[str]:
+    sizes = load("benchmarks/results/state_bytes.json")["bytes"]["GPT-2 124M"]
+    yield (
+        f"On GPT-2 124M this holds {mib(sizes['AdamMini'])} MiB of optimizer state instead of {mib(sizes['AdamW'])} MiB"
+    )
+    study = load("recipes/blockwise_lr/result.json")
+    fixed = compared(study)["adamw+blockwise"]
+    yield (
+        f"a GPT-2 of {study['model']['non_embedding_parameters'] / 1e6:.1f}M parameters, "
+        f"{study['budget']['tokens_per_parameter']:.1f} tokens per parameter, every learning rate tuned; AdamW with "
+        f"`BlockwiseLR` ended {-fixed['mean']:.3f} nats below AdamW (95% interval {-fixed['high']:.3f} to "
+        f"{-fixed['low']:.3f}, {len(study['seeds'])} seeds)."
+    )
+
+
+def choose(load: Load) -> Iterator[str]:
+    study = load("recipes/muon/result.json")
+    yield f"its best was {best(study, 'muon')} where AdamW's was {best(study, 'adamw')}."
+    study = load("recipes/blockwise_lr/result.json")
+    yield (f"the best learning rate was {best(study, 'adamw')} without and {best(study, 'adamw+blockwise')} with it.")
+
+
+def best(study: dict[str, Any], arm: str) -> str:
+    """The learning rate that tuning chose."""
+    return f"{by_name(study, arm)['setting']['optimizer.lr']:g}"
+
+
+def where(load: Load) -> Iterator[str]:
     yield from of_versions(load("benchmarks/results/versions.json"))
+    names = "adam_mini/result blockwise_lr/result int8/adamw int8/muon llr/result muon/result sgd_sai/gpt sgd_sai/vit"
+    longest = max(load(f"recipes/{name}.json")["budget"]["tokens_per_parameter"] for name in names.split())
+    yield f"Anything longer than {longest:.1f} tokens per parameter outside the embeddings."
+
+
+def speed(load: Load) -> Iterator[str]:
+    yield from of_steps(load("benchmarks/results/step_time.json"))
     meshes = load("benchmarks/results/distributed.json")
     mini = {mesh: next(row for row in rows if row["arm"] == "Adam-mini") for mesh, rows in meshes["meshes"].items()}
     fsdp, tp = mini["fsdp"], mini["tensor parallel"]
@@ -64,7 +95,8 @@ def of_versions(found: list[dict[str, Any]]) -> Iterator[str]:
     )
 
 
-def of_blocks(found: dict[str, Any]) -> Iterator[str]:
+def blocks(load: Load) -> Iterator[str]:
+    found = load("benchmarks/results/architectures.json")
     seconds, decoders = found["seconds"], found["summary"]["by_kind"]["decoder"]
     version = found["environment"]["versions"]["transformers"].rpartition(".")[0]
     gpt2, llama = seconds["gpt2 on cpu"], seconds["llama-3-8b on meta"]
@@ -73,40 +105,6 @@ def of_blocks(found: dict[str, Any]) -> Iterator[str]:
         f"Of the {decoders['types']} decoder-only architectures that transformers {version} lists as causal language "
         f"models it maps {decoders['complete']} completely and {decoders['with other']} with parameters of role "
         f"`other`; {decoders['not built']} cannot be built here"
-    )
-
-
-def of_plain_adam_mini(study: dict[str, Any]) -> Iterator[str]:
-    plain = compared(study)["adam-mini"]
-    assert plain["verdict"] == "undecided" and plain["low"] < 0 < plain["high"]
-    yield (
-        f"Plain Adam-mini, in `recipes/adam_mini` under the same settings, ended {plain['mean']:.3f} above AdamW, "
-        f"which is undecided too ({-plain['low']:.3f} below to {plain['high']:.3f} above)."
-    )
-
-
-def of_studies(study: dict[str, Any]) -> Iterator[str]:
-    arms, budget = compared(study), study["budget"]
-    blockwise, backwards, mini = (
-        arms[name] for name in ("adamw+blockwise", "adamw+reversed(blockwise)", "adam-mini+blockwise")
-    )
-    own = compared(study, "ablations")[("adamw+blockwise", "adamw+mean_matched(blockwise)")]
-    apart = seeds_apart(study, "adam-mini+blockwise", "adamw+blockwise")
-    assert min(apart.each) > 0
-    assert mini["verdict"] == "undecided" and mini["low"] < 0 < mini["high"]
-    assert all(len(arm["tuning"]) == 4 for arm in study["arms"]) and len(study["seeds"]) == 3
-    yield (
-        f"GPT-2 of {study['model']['non_embedding_parameters'] / 1e6:.1f}M parameters, "
-        f"{budget['tokens_per_parameter']:.1f} tokens per parameter, every learning rate tuned with four trials, 3 "
-        f"seeds. AdamW with `BlockwiseLR` ended {-blockwise['mean']:.3f} nats below AdamW (95% interval "
-        f"{-blockwise['high']:.3f} to {-blockwise['low']:.3f}) and {-own['mean']:.3f} ({-own['high']:.3f} to "
-        f"{-own['low']:.3f}) below AdamW with the same mean for every block; with the order of the ratios reversed "
-        f"it ended {difference(backwards, sign=False)[0]} above AdamW ({span(backwards, 3)})."
-    )
-    yield (
-        f"Adam-mini with `BlockwiseLR` ended {-mini['mean']:.3f} below AdamW, which 3 seeds cannot tell from chance "
-        f"({-mini['low']:.3f} below to {mini['high']:.3f} above), and {apart.mean:.3f} ({apart.low:.3f} to "
-        f"{apart.high:.3f}) above AdamW with `BlockwiseLR`, on all seeds."
     )
 
 
@@ -119,10 +117,6 @@ def of_steps(found: dict[str, Any]) -> Iterator[str]:
         f"{found['rounds']} rounds in each of {found['processes']} processes"
     )
     sizes = {name: mib(linear["arms"][name]["state_bytes"]) for _, name in ARMS}
-    yield (
-        f"On GPT-2 124M this holds {sizes['sharpwise AdamMini']} MiB of optimizer state instead of "
-        f"{sizes['sharpwise AdamW']} MiB"
-    )
     for written, name in ARMS:
         assert sizes[name] == mib(conv["arms"][name]["state_bytes"])
         cells = [

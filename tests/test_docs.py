@@ -1,0 +1,118 @@
+"""What the build of the documentation refuses: `make docs` fails where a page, an example or a link breaks."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BREAKS = {  # page: (what is there, what is put in its place, what the build says)
+    "start.md": ("lr=6e-4, weight_decay=0.1)", "lr=-1.0, weight_decay=0.1)", r"start:\d+: WARNING: the example fails"),
+    "choose.md": ("\n7.2\n", "\n7.3\n", r"choose.md:\d+: WARNING: the example fails"),
+    "design.md": (
+        "(concepts/engine.md)",
+        "(concepts/engin.md)",
+        "cross-reference target not found: 'concepts/engin.md'",
+    ),
+    "guides/switching.md": ("#checkpoints", "#checkpoint", "checkpoint"),
+    "concepts/block_lr.md": (
+        "`sharpwise.probes.calibrate",
+        "`sharpwise.probes.calibrated",
+        "no sharpwise.probes.calibrated",
+    ),
+    "reference/probes.md": (
+        ".. public:: sharpwise.probes\n",
+        ".. public:: sharpwise.memory\n",
+        "sharpwise.probes.rrc is public",
+    ),
+    "reference/configuration.md": (
+        ".. configuration:: mesh",
+        ".. configuration:: log",
+        "the configuration keys of mesh",
+    ),
+    "reference/commands.md": (".. command:: runs", ".. command:: page", "the command sharpwise runs"),
+    "results/index.md": ("recipes/llr/result.json", "recipes/muon/result.json", "recipes/llr/result.json is committed"),
+}
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Imports a module of docs/_extensions, where Sphinx is installed."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
+    yield import_module
+    for name in ("commands", "configuration", "docstrings", "examples", "public"):
+        sys.modules.pop(name, None)
+
+
+def test_an_option_that_a_docstring_lacks_is_found(extension):
+    def told(a, b=1, *, c=2, d=3):
+        """Short.
+
+        Args:
+            a: one.
+            b, c: two. d: three.
+        """
+
+    def untold(a, b=1, *, c=2):
+        """Short: c is not here.
+
+        Args:
+            a, b: one, of `c`: no.
+        """
+
+    public = extension("public")
+    assert (public.untold(told), public.untold(untold)) == ([], ["c"])
+
+
+def test_a_public_name_without_a_page_is_found(extension):
+    public = extension("public")
+    modules = [import_module(name) for name in public.public_modules()]
+    every = {public.key(module, name) for module in modules for name in public.exported(module)}
+    assert not [*public.undocumented(every)]
+    assert "sharpwise.AdaPM" in [*public.undocumented(every - {public.key(modules[0], "AdaPM")})]
+
+
+def test_examples_that_fail_or_print_something_else_are_found(extension, monkeypatch, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- example: two = 2 -->\n```python\nthree = two + 1\n```\n\n```pycon\n>>> three\n3\n```\n"
+        "<!-- not run: it would fail -->\n```python\nfour\n```\n"
+        "```pycon\n>>> three\n4\n```\n\n```python\n\nfive\n```\n"
+        "<!-- not run: nor does it compile -->\n```python\nsix seven\n```\n"
+    )
+    examples = extension("examples")
+    monkeypatch.setattr(examples, "names", dict)  # no model: these need none
+    found = examples.failures(page)
+    assert [line for line, _ in found] == [15, 20, 25]
+    for (_, message), expected in zip(
+        found, ("Expected:\n    4\nGot:\n    3", "'five' is not", "invalid syntax"), strict=True
+    ):
+        assert expected in message
+
+
+def test_every_key_and_option_says_something(extension):
+    keys = [key for table in extension("configuration").tables().values() for key in table]
+    assert len(keys) > 50 and all(key.text for key in keys)
+    options = [one for command in extension("commands").commands().values() for one in command.params]
+    assert len(options) > 50 and all(one.help for one in options)
+
+
+@pytest.mark.slow
+def test_a_build_fails_where_a_page_breaks(extension, tmp_path):
+    for part in ("docs", "recipes", "benchmarks", "CONTRIBUTING.md"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    for page, (old, new, _) in BREAKS.items():
+        text = (tmp_path / "docs" / page).read_text()
+        assert old in text, page
+        (tmp_path / "docs" / page).write_text(text.replace(old, new, 1))
+    command = [sys.executable, "-m", "sphinx", "-EWnq", "--keep-going", tmp_path / "docs", tmp_path / "out"]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 1
+    for page, (_, _, said) in BREAKS.items():
+        assert re.search(said, built.stderr), (page, built.stderr)
