@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BREAKS = {  # page: (what is there, what is put in its place, what the build says)
-    "start.md": ("lr=6e-4, weight_decay=0.1)", "lr=-1.0, weight_decay=0.1)", r"start:\d+: WARNING: the example fails"),
+    "start.md": (
+        "lr=6e-4, weight_decay=0.1)",
+        "lr=-1.0, weight_decay=0.1)",
+        r"start.md:\d+: WARNING: the example fails",
+    ),
     "choose.md": ("\n7.2\n", "\n7.3\n", r"choose.md:\d+: WARNING: the example fails"),
     "design.md": (
         "(concepts/engine.md)",

@@ -39,10 +39,9 @@ class Keys(SphinxDirective):
         for key in tables()[table]:
             if not key.text:
                 logger.warning("configuration key %s: its docstring says nothing about it", key.name)
-            lines += ["", f".. confval:: {key.name}"]
-            lines += [f"   :type: {key.kind}"] if key.kind else []
-            lines += [f"   :default: ``{key.default}``"] if key.default else []
-            lines += ["", f"   {key.text}"]
+            kind = f"*{key.kind}*. " if key.kind else ""
+            default = f" Default: ``{key.default}``." if key.default else ""
+            lines += ["", f".. confval:: {key.name}", "", f"   {kind}{key.text[:1].upper()}{key.text[1:]}{default}"]
         return self.parse_text_to_nodes("\n".join([*lines, ""]))
 
 

@@ -26,6 +26,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
 import sharpwise
 
@@ -161,8 +162,22 @@ def untold(thing: Any) -> list[str]:
     sections = re.findall(r"^(?:Args|Attributes):\n((?:    .*(?:\n|$)|\n)*)", docstring, re.MULTILINE)
     entries = [entry for text in sections for entry in re.findall(r"(?<![\w`])([*\w][\w, *]*):", text)]
     told = {word.strip(" *") for entry in entries for word in entry.split(",")}
-    parameters = inspect.signature(thing).parameters.values()
+    parameters = signature(thing).parameters.values()
     return [p.name for p in parameters if p.default is not p.empty and p.name not in told and p.name[0] != "_"]
+
+
+def signature(thing: Any) -> inspect.Signature:
+    """Of a class that of its `__init__`: torch's and our own optimizers have a `__new__` that takes anything."""
+    if not inspect.isclass(thing) or "__init__" not in vars(thing):
+        return inspect.signature(thing)
+    found = inspect.signature(thing.__init__)
+    return found.replace(parameters=[*found.parameters.values()][1:], return_annotation=found.empty)
+
+
+def own_signature(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> tuple[str, str] | None:
+    if what != "class" or "__new__" not in {key for one in thing.__mro__[:-1] for key in vars(one)}:
+        return None
+    return stringify_signature(signature(thing), unqualified_typehints=True), ""
 
 
 def seen(env: Any) -> dict[str, tuple[str, str]]:
@@ -207,5 +222,6 @@ def plain_marks(app: Sphinx, what: str, name: str, thing: Any, options: Any, lin
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("public", Public)
     app.connect("env-check-consistency", check)
+    app.connect("autodoc-process-signature", own_signature)
     app.connect("autodoc-process-docstring", plain_marks, priority=900)
     return {"version": "1", "parallel_read_safe": False, "env_version": 1}
