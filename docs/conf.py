@@ -20,6 +20,7 @@ extensions = [
     "commands",
     "paper",
     "studies",
+    "hosts",
     "examples",
 ]
 exclude_patterns = ["_extensions"]

@@ -3,7 +3,8 @@
     .. public:: sharpwise.probes
        :only: trace density
 
-documents the names in `__all__` of the module, or some of them: classes and functions by their docstrings, data by the
+documents the names in `__all__` of the module, or some of them, or with `:rest:` those that no page before it has, in the
+order of their names: classes and functions by their docstrings, data by the
 text below it. What another page documents already under another path is named and linked there. When all is read,
 a public name that no page has is a warning, as is `sharpwise.name` of a page that is none; warnings end the build.
 """
@@ -23,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -38,12 +40,14 @@ INHERITED = "step zero_grad explain lr_multipliers state_dict load_state_dict ad
 
 class Public(SphinxDirective):
     required_arguments = 1
-    option_spec: typing.ClassVar = {"only": str.split}
+    option_spec: typing.ClassVar = {"only": str.split, "rest": directives.flag}
 
     def run(self) -> list[nodes.Node]:
         module = importlib.import_module(self.arguments[0])
         names = self.options.get("only") or [name for name in exported(module) if name not in EXEMPT]
         known = seen(self.env)
+        if "rest" in self.options:
+            names = [name for name in names if key(module, name) not in known]
         text: list[str] = []
         for name in names:
             if name not in exported(module):
@@ -135,12 +139,7 @@ def public_modules() -> list[str]:
     """Packages that export something, and the modules that are public by themselves."""
     packages = [one.name for one in pkgutil.walk_packages(sharpwise.__path__, "sharpwise.") if one.ispkg]
     packages = [name for name in packages if hasattr(importlib.import_module(name), "__all__")]
-    hosts = [one.name for one in pkgutil.iter_modules(_path("sharpwise.integrations"), "sharpwise.integrations.")]
-    return ["sharpwise", *packages, *OTHERS, *hosts]
-
-
-def _path(name: str) -> Any:
-    return importlib.import_module(name).__path__
+    return ["sharpwise", *packages, *OTHERS]
 
 
 def undocumented(known: set[str]) -> Iterator[str]:
@@ -210,13 +209,15 @@ def check(app: Sphinx, env: Any) -> None:
 
 
 def plain_marks(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = map(escaped, lines)
+
+
+def escaped(line: str) -> str:
     """Docstrings are plain text with names in backticks: `*`, `|` and a trailing `_` mark nothing."""
-    for at, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
-            parts = re.split(r"(``.*?``|`[^`]*`)", line)
-            lines[at] = "".join(
-                part if odd % 2 else re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for odd, part in enumerate(parts)
-            )
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    parts = re.split(r"(``.*?``|`[^`]*`)", line)
+    return "".join(part if odd % 2 else re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for odd, part in enumerate(parts))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
