@@ -70,7 +70,7 @@ bench-gpu: $(VENV)/dev
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is built anew when the interpreter or TORCH changes; `key` is written only then, so that the two
 # stamps below stay valid otherwise.

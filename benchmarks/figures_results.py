@@ -48,6 +48,14 @@ def choose(load: Load) -> Iterator[str]:
     study = load("recipes/blockwise_lr/result.json")
     yield (f"the best learning rate was {best(study, 'adamw')} without and {best(study, 'adamw+blockwise')} with it.")
 
+    for name in (sizes := load("benchmarks/results/state_bytes.json")["bytes"])["GPT-2 124M"]:
+        yield f"| `{name}` | {' | '.join(binary(by_name[name]) for by_name in sizes.values())} |"
+
+
+def binary(count: int) -> str:
+    """Bytes in the unit of their size."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{mib(count)} MiB"
+
 
 def best(study: dict[str, Any], arm: str) -> str:
     """The learning rate that tuning chose."""

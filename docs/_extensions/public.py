@@ -3,9 +3,9 @@
     .. public:: sharpwise.probes
        :only: trace density
 
-documents the names in `__all__` of the module, or some of them, or with `:rest:` those that no page before it has, in the
-order of their names: classes and functions by their docstrings, data by the
-text below it. What another page documents already under another path is named and linked there. When all is read,
+documents the names in `__all__` of the module, or some of them, or with `:rest:` those that no page before it has:
+classes and functions by their docstrings, data by the text below it. What another page documents already under another
+path is named and linked there. When all is read,
 a public name that no page has is a warning, as is `sharpwise.name` of a page that is none; warnings end the build.
 """
 
@@ -208,8 +208,17 @@ def check(app: Sphinx, env: Any) -> None:
             logger.warning("%s: its docstring lacks %s", path, ", ".join(missing), location=docname)
 
 
+def keep(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in the text of a property for its type: keep the text from it."""
+    if what in ("attribute", "data", "property"):
+        _kept[name] = [*lines]
+
+
 def plain_marks(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = map(escaped, lines)
+    lines[:] = map(escaped, _kept.pop(name, lines))
+
+
+_kept: dict[str, list[str]] = {}
 
 
 def escaped(line: str) -> str:
@@ -224,5 +233,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("public", Public)
     app.connect("env-check-consistency", check)
     app.connect("autodoc-process-signature", own_signature)
+    app.connect("autodoc-process-docstring", keep, priority=100)
     app.connect("autodoc-process-docstring", plain_marks, priority=900)
     return {"version": "1", "parallel_read_safe": False, "env_version": 1}

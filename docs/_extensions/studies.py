@@ -1,4 +1,4 @@
-"""Results of studies, read from the committed JSON: `.. study:: recipes/muon/result.json`, and sizes of state.
+"""Results of studies, read from the committed JSON: `.. study:: recipes/muon/result.json`.
 
 Nothing of them is typed. A study that is committed and has no place on a page is a warning, and warnings end the build.
 """
@@ -6,7 +6,7 @@ Nothing of them is typed. A study that is committed and has no place on a page i
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from committed import HEAD, ROOT, SIZES, committed, load, losses, rows, setting, size
+from committed import HEAD, ROOT, committed, load, losses, rows, setting
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -33,17 +33,6 @@ class Study(SphinxDirective):
             *listed("What to know before believing it:", study["caveats"]),
             *listed("Not tested:", study["not_tested"]),
         ]
-
-
-class Sizes(SphinxDirective):
-    """`.. state::` tells the bytes of state of every optimizer, by model."""
-
-    def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(str(ROOT / SIZES))
-        found = load(SIZES)["bytes"]
-        first = next(iter(found.values()))
-        body = [[f"`{arm}`", *(size(by_arm[arm]) for by_arm in found.values())] for arm in first]
-        return [table(["", *found], sorted(body, key=lambda row: -first[row[0].strip("`")]))]
 
 
 def listed(head: str, items: Sequence[str]) -> list[nodes.Node]:
@@ -80,6 +69,5 @@ def check(app: Sphinx, env: Any) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("study", Study)
-    app.add_directive("state", Sizes)
     app.connect("env-check-consistency", check)
     return {"version": "1", "parallel_read_safe": False}
