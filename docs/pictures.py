@@ -29,7 +29,7 @@ def overview() -> str:
     left = bars([(arm, sizes[arm], size(sizes[arm])) for arm in SHOWN], f"Optimizer state, {MODEL}")
     study = load(STUDY)
     right = curves(
-        [difference()], "tokens", "Loss to AdamW, nats, 95% of 3 seeds", left=390, width=350, height=250,
+        [difference()], "tokens", "BlockwiseLR less AdamW: loss, 95% interval", left=390, width=350, height=250,
         lowest=-0.5, highest=0.1, spelled=short,
     )  # fmt: skip
     assert (

@@ -49,7 +49,7 @@ def extension(monkeypatch):
     pytest.importorskip("sphinx")
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
     yield import_module
-    for name in ("commands", "configuration", "docstrings", "examples", "public"):
+    for name in ("commands", "configuration", "docstrings", "examples", "paper", "public"):
         sys.modules.pop(name, None)
 
 
@@ -97,6 +97,16 @@ def test_examples_that_fail_or_print_something_else_are_found(extension, monkeyp
         found, ("Expected:\n    4\nGot:\n    3", "'five' is not", "invalid syntax"), strict=True
     ):
         assert expected in message
+
+
+def test_the_head_of_a_module_is_markdown_whose_tables_hold(extension, monkeypatch, tmp_path):
+    (tmp_path / "good_head.py").write_text('"""One.\n\n| a | b |\n|---|---|\n| c | d |\n\nDeparts: here.\n"""\n')
+    (tmp_path / "bad_head.py").write_text('"""One.\n\n| a | b |\n|---|---|\n| c | |u|^2 |\n"""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    paper = extension("paper")
+    assert paper.markdown("good_head")[-1] == "**Departs:** here."
+    with pytest.raises(ValueError, match=r"bad_head: a row of a table"):
+        paper.markdown("bad_head")
 
 
 def test_every_key_and_option_says_something(extension):

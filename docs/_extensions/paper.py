@@ -32,6 +32,9 @@ def markdown(name: str) -> list[str]:
     text = inspect.getdoc(importlib.import_module(name))
     if not text:
         raise ValueError(f"{name} has no docstring")
+    for rows in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
+        if len({row.count("|") for row in rows.splitlines()}) > 1:
+            raise ValueError(f"{name}: a row of a table in its docstring has other cells than the head:\n{rows}")
     return re.sub(r"^(Departs|References):", r"**\1:**", text, flags=re.MULTILINE).splitlines()
 
 

@@ -12,7 +12,7 @@ Adam's preconditioner, which divides by the root of S, curvature itself goes as 
 | second_moment | mean of v-hat = v / (1 - b2^t), which AdamW and Adam-mini keep | nothing |
 | centred | mean of (v-hat - m-hat^2) / (1 - U), the variance of the gradient; see `engine.measuring` | nothing |
 | probe | that mean of the diagonal, by `sharpwise.probes.sharpness`, labels drawn from the model | a gradient |
-| directional | u^T G u / |u|^2, u: the rule's own update in b, G: the Gauss-Newton matrix | a product per type |
+| directional | u^T G u / u^T u, u: the rule's own update in b, G: the Gauss-Newton matrix | a product per type |
 | norm_11 | mean over the rows of G in b of the sum of absolute entries, by `sharpwise.probes.norm_11` | 20 products |
 
 The last three need `probe_batches=`, and take a gradient or a product of all of these.
