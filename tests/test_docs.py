@@ -73,6 +73,12 @@ def test_an_option_that_a_docstring_lacks_is_found(extension):
     assert (public.untold(told), public.untold(untold)) == ([], ["c"])
 
 
+def test_docstrings_are_plain_text_but_for_names_and_code(extension):
+    lines = ["a * b, |u|, the `x_*` of x_", "Example::", "", "    _target_: a * b", "", "end_ of it", ">>> print(*a)"]
+    expected = [r"a \* b, \|u\|, the `x_*` of x\_", *lines[1:5], r"end\_ of it", lines[6]]
+    assert [*extension("public").escaped(lines)] == expected
+
+
 def test_a_public_name_without_a_page_is_found(extension):
     public = extension("public")
     modules = [import_module(name) for name in public.public_modules()]

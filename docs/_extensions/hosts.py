@@ -38,8 +38,7 @@ def described(path: Path, config: Any) -> list[str]:
 
 
 def _text(one: Any, config: Any, what: str) -> Iterator[str]:
-    lines = GoogleDocstring(ast.get_docstring(one) or "", config, what=what).lines()
-    yield from (escaped(line) for line in lines)
+    return escaped(GoogleDocstring(ast.get_docstring(one) or "", config, what=what).lines())
 
 
 def _signature(one: ast.ClassDef | ast.FunctionDef) -> str:

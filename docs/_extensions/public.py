@@ -16,7 +16,7 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -215,18 +215,25 @@ def keep(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: lis
 
 
 def plain_marks(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = map(escaped, _kept.pop(name, lines))
+    lines[:] = [*escaped(_kept.pop(name, lines))]
 
 
 _kept: dict[str, list[str]] = {}
 
 
-def escaped(line: str) -> str:
-    """Docstrings are plain text with names in backticks: `*`, `|` and a trailing `_` mark nothing."""
-    if line.lstrip().startswith((">>>", "...")):
-        return line
-    parts = re.split(r"(``.*?``|`[^`]*`)", line)
-    return "".join(part if odd % 2 else re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for odd, part in enumerate(parts))
+def escaped(lines: Iterable[str]) -> Iterator[str]:
+    """Docstrings are plain text with names in backticks: outside of code `*`, `|` and a trailing `_` mark nothing."""
+    code: int | None = None  # the indentation of the line that ended in `::`
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if code is not None and line.strip() and indent <= code:
+            code = None
+        if code is None and not line.lstrip().startswith((">>>", "...")):
+            code = indent if line.rstrip().endswith("::") else None
+            parts = re.split(r"(``.*?``|`[^`]*`)", line)
+            marks = r"[*|]|_(?=\W|$)"
+            line = "".join(part if odd % 2 else re.sub(marks, r"\\\g<0>", part) for odd, part in enumerate(parts))
+        yield line
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
