@@ -74,7 +74,7 @@ def test_tensors_without_a_model(rule):
     model = models.build("llama")
     name = {"adamw": "AdamW", "adam-mini": "AdamMini", "lion": "Lion", "sgd": "SGD"}[rule]
     line = rf"{name}\(groups, model=model, lr=\.\.\.\)"
-    refuse(TypeError, line, lambda: make(rule, model.parameters()), model)
+    refuse(TypeError, line, lambda: make(rule, list(model.parameters())), model)
     refuse(TypeError, line, lambda: make(rule, [{"params": list(model.parameters())}]), model)
 
 

@@ -66,3 +66,23 @@ def test_adam_mini_cuts_the_factors_of_an_adapter() -> None:
         site, part = next((site, part) for site in blocks for part in "AB" if f"{site}.lora_{part}." in name)
         want = 0.25 * p.grad.view(blocks[site][part], -1).square().mean(1)
         torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_an_optimizer_built_before_the_adapter_says_so() -> None:
+    """`get_peft_model` freezes what the optimizer holds, in place, and what it adds the optimizer lacks."""
+    model = gpt2()
+    optimizer = sharpwise.AdamW(model, lr=1e-2)
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    peft.get_peft_model(model, config)(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    with pytest.raises(RuntimeError, match=r"AdamW: an adapter was added after.*lacks the 4 that train.*lora_A"):
+        optimizer.step()
+
+
+def test_a_model_frozen_for_a_while_is_no_adapter() -> None:
+    """Another optimizer trains the rest: what it holds was there from the beginning."""
+    model = gpt2()
+    held = list(model.transformer.h[0].parameters())
+    optimizer = sharpwise.AdamW(held, model=model)
+    for p in held:
+        p.requires_grad_(False)
+    optimizer.step()

@@ -1,7 +1,9 @@
 """A plain torch loop with a torch scheduler: nothing but the constructor differs."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from first_contact.tiny import assert_same_weights, assert_trained, batches, gpt2, loss_of, plain_loop
 
@@ -43,3 +45,41 @@ def test_adam_mini_follows_a_scheduler_as_it_follows_an_lr_set_by_hand() -> None
         optimizer.zero_grad()
     assert_same_weights(scheduled, by_hand)
     assert_trained(scheduled, gpt2())
+
+
+def test_the_line_of_torch_works_as_it_is() -> None:
+    """`model.parameters()` says whose parameters they are: Adam-mini finds the blocks of the model."""
+    line, model = gpt2(), gpt2()
+    optimizer = sharpwise.AdamMini(line.parameters(), lr=1e-2, block_lr="blockwise")
+    other = sharpwise.AdamMini(model, lr=1e-2, block_lr="blockwise")
+    assert optimizer.blocks == other.blocks
+    assert plain_loop(line, optimizer) == plain_loop(model, other)
+    assert_same_weights(line, model)
+
+
+def test_the_line_of_torch_takes_frozen_parameters_too() -> None:
+    model = gpt2()
+    model.transformer.wte.requires_grad_(False)
+    optimizer = sharpwise.AdamMini(model.parameters())
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        lambda model: list(model.parameters()),
+        lambda model: (p for p in model.parameters()),
+        lambda model: filter(lambda p: p.requires_grad, model.parameters()),
+    ],
+    ids=["list", "generator", "filter"],
+)
+def test_tensors_of_no_known_model_are_refused(parameters: Callable[[Any], Iterable[Any]]) -> None:
+    with pytest.raises(TypeError, match=r"tensors have no names.*model=model"):
+        sharpwise.AdamMini(parameters(gpt2()))
+
+
+def test_a_generator_that_was_read_is_refused() -> None:
+    read = gpt2().parameters()
+    next(read)
+    with pytest.raises(TypeError, match="tensors have no names"):
+        sharpwise.AdamMini(read)

@@ -16,6 +16,7 @@ from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.blocks.names import canonical_path, collapse
 from sharpwise.blocks.roles import meant
 from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
+from sharpwise.engine.live_model import model_behind
 from sharpwise.hints import kind_of
 from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor
@@ -30,6 +31,7 @@ KEEP_SHAPES = (
     "FSDP1 and DeepSpeed ZeRO-1, 2 and 3 are not supported"
 )
 
+IN_A_TRAINER = "sharpwise.integrations.hf.set_optimizer(trainer, name), before trainer.train()"
 RESIZED = (
     "Resize the model (resize_token_embeddings, pruning) before the optimizer is built, or after that build another one"
 )
@@ -58,6 +60,7 @@ def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple
                 f"{all_of_them}; call requires_grad_(True) on what is to be trained, or to unfreeze it later "
                 f"give all of them: {who}(model.parameters(), model=model)"
             )
+    model = model_behind(first) if model is None else model
     groups = _groups(first, who)
     names = names_of(model)
     for group in groups:
@@ -167,9 +170,10 @@ def _named(item: Any, names: Mapping[int, str], model: nn.Module | None, who: st
         )
     if model is None:
         if name is None:
+            trainer = f". In a Trainer: {IN_A_TRAINER}" if "transformers.trainer" in sys.modules else ""
             raise TypeError(
                 f"{who}: tensors have no names, and the blocks of a model are found by name. "
-                f"Say which model they belong to: {who}(groups, model=model, lr=...)"
+                f"Say which model they belong to: {who}(groups, model=model, lr=...){trainer}"
             )
         return canonical_name(name), tensor
     known = names.get(id(tensor))

@@ -19,6 +19,7 @@ from sharpwise.engine.backends import Backends
 from sharpwise.engine.describe import explanation, lr_table, representation
 from sharpwise.engine.guard import Scaling
 from sharpwise.engine.layout import Layouts
+from sharpwise.engine.live_model import check_adapted
 from sharpwise.engine.measuring import check_sources
 from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
@@ -349,6 +350,8 @@ class BlockOptimizer(KnownOptions, Optimizer):
             self._agreed = True
         grads = self._gradients.local([p.grad for _, p in stepper.named])
         if all(g is None for g in grads):
+            if not self._mapped:  # a map that was given may lack some
+                check_adapted([p for _, p, _ in self._parameters()], self._model(), self._known.names(), self.who)
             self._warn_if_frozen()
             binding.check_followed(stepper.named, self._model(), self.who)
             return loss

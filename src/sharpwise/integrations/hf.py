@@ -1,47 +1,170 @@
-"""Hugging Face `Trainer`: the form in which it takes an optimizer that has to see the model.
+"""Hugging Face `Trainer`, and those of TRL: an optimizer that sees the model, at the numbers of `TrainingArguments`.
 
-`Trainer(optimizer_cls_and_kwargs=(cls, kwargs))` calls an Optimizer subclass with its own two parameter groups, which
-carry no names and no model; a `model` among the kwargs it passes in their place, so that `(sharpwise.AdamMini,
-{"model": model, "lr": 6e-4})` works on one process. Anything else it takes for a factory class, and calls
-`cls()(model, **kwargs)` (transformers 5.23, `Trainer.create_optimizer`).
+One line for all of them, after the trainer is made and before `trainer.train()`::
+
+    set_optimizer(trainer, "adam-mini", block_lr="blockwise")
+
+The Trainer calls what it is given as `optimizer_cls_and_kwargs` in two ways (transformers 5.23,
+`Trainer.create_optimizer`): an Optimizer class with its own two groups, of tensors without names; anything else as
+`cls()(model, **kwargs)`, and that is `Factory`. Under FSDP2 it is the only form: the Trainer refuses `optimizers=`
+there, and exchanges the parameters of what it built itself for sharded ones.
 """
 
+import inspect
+import logging
 from typing import Any
 
-import torch
 from torch import nn
 
-from sharpwise.optim import create_optimizer
+from sharpwise.arms import split_arm
+from sharpwise.engine import BlockOptimizer
+from sharpwise.engine.binding import KEEP_SHAPES
+from sharpwise.hints import kind_of
+from sharpwise.optim import OPTIMIZERS
+from sharpwise.optim import create_optimizer as build
+
+logger = logging.getLogger(__name__)
+
+
+def set_optimizer(trainer: Any, name: str, **options: Any) -> None:
+    """Have a Trainer build this optimizer, in place of the one that `TrainingArguments` name.
+
+    For `transformers.Trainer` and every trainer made of it: TRL's SFT, Reward, DPO and GRPO, with or without
+    `peft_config`, on one process, under DDP and under FSDP2.
+
+    Args:
+        trainer: made, and not trained yet.
+        name: one of `sharpwise.list_optimizers()`, or a whole arm such as "adam-mini+blockwise".
+        options: the keyword arguments of that optimizer; they go before the numbers of `TrainingArguments`.
+
+    Raises:
+        TypeError: for something that is no Trainer.
+        ValueError: for a trainer that has an optimizer, one that uses DeepSpeed, and as `sharpwise.create_optimizer`.
+    """
+    if not hasattr(trainer, "optimizer_cls_and_kwargs"):
+        raise TypeError(f"set_optimizer: expected a transformers.Trainer, or one made of it, got {kind_of(trainer)}")
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"set_optimizer: the trainer has an optimizer, {type(trainer.optimizer).__name__}; call this before "
+            f"trainer.train(), and leave out optimizers="
+        )
+    split_arm({**options, "name": name})  # a wrong name shows here, not after the data are prepared
+    _refuse_deepspeed(trainer.args)
+    trainer.optimizer_cls_and_kwargs = (Factory, {"args": trainer.args, "name": name, **options})
 
 
 class Factory:
-    """Builds a sharpwise optimizer inside the Trainer.
+    """Builds a sharpwise optimizer inside the Trainer; `set_optimizer` gives it to one that exists already.
 
     Example::
 
         Trainer(
             model=model,
             args=args,
-            optimizer_cls_and_kwargs=(Factory, {"name": "adam-mini", "lr": 6e-4, "weight_decay": 0.1}),
+            optimizer_cls_and_kwargs=(Factory, {"args": args, "name": "adam-mini"}),
         )
-
-    The Trainer does not tell a factory what stands in its `TrainingArguments`: `learning_rate`, `weight_decay` and
-    `adam_*` there have no effect, and the Trainer's own habit of no decay on biases and norms is said as
-    `no_decay=("norm", "bias")`. Its schedule and its gradient clipping work as always.
-
-    Under FSDP2 this is the only form: the Trainer refuses `optimizers=` there, and exchanges the parameters of what it
-    built itself for sharded ones.
     """
 
-    def __call__(self, model: nn.Module, *, name: str = "adamw", **options: Any) -> torch.optim.Optimizer:
+    def __call__(
+        self, model: nn.Module, *training_args: Any, args: Any = None, name: str, **options: Any
+    ) -> BlockOptimizer:
         """The optimizer of `model`.
 
         Args:
             model: the model that the Trainer trains.
-            name: one of `sharpwise.list_optimizers()`.
-            options: the keyword arguments of that optimizer.
+            training_args: what axolotl puts behind the model; `args` goes before it.
+            args: the `TrainingArguments`; without them `lr` is needed, and no other number there has an effect.
+            name, options: as `set_optimizer` takes them.
 
         Raises:
-            ValueError: `name` is no optimizer of ours, or an option has a value that it cannot have.
+            TypeError: with neither `args` nor `lr`; else as `sharpwise.create_optimizer`.
         """
-        return create_optimizer(model, name, **options)
+        args = args if args is not None or not training_args else training_args[0]
+        if args is not None:
+            return create_optimizer(model, name, args, **options)
+        if "lr" not in options:
+            raise TypeError(
+                f"Factory: no lr was given, and the Trainer does not tell a factory what its TrainingArguments hold; "
+                f"pass them: optimizer_cls_and_kwargs=(Factory, {{'args': args, 'name': {name!r}}})"
+            )
+        if "weight_decay" not in options:
+            logger.warning(
+                "Factory: without 'args': args, the weight_decay and adam_* of TrainingArguments have no effect, and "
+                "%s takes its own",
+                name,
+            )
+        return build(model, name, **options)
+
+
+def create_optimizer(model: nn.Module, name: str, args: Any, **options: Any) -> BlockOptimizer:
+    """`sharpwise.create_optimizer`, at the numbers of `TrainingArguments`: for `Trainer(optimizers=(it, None))`.
+
+    `learning_rate` and `weight_decay` are always used, `adam_beta1`, `adam_beta2` and `adam_epsilon` where they are not
+    the default: then with a warning if the optimizer has no such number. Weight decay spares biases and norms as the
+    Trainer's own does, unless `no_decay` is given. A `block_lr` with phases learns of `max_steps`.
+
+    Args:
+        model: what is trained: after `get_peft_model`, if that is called.
+        name, options: as `set_optimizer` takes them.
+        args: the `TrainingArguments`.
+
+    Raises:
+        ValueError: for DeepSpeed; else as `sharpwise.create_optimizer`.
+    """
+    _refuse_deepspeed(args)
+    arm, given = split_arm({"name": name}), split_arm({**options, "name": name})
+    numbers = _numbers(args, arm["name"])
+    if not args.weight_decay and "weight_decay" in arm:  # 0 is the Trainer's default, against that of "lionar"
+        del numbers["weight_decay"]
+    settings = {**arm, **numbers, **options, "name": arm["name"]}
+    if "block_lr" in given:
+        settings["block_lr"] = given["block_lr"]
+    if settings.get("block_lr") and args.max_steps > 0:
+        settings.setdefault("total_steps", args.max_steps)
+    if "no_decay" in options or not settings["weight_decay"]:
+        return build(model, **settings)
+    return build(_groups(model), model=model, **settings)
+
+
+def _numbers(args: Any, name: str) -> dict[str, Any]:
+    """What an optimizer takes of `TrainingArguments`; warns of what it cannot take."""
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    found = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    lost = []
+    for option, keys in (("betas", ("adam_beta1", "adam_beta2")), ("eps", ("adam_epsilon",))):
+        changed = [key for key in keys if getattr(args, key) != _default(args, key)]
+        if changed and option in known:
+            values = tuple(getattr(args, key) for key in keys)
+            found[option] = values if option == "betas" else values[0]
+        elif changed:
+            lost += changed
+    if getattr(args, "optim", None) != _default(args, "optim"):
+        lost.append("optim")
+    if lost:
+        own = [key for key in known if key.endswith(("betas", "beta2", "eps", "momentum")) and key != "ns_steps"]
+        logger.warning(
+            "%s of TrainingArguments not used: the optimizer is %s, which has %s", ", ".join(lost), name, ", ".join(own)
+        )
+    return found
+
+
+def _default(args: Any, key: str) -> Any:
+    """The default of a field of a dataclass."""
+    field = type(args).__dataclass_fields__[key]
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The Trainer's own two groups, with names: what decays, and what does not."""
+    from transformers import Trainer
+
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    first = {"params": [(n, p) for n, p in named if n in decays]}
+    second = {"params": [(n, p) for n, p in named if n not in decays], "weight_decay": 0.0}
+    return [group for group in (first, second) if group["params"]]
+
+
+def _refuse_deepspeed(args: Any) -> None:
+    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+        raise ValueError(f"the Trainer is set to use DeepSpeed, got deepspeed={args.deepspeed!r}. {KEEP_SHAPES}")
