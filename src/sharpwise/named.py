@@ -1,96 +1,178 @@
 """Optimizers with options, under names of their own: those of `combinations.PRESETS`."""
 
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, Unpack
 
 from torch import Tensor
 
-from sharpwise.combinations import AUX_LR
+from sharpwise.combinations import AUX_LR, CommonOptions
 from sharpwise.controls import L2, Angular
 from sharpwise.optim import AdamW, Lion, Muon
+from sharpwise.rules.muon import Method, Scale
+from sharpwise.storage import Format
 
 __all__ = ["AdamH", "AdamW8bit", "LionA", "LionAR", "Muon8bit", "MuonH"]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def AdamH(first: Any, lr: float | Tensor = 1e-2, *own: Any, aux_lr: float | None = AUX_LR, **options: Any) -> AdamW:
+
+class MuonOptions(CommonOptions, total=False):
+    """The options of `Muon` that are given by name."""
+
+    aux_betas: tuple[float, float]
+    aux_eps: float
+    aux_weight_decay: float | None
+    scale: Scale
+    heavy_ball: bool
+    method: Method
+    ns_steps: int
+    normalize_rows: bool
+    beta2: float
+    per_head: bool
+    precision: Literal["fp32", "bf16"] | None
+    bf16_exchange: bool
+    process_group: Any
+    aux_storage: str | Format | None
+
+
+def _options_of(kind: type, **defaults: Any) -> Callable[[Function], Function]:
+    """Write what `kind` takes by name into the signature of a function that hands it all on."""
+
+    def written(function: Function) -> Function:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [p for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        more = [p.replace(default=defaults.get(p.name, p.default)) for p in more if p.name not in own.parameters]
+        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return function
+
+    return written
+
+
+@_options_of(AdamW, control="hyperball", aux_lr=AUX_LR)
+def AdamH(
+    first: Any,
+    lr: float | Tensor = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Tensor = 0.01,
+    **options: Unpack[CommonOptions],
+) -> AdamW:
     """`AdamW` whose hidden matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        first, own, options: as `AdamW` takes them. lr: size of an update in units of the norm of its matrix, about the
-            root of AdamW's lr times weight decay. aux_lr: AdamW's own lr, for all that is no hidden matrix.
+        first, betas, eps, weight_decay, options: as `AdamW` takes them; `aux_lr` is AdamW's own lr, for all that is no
+            hidden matrix.
+        lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
-    return AdamW(first, lr, *own, aux_lr=aux_lr, **{"control": "hyperball", **options})
+    options.setdefault("control", "hyperball")
+    options.setdefault("aux_lr", AUX_LR)
+    return AdamW(first, lr, betas, eps, weight_decay, **options)
 
 
-def AdamW8bit(first: Any, lr: float | Tensor = 1e-3, *own: Any, storage: Any = "int8-dynamic", **options: Any) -> AdamW:
+@_options_of(AdamW, storage="int8-dynamic")
+def AdamW8bit(
+    first: Any,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float | Tensor = 0.01,
+    **options: Unpack[CommonOptions],
+) -> AdamW:
     """`AdamW` with both moments in 8 bits: a quarter of its state, where `keep_fp32=()`.
 
     Args:
-        first, lr, own, options: as `AdamW` takes them. storage: "int8-dynamic", or with "-2048" the larger blocks.
+        first, lr, betas, eps, weight_decay, options: as `AdamW` takes them; `storage` is "int8-dynamic", or with
+            "-2048" the larger blocks.
     """
-    return AdamW(first, lr, *own, storage=storage, **options)
+    options.setdefault("storage", "int8-dynamic")
+    return AdamW(first, lr, betas, eps, weight_decay, **options)
 
 
-def Muon8bit(first: Any, lr: float | Tensor = 1e-3, *own: Any, storage: Any = "int8-linear", **options: Any) -> Muon:
+@_options_of(Muon, storage="int8-linear")
+def Muon8bit(
+    first: Any,
+    lr: float | Tensor = 1e-3,
+    momentum: float = 0.95,
+    weight_decay: float | Tensor = 0.1,
+    nesterov: bool = True,
+    **options: Unpack[MuonOptions],
+) -> Muon:
     """`Muon` with its momentum in 8 bits (arXiv 2509.23106); of the AdamW half too with `aux_storage="int8-dynamic"`.
 
     Args:
-        first, lr, own, options: as `Muon` takes them. storage: "int8-linear" or "int8-dynamic", both also with "-2048".
+        first, lr, momentum, weight_decay, nesterov, options: as `Muon` takes them; `storage` is "int8-linear" or
+            "int8-dynamic", both also with "-2048".
     """
-    return Muon(first, lr, *own, storage=storage, **options)
+    options.setdefault("storage", "int8-linear")
+    return Muon(first, lr, momentum, weight_decay, nesterov, **options)
 
 
-def MuonH(first: Any, lr: float | Tensor = 1e-2, *own: Any, aux_lr: float | None = AUX_LR, **options: Any) -> Muon:
+@_options_of(Muon, control="hyperball", aux_lr=AUX_LR)
+def MuonH(
+    first: Any,
+    lr: float | Tensor = 1e-2,
+    momentum: float = 0.95,
+    weight_decay: float | Tensor = 0.1,
+    nesterov: bool = True,
+    **options: Unpack[MuonOptions],
+) -> Muon:
     """`Muon` whose matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        first, own, options: as `Muon` takes them. lr: size of an update in units of the norm of its matrix, about the
-            root of AdamW's lr times weight decay. aux_lr: AdamW's own lr, for all that is no hidden matrix.
+        first, momentum, weight_decay, nesterov, options: as `Muon` takes them; `aux_lr` is AdamW's own lr, for all
+            that is no hidden matrix.
+        lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
-    return Muon(first, lr, *own, aux_lr=aux_lr, **{"control": "hyperball", **options})
+    options.setdefault("control", "hyperball")
+    options.setdefault("aux_lr", AUX_LR)
+    return Muon(first, lr, momentum, weight_decay, nesterov, **options)
 
 
+@_options_of(Lion, control="l2")
 def LionA(
     first: Any,
     lr: float | Tensor = 1e-3,
     beta: float = 0.9,
     weight_decay: float | Tensor = 0.1,
     *,
+    nesterov: bool = False,
     inverse_bias_correction: bool = False,
-    **options: Any,
+    **options: Unpack[CommonOptions],
 ) -> Lion:
     """`Lion` with updates of one l2 norm (arXiv 2410.23922): `sharpwise.controls.l2`. AdamW's lr and decay serve.
 
     Args:
-        first, weight_decay, options: as `Lion` takes them. lr: AdamW's. beta: of the momentum, in [0, 1).
+        first, weight_decay, nesterov, options: as `Lion` takes them.
+        lr: AdamW's. beta: of the momentum, in [0, 1).
         inverse_bias_correction: updates begin small, as the momentum does: times 1 - beta^t.
     """
-    return Lion(
-        first,
-        lr,
-        (beta, beta),
-        weight_decay,
-        **{"control": L2(inverse_bias_correction=inverse_bias_correction), **options},
-    )
+    options.setdefault("control", L2(inverse_bias_correction=inverse_bias_correction))
+    return Lion(first, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)
 
 
+@_options_of(Lion, control="angular")
 def LionAR(
     first: Any,
     lr: float | Tensor = 1e-3,
     beta: float = 0.9,
     weight_decay: float | Tensor = 0.1,
     *,
+    nesterov: bool = False,
     angle: Literal["linear", "sqrt", "lr"] = "linear",
     inverse_bias_correction: bool = False,
-    **options: Any,
+    **options: Unpack[CommonOptions],
 ) -> Lion:
     """`Lion` whose rows turn by a set angle and keep their norms (arXiv 2410.23922): `sharpwise.controls.angular`.
 
     Without warm-up the paper takes beta=0.98, nesterov=True and inverse_bias_correction=True.
 
     Args:
-        first, weight_decay, options: as `Lion` takes them; weight_decay sets the angle. lr: AdamW's. beta: of the
-            momentum, in [0, 1). angle: how it follows the schedule of lr; with "lr", lr is the angle in radians.
+        first, weight_decay, nesterov, options: as `Lion` takes them; weight_decay sets the angle.
+        lr: AdamW's. beta: of the momentum, in [0, 1).
+        angle: how it follows the schedule of lr; with "lr", lr is the angle in radians.
         inverse_bias_correction: angles begin small, as the momentum does: times 1 - beta^t.
     """
-    control = Angular(angle=angle, inverse_bias_correction=inverse_bias_correction)
-    return Lion(first, lr, (beta, beta), weight_decay, **{"control": control, **options})
+    options.setdefault("control", Angular(angle=angle, inverse_bias_correction=inverse_bias_correction))
+    return Lion(first, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)

@@ -20,6 +20,9 @@ from sharpwise.combinations import COMBINES, PRESETS, STORAGES, CommonOptions, e
 from sharpwise.controls.rms_clip import check_clip
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
+from sharpwise.rules import adapm, muon
+from sharpwise.rules.adapm import Momentum, SecondMoment
+from sharpwise.rules.muon import Method, Scale
 from sharpwise.storage import Format
 
 __all__ = [
@@ -144,17 +147,17 @@ class AdaPM(BlockOptimizer):
         weight_decay: float | Tensor = 0.01,
         *,
         rank: int = 16,
-        momentum: Mapping[str, rules.adapm.Momentum] | rules.adapm.Momentum | None = None,
+        momentum: Mapping[str, Momentum] | Momentum | None = None,
         debias: float | None = None,
-        second_moment: rules.adapm.SecondMoment = "element",
+        second_moment: SecondMoment = "element",
         clip: float | None = 1.0,
         **options: Unpack[CommonOptions],
     ) -> None:
-        by_role = rules.adapm.momentum_of("AdaPM", momentum)
+        by_role = adapm.momentum_of("AdaPM", momentum)
         rule = rules.AdaPM(betas, eps, rank, by_role, debias, second_moment)
         common = engine_arguments("AdaPM", "adapm", options, lr, control=check_clip("AdaPM", clip))
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
-        rules.adapm.list_kept_in_full("AdaPM", rule, self.blocks.segments)
+        adapm.list_kept_in_full("AdaPM", rule, self.blocks.segments)
 
 
 @final
@@ -239,9 +242,9 @@ class Muon(BlockOptimizer):
         aux_betas: tuple[float, float] = (0.9, 0.95),
         aux_eps: float = 1e-8,
         aux_weight_decay: float | None = None,
-        scale: rules.muon.Scale = "match_rms_adamw",
+        scale: Scale = "match_rms_adamw",
         heavy_ball: bool = False,
-        method: rules.muon.Method = "newton_schulz",
+        method: Method = "newton_schulz",
         ns_steps: int = 5,
         normalize_rows: bool = False,
         beta2: float = 0.95,
@@ -252,14 +255,14 @@ class Muon(BlockOptimizer):
         aux_storage: str | Format | None = None,
         **options: Unpack[CommonOptions],
     ) -> None:
-        ratio = rules.muon.aux_lr_ratio("Muon", lr, options.pop("aux_lr", None), scale)
+        ratio = muon.aux_lr_ratio("Muon", lr, options.pop("aux_lr", None), scale)
         rule = rules.Muon(
             momentum, nesterov, ratio, aux_betas, aux_eps, aux_weight_decay, beta2, heavy_ball, scale, method, ns_steps,
             normalize_rows, per_head, precision, bf16_exchange,
         )  # fmt: skip
         common = engine_arguments("Muon", "muon", options, lr, aux_storage=aux_storage)
         super().__init__(first, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
-        rules.muon.list_left_out("Muon", self.blocks.segments)
+        muon.list_left_out("Muon", self.blocks.segments)
 
 
 @final

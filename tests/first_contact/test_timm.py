@@ -8,10 +8,9 @@ import torch
 import sharpwise
 
 timm = pytest.importorskip("timm")
-from timm.optim import create_optimizer_v2 as timms
-from timm.scheduler import CosineLRScheduler
-
-from sharpwise.integrations.timm import create_optimizer_v2
+timms = pytest.importorskip("timm.optim").create_optimizer_v2
+scheduler = pytest.importorskip("timm.scheduler")
+create_optimizer_v2 = pytest.importorskip("sharpwise.integrations.timm").create_optimizer_v2
 
 
 def vit() -> Any:
@@ -44,7 +43,7 @@ def test_groups_are_those_of_timm(case: dict[str, Any]) -> None:
     )
     assert isinstance(optimizers[0], sharpwise.AdamW)
     for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-        schedule = CosineLRScheduler(optimizer, t_initial=10)
+        schedule = scheduler.CosineLRScheduler(optimizer, t_initial=10)
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model).backward()

@@ -1,4 +1,4 @@
-"""TRL: SFT, Reward, DPO and GRPO with LoRA, where the trainer makes the adapter; tiny random models, a tokenizer of words."""
+"""TRL: SFT, Reward, DPO and GRPO, with LoRA where the trainer makes the adapter; tiny random models."""
 
 import logging
 from pathlib import Path
@@ -33,8 +33,8 @@ def llama(head: type = transformers.LlamaForCausalLM, **changes: Any) -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     return head(
         transformers.LlamaConfig(
-            **sizes, vocab_size=len(WORDS), max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-            **changes,
+            **sizes, vocab_size=len(WORDS), max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+            bos_token_id=None, **changes,
         )
     )  # fmt: skip
 
