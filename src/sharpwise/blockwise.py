@@ -18,7 +18,7 @@ class BlockwiseAdam(BlockOptimizer):
     per block.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size, in units of the parameter per step.
         betas: decay rates of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment after its bias correction, in units of the gradient.
@@ -41,7 +41,7 @@ class BlockwiseAdam(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -58,7 +58,7 @@ class BlockwiseAdam(BlockOptimizer):
                 f"BlockwiseAdam: block_lr={block_lr} goes by the second moment of every part of the model, and cut by "
                 f"{cut} many share one; take source='probe', or another cut"
             )
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
@@ -69,7 +69,7 @@ class AdaSGD(BlockOptimizer):
     State: one number per element, and one per part of a parameter with one role, the same everywhere.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size, in units of the parameter per step (the update has at most about that root mean square).
         betas: decay rates of the momentum and of the mean square, in [0, 1).
         eps: added to the root of the mean square after its bias correction, in units of the gradient.
@@ -82,7 +82,7 @@ class AdaSGD(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -91,4 +91,4 @@ class AdaSGD(BlockOptimizer):
     ) -> None:
         rule = rules.BlockwiseAdam(betas, eps, "model")
         common = engine_arguments("AdaSGD", "adasgd", options, lr)
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)

@@ -91,7 +91,7 @@ class CommonOptions(TypedDict, total=False):
 
 
 _OPTIONS: dict[str, tuple[Any, str]] = {
-    "model": (None, "the model that the tensors or groups of `first` belong to, each found in it by identity."),
+    "model": (None, "the model that the tensors or groups of `params` belong to, each found in it by identity."),
     "blocks": (
         None,
         'a BlockMap, or overrides by glob (`{"*.my_proj.weight": "up"}`) for what sharpwise cannot know.',

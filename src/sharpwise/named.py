@@ -52,7 +52,7 @@ def _options_of(kind: type, **defaults: Any) -> Callable[[Function], Function]:
 
 @_options_of(AdamW, control="hyperball", aux_lr=AUX_LR)
 def AdamH(
-    first: Any,
+    params: Any,
     lr: float | Tensor = 1e-2,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -62,18 +62,18 @@ def AdamH(
     """`AdamW` whose hidden matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        first, betas, eps, weight_decay, options: as `AdamW` takes them; `aux_lr` is AdamW's own lr, for all that is no
+        params, betas, eps, weight_decay, options: as `AdamW` takes them; `aux_lr` is AdamW's own lr, for all that is no
             hidden matrix.
         lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
     options.setdefault("control", "hyperball")
     options.setdefault("aux_lr", AUX_LR)
-    return AdamW(first, lr, betas, eps, weight_decay, **options)
+    return AdamW(params, lr, betas, eps, weight_decay, **options)
 
 
 @_options_of(AdamW, storage="int8-dynamic")
 def AdamW8bit(
-    first: Any,
+    params: Any,
     lr: float | Tensor = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -83,16 +83,16 @@ def AdamW8bit(
     """`AdamW` with both moments in 8 bits: a quarter of its state, where `keep_fp32=()`.
 
     Args:
-        first, lr, betas, eps, weight_decay, options: as `AdamW` takes them; `storage` is "int8-dynamic", or with
+        params, lr, betas, eps, weight_decay, options: as `AdamW` takes them; `storage` is "int8-dynamic", or with
             "-2048" the larger blocks.
     """
     options.setdefault("storage", "int8-dynamic")
-    return AdamW(first, lr, betas, eps, weight_decay, **options)
+    return AdamW(params, lr, betas, eps, weight_decay, **options)
 
 
 @_options_of(Muon, storage="int8-linear")
 def Muon8bit(
-    first: Any,
+    params: Any,
     lr: float | Tensor = 1e-3,
     momentum: float = 0.95,
     weight_decay: float | Tensor = 0.1,
@@ -102,16 +102,16 @@ def Muon8bit(
     """`Muon` with its momentum in 8 bits (arXiv 2509.23106); of the AdamW half too with `aux_storage="int8-dynamic"`.
 
     Args:
-        first, lr, momentum, weight_decay, nesterov, options: as `Muon` takes them; `storage` is "int8-linear" or
+        params, lr, momentum, weight_decay, nesterov, options: as `Muon` takes them; `storage` is "int8-linear" or
             "int8-dynamic", both also with "-2048".
     """
     options.setdefault("storage", "int8-linear")
-    return Muon(first, lr, momentum, weight_decay, nesterov, **options)
+    return Muon(params, lr, momentum, weight_decay, nesterov, **options)
 
 
 @_options_of(Muon, control="hyperball", aux_lr=AUX_LR)
 def MuonH(
-    first: Any,
+    params: Any,
     lr: float | Tensor = 1e-2,
     momentum: float = 0.95,
     weight_decay: float | Tensor = 0.1,
@@ -121,18 +121,18 @@ def MuonH(
     """`Muon` whose matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        first, momentum, weight_decay, nesterov, options: as `Muon` takes them; `aux_lr` is AdamW's own lr, for all
+        params, momentum, weight_decay, nesterov, options: as `Muon` takes them; `aux_lr` is AdamW's own lr, for all
             that is no hidden matrix.
         lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
     options.setdefault("control", "hyperball")
     options.setdefault("aux_lr", AUX_LR)
-    return Muon(first, lr, momentum, weight_decay, nesterov, **options)
+    return Muon(params, lr, momentum, weight_decay, nesterov, **options)
 
 
 @_options_of(Lion, control="l2")
 def LionA(
-    first: Any,
+    params: Any,
     lr: float | Tensor = 1e-3,
     beta: float = 0.9,
     weight_decay: float | Tensor = 0.1,
@@ -144,17 +144,17 @@ def LionA(
     """`Lion` with updates of one l2 norm (arXiv 2410.23922): `sharpwise.controls.l2`. AdamW's lr and decay serve.
 
     Args:
-        first, weight_decay, nesterov, options: as `Lion` takes them.
+        params, weight_decay, nesterov, options: as `Lion` takes them.
         lr: AdamW's. beta: of the momentum, in [0, 1).
         inverse_bias_correction: updates begin small, as the momentum does: times 1 - beta^t.
     """
     options.setdefault("control", L2(inverse_bias_correction=inverse_bias_correction))
-    return Lion(first, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)
+    return Lion(params, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)
 
 
 @_options_of(Lion, control="angular")
 def LionAR(
-    first: Any,
+    params: Any,
     lr: float | Tensor = 1e-3,
     beta: float = 0.9,
     weight_decay: float | Tensor = 0.1,
@@ -169,10 +169,10 @@ def LionAR(
     Without warm-up the paper takes beta=0.98, nesterov=True and inverse_bias_correction=True.
 
     Args:
-        first, weight_decay, nesterov, options: as `Lion` takes them; weight_decay sets the angle.
+        params, weight_decay, nesterov, options: as `Lion` takes them; weight_decay sets the angle.
         lr: AdamW's. beta: of the momentum, in [0, 1).
         angle: how it follows the schedule of lr; with "lr", lr is the angle in radians.
         inverse_bias_correction: angles begin small, as the momentum does: times 1 - beta^t.
     """
     options.setdefault("control", Angular(angle=angle, inverse_bias_correction=inverse_bias_correction))
-    return Lion(first, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)
+    return Lion(params, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)

@@ -40,7 +40,7 @@ class AdamW(BlockOptimizer):
     stochastically.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size, in units of the parameter per step (the update of an element is at most about lr).
         betas: decay rates of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment after its bias correction, in units of the gradient.
@@ -60,7 +60,7 @@ class AdamW(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -69,7 +69,7 @@ class AdamW(BlockOptimizer):
     ) -> None:
         rule = rules.AdamW(betas, eps)
         common = engine_arguments("AdamW", "adamw", options, lr)
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
@@ -81,7 +81,7 @@ class AdamMini(BlockOptimizer):
     Biases move as in AdamW, and what is said there of bf16 is true of theirs.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size, in units of the parameter per step (the update of an element is at most about lr).
         betas: decay rates of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment after its bias correction, in units of the gradient.
@@ -96,7 +96,7 @@ class AdamMini(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -108,7 +108,7 @@ class AdamMini(BlockOptimizer):
     ) -> None:
         rule = rules.AdamMini(betas, eps, v_by, cut)
         common = engine_arguments("AdamMini", "adam-mini", options, lr)
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
@@ -122,7 +122,7 @@ class AdaPM(BlockOptimizer):
     each does.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size, in units of the parameter per step (the update of a matrix has a root mean square of at most lr).
         betas: decay rates of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment after its bias correction, in units of the gradient.
@@ -140,7 +140,7 @@ class AdaPM(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -156,7 +156,7 @@ class AdaPM(BlockOptimizer):
         by_role = adapm.momentum_of("AdaPM", momentum)
         rule = rules.AdaPM(betas, eps, rank, by_role, debias, second_moment)
         common = engine_arguments("AdaPM", "adapm", options, lr, control=check_clip("AdaPM", clip))
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
         adapm.list_kept_in_full("AdaPM", rule, self.blocks.segments)
 
 
@@ -168,7 +168,7 @@ class Lion(BlockOptimizer):
     Against AdamW, lr is best 3 to 10 times smaller, and the decay larger.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size, in units of the parameter per step.
         betas: weights of the momentum in the direction, and of the past in the momentum, in [0, 1).
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
@@ -181,7 +181,7 @@ class Lion(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float | Tensor = 0.0,
@@ -191,7 +191,7 @@ class Lion(BlockOptimizer):
     ) -> None:
         rule = rules.Lion(betas, nesterov)
         common = engine_arguments("Lion", "lion", options, lr)
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
@@ -206,7 +206,7 @@ class Muon(BlockOptimizer):
     and so do plain ones of a DistributedDataParallel model: each is worked on once in the world.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: step size of the matrices: AdamW's values serve; with `scale="original"` about 0.02, of the spectral norm.
         momentum: mu, what is kept of the momentum per step, in [0, 1).
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step.
@@ -233,7 +233,7 @@ class Muon(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.95,
         weight_decay: float | Tensor = 0.1,
@@ -261,7 +261,7 @@ class Muon(BlockOptimizer):
             normalize_rows, per_head, precision, bf16_exchange,
         )  # fmt: skip
         common = engine_arguments("Muon", "muon", options, lr, aux_storage=aux_storage)
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, process_group=process_group, **common)
         muon.list_left_out("Muon", self.blocks.segments)
 
 
@@ -272,7 +272,7 @@ class SGD(BlockOptimizer):
 
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: in units of the parameter per unit of gradient.
         momentum: what is kept of the running sum of gradients, per step.
         dampening: of the gradient in that sum; None is 1 - momentum.
@@ -287,7 +287,7 @@ class SGD(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float | None = 0.0,
@@ -299,7 +299,7 @@ class SGD(BlockOptimizer):
     ) -> None:
         rule = rules.SGD(momentum, dampening, nesterov)
         common = engine_arguments("SGD", "sgd", options, lr, decoupled=decoupled_weight_decay)
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 @final
@@ -310,7 +310,7 @@ class SGDSaI(BlockOptimizer):
     State: one number per element, half of AdamW's. A `block_lr` comes on top, as a factor.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`.
         lr: in units of the parameter per unit of gradient, over about sqrt(elements of the block).
         momentum: m <- momentum m + (1 - momentum) g, from m = g.
         weight_decay: decoupled; an element shrinks by lr * weight_decay per step, whatever its block.
@@ -323,7 +323,7 @@ class SGDSaI(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         weight_decay: float | Tensor = 1e-2,
@@ -333,7 +333,7 @@ class SGDSaI(BlockOptimizer):
     ) -> None:
         rule = rules.SGD(momentum, None, False)
         common = engine_arguments("SGDSaI", "sgd-sai", options, lr, own_lr=GradientSNR(normalize=normalize))
-        super().__init__(first, rule, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, rule, lr=lr, weight_decay=weight_decay, **common)
 
 
 OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
@@ -362,11 +362,11 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter([*OPTIMIZERS, *PRESETS], pattern))
 
 
-def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
+def create_optimizer(params: Any, name: str, **kwargs: Any) -> BlockOptimizer:
     """An optimizer by name, with its constructor's arguments.
 
     Args:
-        first: as in `AdamW`.
+        params: as in `AdamW`.
         name: one of `list_optimizers()`, or a whole arm as `parse_arm` reads it.
         **kwargs: as the constructor takes them.
 
@@ -375,8 +375,8 @@ def create_optimizer(first: Any, name: str, **kwargs: Any) -> BlockOptimizer:
         TypeError: for a model or a constructor in place of the name.
     """
     given: Any = name
-    if callable(given) or (isinstance(first, str) and not isinstance(given, str)):
-        do = f": the model comes first, create_optimizer(model, {first!r})" if isinstance(first, str) else ""
+    if callable(given) or (isinstance(params, str) and not isinstance(given, str)):
+        do = f": the model comes first, create_optimizer(model, {params!r})" if isinstance(params, str) else ""
         raise TypeError(f"create_optimizer: name must be text, such as 'adamw', got {kind_of(given)}{do}")
     settings = split_arm({**kwargs, "name": name})
-    return OPTIMIZERS[settings.pop("name")](first, **settings)
+    return OPTIMIZERS[settings.pop("name")](params, **settings)

@@ -90,7 +90,7 @@ class Rotated(BlockOptimizer):
     gradients are held twice during a step.
 
     Args:
-        first: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`; fp32 or fp64.
+        params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`; fp32 or fp64.
         rule: "adamw", "adasgd" or "sgd".
         lr: as the rule has it.
         weight_decay: decoupled.
@@ -113,7 +113,7 @@ class Rotated(BlockOptimizer):
 
     def __init__(
         self,
-        first: Any,
+        params: Any,
         rule: str = "adamw",
         lr: float | Tensor = 1e-3,
         weight_decay: float | Tensor = 0.0,
@@ -145,7 +145,7 @@ class Rotated(BlockOptimizer):
         own = rules.BlockwiseAdam(betas, eps, "model") if rule == "adasgd" else own
         self._rotation = f"{by}, seed {rotation_seed}"
         common = engine_arguments("Rotated", rule, options, lr)
-        super().__init__(first, own, lr=lr, weight_decay=weight_decay, **common)
+        super().__init__(params, own, lr=lr, weight_decay=weight_decay, **common)
         self.defaults["rotation"] = self._rotation
 
     def _reset(self) -> None:

@@ -104,7 +104,7 @@ def test_all_signatures_have_the_same_options():
 @every_class
 def test_every_signature_begins_alike_and_is_whole(kind):
     own = [p for p in parameters_of(kind) if p.name not in COMMON]
-    assert [p.name for p in own[:2]] == ["first", "lr"] and "weight_decay" in [p.name for p in own]
+    assert [p.name for p in own[:2]] == ["params", "lr"] and "weight_decay" in [p.name for p in own]
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in own)
     assert all(p.annotation is not p.empty for p in own)
     assert parameters_of(kind)[-len(COMMON) :] == [p for p in parameters_of(kind) if p.name in COMMON]
@@ -122,7 +122,7 @@ def test_the_docstring_has_a_line_for_every_option(kind):
 
 def test_common_options_are_described_alike():
     def lines(kind):
-        return [line for line in kind.__doc__.splitlines() if line.strip().partition(": ")[0] in ("first", *COMMON)]
+        return [line for line in kind.__doc__.splitlines() if line.strip().partition(": ")[0] in ("params", *COMMON)]
 
     first, *others = OPTIMIZERS.values()
     assert len(lines(first)) == len(COMMON) + 1

@@ -63,7 +63,7 @@ def test_an_interpreter_completes_every_option(kind: Callable[..., Any]) -> None
     jedi = pytest.importorskip("jedi")
     found = jedi.Interpreter(f"sharpwise.{kind.__name__}(model, ", [{"sharpwise": sharpwise, "model": gpt2()}])
     completed = {own.name.removesuffix("=") for own in found.complete() if own.name.endswith("=")}
-    assert set(inspect.signature(kind).parameters) - {"first"} <= completed
+    assert set(inspect.signature(kind).parameters) - {"params"} <= completed
 
 
 @pytest.mark.slow
@@ -78,8 +78,8 @@ def test_a_checker_knows_every_option_and_its_type(tmp_path: Path) -> None:
         wrong.add(len(lines))
         for name, p in inspect.signature(kind).parameters.items():
             if p.annotation is not Any:
-                lines.append(f"{call}{name}=1j)" if name != "first" else f"{call}1j, *())")
-                wrong.add(len(lines)) if name != "first" else lines.pop()
+                lines.append(f"{call}{name}=1j)" if name != "params" else f"{call}1j, *())")
+                wrong.add(len(lines)) if name != "params" else lines.pop()
     script = tmp_path / "calls.py"
     script.write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(script)]

@@ -103,7 +103,7 @@ def _gather_options(table: Any) -> Any:
             "options": {key: _as_toml(value) for key, value in table.items() if key not in own},
         }
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
-    allowed = set(parameters) - {"first", *_OF_A_RUN, *own}
+    allowed = set(parameters) - {"params", *_OF_A_RUN, *own}
     for key in table.keys() - own:
         if key not in allowed:
             raise ValueError(
@@ -111,7 +111,7 @@ def _gather_options(table: Any) -> Any:
                 f"there are {', '.join(sorted({*allowed, *own}))}"
             )
     # Defaults of its own are written down too: those of another version may differ.
-    defaults = {key: _as_toml(parameters[key].default) for key in parameters if key not in ("first", *COMMON)}
+    defaults = {key: _as_toml(parameters[key].default) for key in parameters if key not in ("params", *COMMON)}
     defaults = {key: value for key, value in defaults.items() if value is not None}
     options = {**defaults, **{key: _as_toml(value) for key, value in table.items()}}
     return {
