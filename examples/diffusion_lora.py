@@ -31,7 +31,7 @@ def main() -> None:
     )  # fmt: skip
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"))
-    # Built after the adapter is there: it holds what trains. The names of diffusers are not among those known: say them.
+    # Built after the adapter is there: it holds what trains. Names of diffusers are not among those known: say them.
     blocks = {"*.to_q.*": "q", "*.to_k.*": "k", "*.to_v.*": "v", "*.to_out.*": "o"}
     optimizer = sharpwise.create_optimizer(unet, given.optimizer, lr=1e-2, weight_decay=0.01, blocks=blocks)
 
