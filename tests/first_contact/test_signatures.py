@@ -45,7 +45,8 @@ def test_a_named_one_shows_the_defaults_that_it_has(kind: Callable[..., Any]) ->
     base = inspect.signature(type(optimizer)).parameters
     for key in ("storage", "control", "aux_lr"):
         assert shown[key].default == preset.get(key, base[key].default)
-    same = sharpwise.create_optimizer(gpt2(), preset["name"], **{k: v for k, v in preset.items() if k != "name"})
+    options = {key: value for key, value in preset.items() if key != "name"}
+    same = sharpwise.create_optimizer(gpt2(), preset["name"], lr=shown["lr"].default, **options)
     assert str(optimizer.options) == str(same.options)
     assert repr(optimizer.rule).replace("(0.9, 0.9)", "[0.9, 0.9]") == repr(same.rule)  # as a configuration has them
     left = {name for name, p in base.items() if p.kind is p.KEYWORD_ONLY} - set(shown)
