@@ -171,6 +171,8 @@ def test_mistakes_with_a_trainer_are_told_before_it_trains(tmp_path: Path) -> No
     made = trainer(tmp_path, model)
     with pytest.raises(ValueError, match=r"no optimizer is called 'adam-mimi'"):
         set_optimizer(made, "adam-mimi")
+    with pytest.raises(TypeError, match=r"name must be text, such as 'adam-mini', got"):
+        set_optimizer(made, sharpwise.AdamMini)  # type: ignore[arg-type]
     made.args.deepspeed = "zero3.json"
     with pytest.raises(ValueError, match=r"DeepSpeed, got deepspeed='zero3.json'.*FSDP2"):
         set_optimizer(made, "adam-mini")

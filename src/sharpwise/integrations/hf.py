@@ -38,11 +38,13 @@ def set_optimizer(trainer: Any, name: str, **options: Any) -> None:
         options: the keyword arguments of that optimizer; they go before the numbers of `TrainingArguments`.
 
     Raises:
-        TypeError: for something that is no Trainer.
+        TypeError: for something that is no Trainer, and a class in place of the name.
         ValueError: for a trainer that has an optimizer, one that uses DeepSpeed, and as `sharpwise.create_optimizer`.
     """
     if not hasattr(trainer, "optimizer_cls_and_kwargs"):
         raise TypeError(f"set_optimizer: expected a transformers.Trainer, or one made of it, got {kind_of(trainer)}")
+    if not isinstance(name, str):
+        raise TypeError(f"set_optimizer: name must be text, such as 'adam-mini', got {kind_of(name)}")
     if trainer.optimizer is not None:
         raise ValueError(
             f"set_optimizer: the trainer has an optimizer, {type(trainer.optimizer).__name__}; call this before "
