@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sharpwise
 from distributed.serving import Case, serve
-from sharpwise.integrations.hf import Factory
+from sharpwise.integrations.hf import set_optimizer
 
 LR = 1e-3
 DATA = [{"input_ids": row, "labels": row} for tokens in batches() for row in tokens]
@@ -110,6 +110,8 @@ def trainer(folder: str, model: nn.Module, size: int, **arguments: Any) -> trans
         output_dir=folder,
         max_steps=STEPS,
         per_device_train_batch_size=size,
+        learning_rate=LR,
+        weight_decay=0.1,
         warmup_steps=3,
         logging_steps=1,
         save_steps=10,
@@ -120,8 +122,9 @@ def trainer(folder: str, model: nn.Module, size: int, **arguments: Any) -> trans
         dataloader_pin_memory=False,
         **arguments,
     )
-    options = {"name": "adam-mini", "lr": LR, "weight_decay": 0.1, "block_lr": "blockwise"}
-    return transformers.Trainer(model=model, args=args, train_dataset=DATA, optimizer_cls_and_kwargs=(Factory, options))
+    made = transformers.Trainer(model=model, args=args, train_dataset=DATA)
+    set_optimizer(made, "adam-mini", block_lr="blockwise")  # at two groups: biases and norms do not decay
+    return made
 
 
 def losses_of(run: transformers.Trainer) -> list[float]:
