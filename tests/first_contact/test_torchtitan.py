@@ -63,6 +63,7 @@ def test_groups_by_pattern_and_optimizers_of_torchtitan_stand_beside_ours() -> N
     )
     theirs, ours = config.build(model_parts=[model])
     assert type(theirs) is torch.optim.AdamW and isinstance(ours, sharpwise.Lion)
+    assert not {"fused", "foreach"} & set(ours.param_groups[0])
     assert [(g["lr"], g["weight_decay"], g["control"]) for g in ours.param_groups] == [
         (1e-4, 0.0, "l2"),
         (1e-5, 0.3, "l2"),
