@@ -28,7 +28,7 @@ def attention(found: Inference, order: int, attention: Attention) -> None:
                 elif (chosen := units & ~proven[leaf]).any():
                     found.give(leaf, chosen, role, f"makes {why}", head=True)
                     for biases in leaf.biases:
-                        found.assign(biases, chosen, role, f"added to {why}", head=True)
+                        found.assign(biases, chosen, role, f"added to {why}", head=True, bias=True)
             found.belongs(leaf, order)
 
 

@@ -58,12 +58,16 @@ class Inference:
 
     # -- who has what ------------------------------------------------------------------------------------------------
 
-    def assign(self, units: Units | None, chosen: Array, role: Role, why: str, head: bool = False) -> None:
-        """These units have this role; `head`: they are one head."""
+    def assign(
+        self, units: Units | None, chosen: Array, role: Role, why: str, head: bool = False, bias: bool = False
+    ) -> None:
+        """These units have this role; `head`: they are one head; `bias`: of what is added to a product."""
         for number in () if units is None else units.owners:
             coords = None if units is None else units.of(number, chosen)
             if coords is not None and units is not None:
                 ledger = self.ledgers[number]
+                if bias and len(ledger.shape) == 2:  # [heads, size]: a row for each head
+                    coords = coords[:1] if coords[0] is not None else coords
                 ledger.assign(coords, role, why)
                 ledger.stacked |= units.stacked
                 if head:

@@ -62,7 +62,7 @@ def add_bias(record: Recorder, leaf: Leaf, bias: Weight, trailing: int = 0) -> N
         differ = [i for i, (a, b) in enumerate(zip(flat, last, strict=True)) if not np.array_equal(a, b)]
         experts = leaf.weight is not None and leaf.weight.value.ndim > 2  # each token gets that of its expert
         if not differ or (differ == [1] and experts):  # else it differs from place to place
-            leaf.biases.append(Units(flat[0], tuple(flat[1:])))
+            leaf.biases.append(Units(flat[0], (None, *flat[2:]) if differ else tuple(flat[1:]), bool(differ)))
 
 
 def _shape(product: Product, call: Call) -> tuple[int, ...]:

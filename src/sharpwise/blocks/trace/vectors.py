@@ -128,7 +128,7 @@ def _biases(found: Inference, matrix: Leaf) -> None:
         for number in units.owners:
             found.ledgers[number].bias = True
         for role in {role for role in roles if role is not None}:
-            found.assign(units, np.array([r is role for r in roles]), role, f"added to the output of {role}")
+            found.assign(units, np.array([r is role for r in roles]), role, f"added to the output of {role}", bias=True)
 
 
 def _learned(found: Inference, tensor: Tensor) -> None:
