@@ -24,6 +24,7 @@ from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.recoding import announce, recoded, rename
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
+from sharpwise.engine.roleless import needs_roles
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
 from sharpwise.engine.views import views_of
@@ -78,7 +79,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     ) -> None:
         self.rule, self.options, self.who = rule, options, who
         self.no_decay, self.strict = binding.check_roles_named(no_decay, who, "no_decay", ("bias",)), strict
-        groups, self._known, model = binding.bind(first, model, blocks, who)
+        groups, self._known, model = binding.bind(first, model, blocks, who, needs_roles(rule, options, self.no_decay))
         self._mapped = isinstance(blocks, BlockMap)
         self.blocks = BlockMap(())
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)

@@ -52,7 +52,7 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Any:
 
 def _in_one_call(record: Recorder, call: Call) -> Tensor:
     q, k, v = (record.real(call.argument(i, name)) for i, name in enumerate(("query", "key", "value")))
-    mask = call.argument(3, "attn_mask")
+    mask = record.real(call.argument(3, "attn_mask"))
     bias = mask if isinstance(mask, Tensor) and mask.requires_grad else None
     by_head = [t.flatten(-2).flatten(0, -2) if t.ndim > 2 else t[None] for t in (q, k, v)]
     mean = v.mean(-2, keepdim=True)
