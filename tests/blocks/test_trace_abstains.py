@@ -331,3 +331,12 @@ def test_a_disagreement_does_not_reach_what_moves_by_element(monkeypatch: pytest
     assert {str(s.role) for s in sharpwise.AdamW(Inner(), lr=1e-3).blocks} == {"other"}
     with pytest.raises(ValueError, match="no map"):
         sharpwise.AdamMini(Inner(), lr=1e-3)
+
+
+def test_learning_rates_by_role_say_where_there_are_none(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    roles = {"0.*": "other", "1.*": "other"}
+    with caplog.at_level("WARNING", "sharpwise"):
+        sharpwise.AdamW(model, lr=1e-3, blocks=roles, block_lr="blockwise")
+        sharpwise.AdamW(model, lr=1e-3, blocks=roles)
+    assert [record.getMessage()[:44] for record in caplog.records] == ["AdamW: 100% of the elements are 'other', for"]

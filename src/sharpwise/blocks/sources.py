@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sharpwise.blocks")
 
 CHEAP = 1000
-"""Up to this many tensors, 110 layers or so, a model that is known by name is traced without being asked, once per class
-and config: some milliseconds a tensor."""
+"""Up to this many tensors, 110 layers or so, a model that is known by name is traced without being asked, once per
+class and config: some milliseconds a tensor."""
 _verified: set[int] = set()
 
 Standing = Literal["agree", "differ", "names", "dataflow", "neither"]

@@ -24,7 +24,7 @@ from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.recoding import announce, recoded, rename
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
-from sharpwise.engine.roleless import needs_roles
+from sharpwise.engine.roleless import needs_roles, warn_if_other
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
 from sharpwise.engine.views import views_of
@@ -158,6 +158,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             return binding.unexplained(who, what, blocks, self._known, self._model(), self._mapped, more)
 
         binding.check_roles(blocks, self._known, self.rule, block_lr, self.strict, self._model(), unknown, who)
+        warn_if_other(blocks, block_lr, who)
 
     def _probe(self, taken: int, source: MeasuredLR, updates: Mapping[str, Tensor] | None) -> dict[str, list[float]]:
         """What a probe of the model as it is finds of the segments of every parameter."""

@@ -107,7 +107,7 @@ def _normed_between(found: Inference, matrix: Leaf, makers: Sequence[Leaf]) -> b
 def _narrow(found: Inference, maker: Leaf) -> bool:
     """Whether a product makes fewer numbers than it reads, or queries alone; and not of the model's own input."""
     inner = found.behind(maker) & ~found.paths.of_kind["input"]
-    fewer = width(maker) < source(maker).shape[-1]
+    fewer = int(found.without_role(maker).sum()) < source(maker).shape[-1]
     queries = all(found.roles(reader) == {Role.Q} for reader in found.readers(maker))
     return bool(inner) and not maker.kernel and (fewer or queries)
 

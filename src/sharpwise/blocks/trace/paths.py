@@ -18,7 +18,7 @@ _MOVES = words(
     "AccumulateGrad View UnsafeView ReshapeAlias Transpose Permute T Unsqueeze Squeeze Expand Repeat Split UnsafeSplit "
     "SplitWithSizes Unbind Select Slice Narrow Cat Stack Clone ToCopy Copy Alias Index IndexSelect Gather IndexPut "
     "CopySlices AsStrided Roll Flip ConstantPadNd ViewAsComplex ViewAsReal ViewAsRealCopy Complex Real Imag Conj "
-    "MaskedFill Where SliceScatter SelectScatter Scatter IndexAdd Normed ScatterAdd"
+    "MaskedFill Where SliceScatter SelectScatter Scatter IndexAdd Normed ScatterAdd PixelShuffle PixelUnshuffle"
 )
 _SCALES = words("Mul Div Neg")
 _SUMS = words("Add Sub Rsub")
