@@ -145,7 +145,12 @@ def output(found: Inference, matrix: Leaf) -> None:
     if attended & ~good or any((a & attended and b & free) or (b & attended and a & free) for a, b in sums):
         return
     reached, _ = found.paths.straight(source(matrix), called=None, products=True)
-    if not all(leaf.pointwise for leaf in gates) or free & ~reached:
+    queries = 0
+    for leaf in found.graph.listed(attended):
+        for maker in found.matrices_in(found.made_of(leaf)):
+            queries |= found.made_of(maker)
+    learned = queries & found.graph.mask(source(matrix)) & found.paths.of_kind["weight"]  # a stream begins with them
+    if not all(leaf.pointwise for leaf in gates) or free & ~reached or learned:
         return
     found.give_all(matrix, Role.O, "reads an attention's output")
     found.belongs(matrix, [leaf.kind for leaf in found.leaves if leaf.time < matrix.time].count("attention") - 1)

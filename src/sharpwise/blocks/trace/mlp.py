@@ -139,6 +139,8 @@ def head(found: Inference, matrix: Leaf) -> None:
     """The model's output is all that it makes, and is made of nothing else."""
     owners = [] if matrix.weight is None else matrix.weight.owners
     data = any(use.how in ("shift", "join") for n in owners for use in found.record.uses_of(n))
+    if found.has(found.behind(matrix), "attention") and not found.has(found.behind(matrix), "lookup"):
+        return  # an output projection, or what reads an attention without one
     if data or found.readers(matrix) or not found.final >> matrix.index & 1:
         return
     for tensor in found.outputs:

@@ -174,7 +174,7 @@ class Paths:
             seen.add(node)
             mask = self._mask(node)
             if mask & needed == needed:
-                if kind_of_node(node) == "Mul":
+                if kind_of_node(node) in ("Mul", "Bmm", "Mm"):
                     return False
                 found = True
                 continue

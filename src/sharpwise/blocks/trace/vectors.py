@@ -194,7 +194,8 @@ def _place_by_place(found: Inference, use: Use, ledger: Ledger, vector: bool) ->
         if roles and all(role == {Role.MODULATION} for role in roles):
             ledger.settle(Role.MODULATION, "added to what scales or shifts the stream")
         return
-    ledger.settle(Role.POS_EMB, "added to the stream, place by place, where it begins")
+    if not any(other.how == "other" for other in found.record.uses_of(use.weight.owners[0])):
+        ledger.settle(Role.POS_EMB, "added to the stream, place by place, where it begins")
 
 
 def _bias(found: Inference, use: Use, ledger: Ledger) -> None:
