@@ -134,9 +134,9 @@ VIT = {
     "mlp.fc2": "down all",
 }
 VIT_OUTSIDE = {
-    "vit.embeddings.cls_token": "tok_emb all",
+    "vit.embeddings.cls_token": "pos_emb all",
     "vit.embeddings.position_embeddings": "pos_emb all",
-    "vit.embeddings.patch_embeddings.projection": "tok_emb all",
+    "vit.embeddings.patch_embeddings.projection": "patch_emb all",
     "vit.layernorm": "norm all",
 }
 TIMM = {
@@ -152,9 +152,9 @@ TIMM = {
     "ls2.gamma": "other all",
 }
 TIMM_OUTSIDE = {
-    "cls_token": "tok_emb all",
+    "cls_token": "pos_emb all",
     "pos_embed": "pos_emb all",
-    "patch_embed.proj": "tok_emb all",
+    "patch_embed.proj": "patch_emb all",
     "norm": "norm all",
     "fc_norm": "norm all",
     "head": "head all",
@@ -280,7 +280,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "vit-masked": {
         **below("vit.layers.1.", VIT),
         **VIT_OUTSIDE,
-        "vit.embeddings.mask_token": "tok_emb all",
+        "vit.embeddings.mask_token": "pos_emb all",
         "decoder.0": "head all",
     },
     "timm": below("blocks.1.", TIMM) | TIMM_OUTSIDE,
@@ -312,7 +312,7 @@ def test_what_layer_0_has_alone() -> None:
     t5_map, latent = BlockMap.of(TINY["t5"]()), BlockMap.of(TINY["deepseek_v3"]())
     for stack in ("encoder", "decoder"):
         name = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        assert (said(t5_map, name), t5_map[name][0].bias) == ("pos_emb all", False)
+        assert (said(t5_map, name), t5_map[name][0].bias) == ("rel_pos all", False)
     assert said(latent, "model.layers.0.mlp.gate_proj.weight") == "gate all"
 
 

@@ -114,7 +114,7 @@ def test_a_disagreement_raises_and_shows_both_sides() -> None:
 @pytest.mark.parametrize(
     ("call", "who"),
     [
-        (lambda model: sharpwise.AdamW(model), "AdamW"),
+        (lambda model: sharpwise.AdamMini(model), "AdamMini"),
         (lambda model: spectrum(model), "spectrum"),
         (lambda model: UpdateSize(model), "UpdateSize"),
         (lambda model: sharpness(model, torch.arange(8).view(1, 8)), "sharpness"),
@@ -131,9 +131,9 @@ def test_what_takes_blocks_names_its_own_options(call: Any, who: str) -> None:
         f"Say which is right, by name or glob: blocks={{'{name}': 'q'}}; or go by names alone: "
         "blocks=BlockMap.of(model, trace=False)"
     )
-    if who == "AdamW":
-        sharpwise.AdamW(model, blocks=BlockMap.of(model, trace=False))
-        sharpwise.AdamW(model, blocks={name: "q", name.replace("q_proj", "k_proj"): "k"})
+    if who == "AdamMini":
+        sharpwise.AdamMini(model, blocks=BlockMap.of(model, trace=False))
+        sharpwise.AdamMini(model, blocks={name: "q", name.replace("q_proj", "k_proj"): "k"})
     elif who == "spectrum":
         spectrum(model, blocks=BlockMap.of(model, trace=False))
         spectrum(model, blocks={name: "q", name.replace("q_proj", "k_proj"): "k"})

@@ -133,7 +133,7 @@ def test_encoder_decoder_with_cross_attention():
     for i in range(2):
         expected |= named(BLOCK, f"encoder.{i}.", i) | named(BLOCK | cross, f"decoder.{i}.", i)
     for side in ("encoder", "decoder"):
-        expected[f"{side}.0.mixer.relative.weight"] = "0: pos_emb all"
+        expected[f"{side}.0.mixer.relative.weight"] = "0: rel_pos all"
     assert said(EncoderDecoder(), (IDS, IDS.flip(1)[:, :4])) == expected
 
 
@@ -152,8 +152,8 @@ class Images(nn.Module):
 
 
 def test_vision_transformer():
-    expected = TWO_LAYERS | {"start": "tok_emb all", "places": "pos_emb all", "head.bias": "head all"}
-    expected |= weights({"patches": "tok_emb all"}, "weight", "bias")
+    expected = TWO_LAYERS | {"start": "pos_emb all", "places": "pos_emb all", "head.bias": "head all"}
+    expected |= weights({"patches": "patch_emb all"}, "weight", "bias")
     del expected["embedding.weight"]
     assert said(Images(), torch.rand(2, 3, 8, 8)) == expected
 
@@ -175,7 +175,7 @@ class Pooling(nn.Module):
 def test_pooling_by_learned_queries():
     found = said(Pooling())
     assert {name: found[name] for name in found if name.startswith("pool")} == weights(named(ATTENTION, "pool."))
-    assert found["queries"] in ("other all", "q all")
+    assert found["queries"] == "pos_emb all"
     rest = {name: what for name, what in found.items() if not name.startswith(("pool", "queries", "head"))}
     assert rest == {"embedding.weight": "tok_emb all"} | named(BLOCK, "layers.0.", 0)
 
@@ -233,6 +233,7 @@ def test_recurrence_between_attentions(mixer):
     inside = {name: "other all" for name, _ in model.named_parameters() if name.startswith("layers.1.mixer.")}
     expected = OUTSIDE | named(BLOCK, "layers.0.", 0) | named(BLOCK, "layers.1.", 1) | named(BLOCK, "layers.2.", 2)
     expected = {name: what for name, what in expected.items() if not name.startswith("layers.1.mixer.")}
+    inside |= {name: "conv all" for name in inside if ".conv." in name}
     assert said(model) == expected | named(inside, layer=1)
 
 

@@ -171,7 +171,7 @@ class RawQueries(nn.Module):
 
 def test_queries_that_are_a_parameter():
     found = said(Encoder(RawQueries()))
-    assert found.pop("attend.queries").endswith(("q all", "q all /4", "other all"))
+    assert found.pop("attend.queries").endswith(("q all", "q all /4", "other all", "pos_emb all"))
     without_q = {name: what for name, what in ATTENTION.items() if name != "q"}
     assert found == AROUND | named(weights(without_q), "attend.", 0)
 
@@ -189,7 +189,7 @@ class LoneAttention(nn.Module):
 
 
 def test_what_is_around_a_lone_attention():
-    expected = weights({"into": "tok_emb all", "head": "head all"}, "weight", "bias")
+    expected = weights({"into": "patch_emb all", "head": "head all"}, "weight", "bias")
     assert said(LoneAttention(), torch.rand(2, 7, 10)) == expected | named(weights(ATTENTION), "attention.", 0)
 
 

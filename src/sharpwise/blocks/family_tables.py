@@ -97,8 +97,8 @@ _TRANSFORMER_ENCODER: Sites = {
     ),
 }
 _TIMM: Sites = {
-    r"patch_embed\.proj|cls_token|reg_token|dist_token": Role.TOK_EMB,
-    r"pos_embed": Role.POS_EMB,
+    r"patch_embed\.proj": Role.PATCH_EMB,
+    r"cls_token|reg_token|dist_token|pos_embed": Role.POS_EMB,
     r"patch_embed\.norm|norm_pre|norm|fc_norm": Role.NORM,
     r"head|head_dist": Role.HEAD,
     **_layers(
@@ -195,7 +195,7 @@ _T5: Sites = {
         r"(?:encoder|decoder)\.block",
         _attention(r"layer\.\d\.(?:SelfAttention|EncDecAttention)", "q", "k", "v", "o"),
         {
-            r"layer\.0\.SelfAttention\.relative_attention_bias": Role.POS_EMB,
+            r"layer\.0\.SelfAttention\.relative_attention_bias": Role.REL_POS,
             r"layer\.\d\.layer_norm": Role.NORM,
             r"layer\.\d\.DenseReluDense\.wi_0": Role.GATE,
             r"layer\.\d\.DenseReluDense\.(?:wi|wi_1)": Role.UP,
@@ -219,8 +219,8 @@ _BERT: Sites = {
     ),
 }
 _VIT: Sites = {
-    r"embeddings\.(?:patch_embeddings\.projection|cls_token|mask_token)": Role.TOK_EMB,
-    r"embeddings\.position_embeddings": Role.POS_EMB,
+    r"embeddings\.patch_embeddings\.projection": Role.PATCH_EMB,
+    r"embeddings\.(?:cls_token|mask_token|position_embeddings)": Role.POS_EMB,
     r"layernorm": Role.NORM,
     r"pooler\.dense": Role.HEAD,
     **_layers(

@@ -264,6 +264,26 @@ def blocks_for(model: nn.Module, blocks: Blocks, who: str, *, include_frozen: bo
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{who}: {error}") from None
 
 
+def map_for_elements(model: nn.Module, who: str) -> BlockMap:
+    """The map for a rule that moves every element by itself at one rate: there is one for every model.
+
+    Roles are there to be shown. Where they are not clear, and of parameters whose output dimension is neither the first
+    nor the last, all is `other`.
+    """
+    try:
+        found = blocks_for(model, None, who, include_frozen=True)
+    except Exception as error:  # whatever it is, the roles are not needed
+        logger.info("%s: goes without the roles of this model, which are not clear: %s", who, error)
+        return BlockMap.unknown(model.named_parameters())
+    inner = {s.name for s in found if s.dim not in (1 if s.stacked else 0, len(s.shape) - 1)}
+    if not inner:
+        return found
+    plain = {name: Segment(name=name, shape=found[name][0].shape, source="trace") for name in inner}
+    result = BlockMap(s for name in found.names() for s in ([plain[name]] if name in inner else found[name]))
+    result.problem = found.problem
+    return result
+
+
 def _unexplained(name: str, shape: tuple[int, ...]) -> Segment:
     return Segment(name=name, shape=shape, bias=len(shape) == 1 and name.rpartition(".")[2] == "bias")
 

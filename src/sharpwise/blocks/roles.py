@@ -9,11 +9,18 @@ from sharpwise.hints import nearest
 class Role(StrEnum):
     """The job that a piece of a parameter has in a transformer. A bias has the role of its matrix.
 
-    `o_gate` multiplies an attention's output before `o`, `gate` the hidden units of an MLP.
+    `o_gate` multiplies an attention's output before `o`, `gate` the hidden units of an MLP. `tok_emb` is looked up,
+    `patch_emb` multiplies inputs that are numbers (patches, frames, features). `pos_emb` also holds learned queries and
+    class tokens: vectors that are the same for every input. `rel_pos` is added to the scores of an attention, `conv` is
+    a convolution, `modulation` scales or shifts the stream by what a model is conditioned on.
     """
 
     TOK_EMB = "tok_emb"
     POS_EMB = "pos_emb"
+    PATCH_EMB = "patch_emb"
+    REL_POS = "rel_pos"
+    CONV = "conv"
+    MODULATION = "modulation"
     Q = "q"
     K = "k"
     V = "v"
@@ -46,6 +53,10 @@ HIDDEN = {Role.Q, Role.K, Role.V, Role.O, Role.O_GATE, Role.GATE, Role.UP, Role.
 BLOCK_TYPE: dict[Role, BlockType] = {
     Role.TOK_EMB: BlockType.EMB,
     Role.POS_EMB: BlockType.EMB,
+    Role.PATCH_EMB: BlockType.OTHER,  # of these four no paper has measured a block type
+    Role.REL_POS: BlockType.OTHER,
+    Role.CONV: BlockType.OTHER,
+    Role.MODULATION: BlockType.OTHER,
     Role.Q: BlockType.QK,
     Role.K: BlockType.QK,
     Role.V: BlockType.VO,

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharpwise.blocks")
 
-CHEAP = 200
-"""Up to this many tensors a model that is known by name is traced without being asked, once per class and config."""
+CHEAP = 1000
+"""Up to this many tensors, 110 layers or so, a model that is known by name is traced without being asked, once per
+class and config: some milliseconds a tensor."""
 _verified: set[int] = set()
 
 Standing = Literal["agree", "differ", "names", "dataflow", "neither"]
@@ -157,10 +158,11 @@ class Sources:
 def agree(named: list[Segment], seen: list[Segment]) -> bool:
     """Whether two descriptions of a parameter fit: same role in every row, same heads where both know them.
 
-    `other` means no evidence, and fits everything.
+    `other` means no evidence, and fits everything; so does `conv`, which says what a matrix does and not what for.
     """
     if [_bare(part) for part in named] == [_bare(part) for part in seen]:
         return True  # row by row a large vocabulary takes its time
+    seen = [replace(part, role=Role.OTHER) if part.role is Role.CONV else part for part in seen]
     a, b = _by_row(named), _by_row(seen)
     if named[0].bias != seen[0].bias and Role.OTHER not in (named[0].role, seen[0].role):
         return False

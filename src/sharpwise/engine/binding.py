@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import BlockMap, Role, Segment, canonical_name
-from sharpwise.blocks.map import Blocks, blocks_for
+from sharpwise.blocks.map import Blocks, blocks_for, map_for_elements
 from sharpwise.blocks.names import canonical_path, collapse
 from sharpwise.blocks.roles import meant
 from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
@@ -37,7 +37,9 @@ RESIZED = (
 )
 
 
-def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple[Groups, BlockMap, nn.Module | None]:
+def bind(
+    first: Any, model: nn.Module | None, blocks: Blocks, who: str, roles: bool = True
+) -> tuple[Groups, BlockMap, nn.Module | None]:
     """Groups whose `params` are (name, tensor) pairs, the block map of the whole model, and the model if there is one.
 
     Raises:
@@ -68,7 +70,7 @@ def bind(first: Any, model: nn.Module | None, blocks: Blocks, who: str) -> tuple
     named = [pair for group in groups for pair in group["params"]]
     check_unique(named, who)
     check_tensors(named, who)
-    return groups, _block_map(named, model, blocks, who), model
+    return groups, _block_map(named, model, blocks, who, roles), model
 
 
 def replicas_of(model: nn.Module | None, given: Any, who: str) -> Any:
@@ -206,7 +208,9 @@ def check_unique(named: Sequence[tuple[str, Tensor]], who: str) -> None:
         seen_tensors[id(tensor)] = name
 
 
-def _block_map(named: Sequence[tuple[str, Tensor]], model: nn.Module | None, blocks: Blocks, who: str) -> BlockMap:
+def _block_map(
+    named: Sequence[tuple[str, Tensor]], model: nn.Module | None, blocks: Blocks, who: str, roles: bool
+) -> BlockMap:
     if isinstance(blocks, BlockMap):
         missing = [name for name, _ in named if name not in blocks]
         if missing:
@@ -224,7 +228,7 @@ def _block_map(named: Sequence[tuple[str, Tensor]], model: nn.Module | None, blo
         if blocks:
             raise TypeError(f"{who}: roles given as blocks= need the model too; pass it first, or as model=model")
         return BlockMap.unknown(named)
-    return blocks_for(model, blocks, who, include_frozen=True)
+    return blocks_for(model, blocks, who, include_frozen=True) if roles or blocks else map_for_elements(model, who)
 
 
 def check_tensors(named: Iterable[tuple[str, Tensor]], who: str) -> None:

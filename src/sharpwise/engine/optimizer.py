@@ -25,6 +25,7 @@ from sharpwise.engine.multipliers import Multipliers, factor_maps, product
 from sharpwise.engine.options import KnownOptions, Options
 from sharpwise.engine.recoding import announce, recoded, rename
 from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_control
+from sharpwise.engine.roleless import needs_roles, warn_if_other
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
 from sharpwise.engine.views import views_of
@@ -79,7 +80,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
     ) -> None:
         self.rule, self.options, self.who = rule, options, who
         self.no_decay, self.strict = binding.check_roles_named(no_decay, who, "no_decay", ("bias",)), strict
-        groups, self._known, model = binding.bind(first, model, blocks, who)
+        groups, self._known, model = binding.bind(first, model, blocks, who, needs_roles(rule, options, self.no_decay))
         self._mapped = isinstance(blocks, BlockMap)
         self.blocks = BlockMap(())
         self._model: Callable[[], nn.Module | None] = _no_model if model is None else weakref.ref(model)
@@ -158,6 +159,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
             return binding.unexplained(who, what, blocks, self._known, self._model(), self._mapped, more)
 
         binding.check_roles(blocks, self._known, self.rule, block_lr, self.strict, self._model(), unknown, who)
+        warn_if_other(blocks, block_lr, who)
 
     def _probe(self, taken: int, source: MeasuredLR, updates: Mapping[str, Tensor] | None) -> dict[str, list[float]]:
         """What a probe of the model as it is finds of the segments of every parameter."""

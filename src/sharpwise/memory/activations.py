@@ -76,7 +76,7 @@ def activations_of(
         if role == "norm" and not s.bias:
             per_token += s.numel * (1 if s.layer is None or s.name.rpartition(".")[0] in biased else 2)
             continue
-        if not s.is_matrix or role == "pos_emb" or (role == "tok_emb" and not s.tied):
+        if not s.is_matrix or role in ("pos_emb", "rel_pos", "modulation") or (role == "tok_emb" and not s.tied):
             continue
         times = min(experts, s.copies) if s.stacked else 1
         out = s.rows * times / (processes if own == s.dim else 1)

@@ -30,7 +30,8 @@ from sharpwise.blocks import Cut, Role, Segment
 from sharpwise.rules.adamw import AdamW
 from sharpwise.rules.base import Kind, Rule, Scalars, State, divide, lerp
 
-_BY_ROW = {Role.TOK_EMB, Role.HEAD, Role.V, Role.O, Role.O_GATE, Role.GATE, Role.UP, Role.DOWN, Role.ROUTER}
+_BY_ROW = {Role.TOK_EMB, Role.PATCH_EMB, Role.HEAD, Role.V, Role.O, Role.O_GATE}
+_BY_ROW |= {Role.GATE, Role.UP, Role.DOWN, Role.ROUTER}
 
 
 @dataclass(frozen=True)

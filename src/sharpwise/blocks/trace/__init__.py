@@ -11,12 +11,13 @@ from torch.utils._pytree import tree_map
 from sharpwise.blocks.names import canonical_name
 from sharpwise.blocks.segment import Segment
 from sharpwise.blocks.trace import attention, elementwise, matrices
+from sharpwise.blocks.trace.evidence import weigh
 from sharpwise.blocks.trace.example import TOKENS, Example, make_example, untouched
 from sharpwise.blocks.trace.functions import opened_functions
+from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.infer import Inference
 from sharpwise.blocks.trace.layers import find_layers
 from sharpwise.blocks.trace.recorder import Handlers, Recorder
-from sharpwise.blocks.trace.vectors import infer_vectors
 from sharpwise.blocks.trace.weights import tensors_in
 
 __all__ = ["Example", "Traced", "trace"]
@@ -82,8 +83,7 @@ def trace(model: nn.Module, example: Example | None = None) -> Traced:
             tokens = int(tokens * record.missed + 1)
         try:
             found = Inference(record, output)
-            found.run()
-            infer_vectors(found)
+            weigh(found)
             find_layers(model, found)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise ValueError(
@@ -103,8 +103,13 @@ def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Record
             )
     args, kwargs = tree_map(_leaf_input, (args, kwargs))
     record.mark("input", (args, kwargs))
-    record.copies.update((id(tensor), i) for i, tensor in enumerate(tensors_in((args, kwargs))))
-    with untouched(model), torch.compiler.set_stance("force_eager"):
+    for i, tensor in enumerate(tensors_in((args, kwargs))):
+        if tensor.requires_grad:
+            record.graph.add(Leaf(tensor, "input", 0))
+        elif not tensor.is_floating_point():
+            record.copies[id(tensor)] = i
+    with untouched(model) as held, torch.compiler.set_stance("force_eager"):
+        record.mark("held", held)
         try:
             with attention.flex_attention_seen(), opened_functions(record), record:
                 output = model(*args, **kwargs)

@@ -52,7 +52,7 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Any:
 
 def _in_one_call(record: Recorder, call: Call) -> Tensor:
     q, k, v = (record.real(call.argument(i, name)) for i, name in enumerate(("query", "key", "value")))
-    mask = call.argument(3, "attn_mask")
+    mask = record.real(call.argument(3, "attn_mask"))
     bias = mask if isinstance(mask, Tensor) and mask.requires_grad else None
     by_head = [t.flatten(-2).flatten(0, -2) if t.ndim > 2 else t[None] for t in (q, k, v)]
     mean = v.mean(-2, keepdim=True)
@@ -109,7 +109,7 @@ def _softmax(record: Recorder, call: Call) -> Tensor | None:
     x = call.argument(0, "input")
     if not isinstance(x, Tensor) or record.weight(x) is not None or not x.requires_grad:
         return None
-    out: Tensor = Through.apply(x, call.run(), record.graph.factor)
+    out: Tensor = Through.apply(x, call.run(), record.graph.factor, call.name.strip("_"))
     scores = record.graph.nearest(x, record.graph.scores)
     if scores is not None:
         record.weightings[out.grad_fn] = scores
@@ -119,13 +119,17 @@ def _softmax(record: Recorder, call: Call) -> Tensor | None:
 def _product_of_data(record: Recorder, call: Call, product: Product) -> Tensor | None:
     if not (product.left.requires_grad or product.right.requires_grad):
         return None
+    if record.is_marked("held", product.left, product.right):
+        return record.opaque(call, product)
     out: Tensor = call.mapped(record.real).run()
     for weights, values in ((product.left, product.right), (product.right, product.left)):
         if not values.requires_grad:
             continue
         scores = record.graph.nearest(weights, record.weightings) or record.graph.bent_scores(weights)
         if scores is not None:
-            return _attended(record, _written_out(record, scores, product, values), out)
+            attention = _written_out(record, scores, product, values)
+            attention.weights = weights
+            return _attended(record, attention, out)
     if out.grad_fn is not None:
         record.graph.scores[out.grad_fn] = product
     return out

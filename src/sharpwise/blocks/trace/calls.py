@@ -41,12 +41,13 @@ class Call(NamedTuple):
 
 @dataclass(eq=False)
 class Attention:
-    """One attention: queries, keys and values, each [heads, all the rest], and what is added to its scores."""
+    """One attention: queries, keys and values, [heads, all the rest]; what is added to its scores; their softmax."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 from sharpwise.blocks.trace.calls import Call, Use
 from sharpwise.blocks.trace.graph import Normed, Through
 from sharpwise.blocks.trace.matrices import add_bias
-from sharpwise.blocks.trace.recorder import Recorder
-from sharpwise.blocks.trace.weights import MOVES, Weight, tensors_in, words
+from sharpwise.blocks.trace.recorder import NEW, Recorder
+from sharpwise.blocks.trace.weights import Weight, tensors_in, words
 
 ACTIVATIONS = words(
     "relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ tanh tanh_ softplus erf mish hardswish hardsigmoid hardtanh elu "
@@ -31,8 +31,15 @@ CHOICES = words("topk argmax sort argsort max")
 SCALES = words("mul __mul__ __rmul__ mul_ __imul__ multiply")
 SHIFTS = words("add __add__ __radd__ add_ __iadd__ sub __sub__ sub_ __isub__")
 QUOTIENTS = words("div __truediv__ true_divide div_ __itruediv__")
-_COPIES = MOVES | {"to", "long", "int", "pin_memory", "cpu", "cuda"}
+# Of numbers that were given these make others that are not those any more: masks, counts, places.
+_COUNTS = words("cumsum argsort sort argmax argmin nonzero bincount searchsorted bucketize unique cumprod cummax")
 JOINS = words("cat concat concatenate stack where masked_fill lerp")
+CONVS = words("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+# Products of data with weights that are read in no other way: what they make, nothing is known of.
+CLOSED = CONVS | words(
+    "bilinear lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell tensordot inner outer kron "
+    "einsum chain_matmul multi_dot linalg_multi_dot dot vdot embedding_bag"
+)
 
 
 def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
@@ -41,14 +48,17 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
         return normed
     if weights:
         _note_uses(record, call, weights)
+        if call.name in CLOSED and not _by_channel(call, weights[0]):
+            return _closed(record, call, weights)
     call = call.mapped(record.real)
     given = call.tensors
     x = call.argument(0, "input", "condition")
     if not isinstance(x, Tensor) or not any(t.requires_grad for t in given):
         result = call.run()
-        if isinstance(result, Tensor) and id(x) in record.copies and call.name in _COPIES:
-            record.copies[id(result)] = record.copies[id(x)]
-        for what in ("statistic", "choice", "input"):
+        _copied(record, call, result)
+        if call.name == "one_hot" and id(x) in record.copies:
+            record.mark("one_hot", result)
+        for what in ("statistic", "choice", "input", "held", "one_hot"):
             if record.is_marked(what, *given):
                 record.mark(what, result)
         return result
@@ -56,23 +66,57 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
         return _choice(record, call, x)
     if call.name == "glu":
         left, right = x.chunk(2, call.argument(1, "dim") or -1)
-        return left * _through(right, right.sigmoid(), record.graph.factor)
+        return left * _through(right, right.sigmoid(), record.graph.factor, "sigmoid")
     if call.name in STATISTICS and _over_last(call, x):
         return record.mark("statistic", tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, call.run()))
     if call.name in ACTIVATIONS | LIMITS and x.requires_grad:
         return _activation(record, call, x)
     if call.name in COMPARISONS:
         return record.mark("comparison", call.run())
-    result = call.run()
+    result = _run(call)
+    if call.name in CONVS and isinstance(result, Tensor) and weights and _by_channel(call, weights[0]):
+        record.graph.by_channel.add(result.grad_fn)
     if call.name == "where" and record.is_marked("comparison", x):  # a function in pieces
-        return _through(result, result, record.graph.factor)
+        return _through(result, result, record.graph.factor, "where")
     if call.name in SCALES | QUOTIENTS and record.is_marked("statistic", *given):
         return _normed(result)
     return result
 
 
-def _through(x: Tensor, value: Tensor, factor: list[float] | None) -> Tensor:
-    out: Tensor = Through.apply(x, value, factor)
+def _copied(record: Recorder, call: Call, result: Any) -> None:
+    """Integers made of integers that the model was given, and of nothing that it counts, are those of a token too."""
+    if call.name in _COUNTS or record.is_marked("count", *call.tensors):
+        record.mark("count", result)
+        return
+    given = [record.copies[id(t)] for t in call.tensors if id(t) in record.copies]
+    if call.name == "__setitem__" and given:
+        result = call.args[0]
+    if not isinstance(result, Tensor) or not given or call.name in NEW or id(result) in record.copies:
+        return
+    whole = result.dtype not in (torch.bool, torch.uint8) and not result.is_floating_point()
+    if whole and not (call.name == "__getitem__" and _picks(*call.args)):
+        record.copies[id(result)] = given[0]
+        record.keep(result)
+
+
+def _picks(given: Tensor, index: Any) -> bool:
+    """Whether an index picks one of several numbers of each token."""
+    last = isinstance(index, tuple) and isinstance(index[-1], int) and given.ndim > 2
+    return last and (len(index) == given.ndim or Ellipsis in index)
+
+
+def _run(call: Call) -> Any:
+    """Its result; a view of what lies otherwise in memory here than in the model is a copy."""
+    if call.name != "view":
+        return call.run()
+    try:
+        return call.run()
+    except RuntimeError:
+        return call._replace(func=Tensor.reshape).run()
+
+
+def _through(x: Tensor, value: Tensor, factor: list[float] | None, name: str) -> Tensor:
+    out: Tensor = Through.apply(x, value, factor, name)
     return out
 
 
@@ -90,9 +134,9 @@ def _activation(record: Recorder, call: Call, x: Tensor) -> Any:
     if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
         return call.run()
     if call.name in LIMITS and not any(type(v) in (int, float) and v == 0 for v in values):
-        return _through(x, result, None)
+        return _through(x, result, None, call.name)
     # Never zero: what it multiplies is to be seen.
-    return _through(x, torch.where(result == 0, 0.5, result), record.graph.factor)
+    return _through(x, torch.where(result == 0, 0.5, result), record.graph.factor, call.name.strip("_"))
 
 
 def _norm(record: Recorder, call: Call) -> Tensor | None:
@@ -118,14 +162,27 @@ def _norm(record: Recorder, call: Call) -> Tensor | None:
 
 
 def _note_uses(record: Recorder, call: Call, weights: list[Weight]) -> None:
-    kinds = {"scale": SCALES, "shift": SHIFTS, "join": JOINS}
+    kinds = {"scale": SCALES, "shift": SHIFTS, "join": JOINS, "conv": CONVS}
     how = next((how for how, names in kinds.items() if call.name in names), "other")
     beside = next((t for t in call.tensors if record.weight(t) is None), None)
     for weight in weights:
         record.uses.append(Use(weight, how, record.graph.tick(), beside))
-        leaf = record.graph.only_leaf(beside) if how == "shift" and beside is not None else None
+        leaf = record.graph.only_leaf(beside, straight=True) if how == "shift" and beside is not None else None
         if leaf is not None and beside is not None and leaf.kind == "matrix" and leaf.tensor.shape == beside.shape:
             add_bias(record, leaf, weight)
+
+
+def _by_channel(call: Call, kernel: Weight) -> bool:
+    """Whether a convolution moves every channel on its own: it mixes tokens, and no features."""
+    return call.name in CONVS and not call.name.startswith("conv_t") and kernel.value.shape[1] == 1
+
+
+def _closed(record: Recorder, call: Call, weights: list[Weight]) -> Any:
+    """Fresh leaves in place of what a product makes that cannot be read."""
+    for weight in weights:
+        record.touch(weight)
+    result = call.mapped(lambda x: record.real(x).detach() if isinstance(x, Tensor) else x).run()
+    return tree_map(lambda t: record.closed(t, call.tensors) if isinstance(t, Tensor) else t, result)
 
 
 def _choice(record: Recorder, call: Call, x: Tensor) -> Any:
@@ -154,4 +211,8 @@ def _over_last(call: Call, x: Tensor) -> bool:
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     if type(dim) is not int or dim not in (-1, x.ndim - 1):
         return False
+    node = x.grad_fn
+    sides = {n for n, _ in node.next_functions} if node is not None and node.name().startswith("Mul") else ()
+    if call.name == "sum" and len(sides) > 1:
+        return False  # of products: something is weighed
     return call.name != "sum" or bool(call.argument(place + 1, "keepdim", "keepdims"))

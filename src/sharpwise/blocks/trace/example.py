@@ -108,12 +108,12 @@ def _guess(model: nn.Module, name: str, config: Any, ids: Tensor, device: torch.
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[list[Tensor]]:
     """In evaluation mode inside; as it was before once left, however that happens.
 
     Restored are the training flags, attributes (lists, dicts and sets with what they hold) and buffers of all modules,
-    and the random numbers of torch, Python and numpy. Inside, buffers and tensors in attributes are copies. Hooks run,
-    since some compute weights.
+    and the random numbers of torch, Python and numpy. Inside, buffers and tensors in attributes are copies, which are
+    handed out. Hooks run, since some compute weights.
     """
     modules = list(model.modules())
     attributes = [dict(vars(m)) for m in modules]
@@ -125,13 +125,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         copies: dict[int, Tensor] = {}
+        held_by_model: list[Tensor] = []
         for module in modules:
             module.training = False  # not eval(): a train() of one's own may merge weights
             for held in (vars(module), module._buffers):
                 for name, value in list(held.items()):
                     if isinstance(value, Tensor) and value.device.type != "meta":
                         held[name] = copies.setdefault(id(value), value.detach().clone())
-        yield
+                    if isinstance(value, Tensor):
+                        held_by_model += [t for t in [held[name]] if t is not None]
+        yield held_by_model
     finally:
         for module, before in zip(modules, attributes, strict=True):
             vars(module).clear()

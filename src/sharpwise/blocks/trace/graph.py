@@ -24,13 +24,15 @@ class Leaf:
 
     Attributes:
         tensor: the differentiable tensor.
-        kind: `matrix`, `lookup`, `attention`, or `weight`, a stand-in for a parameter.
+        kind: `matrix`, `lookup`, `attention`, `input` of the model, or `weight`, a stand-in for a parameter.
         time: order of execution.
-        weight: what made it, None for an attention.
+        weight: what made it; None for an attention, an input, and a product with a matrix that is no parameter.
         source: the data that entered the product, or the numbers looked up.
         axes: axes of `tensor` along the units, the output rows of the weight.
         units: where each of them comes from, None if that cannot be told.
         biases: where the numbers added to the units come from.
+        kernel: sizes of the window of a convolution.
+        index: place among all leaves; bit of a mask.
     """
 
     tensor: Tensor
@@ -41,6 +43,13 @@ class Leaf:
     axes: tuple[int, ...] = ()
     units: Units | None = None
     biases: list[Units] = field(default_factory=list)
+    kernel: tuple[int, ...] = ()
+    index: int = -1
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether one token of the output is made of one token of the input: no convolution with a window."""
+        return all(n == 1 for n in self.kernel)
 
     def over_units(self, hit: Tensor) -> Tensor:
         """A tensor of the leaf's shape as [all the rest, units]."""
@@ -49,16 +58,16 @@ class Leaf:
 
 
 class Through(torch.autograd.Function):
-    """Value of a function of x, gradient of the identity, times a factor that can be turned."""
+    """Value of a function of x, called `name`, gradient of the identity, times a factor that can be turned."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, factor: list[float] | None) -> Tensor:
-        ctx.factor, ctx.dtype = factor, x.dtype
+    def forward(ctx: Any, x: Tensor, value: Tensor, factor: list[float] | None, name: str = "") -> Tensor:
+        ctx.factor, ctx.dtype, ctx.called = factor, x.dtype, name
         return value.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad if ctx.factor is None else grad * ctx.factor[0]).to(ctx.dtype), None, None
+        return (grad if ctx.factor is None else grad * ctx.factor[0]).to(ctx.dtype), None, None, None
 
 
 class Normed(Through):
@@ -71,12 +80,16 @@ class Graph:
     Attributes:
         factor: what activations multiply gradients by. A gradient that it changes went through one.
         scores: products of data with data by their node, which may become attention scores.
+        by_channel: nodes of convolutions that move every channel on its own.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.leaves: dict[int, Leaf] = {}
+        self.order: list[Leaf] = []
+        self._masks: dict[Any, int] = {}
         self.factor = [1.0]
         self.scores: dict[Any, Product] = {}
+        self.by_channel: set[Any] = set()
         self.time = 0
         self._random = torch.Generator("cpu").manual_seed(seed)
         self._known: dict[Any, list[Leaf]] = {}
@@ -95,6 +108,8 @@ class Graph:
     def add(self, leaf: Leaf) -> Leaf:
         """Make a leaf known."""
         self.leaves[id(leaf.tensor)] = leaf
+        leaf.index = len(self.order)
+        self.order.append(leaf)
         return leaf
 
     def leaf_at(self, node: Any) -> Leaf | None:
@@ -109,11 +124,45 @@ class Graph:
         if tensor.grad_fn is None:
             return [self.leaves[id(tensor)]] if id(tensor) in self.leaves else []
         if tensor.grad_fn not in self._known:
-            nodes = list(_nodes(tensor))
-            for node in nodes:
-                self._make_turnable(node)
-            self._known[tensor.grad_fn] = [leaf for node in nodes if (leaf := self.leaf_at(node)) is not None]
+            self._known[tensor.grad_fn] = self.listed(self.mask(tensor))
         return self._known[tensor.grad_fn]
+
+    def listed(self, mask: int) -> list[Leaf]:
+        """The leaves of a mask, in order."""
+        found = []
+        while mask:
+            low = mask & -mask
+            found.append(self.order[low.bit_length() - 1])
+            mask ^= low
+        return found
+
+    def mask(self, tensor: Tensor) -> int:
+        """The leaves that a tensor is made of, a bit for each."""
+        if tensor.grad_fn is None:
+            leaf = self.leaves.get(id(tensor))
+            return 0 if leaf is None else 1 << leaf.index
+        return self.mask_at(tensor.grad_fn)
+
+    def mask_at(self, first: Any) -> int:
+        """The same of a node."""
+        known, stack = self._masks, [first]
+        while stack:
+            node = stack[-1]
+            if node in known:
+                stack.pop()
+                continue
+            following = [n for n, _ in node.next_functions if n is not None]
+            missing = [n for n in following if n not in known]
+            if missing:
+                stack += missing
+                continue
+            self._make_turnable(node)
+            leaf = self.leaf_at(node)
+            mask = 0 if leaf is None else 1 << leaf.index
+            for n in following:
+                mask |= known[n]
+            known[stack.pop()] = mask
+        return known[first]
 
     def matrices_behind(self, tensor: Tensor) -> list[Leaf]:
         """The products with weights that a tensor is made of."""
@@ -150,9 +199,14 @@ class Graph:
             following = [n for n, _ in node.next_functions if n is not None and not self._only_weights(n)]
             node = following[0] if len(following) == 1 else None
 
-    def only_leaf(self, tensor: Tensor) -> Leaf | None:
-        """The leaf that a tensor is made of if there is one way back."""
-        return next((leaf for node in self.chain(tensor) if (leaf := self.leaf_at(node)) is not None), None)
+    def only_leaf(self, tensor: Tensor, straight: bool = False) -> Leaf | None:
+        """The leaf that a tensor is made of if there is one way back; `straight`: without activation or norm."""
+        for node in self.chain(tensor):
+            if straight and type(node).__name__ in ("NormedBackward", "ThroughBackward"):
+                return None
+            if (leaf := self.leaf_at(node)) is not None:
+                return leaf
+        return None
 
     def normed(self, tensor: Tensor, how: str) -> bool:
         """Whether a tensor has just been normalized and no weight has scaled it, or shifted it in this way, since."""

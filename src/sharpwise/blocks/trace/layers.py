@@ -10,7 +10,7 @@ from sharpwise.blocks.trace.infer import Inference
 from sharpwise.blocks.trace.rows import Ledger
 
 Path = tuple[str, ...]
-_OUTSIDE = {Role.TOK_EMB, Role.POS_EMB, Role.HEAD}
+_OUTSIDE = {Role.TOK_EMB, Role.POS_EMB, Role.PATCH_EMB, Role.REL_POS, Role.CONV, Role.MODULATION, Role.HEAD}
 
 
 def find_layers(model: nn.Module, found: Inference) -> None:
@@ -100,11 +100,15 @@ def _by_time(found: Inference) -> None:
             continue
         number = leaf.weight.number
         beside = next((u.beside for u in found.record.uses if number in u.weight.owners), None)
-        behind = [] if beside is None else [leaf for leaf in found.graph.behind(beside) if leaf.kind != "weight"]
+        behind = (
+            []
+            if beside is None
+            else [leaf for leaf in found.graph.behind(beside) if leaf.kind not in ("weight", "input")]
+        )
         stream = any(m.weight is None or not set(m.weight.owners) & works.keys() for m in behind)
         read = set() if stream else layers(behind)
         if len(read) != 1:
-            read = layers(found.readers[id(leaf)])
+            read = layers(found.readers(leaf))
         if len(read) > 1:
             read = layers([m for m in found.matrices if m.time < touched[number]][-1:])
         if len(read) == 1 and not found.ledgers[number].roles & _OUTSIDE:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -18,8 +19,6 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | No
     if product is None:
         return _lookup(record, call)
     left, right = record.weight(product.left), record.weight(product.right)
-    if left is not None and right is not None and call.name == "linear" and left.value.ndim > 2:
-        product, left = product._replace(left=record.real(product.left)), None  # a learned query
     if (left is None) == (right is None):
         return None
     weight = right if left is None else left
@@ -39,6 +38,7 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | No
         data,
         tuple(product.out_axes.index(own[a]) for a in axes),
         units_of(weight, axes, product.stacked),
+        kernel=tuple(n for n, label in zip(sizes, own, strict=True) if label[:1] == ("kernel",)),
     )
     if (bias := record.weight(product.bias)) is not None:
         add_bias(record, leaf, bias, trailing=sum(label[:1] == ("space",) for label in product.out_axes))
@@ -57,8 +57,12 @@ def add_bias(record: Recorder, leaf: Leaf, bias: Weight, trailing: int = 0) -> N
     except RuntimeError:
         return  # of a shape of its own: no bias
     if sides:
-        flat = [side.permute(*rest, *leaf.axes)[tuple(0 for _ in rest)].reshape(-1).numpy() for side in sides]
-        leaf.biases.append(Units(flat[0], tuple(flat[1:])))
+        moved = [side.permute(*rest, *leaf.axes) for side in sides]
+        flat, last = ([side[tuple(at for _ in rest)].reshape(-1).numpy() for side in moved] for at in (0, -1))
+        differ = [i for i, (a, b) in enumerate(zip(flat, last, strict=True)) if not np.array_equal(a, b)]
+        experts = leaf.weight is not None and leaf.weight.value.ndim > 2  # each token gets that of its expert
+        if not differ or (differ == [1] and experts):  # else it differs from place to place
+            leaf.biases.append(Units(flat[0], (None, *flat[2:]) if differ else tuple(flat[1:]), bool(differ)))
 
 
 def _shape(product: Product, call: Call) -> tuple[int, ...]:

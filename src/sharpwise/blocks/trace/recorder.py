@@ -30,6 +30,10 @@ _QUESTIONS = words(
 _VALUES = frozenset(("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"))
 _DEVICES = frozenset(("device", "is_meta", "is_cuda", "is_cpu", "get_device"))
 _LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
+NEW = words(
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor"
+)
+_NORMS = words("layer_norm rms_norm group_norm batch_norm instance_norm")
 
 
 class Handlers(NamedTuple):
@@ -70,6 +74,10 @@ class Recorder(TorchFunctionMode):
         self.weightings: dict[Any, Product] = {}  # softmaxes by node -> the scores
         self.copies: dict[int, int] = {}  # numbers given by the example, viewed or copied -> which
         self.marked: dict[str, set[int]] = {"statistic": set(), "comparison": set(), "choice": set(), "input": set()}
+        self.marked["held"] = set()  # made of buffers and other tensors that a model holds
+        self.marked |= {"one_hot": set(), "count": set()}
+        self._indexed = 0
+        self._by_owner: dict[int, list[Use]] = {}
         self._keep: list[Any] = []
         self._stand_ins: dict[int, Tensor] = {}
         self._meta = any(p.device.type == "meta" for p in self.parameters)
@@ -93,6 +101,9 @@ class Recorder(TorchFunctionMode):
             call = self._off_meta(call, bool(weights))
         if weights and call.name in _DEVICES:
             return getattr(torch.empty(0, device=self.device), call.name)
+        if weights and call.name in NEW:
+            return call.mapped(self._sized).run()
+        call = self._with_queries(call)
         product = as_product(call.name, call.args, call.kwargs)
         for handle in (self.handlers.attention, self.handlers.matrices):
             found = handle(self, call, product)
@@ -117,6 +128,24 @@ class Recorder(TorchFunctionMode):
             args = tuple(self.device if isinstance(a, torch.device) and _on_meta(a) else a for a in args)
         return call._replace(args=args, kwargs=kwargs)
 
+    def _sized(self, value: Any) -> Any:
+        """Numbers of the size of a weight, for what makes others of that size."""
+        weight = self.weight(value)
+        return value if weight is None else torch.empty_like(weight.value, device=self.real_device(weight.value))
+
+    def _with_queries(self, call: Call) -> Call:
+        """A parameter that enters a product or a norm in the place of data is data: a learned query, say."""
+        x = call.argument(0, "input")
+        weight = self.weight(x)
+        if weight is None or not weight.value.is_floating_point():
+            return call
+        others = [self.weight(t) for t in call.tensors if t is not x]
+        if call.name != "linear" and (call.name not in _NORMS or not any(others)):
+            return call
+        if call.args:
+            return call._replace(args=(self.real(x), *call.args[1:]))
+        return call._replace(kwargs={**call.kwargs, "input": self.real(x)})
+
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def weight(self, value: Any) -> Weight | None:
@@ -137,6 +166,47 @@ class Recorder(TorchFunctionMode):
             self.weights[id(weight.value)] = weight
         self._keep.append((made, result))
         return result
+
+    def closed(self, made: Tensor, given: list[Tensor]) -> Tensor:
+        """A fresh leaf in place of something made in a way that cannot be read, of which no row is known."""
+        if not made.is_floating_point():
+            return made
+        sources = [t.flatten()[:1] for t in map(self.real, given) if t.requires_grad and t.numel()]
+        source = torch.cat([t.to(made.dtype) for t in sources]) if sources else made
+        leaf = Leaf(
+            self.graph.positive(made.shape, made.dtype, made.device),
+            "matrix",
+            self.graph.tick(),
+            source=source,
+            kernel=(0,),
+        )
+        return self.graph.add(leaf).tensor.clone()
+
+    def opaque(self, call: Call, product: Product) -> Tensor:
+        """A fresh leaf in place of a product of data with a matrix that is no parameter."""
+        left = product.left.requires_grad
+        data, own = (product.left, product.right_axes) if left else (product.right, product.left_axes)
+        made = call.mapped(lambda x: self.real(x).detach() if isinstance(x, Tensor) else x).run()
+        axes = tuple(product.out_axes.index(label) for label in own if label in product.out_axes)
+        kernel = tuple(2 for label in own if label[:1] == ("kernel",))
+        leaf = Leaf(
+            self.graph.positive(made.shape, made.dtype, made.device),
+            "matrix",
+            self.graph.tick(),
+            source=data,
+            axes=axes,
+            kernel=kernel,
+        )
+        return self.graph.add(leaf).tensor.clone()
+
+    def uses_of(self, number: int) -> list[Use]:
+        """The uses of a parameter other than by a product."""
+        while self._indexed < len(self.uses):
+            use = self.uses[self._indexed]
+            self._indexed += 1
+            for owner in use.weight.owners:
+                self._by_owner.setdefault(owner, []).append(use)
+        return self._by_owner.get(number, [])
 
     def touch(self, weight: Weight) -> None:
         """A weight is used now."""
@@ -180,6 +250,10 @@ class Recorder(TorchFunctionMode):
                 self.marked[what].add(id(tensor))
                 self._keep.append(tensor)
         return result
+
+    def keep(self, value: Any) -> None:
+        """Keep something, so that its id stays its own."""
+        self._keep.append(value)
 
     def is_marked(self, what: str, *values: Any) -> bool:
         """Whether one of these is."""

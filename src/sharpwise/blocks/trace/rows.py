@@ -78,7 +78,7 @@ class Ledger:
             given = [d for d in range(min(len(coords), len(self.shape))) if coords[d] is not None]
             self._dims = [d for d in given if self.shape[d] > 1] or given[-1:]
             self._roles = np.full([self.shape[d] for d in self._dims], -1, dtype=np.int8)
-        index = [c for d in self._dims if (c := coords[d]) is not None]
+        index = [c for d in self._dims if d < len(coords) and (c := coords[d]) is not None]
         return tuple(index) if index and len(index) == len(self._dims) else None
 
     # -- segments ----------------------------------------------------------------------------------------------------

@@ -1,22 +1,47 @@
-"""Parameters that no product uses: biases, norms, embeddings, positions."""
+"""Parameters that no product uses: biases, norms, embeddings, positions, learned queries.
+
+| role | proof |
+|---|---|
+| tok_emb | looked up by integers that the model was given |
+| pos_emb | looked up by numbers that the model counts, added to the stream; added to it place by place where it \
+begins; joined to it; a stream that begins with a parameter (learned queries, class tokens) |
+| rel_pos | looked up or computed without data, added to the scores of an attention |
+| norm | scales or shifts what was normalized |
+| conv | the kernel of a convolution |
+| a bias | added to the output of a matrix, along its rows: the role of that matrix |
+"""
 
 import numpy as np
 from torch import Tensor
 
 from sharpwise.blocks.roles import Role
+from sharpwise.blocks.trace.around import ancestors, on_scores
 from sharpwise.blocks.trace.calls import Use
 from sharpwise.blocks.trace.graph import Leaf
-from sharpwise.blocks.trace.infer import Inference, source
+from sharpwise.blocks.trace.infer import QKV, Inference, source
 from sharpwise.blocks.trace.rows import Ledger
+
+_STARTS = {Role.TOK_EMB, Role.PATCH_EMB, Role.CONV, Role.POS_EMB}
 
 
 def infer_vectors(found: Inference) -> None:
     """Write into the ledgers what is no matrix. The matrices are known by now."""
+    biases = 0
+    for attention in found.record.attentions:
+        bias = 0 if attention.bias is None else found.graph.mask(attention.bias)
+        biases |= 0 if bias & found.paths.made else bias
+    lookups = [leaf for leaf in found.leaves if leaf.kind == "lookup"]
+    tables = _tables_of_tokens(found, lookups)
+    for leaf in lookups:
+        _lookup(found, leaf, leaf in tables, bool(biases >> leaf.index & 1))
     for leaf in found.leaves:
-        if leaf.kind == "lookup":
-            _lookup(found, leaf)
+        if leaf.kind == "weight" and biases >> leaf.index & 1 and leaf.weight is not None:
+            found.ledgers[leaf.weight.number].settle(Role.REL_POS, "added to the scores of an attention")
     for matrix in found.matrices:
         _biases(found, matrix)
+    for matrix in found.matrices:
+        if found.roles(matrix) & {*QKV} and not found.behind(matrix):
+            _learned(found, source(matrix))
     for use in found.record.uses:
         for number in use.weight.owners:
             _use(found, use, found.ledgers[number])
@@ -24,22 +49,55 @@ def infer_vectors(found: Inference) -> None:
         if Role.DOWN in found.roles(matrix):
             for leaf in found.graph.behind(source(matrix)):
                 if leaf.kind == "weight" and leaf.weight is not None and leaf.weight.value.numel() == 1:
-                    found.ledgers[leaf.weight.number].settle(Role.UP, "a parameter of an MLP's activation")
+                    uses = found.record.uses_of(leaf.weight.number)
+                    if uses and all(use.weight.number < 0 for use in uses):  # a function of it: no plain gain or slope
+                        found.ledgers[leaf.weight.number].settle(Role.UP, "a parameter of an MLP's activation")
 
 
-def _lookup(found: Inference, leaf: Leaf) -> None:
+def _tables_of_tokens(found: Inference, lookups: list[Leaf]) -> list[Leaf]:
+    """The lookups by integers that the model was given. Where it was given several, the places among them are none."""
+    copies = found.record.copies
+    given = [leaf for leaf in lookups if leaf.source is not None and id(leaf.source) in copies]
+    if len({copies[id(leaf.source)] for leaf in given}) <= 1:
+        return given
+    heads = {n for m in found.matrices if Role.HEAD in found.roles(m) and m.weight is not None for n in m.weight.owners}
+    tokens = [leaf for leaf in given if leaf.source is not None and not _are_places(leaf.source)]
+    sizes = {leaf.weight.value.shape[0] for leaf in tokens if leaf.weight is not None}
+    few = 16  # kinds of tokens, segments
+    return [
+        leaf
+        for leaf in given
+        if leaf.weight is not None
+        and (
+            heads & {*leaf.weight.owners} or (leaf in tokens and (len(sizes) == 1 or leaf.weight.value.shape[0] > few))
+        )
+    ]
+
+
+def _lookup(found: Inference, leaf: Leaf, tokens: bool, on_mask: bool) -> None:
     assert leaf.weight is not None and leaf.source is not None
-    on_scores = any(a.bias is not None and leaf in found.graph.behind(a.bias) for a in found.record.attentions)
-    record = found.record
-    given = record.copies.get(id(leaf.source))
-    others = {record.copies.get(id(other.source)) for other in found.leaves if other.kind == "lookup"} - {given, None}
-    # Numbers of the example are tokens, whatever they are, unless it gives others too; what a forward counts, places.
-    tokens = not _are_places(leaf.source) or (given is not None and not others)
+    meetings = list(found.paths.meets(leaf, straight=False))
+    sums = [node for node, name, rest, _ in meetings if name in ("Add", "Sub") and rest]
+    scores = [node for node in sums if any(_scores(found, n) for n in found.paths.inputs(node))]
     for number in leaf.weight.owners:
-        if on_scores or not tokens:
-            found.ledgers[number].settle(Role.POS_EMB, "looked up by places")
-        else:
-            found.ledgers[number].settle(Role.TOK_EMB, "looked up by tokens", first=True)
+        ledger = found.ledgers[number]
+        if tokens:
+            ledger.settle(Role.TOK_EMB, "looked up by tokens", first=True)
+        elif on_mask or scores:
+            ledger.settle(Role.REL_POS, "looked up, and added to the scores of an attention")
+        elif _are_places(leaf.source) and _alike(leaf.source):
+            ledger.settle(Role.POS_EMB, "looked up by places")
+
+
+def _scores(found: Inference, node: object) -> bool:
+    return on_scores(found, _At(node))  # type: ignore[arg-type]
+
+
+class _At:
+    """What stands for the tensor that a node makes."""
+
+    def __init__(self, node: object) -> None:
+        self.grad_fn = node
 
 
 def _are_places(ids: Tensor) -> bool:
@@ -48,37 +106,108 @@ def _are_places(ids: Tensor) -> bool:
     return not steps.numel() or bool((steps == steps.reshape(-1)[0]).all())
 
 
+def _alike(ids: Tensor) -> bool:
+    """Whether these are the places of tokens, not of pairs of them."""
+    rows = ids.reshape(-1, ids.shape[-1]) if ids.ndim else ids.reshape(1, 1)
+    return bool((rows == rows[:1]).all())
+
+
 def _biases(found: Inference, matrix: Leaf) -> None:
     """What is added to a matrix's output has its roles. The bias of a head tied to an embedding is the head's."""
-    assert matrix.weight is not None
+    if matrix.weight is None:
+        return
     tied = any(found.ledgers[number].whole is Role.TOK_EMB for number in matrix.weight.owners)
     roles = [Role.HEAD if tied else role for role in found.role_of_unit(matrix)]
+    start = bool({*roles} & {Role.CONV, Role.PATCH_EMB})
     for units in matrix.biases:
+        vectors = [number for number in units.owners if len(found.ledgers[number].shape) == 1]
+        if len(vectors) < len(units.owners) and (
+            start or any(_begins_with(found, 1 << matrix.index, number) for number in units.owners)
+        ):
+            continue  # a class token, a kind of token
         for number in units.owners:
             found.ledgers[number].bias = True
         for role in {role for role in roles if role is not None}:
-            found.assign(units, np.array([r is role for r in roles]), role, f"added to the output of {role}")
+            found.assign(units, np.array([r is role for r in roles]), role, f"added to the output of {role}", bias=True)
+
+
+def _learned(found: Inference, tensor: Tensor) -> None:
+    """Parameters that are read in the place of data."""
+    for leaf in found.graph.behind(tensor):
+        if leaf.kind == "weight" and leaf.weight is not None and leaf.weight.value.ndim > 1:
+            ledger = found.ledgers[leaf.weight.number]
+            if not any(use.how in ("scale", "other") for use in found.record.uses_of(leaf.weight.number)):
+                ledger.settle(Role.POS_EMB, "learned queries")
 
 
 def _use(found: Inference, use: Use, ledger: Ledger) -> None:
     vector = sum(n > 1 for n in use.weight.value.shape) < 2
+    plain = len(use.weight.owners) == 1 and not use.weight.mixes
     if use.how == "shift" and len(ledger.shape) == 1 and use.weight.number >= 0:
         ledger.bias = True
     if ledger.known or use.beside is None:
         return
-    if use.how in ("scale", "shift") and use.weight.value.numel() > 1 and found.graph.normed(use.beside, use.how):
-        ledger.settle(Role.NORM, "scales or shifts what was normalized")
+    if use.how == "shift" and use.weight.value.ndim > 1 and on_scores(found, use.beside):
+        ledger.settle(Role.REL_POS, "added to the scores of an attention")
+    elif not plain:
+        return
+    elif (
+        (use.how == "scale" or (use.how == "shift" and vector))
+        and use.weight.value.numel() > 1
+        and found.graph.normed(use.beside, use.how)
+    ):
+        if use.weight.owners[0] not in found.unsure:
+            ledger.settle(Role.NORM, "scales or shifts what was normalized")
+    elif use.how == "conv":
+        ledger.settle(Role.CONV, "the kernel of a convolution")
     elif use.how == "join" and len(ledger.shape) > 1:
-        ledger.settle(Role.TOK_EMB, "joins the stream as tokens")
-    elif use.how == "shift" and not vector:
-        ledger.settle(Role.POS_EMB, "added to the stream, place by place")
-    elif use.how in ("shift", "join") and found.graph.nearest(use.beside, found.graph.scores) is not None:
+        ledger.settle(Role.POS_EMB, "joins the stream")
+    elif use.how == "shift" and len(ledger.shape) > 1:
+        _place_by_place(found, use, ledger, vector)
+    elif (
+        use.how in ("shift", "join")
+        and use.weight.value.numel() > 1
+        and found.graph.nearest(use.beside, found.graph.scores) is not None
+    ):
         ledger.settle(Role.K, "the score of a key that is always there")
         ledger.bias = True
     elif use.how == "shift":
-        behind = found.graph.behind(use.beside)
-        roles = {role for leaf in behind if leaf.kind == "matrix" for role in found.role_of_unit(leaf)} - {Role.ROUTER}
-        if len(roles) == 1 and not any(leaf.kind in ("lookup", "attention") for leaf in behind):
-            role = roles.pop()
-            if role is not None:
-                ledger.settle(role, f"added to the output of {role}")
+        _bias(found, use, ledger)
+
+
+def _begins_with(found: Inference, here: int, number: int) -> bool:
+    """Whether what is added to a parameter was made of it."""
+    own = next((w for w in found.leaves if w.kind == "weight" and w.weight and w.weight.number == number), None)
+    return own is not None and bool(ancestors(found, here) >> own.index & 1)
+
+
+def _place_by_place(found: Inference, use: Use, ledger: Ledger, vector: bool) -> None:
+    assert use.beside is not None
+    mask = found.graph.mask(use.beside)
+    here = mask & found.paths.data
+    if _begins_with(found, here, use.weight.owners[0]):
+        ledger.settle(Role.POS_EMB, "the stream begins with it")
+    if ledger.known or vector:
+        return
+    roles = [found.roles(matrix) for matrix in found.matrices_in(here)[:64]]
+    if here & found.paths.of_kind["attention"] or not all(role and role <= _STARTS for role in roles):
+        if roles and all(role == {Role.MODULATION} for role in roles):
+            ledger.settle(Role.MODULATION, "added to what scales or shifts the stream")
+        return
+    if not any(other.how == "other" for other in found.record.uses_of(use.weight.owners[0])):
+        ledger.settle(Role.POS_EMB, "added to the stream, place by place, where it begins")
+
+
+def _bias(found: Inference, use: Use, ledger: Ledger) -> None:
+    assert use.beside is not None
+    if _begins_with(found, found.graph.mask(use.beside) & found.paths.data, use.weight.owners[0]):
+        ledger.settle(Role.POS_EMB, "the stream begins with it")
+        return
+    good, _ = found.paths.straight(use.beside, products=True)
+    mask = found.graph.mask(use.beside) & found.paths.data & ~found.routers
+    if len(ledger.shape) > 1 or mask & ~good or mask & ~found.paths.of_kind["matrix"]:
+        return
+    roles = {role for leaf in found.matrices_in(mask)[:64] for role in found.role_of_unit(leaf)} - {Role.ROUTER}
+    role = roles.pop() if len(roles) == 1 else None
+    if role is not None:
+        ledger.settle(role, f"added to the output of {role}")

@@ -40,6 +40,8 @@ MOVES = words(
     "broadcast_to repeat repeat_interleave tile roll flip __getitem__ index_select cat concat concatenate stack hstack "
     "vstack contiguous clone detach data as_strided real index gather take_along_dim tril triu block_diag"
 )
+_JOINS = words("cat concat concatenate stack hstack vstack block_diag")
+_PRODUCTS = words("linear matmul mm bmm mv __matmul__ __rmatmul__ addmm baddbmm addmv einsum")
 
 
 class Weight:
@@ -48,7 +50,7 @@ class Weight:
     Args:
         value: the tensor itself (on any device, meta included).
         replay: makes the same of the labels or stand-ins of its sources: takes a function on weights.
-        moves: whether the call only moved elements.
+        moves: whether the call only moved elements; mixes: whether it was a product, which keeps no element apart.
         sources: the weights that it is made of; an elementwise call of one keeps its labels.
     """
 
@@ -59,10 +61,11 @@ class Weight:
         moves: bool = True,
         sources: Sequence["Weight"] = (),
         number: int = -1,
+        mixes: bool = False,
     ) -> None:
         self.value = value
         self.number = number  # of the parameter; -1: derived
-        self._replay, self._moves, self._sources = replay, moves, tuple(sources)
+        self._replay, self._moves, self._sources, self._mixes = replay, moves, tuple(sources), mixes
         self._labels: list[Tensor] | None = None
         self._stand_in: Tensor | None = None
 
@@ -72,6 +75,11 @@ class Weight:
         if self._labels is None:
             self._labels = self._labelled()
         return self._labels or None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a product made it, or something that it is made of."""
+        return self._mixes or any(source.mixes for source in self._sources)
 
     @property
     def owners(self) -> list[int]:
@@ -93,6 +101,8 @@ class Weight:
                 sides.append(index.expand(shape))
             return sides
         if not self._moves:
+            if self._mixes:
+                return []
             # One of its sources may have been a matrix, what scales or shifts it another.
             same = [source.labels for source in self._sources if source.value.shape == shape and source.labels]
             return same[0] if len(same) == 1 and same[0] else []
@@ -119,6 +129,11 @@ def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) and value.device.type != "meta" else value
 
 
+def _nobody(value: Any) -> Any:
+    """The label of constants beside parameters: of no parameter."""
+    return torch.full(value.shape, -1, device="cpu") if isinstance(value, Tensor) else _on_cpu(value)
+
+
 def _side(weight: Weight, side: int) -> Tensor:
     labels = weight.labels
     if labels is None:
@@ -134,9 +149,12 @@ def derived(
     # The arguments as they are now: lists that a caller changes later do not matter.
     frozen = tree_map(lambda x: known.get(id(x), x) if isinstance(x, Tensor) else x, (args, kwargs))
 
+    joins = name in _JOINS
+
     def replaying(pick: Callable[[Any], Any]) -> Replay:
         def replay(of: Callable[[Weight], Tensor], plain: Callable[[Any], Any]) -> Tensor:
-            args, kwargs = tree_map(lambda x: of(x) if isinstance(x, Weight) else plain(x), frozen)
+            beside = _nobody if joins and plain is _on_cpu else plain
+            args, kwargs = tree_map(lambda x: of(x) if isinstance(x, Weight) else beside(x), frozen)
             picked: Tensor = pick(func(*args, **kwargs))
             return picked
 
@@ -144,7 +162,7 @@ def derived(
 
     moves = name in MOVES
     if isinstance(result, Tensor):
-        return [Weight(result, replaying(lambda r: r), moves, sources)]
+        return [Weight(result, replaying(lambda r: r), moves, sources, mixes=name in _PRODUCTS)]
     parts = enumerate(result) if isinstance(result, (tuple, list)) else ()
     return [Weight(part, replaying(itemgetter(i)), moves, sources) for i, part in parts if isinstance(part, Tensor)]
 
@@ -183,7 +201,8 @@ class Units(NamedTuple):
     def owners(self) -> list[int]:
         """The numbers of all parameters."""
         first = int(self.numbers[0]) if len(self.numbers) else -1
-        return [first] if (self.numbers == first).all() else [int(n) for n in np.unique(self.numbers)]
+        found = [first] if (self.numbers == first).all() else [int(n) for n in np.unique(self.numbers)]
+        return [n for n in found if n >= 0]
 
 
 def units_of(weight: Weight, unit_axes: Sequence[int], stacked: bool = False) -> Units | None:
