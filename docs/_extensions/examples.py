@@ -2,11 +2,13 @@
 
 The blocks of a page marked `python` run one after the other in one namespace; `pycon` blocks are doctests. They find
 `torch`, `transformers`, `sharpwise`, and `model`, a small GPT-2. What a reader is not to see stands before a block in a
-comment, `<!-- example: code -->`; a block behind `<!-- not run: reason -->` is compiled and not run.
+comment, `<!-- example: code -->`; a block behind `<!-- not run: reason -->` is compiled and not run, nor is one behind
+`<!-- needs: package -->` where that is not installed.
 """
 
 import contextlib
 import doctest
+import importlib.util
 import io
 import logging as standard
 import re
@@ -22,7 +24,7 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 FENCE = re.compile(
-    r"^<!-- (?P<what>example|not run):(?P<text>.*?)-->\n"
+    r"^<!-- (?P<what>example|not run|needs):(?P<text>.*?)-->\n"
     r"|^(?P<ticks>```+)(?P<language>python|pycon)\n(?P<code>.*?)^(?P=ticks)$",
     re.DOTALL | re.MULTILINE,
 )
@@ -43,7 +45,7 @@ def blocks(text: str) -> Iterator[Block]:
         if match["what"] == "example":
             yield Block(match["text"].strip(), line, "python", True)
         elif match["what"]:
-            runs = False
+            runs = match["what"] == "needs" and importlib.util.find_spec(match["text"].strip()) is not None
         else:
             yield Block(match["code"], line + 1, match["language"], runs)
             runs = True
