@@ -38,7 +38,7 @@ smartquotes_action = "De"  # dashes and dots: quotes are part of what is typed
 default_role = "code"  # docstrings write names in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 80
 

@@ -11,6 +11,7 @@ a public name that no page has is a warning, as is `sharpwise.name` of a page th
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -186,11 +187,12 @@ def seen(env: Any) -> dict[str, tuple[str, str]]:
 
 
 def found(path: str) -> bool:
-    """Whether there is something at a dotted path."""
+    """Whether there is something at a dotted path; of a host that is not installed, whether there is such a file."""
     try:
         pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
-        return False
+        *package, _ = file = path.split(".")[:3]
+        return package == ["sharpwise", "integrations"] and importlib.util.find_spec(".".join(file)) is not None
     return True
 
 

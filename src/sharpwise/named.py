@@ -1,6 +1,7 @@
 """Optimizers with options, under names of their own: those of `combinations.PRESETS`."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Unpack
 
@@ -37,7 +38,7 @@ class MuonOptions(CommonOptions, total=False):
 
 
 def _options_of(kind: type, **defaults: Any) -> Callable[[Function], Function]:
-    """Write what `kind` takes by name into the signature of a function that hands it all on."""
+    """Write what `kind` takes by name into the signature and the docstring of a function that hands it all on."""
 
     def written(function: Function) -> Function:
         own = inspect.signature(function)
@@ -45,6 +46,8 @@ def _options_of(kind: type, **defaults: Any) -> Callable[[Function], Function]:
         more = [p for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
         more = [p.replace(default=defaults.get(p.name, p.default)) for p in more if p.name not in own.parameters]
         function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        told = [re.search(rf"^ {{8}}{p.name}: .*(?:\n {{12}}.*)*", kind.__doc__ or "", re.MULTILINE) for p in more]
+        function.__doc__ = "\n".join([(function.__doc__ or "").rstrip(), *(text[0] for text in told if text), "    "])
         return function
 
     return written
@@ -62,7 +65,7 @@ def AdamH(
     """`AdamW` whose hidden matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        params, betas, eps, weight_decay, options: as `AdamW` takes them; `aux_lr` is AdamW's own lr, for all that is no
+        params, betas, eps, weight_decay: as `AdamW` takes them; `aux_lr` is AdamW's own lr, for all that is no
             hidden matrix.
         lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
@@ -83,7 +86,7 @@ def AdamW8bit(
     """`AdamW` with both moments in 8 bits: a quarter of its state, where `keep_fp32=()`.
 
     Args:
-        params, lr, betas, eps, weight_decay, options: as `AdamW` takes them; `storage` is "int8-dynamic", or with
+        params, lr, betas, eps, weight_decay: as `AdamW` takes them; `storage` is "int8-dynamic", or with
             "-2048" the larger blocks.
     """
     options.setdefault("storage", "int8-dynamic")
@@ -102,7 +105,7 @@ def Muon8bit(
     """`Muon` with its momentum in 8 bits (arXiv 2509.23106); of the AdamW half too with `aux_storage="int8-dynamic"`.
 
     Args:
-        params, lr, momentum, weight_decay, nesterov, options: as `Muon` takes them; `storage` is "int8-linear" or
+        params, lr, momentum, weight_decay, nesterov: as `Muon` takes them; `storage` is "int8-linear" or
             "int8-dynamic", both also with "-2048".
     """
     options.setdefault("storage", "int8-linear")
@@ -121,7 +124,7 @@ def MuonH(
     """`Muon` whose matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        params, momentum, weight_decay, nesterov, options: as `Muon` takes them; `aux_lr` is AdamW's own lr, for all
+        params, momentum, weight_decay, nesterov: as `Muon` takes them; `aux_lr` is AdamW's own lr, for all
             that is no hidden matrix.
         lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
@@ -144,7 +147,7 @@ def LionA(
     """`Lion` with updates of one l2 norm (arXiv 2410.23922): `sharpwise.controls.l2`. AdamW's lr and decay serve.
 
     Args:
-        params, weight_decay, nesterov, options: as `Lion` takes them.
+        params, weight_decay, nesterov: as `Lion` takes them.
         lr: AdamW's. beta: of the momentum, in [0, 1).
         inverse_bias_correction: updates begin small, as the momentum does: times 1 - beta^t.
     """
@@ -169,7 +172,7 @@ def LionAR(
     Without warm-up the paper takes beta=0.98, nesterov=True and inverse_bias_correction=True.
 
     Args:
-        params, weight_decay, nesterov, options: as `Lion` takes them; weight_decay sets the angle.
+        params, weight_decay, nesterov: as `Lion` takes them; weight_decay sets the angle.
         lr: AdamW's. beta: of the momentum, in [0, 1).
         angle: how it follows the schedule of lr; with "lr", lr is the angle in radians.
         inverse_bias_correction: angles begin small, as the momentum does: times 1 - beta^t.

@@ -42,13 +42,7 @@ QUICK = models_named(
         "transformers": "bart bert deberta_v2 detr segformer swinv2 t5 vit",
     }
 )
-KNOWN = models_named(
-    {
-        "transformers": """
-            mobilevitv2
-        """,
-    }
-)
+KNOWN = models_named({})
 """Models of which a role is wrong, or that cannot be mapped. Who mends one takes it out."""
 PARTLY = models_named(
     {
