@@ -148,7 +148,8 @@ def test_unknown_modules_are_other_and_listed_in_one_line(caplog: pytest.LogCapt
         block_map = BlockMap.of(mlp())
     assert [r.getMessage() for r in caplog.records] == [
         "4 of 4 parameters have no known role: {0,2}.weight, {0,2}.bias "
-        "(trace: no example can be made up for Sequential: its forward needs 'input', which cannot be guessed); "
+        "(trace: no example can be made up for Sequential: its forward needs 'input', which cannot be guessed; "
+        "it takes example=input); "
         "BlockMap.of(model, example=batch) takes a batch of yours",
     ]
     assert block_map.unexplained == ("0.weight", "0.bias", "2.weight", "2.bias")

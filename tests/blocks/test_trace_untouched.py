@@ -116,6 +116,27 @@ class DrawsElsewhere(Attention):
         return super().forward(x, other) * random.random() * np.random.rand()
 
 
+def test_hooks_that_a_first_forward_installs_are_gone():
+    """As transformers' do, which note in an attribute that they are there: they would be installed once more."""
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = nn.Linear(4, 4), []
+
+        def forward(self, x):
+            if not hasattr(self, "installed"):
+                self.layer.register_forward_hook(lambda module, args, out: self.seen.append(out))
+                self.installed = True
+            return self.layer(x)
+
+    model = Watched()
+    trace(model, torch.ones(2, 4))
+    assert not hasattr(model, "installed") and not model.layer._forward_hooks
+    model(torch.ones(2, 4))
+    assert len(model.seen) == 1
+
+
 def test_random_numbers_of_python_and_numpy_are_left_as_they_were():
     plain, of_numpy = random.getstate(), np.random.get_state()[1].tolist()
     trace(DrawsElsewhere(), torch.rand(2, 5, SIZE))
@@ -177,10 +198,30 @@ class Refuses(nn.Module):
         return self.embedding(ids)
 
 
+class Spread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(SIZE, 5), nn.Linear(5, 5, device="meta")
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.other(self.one(features)).flip(9)
+
+
 META = torch.zeros(1, 3, dtype=torch.long, device="meta")
 
 BAD = {
-    "an argument that cannot be guessed": (Needs, None, ValueError, r"(?s)'features'.*example="),
+    "an argument that cannot be guessed": (
+        Needs,
+        None,
+        ValueError,
+        r"(?s)'features'.*it takes example=\(features, mask\)",
+    ),
+    "a model on two devices": (
+        Spread,
+        torch.ones(1, SIZE),
+        ValueError,
+        r"Spread raises.*on several devices, cpu, meta",
+    ),
     "a forward that raises": (Refuses, None, ValueError, r"(?s)Refuses raises.*give me three.*example="),
     "a forward that raises with the example": (Refuses, IDS, ValueError, r"the example: RuntimeError: give me three"),
     "an unknown keyword": (Refuses, {"tokens": IDS}, ValueError, r"Refuses raises with the example.*'tokens'"),
@@ -195,6 +236,25 @@ def test_bad_input(case):
     build, example, error, message = BAD[case]
     with pytest.raises(error, match=message):
         trace(build(), example)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_that_branches_on_values_is_told(device, caplog):
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = (nn.Linear(SIZE, SIZE, device=device) for _ in range(2))
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.one(x) * self.scale.item()
+            return self.other(y) if y.sum() > 0 else y
+
+    trace(Branches(), torch.ones(2, SIZE))
+    assert "the forward of Branches reads values that it computes" in caplog.text
+    caplog.clear()
+    trace(two_layers(), IDS)
+    assert caplog.text == ""
 
 
 def test_the_error_of_the_forward_is_its_cause():

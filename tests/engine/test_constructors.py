@@ -24,6 +24,7 @@ GIVEN = {
     "blocks": {"*wte*": "tok_emb"},
     "strict": True,
     "block_lr": "blockwise(emb=3)",
+    "aux_lr": 2e-4,
     "control": "l2",
     "storage": "int8-linear",
     "keep_fp32": ("norm", "head"),

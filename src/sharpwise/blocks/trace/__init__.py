@@ -1,5 +1,6 @@
 """Blocks by dataflow: what the parameters of a model are, from what its forward computes. Not one name is read."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from sharpwise.blocks.trace.weights import tensors_in
 
 __all__ = ["Example", "Traced", "trace"]
 
+logger = logging.getLogger("sharpwise.blocks")
 _HANDLERS = Handlers(attention.handle, matrices.handle, elementwise.handle)
 
 # Of the function that takes an example: others, as the constructors of optimizers, take the map that it makes.
@@ -81,6 +83,12 @@ def trace(model: nn.Module, example: Example | None = None) -> Traced:
             if example is not None or record.missed <= 1:
                 break
             tokens = int(tokens * record.missed + 1)
+        if record.branches:
+            logger.warning(
+                "trace: the forward of %s reads values that it computes, and no matrix is multiplied here: roles are "
+                "those of the branch that was taken",
+                type(model).__name__,
+            )
         try:
             found = Inference(record, output)
             weigh(found)
@@ -116,10 +124,19 @@ def _run(model: nn.Module, example: Example | None, tokens: int) -> tuple[Record
         except Exception as error:
             made = "the example" if example is not None else f"a made-up example ({_describe(kwargs or args)})"
             raise NotTraced(
-                f"trace: the forward of {type(model).__name__} raises with {made}: {type(error).__name__}: {error}",
+                f"trace: the forward of {type(model).__name__} raises with {made}: {type(error).__name__}: {error}"
+                f"{_hint(model, error)}",
                 f"give what it takes, {_GIVE}",
             ) from error
     return record, output
+
+
+def _hint(model: nn.Module, error: Exception) -> str:
+    """What a trace does otherwise than a forward, where that may be why."""
+    devices = dict.fromkeys(str(p.device) for p in model.parameters())
+    if len(devices) > 1:
+        return f". The model lies on several devices, {', '.join(devices)}: make the map before it is spread over them"
+    return ""
 
 
 def _arguments(model: nn.Module, example: Example | None, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 """A batch for the model: a tensor, arguments by place, or by name."""
 TOKENS = 8
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, OrderedDict)  # hooks lie in ordered ones
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -43,12 +44,25 @@ def make_example(model: nn.Module, tokens: int = TOKENS) -> dict[str, Any]:
             if not made and _alone(parameters) and (alone := _only_input(model, ids)) is not None:
                 made[name] = alone
                 continue
-            raise ValueError(f"its forward needs {name!r}, which cannot be guessed")
+            raise ValueError(f"its forward needs {name!r}, which cannot be guessed; it takes {asked_for(parameters)}")
     if "use_cache" in parameters:
         made["use_cache"] = False
     if {"input_ids", "inputs_embeds"} <= made.keys():
         del made["inputs_embeds"]
     return made
+
+
+def asked_for(parameters: Mapping[str, inspect.Parameter]) -> str:
+    """What an example of these arguments looks like: `example=x`, or `example=(x, t)`; those without a default.
+
+    >>> asked_for(inspect.signature(lambda x, t, mask=None: None).parameters)
+    'example=(x, t)'
+    """
+    needed = [name for name, p in parameters.items() if p.default is p.empty]
+    positional = all(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in needed)
+    if not positional:
+        return "example={" + ", ".join(f"{name!r}: {name}" for name in needed) + "}"
+    return f"example={needed[0]}" if len(needed) == 1 else f"example=({', '.join(needed)})"
 
 
 def _named(module: nn.Module) -> dict[str, inspect.Parameter]:
@@ -111,9 +125,9 @@ def _guess(model: nn.Module, name: str, config: Any, ids: Tensor, device: torch.
 def untouched(model: nn.Module) -> Iterator[list[Tensor]]:
     """In evaluation mode inside; as it was before once left, however that happens.
 
-    Restored are the training flags, attributes (lists, dicts and sets with what they hold) and buffers of all modules,
-    and the random numbers of torch, Python and numpy. Inside, buffers and tensors in attributes are copies, which are
-    handed out. Hooks run, since some compute weights.
+    Restored are the training flags, attributes (lists, dicts and sets with what they hold), hooks and buffers of all
+    modules, and the random numbers of torch, Python and numpy. Inside, buffers and tensors in attributes are copies,
+    which are handed out. Hooks run, since some compute weights.
     """
     modules = list(model.modules())
     attributes = [dict(vars(m)) for m in modules]

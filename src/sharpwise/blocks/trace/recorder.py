@@ -71,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.touched: dict[int, int] = {}
         self.missed = 1.0
+        self.branches = False  # it read a number that it had computed
         self.weightings: dict[Any, Product] = {}  # softmaxes by node -> the scores
         self.copies: dict[int, int] = {}  # numbers given by the example, viewed or copied -> which
         self.marked: dict[str, set[int]] = {"statistic": set(), "comparison": set(), "choice": set(), "input": set()}
@@ -99,6 +100,8 @@ class Recorder(TorchFunctionMode):
         weights = [self.weights[id(t)] for t in given if id(t) in self.weights]
         if self._meta:
             call = self._off_meta(call, bool(weights))
+        if call.name in _VALUES and not weights and given:
+            self.branches |= given[0].requires_grad or self.is_marked("comparison", given[0])
         if weights and call.name in _DEVICES:
             return getattr(torch.empty(0, device=self.device), call.name)
         if weights and call.name in NEW:
