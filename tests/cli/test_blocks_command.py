@@ -186,7 +186,7 @@ def write(name: str, text: str) -> str:
         (["gpt2-tiny", "-o", "*.[ab].c=up"], r"override '\*\.\[ab\]\.c' matches none of 28 parameters"),
         (
             ["gpt2-tiny", "-o", "*=queries"],
-            r"override '\*': unknown role 'queries'; roles are tok_emb, pos_emb, q, k, v",
+            r"override '\*': unknown role 'queries'; roles are tok_emb, pos_emb, patch_emb",
         ),
         (["gpt2-tiny", "-o", "*={role:q}"], r"--override '\*=\{role:q\}': not JSON .*; expected a role or a segment's"),
         (

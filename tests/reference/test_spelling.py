@@ -322,7 +322,7 @@ def test_arms(text, meant):
     [
         (
             "adamww",
-            r"no optimizer is called 'adamww' \(did you mean 'adamw'\?\); there are adam-mini, adamw, adamw-8bit",
+            r"no optimizer is called 'adamww' \(did you mean 'adamw'\?\); there are adam-mini, adamh, adamw",
         ),
         ("", "no optimizer is called ''; there are adam-mini"),
         ("+blockwise", "no optimizer is called ''"),

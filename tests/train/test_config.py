@@ -98,7 +98,10 @@ def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optimizer.nam=lion", r"adamw has no such setting \(did you mean 'name'\?\); there are allow_unstable, betas"),
+        (
+            "optimizer.nam=lion",
+            r"adamw has no such setting \(did you mean 'name'\?\); there are allow_unstable, aux_lr, betas",
+        ),
         ("optimizer.betaz=[1]", r"did you mean 'betas'"),
         ("optimizer.model=x", r"optimizer\.model: adamw has no such setting"),
         ("arms=['adamw', 'lion']", r"called 'arms'; .*; a file with arms is a study, for sharpwise compare$"),
