@@ -23,6 +23,11 @@ KIN = {"adasgd", "blockwise-adam", "AdaSGD", "BlockwiseAdam"}
 """Adam-mini's own rule under other cuts."""
 THINNED = {"test_devices.py", "test_launches.py", "test_bad_devices.py"}
 FEW = {"plain", "everything", "clip-skip", "clip, skip", "two"}
+FOR_SOME = {
+    "test_a_large_model_asks_for_no_more": {"adamw"},
+    "test_moved_to_another_cuda_device": {"adamw", "adam-mini", "muon"},
+}
+"""Tests that take seconds for each optimizer, and those that `make test` asks."""
 
 
 def is_for_later(item: pytest.Item) -> bool:
@@ -35,9 +40,12 @@ def is_for_later(item: pytest.Item) -> bool:
         return item.path.name != "test_constructors.py"
     if item.path.name not in THINNED:
         return False
+    name = getattr(item, "originalname", "")
+    if name in FOR_SOME:
+        return not said & FOR_SOME[name]
     if "adapm" in said or "gpt2" in said:
         return not said & {"plain", "everything"}
-    several = getattr(item, "originalname", "") == "test_several_devices_do_what_one_does"
+    several = name == "test_several_devices_do_what_one_does"
     return "with the CPU" in said and not (several and said & FEW)
 
 
