@@ -101,7 +101,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
         None,
         'multiplier of lr per block: a spelling ("blockwise(emb=5)"), a table or an instance (`make_block_lr`).',
     ),
-    "aux_lr": (None, "lr of what is no hidden matrix (embeddings, head, norms, biases), kept as a ratio; None for lr."),
+    "aux_lr": (
+        None,
+        "lr of all but matrices of attention and MLP (embeddings, head, norms, biases), kept as a ratio; None for lr.",
+    ),
     "control": (
         None,
         'how large updates are: "l2", "angular" ("angular(angle=sqrt)"), "hyperball", a table or an instance.',
@@ -110,7 +113,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
         "fp32",
         'of state by element: "fp32", "bf16", "int8-dynamic", "int8-linear" or a format; that by block is always fp32.',
     ),
-    "keep_fp32": (None, "roles whose state is never in 8 bits; None for both embeddings and the head."),
+    "keep_fp32": (
+        None,
+        "roles whose state is never in 8 bits; None for embeddings and head (no role with an 8-bit `aux_storage`).",
+    ),
     "allow_unstable": (False, '"int8-linear" for second moments too, where small ones become 0.'),
     "stochastic_rounding": (
         False,

@@ -65,8 +65,7 @@ def AdamH(
     """`AdamW` whose hidden matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        params, betas, eps, weight_decay: as `AdamW` takes them; `aux_lr` is AdamW's own lr, for all that is no
-            hidden matrix.
+        params, betas, eps, weight_decay: as `AdamW` takes them.
         lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
     options.setdefault("control", "hyperball")
@@ -86,8 +85,7 @@ def AdamW8bit(
     """`AdamW` with both moments in 8 bits: a quarter of its state, where `keep_fp32=()`.
 
     Args:
-        params, lr, betas, eps, weight_decay: as `AdamW` takes them; `storage` is "int8-dynamic", or with
-            "-2048" the larger blocks.
+        params, lr, betas, eps, weight_decay: as `AdamW` takes them.
     """
     options.setdefault("storage", "int8-dynamic")
     return AdamW(params, lr, betas, eps, weight_decay, **options)
@@ -105,8 +103,7 @@ def Muon8bit(
     """`Muon` with its momentum in 8 bits (arXiv 2509.23106); of the AdamW half too with `aux_storage="int8-dynamic"`.
 
     Args:
-        params, lr, momentum, weight_decay, nesterov: as `Muon` takes them; `storage` is "int8-linear" or
-            "int8-dynamic", both also with "-2048".
+        params, lr, momentum, weight_decay, nesterov: as `Muon` takes them.
     """
     options.setdefault("storage", "int8-linear")
     return Muon(params, lr, momentum, weight_decay, nesterov, **options)
@@ -124,8 +121,7 @@ def MuonH(
     """`Muon` whose matrices keep their norms (arXiv 2606.16899): `sharpwise.controls.hyperball`.
 
     Args:
-        params, momentum, weight_decay, nesterov: as `Muon` takes them; `aux_lr` is AdamW's own lr, for all
-            that is no hidden matrix.
+        params, momentum, weight_decay, nesterov: as `Muon` takes them.
         lr: size of an update in units of the norm of its matrix, about the root of AdamW's lr times weight decay.
     """
     options.setdefault("control", "hyperball")

@@ -96,7 +96,7 @@ def test_timm_without_heads_and_with_other_tokens() -> None:
     for block in model.blocks:
         del block.attn.num_heads
     block_map = by_name(model, strict=True)
-    assert rows(block_map, "reg_token") == [("tok_emb", "all", None)]
+    assert rows(block_map, "reg_token") == [("pos_emb", "all", None)]
     assert rows(block_map, "blocks.0.attn.qkv.bias") == [
         ("q", "0:32", None),
         ("k", "32:64", None),
