@@ -94,7 +94,12 @@ def test_kernels_are_the_reference(options):
     one, two = (trained(compile, **OPTIONS[options]) for compile in (None, False))
     for name, mine, other in pairs(one, two):
         bound = 1e-4 if "row_second" in name else 1e-6
-        assert (mine.double() - other.double()).norm() <= bound * other.double().norm(), name
+        off = mine.double() - other.double()
+        if "cautious" in options:  # where an update is nearly 0, its sign may be that of a rounding
+            flipped = off.abs() > 1e-5
+            assert flipped.sum() <= 1e-4 * off.numel(), name
+            off = off[~flipped]
+        assert off.norm() <= bound * other.double().norm(), name
     assert {row["why"] for row in one[1].explain()} == {""}
 
 
