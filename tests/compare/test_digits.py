@@ -56,7 +56,7 @@ def test_every_parameter_has_a_role(recipe: Any, folder: Path) -> None:
     blocks = BlockMap.of(model)
     counted = Counter(str(segment.role) for segment in blocks.segments)
     matrices = dict.fromkeys(("q", "k", "v", "o", "up", "down"), 2)  # a weight and a bias
-    assert counted == {"tok_emb": 3, "pos_emb": 1, **matrices, "norm": 4 + 2, "head": 2}
+    assert counted == {"patch_emb": 2, "pos_emb": 2, **matrices, "norm": 4 + 2, "head": 2}
     assert {segment.heads for segment in blocks.segments if segment.role in ("q", "k")} == {2}
 
 
