@@ -357,7 +357,7 @@ def list_optimizers(pattern: str = "*") -> list[str]:
         pattern: with `*` and `?`, as file names have them.
 
     >>> list_optimizers("adam*")
-    ['adam-mini', 'adamw', 'adamw-8bit']
+    ['adam-mini', 'adamh', 'adamw', 'adamw-8bit']
     """
     return sorted(fnmatch.filter([*OPTIMIZERS, *PRESETS], pattern))
 
