@@ -35,6 +35,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_study_of_them_runs_in_one_process_and_in_two(data: Path, own: Path) -> None:
     given = study(data, arms={name: ARMS[name] for name in ("torch.optim:RAdam", "mine")}, horizons=[])
     state = run_study(open_study(given, own / "study"), own / "study", jobs=2)

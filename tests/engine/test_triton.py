@@ -57,6 +57,7 @@ def test_without_triton_the_reference_steps(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_parts_of_a_mesh_are_the_whole(tmp_path):
     found = launch("engine.sharded_triton", 2, tmp_path)
     for off, where, turned, moved_by in found:
