@@ -14,9 +14,11 @@ logger = logging.getLogger(__name__)
 
 def warn_if_other(blocks: BlockMap, block_lr: BlockLR | None, who: str) -> None:
     """One line where learning rates by role concern less than half of a model."""
+    if block_lr is None:
+        return
     everything = sum(segment.numel for segment in blocks)
     other = sum(segment.numel for segment in blocks if segment.role is Role.OTHER)
-    if block_lr is not None and 2 * other > everything:
+    if 2 * other > everything:
         logger.warning(
             "%s: %d%% of the elements are 'other', for which block_lr has one multiplier: it does little; say what "
             "they are with blocks=, or leave block_lr out",
