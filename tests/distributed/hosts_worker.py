@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from first_contact.fsdp_worker import difference, full, set_gradients, shard, train
+from first_contact.fsdp_worker import difference, full, set_gradients, shard, state_difference, train
 from first_contact.tiny import STEPS, batches, gpt2, loss_of, nanogpt
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sharpwise
@@ -30,6 +30,7 @@ from distributed.serving import Case, serve
 from sharpwise.integrations.hf import set_optimizer
 
 LR = 1e-3
+OFFLOADED = ("adamw", "adam-mini", "adapm", "muon")
 DATA = [{"input_ids": row, "labels": row} for tokens in batches() for row in tokens]
 
 
@@ -230,6 +231,34 @@ def muon_of_replicas() -> dict[str, Any]:
     }
 
 
+def offloaded(name: str) -> dict[str, Any]:
+    """FSDP2 with and without `CPUOffloadPolicy`, a norm over all gradients."""
+    optimizers, models = [], []
+    for policy in (OffloadPolicy(), CPUOffloadPolicy(pin_memory=False)):
+        model = shard(gpt2(), offload_policy=policy)
+        optimizer = sharpwise.create_optimizer(model, name, lr=LR, max_grad_norm=1.0)
+        for tokens in batches()[:5]:
+            loss = loss_of(model, tokens.chunk(2)[dist.get_rank()])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+        optimizers.append(optimizer)
+    return {
+        "parameters": difference(*models),
+        "state": state_difference(optimizers[1], optimizers[0], (models[1], models[0])),
+        "places": sorted({str(v.device) for own in optimizers[1].state.values() for v in own.values()}),
+    }
+
+
+def no_backend() -> str:
+    """What NCCL does with parameters on CPUs, by a group of gloo that serves GPUs alone."""
+    mesh = DeviceMesh.from_group(dist.new_group(backend="cuda:gloo"), "cpu")
+    model = nn.Linear(2, 4, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)], src_data_rank=None))
+    return complaint(step_of(model, sharpwise.AdamW(model, lr=LR)))
+
+
 def complaint(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -342,6 +371,8 @@ def cases() -> dict[str, Case]:
         "ddp, adamw": lambda: ddp("adamw"),
         "ddp, adam-mini": lambda: ddp("adam-mini"),
         "muon": muon_of_replicas,
+        **{f"offload, {name}": lambda name=name: offloaded(name) for name in OFFLOADED},
+        "no backend": no_backend,
         "ranks that differ": ranks_that_differ,
         "one rank asks": one_rank_asks,
         "left behind": left_behind,

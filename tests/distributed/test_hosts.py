@@ -7,7 +7,7 @@ import pytest
 import torch
 from first_contact.tiny import gpt2
 
-from distributed.hosts_worker import STEPS, losses_of, trainer
+from distributed.hosts_worker import OFFLOADED, STEPS, losses_of, trainer
 from distributed.launch import launch
 from distributed.serving import Found, of
 
@@ -46,6 +46,18 @@ def test_the_trainer_under_fsdp2_equals_one_process(found: Found, tmp_path: Path
     assert result["resumed"] == 0.0
     weights = [(torch.tensor(result["weights"][n]), p.detach()) for n, p in alone.model.named_parameters()]
     report(max(float((p - q).abs().max() / q.abs().max()) for p, q in weights))
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_parameters_offloaded_to_cpus_train_as_others(found: Found, name: str) -> None:
+    assert of(found, f"offload, {name}") == {"parameters": 0.0, "state": 0.0, "places": ["cpu"]}
+
+
+def test_a_process_group_that_cannot_sum_what_is_offloaded_is_named(found: Found) -> None:
+    said = of(found, "no backend")
+    assert said.startswith("ValueError: AdamW: parameters lie on cpu (CPUOffloadPolicy?)")
+    assert "serves cuda:gloo" in said
+    assert "init_process_group('cpu:gloo,cuda:gloo')" in said
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam-mini"])

@@ -41,10 +41,10 @@ def build(model: nn.Module, optimizer: str, eager: bool = False) -> Any:
     return sharpwise.create_optimizer(model, name, lr=LR, weight_decay=0.1, **options, **compiled)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
     for block in model.transformer["h"] if isinstance(model.transformer, nn.ModuleDict) else model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def set_gradients(model: nn.Module, step: int) -> None:

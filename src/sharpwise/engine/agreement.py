@@ -27,7 +27,8 @@ def check_ranks_agree(views: Sequence[ParamView], options: Options, who: str, re
         replicas: a group of processes that share the work of plain parameters.
 
     Raises:
-        ValueError: on every rank, naming what differs first.
+        ValueError: on every rank, naming what differs first; or that processes cannot talk about tensors that lie where
+            these do.
     """
     groups = _groups(views) + ([] if replicas is None else [replicas])
     if not groups:
@@ -36,10 +37,22 @@ def check_ranks_agree(views: Sequence[ParamView], options: Options, who: str, re
     mark = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
     extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(views[0].param).device)
     for group in groups:
+        _check_backend(group, extremes.device.type, who)
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
     largest, smallest = extremes.tolist()
     if largest != -smallest:
         raise ValueError(f"{who}: {_difference(_lines_by_rank(lines, groups))}")
+
+
+def _check_backend(group: Any, device: str, who: str) -> None:
+    """NCCL alone, as most programs start it, cannot sum what `CPUOffloadPolicy` keeps on CPUs."""
+    served = torch.distributed.get_backend_config(group)
+    if device not in [pair.split(":")[0] for pair in served.split(",")]:
+        backend = "gloo" if device == "cpu" else "nccl"
+        raise ValueError(
+            f"{who}: parameters lie on {device} (CPUOffloadPolicy?), and the process group that they share serves "
+            f"{served}; start with torch.distributed.init_process_group('{device}:{backend},{served}')"
+        )
 
 
 def _groups(views: Sequence[ParamView]) -> list[Any]:
