@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,17 @@ def test_runs_that_an_arm_does_not_have_are_not_counted(data: Path, tmp_path: Pa
     assert expected(found, {}) == {0.5: 2, 2.0: 2, 1.0: 2 * 3 + 4 * 2}
     budget = work_out(found, build_arms(found, [found.arm("adamw")]), {})
     assert budget.runs == (2 * (3 + 1) + 2 * (4 + 2), 2 * (7 + 1) + 2 * (4 + 2))
+
+
+def test_what_an_arm_does_when_is_judged_by_the_length_of_its_runs(data: Path) -> None:
+    """Half of the shortest run ends before the second measurement, half of these runs later."""
+    late = "adamw+sharpness(stop=0.5, every=30)"
+    found = make_study(study(data, arms={late: {}, "adamw": {}}, baseline="adamw", tokens=100 * 32))
+    assert build_arms(found, found.arms).plan.schedule.total == 100
+    assert build_arms(found, [found.arm(late)]).plan.schedule.total == 100
+    short = make_study(study(data, arms={"adamw": {}, late: {}}))
+    with pytest.raises(ValueError, match=f"arm '{re.escape(late)}' cannot be built"):
+        build_arms(short, short.arms)
 
 
 def test_the_baseline_may_take_a_setting_and_really_trains(data: Path, tmp_path: Path) -> None:

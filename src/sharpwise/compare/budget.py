@@ -40,6 +40,11 @@ class Budget:
         return self.tokens / self.non_embedding_parameters
 
 
+def tokens_of(study: Study, parameters: int) -> int:
+    """Those of a run, of a model with so many parameters outside the embeddings."""
+    return study.tokens or round((study.ratio or 0) * TOKENS_PER_PARAMETER * parameters)
+
+
 def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: bool = False) -> Budget:
     """Runs, tokens and, if it is to be `timed` by a few steps of the baseline, time that a study takes.
 
@@ -48,7 +53,7 @@ def work_out(study: Study, built: Built, done: Losses, jobs: int = 1, *, timed: 
     """
     total, without_embedding = count_parameters(built.model)
     per_step = built.plan.tokens_per_step
-    tokens = study.tokens or round((study.ratio or 0) * TOKENS_PER_PARAMETER * without_embedding)
+    tokens = tokens_of(study, without_embedding)
     steps = tokens // per_step
     if steps < FEWEST_STEPS:
         raise ValueError(

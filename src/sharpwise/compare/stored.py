@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sharpwise.arms import arm_name
+from sharpwise.compare.budget import tokens_of
 from sharpwise.compare.study import FEWEST_STEPS, Arm, Study, make_study
+from sharpwise.model_facts import count_parameters
 from sharpwise.train.build import Built, build
 from sharpwise.train.code import confirm_code
 from sharpwise.train.config_file import make_config, read_given
@@ -63,19 +65,30 @@ def build_arms(study: Study, arms: Collection[Arm]) -> Built:
     """Build each of these once, so that what cannot be built is found before anything is trained.
 
     Returns:
-        That of the baseline, or else of the last one.
+        That of the baseline, or else of the first one.
 
     Raises:
         ValueError: with the name of the arm.
     """
     found: Built | None = None
-    for arm in sorted(arms, key=lambda arm: arm.name == study.baseline):
+    for arm in sorted(arms, key=lambda arm: arm.name != study.baseline):
+        given = study.config(arm.example, steps=FEWEST_STEPS if found is None else _steps(study, found))
+        if found is None and study.tokens:
+            del given["schedule"]["steps"]
+            given["schedule"]["tokens"] = study.tokens
         try:
-            found = build(make_config(study.config(arm.example, steps=FEWEST_STEPS)))
+            built = build(make_config(given))
         except (ValueError, TypeError) as error:
             raise ValueError(f"arm {arm.name!r} cannot be built: {error}") from error
+        found = found or built
     assert found is not None
     return found
+
+
+def _steps(study: Study, built: Built) -> int:
+    """Of a run, as what a block_lr does when depends on them. Of too few `work_out` speaks."""
+    tokens = tokens_of(study, count_parameters(built.model)[1])
+    return max(FEWEST_STEPS, tokens // built.plan.tokens_per_step)
 
 
 def differences(stored: Study, wanted: Study) -> list[str]:
