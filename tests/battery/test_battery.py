@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from pairwise import pairwise
 
 import sharpwise
 from sharpwise import testing
@@ -15,17 +16,6 @@ ALL = [
     for name, (lrs, storages) in COMBINES.items()
     for block_lr, storage, rounding in itertools.product((None, *lrs), storages, (False, True))
 ]
-
-
-def pairwise(rows):
-    """A subset in which any two values of any two columns that occur together still do."""
-    wanted = {pair for row in rows for pair in itertools.combinations(enumerate(row), 2)}
-    chosen = []
-    while wanted:
-        best = max(rows, key=lambda row: len(wanted & set(itertools.combinations(enumerate(row), 2))))
-        chosen.append(best)
-        wanted -= set(itertools.combinations(enumerate(best), 2))
-    return chosen
 
 
 PAIRWISE = pairwise(ALL)

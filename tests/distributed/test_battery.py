@@ -11,16 +11,18 @@ import json
 from typing import Any
 
 import pytest
+from pairwise import pairwise
 
 from .cases import (
+    ALL,
     BY_EXPERT,
     BY_HEAD,
     CAUTIOUS,
     CENTRED,
     CONTROLLED,
     EVERY,
+    KIN,
     ODD_HEADS,
-    PAIRWISE,
     PARTED,
     PARTIAL,
     ROUNDS,
@@ -31,6 +33,7 @@ from .controls import BOUNDS
 from .launch import launch
 from .placements import WIDE
 
+PAIRWISE = pairwise([case for case in ALL if case.rule not in KIN])
 CASES = PAIRWISE + ROUNDS + PARTED + CAUTIOUS + CONTROLLED + CENTRED + ODD_HEADS + BY_HEAD + BY_EXPERT + PARTIAL
 EXPECTED = {"largest": 1, "parted": 1}
 """Collectives of the rules of rules.py."""
