@@ -2,11 +2,14 @@
 
 import random
 import signal
+from collections import defaultdict
+from collections.abc import Hashable
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from pairwise import columns, pairwise
 
 # Results are bit-repeatable only at a fixed number of threads, and xdist runs two processes on two cores.
 torch.set_num_threads(1)
@@ -49,10 +52,22 @@ def is_for_later(item: pytest.Item) -> bool:
     return "with the CPU" in said and not (several and said & FEW)
 
 
+def thin(items: list[pytest.Item]) -> None:
+    """Leave to `make test-all` what adds no pair of values to a test that is marked `pairwise`."""
+    cases: dict[Hashable, dict[tuple[Hashable, ...], pytest.Item]] = defaultdict(dict)
+    for item in items:
+        if item.get_closest_marker("pairwise") and not {"slow", "gpu"} & set(item.keywords):
+            cases[item.path, item.originalname][columns(item.callspec.params.values())] = item
+    for own in cases.values():
+        for case in own.keys() - set(pairwise(list(own))):
+            own[case].add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_for_later(item):
             item.add_marker(pytest.mark.slow)
+    thin(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

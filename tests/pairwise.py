@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 Case = TypeVar("Case", bound=tuple[Any, ...])
@@ -28,3 +28,14 @@ def pairwise(cases: Sequence[Case]) -> list[Case]:
             found.append(cases[i])
             seen |= new
     return found
+
+
+def columns(values: Iterable[Any]) -> tuple[Hashable, ...]:
+    """A case of what a test is parametrized by: words and numbers, those of a tuple one by one, and of all else which
+    object it is."""
+    found: list[Hashable] = []
+    for value in values:
+        parts = value if isinstance(value, tuple) else (value,)
+        simple = all(part is None or isinstance(part, str | int | float) for part in parts)
+        found += parts if simple else [id(value)]
+    return tuple(found)

@@ -1,4 +1,4 @@
-"""The public battery over the table of supported combinations: a pairwise set here, all of it under `slow`."""
+"""The public battery over the table of supported combinations: pairs of values and checks, all of it under `slow`."""
 
 import itertools
 
@@ -39,6 +39,7 @@ def make_of(name, block_lr, storage, rounding):
     return lambda first, **more: create_optimizer(first, name, lr=1e-3, **{**extra, **more})
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("combination", PAIRWISE + QUICK, ids=str)
 def test_combination(combination, check):
