@@ -26,6 +26,9 @@ KIN = {"adasgd", "blockwise-adam", "AdaSGD", "BlockwiseAdam"}
 """Adam-mini's own rule under other cuts."""
 THINNED = {"test_devices.py", "test_launches.py", "test_bad_devices.py"}
 FEW = {"plain", "everything", "clip-skip", "clip, skip", "two"}
+ELEMENTWISE = {"lion", "sgd", "sgd-sai"}
+"""Rules that move on several devices as AdamW does: of them `make test` asks what combines the most."""
+COMBINED = {"plain", "clip, skip", "stochastic", "blockwise, clip"}
 FOR_SOME = {
     "test_a_large_model_asks_for_no_more": {"adamw"},
     "test_moved_to_another_cuda_device": {"adamw", "adam-mini", "muon"},
@@ -49,6 +52,8 @@ def is_for_later(item: pytest.Item) -> bool:
     if "adapm" in said or "gpt2" in said:
         return not said & {"plain", "everything"}
     several = name == "test_several_devices_do_what_one_does"
+    if several and said & ELEMENTWISE and not set(words) & COMBINED:
+        return True
     return "with the CPU" in said and not (several and said & FEW)
 
 
