@@ -118,7 +118,8 @@ CENTRED = [
 """Both moments are summed up in one collective, of which one is replicated and the other cut."""
 ODD_HEADS = [
     Case("adam-mini", "blockwise", "fp32", *way, model, placement)
-    for model, placement, way in itertools.product(ODD, PLANNED, WAYS)
+    for model, (i, placement) in itertools.product(ODD, enumerate(PLANNED))
+    for way in (WAYS[i % 2], WAYS[3 - i % 2])
 ]
 """Tensor parallelism over more processes than divide the heads: a head's sum comes from two or three of them."""
 BY_HEAD = [
