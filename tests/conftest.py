@@ -1,5 +1,6 @@
 """What every test starts from: one thread, fixed seeds, Ctrl-C as usual, GPU tests skipped where there is no GPU."""
 
+import gc
 import random
 import signal
 from collections import defaultdict
@@ -79,6 +80,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: half a million objects, which every full collection would go over."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Some libraries report what is still alive when the interpreter ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
