@@ -13,7 +13,8 @@ KEY := $(VENV)/key
 CONSTRAINTS := $(VENV)/constraints.txt
 PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# In the order of their names: files of few tests start processes, and pytest-xdist would leave those to the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-all docs lint format types package bench bench-gpu clean FORCE

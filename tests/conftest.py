@@ -1,12 +1,16 @@
 """What every test starts from: one thread, fixed seeds, Ctrl-C as usual, GPU tests skipped where there is no GPU."""
 
+import gc
 import random
 import signal
+from collections import defaultdict
+from collections.abc import Hashable
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from pairwise import columns, pairwise
 
 # Results are bit-repeatable only at a fixed number of threads, and xdist runs two processes on two cores.
 torch.set_num_threads(1)
@@ -23,6 +27,9 @@ KIN = {"adasgd", "blockwise-adam", "AdaSGD", "BlockwiseAdam"}
 """Adam-mini's own rule under other cuts."""
 THINNED = {"test_devices.py", "test_launches.py", "test_bad_devices.py"}
 FEW = {"plain", "everything", "clip-skip", "clip, skip", "two"}
+ELEMENTWISE = {"lion", "sgd", "sgd-sai"}
+"""Rules that move on several devices as AdamW does: of them `make test` asks what combines the most."""
+COMBINED = {"plain", "clip, skip", "stochastic", "blockwise, clip"}
 FOR_SOME = {
     "test_a_large_model_asks_for_no_more": {"adamw"},
     "test_moved_to_another_cuda_device": {"adamw", "adam-mini", "muon"},
@@ -46,19 +53,44 @@ def is_for_later(item: pytest.Item) -> bool:
     if "adapm" in said or "gpt2" in said:
         return not said & {"plain", "everything"}
     several = name == "test_several_devices_do_what_one_does"
+    if several and said & ELEMENTWISE and not set(words) & COMBINED:
+        return True
     return "with the CPU" in said and not (several and said & FEW)
+
+
+def thin(items: list[pytest.Item]) -> None:
+    """Leave to `make test-all` what adds no pair of values to a test that is marked `pairwise`."""
+    cases: dict[Hashable, dict[tuple[Hashable, ...], pytest.Item]] = defaultdict(dict)
+    for item in items:
+        if item.get_closest_marker("pairwise") and not {"slow", "gpu"} & set(item.keywords):
+            cases[item.path, item.originalname][columns(item.callspec.params.values())] = item
+    for own in cases.values():
+        for case in own.keys() - set(pairwise(list(own))):
+            own[case].add_marker(pytest.mark.slow)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_for_later(item):
             item.add_marker(pytest.mark.slow)
+    thin(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: half a million objects, which every full collection would go over."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Some libraries report what is still alive when the interpreter ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,10 @@
-"""The public battery over the table of supported combinations: a pairwise set here, all of it under `slow`."""
+"""The public battery over the table of supported combinations: pairs of values and checks, all of it under `slow`."""
 
 import itertools
 
 import pytest
 import torch
+from pairwise import pairwise
 
 import sharpwise
 from sharpwise import testing
@@ -15,17 +16,6 @@ ALL = [
     for name, (lrs, storages) in COMBINES.items()
     for block_lr, storage, rounding in itertools.product((None, *lrs), storages, (False, True))
 ]
-
-
-def pairwise(rows):
-    """A subset in which any two values of any two columns that occur together still do."""
-    wanted = {pair for row in rows for pair in itertools.combinations(enumerate(row), 2)}
-    chosen = []
-    while wanted:
-        best = max(rows, key=lambda row: len(wanted & set(itertools.combinations(enumerate(row), 2))))
-        chosen.append(best)
-        wanted -= set(itertools.combinations(enumerate(best), 2))
-    return chosen
 
 
 PAIRWISE = pairwise(ALL)
@@ -49,6 +39,7 @@ def make_of(name, block_lr, storage, rounding):
     return lambda first, **more: create_optimizer(first, name, lr=1e-3, **{**extra, **more})
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("combination", PAIRWISE + QUICK, ids=str)
 def test_combination(combination, check):

@@ -1,12 +1,12 @@
 """One of three gloo processes: state saved by two is loaded by three, goes on there, and comes back to two.
 
-    RANK=0 WORLD_SIZE=3 MASTER_ADDR=... MASTER_PORT=... python -m distributed.travel_worker FOLDER OUTPUT.json
+    RANK=0 WORLD_SIZE=3 MASTER_ADDR=... MASTER_PORT=... python -m distributed.travel_worker FOLDER KIND... OUTPUT.json
 
 What is found is judged by test_state_dicts.py, which saved on one device into FOLDER/1 and loads FOLDER/2 and FOLDER/3.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 
 from distributed.serving import Case, serve
-from distributed.travel import KINDS, STOPS, WAYS, WAYS_BACK, arrive, arrived, load, run, save, start
+from distributed.travel import STOPS, WAYS, WAYS_BACK, arrive, arrived, load, run, save, start
 
 Place = Callable[[nn.Module], nn.Module]
 
@@ -84,9 +84,9 @@ def own_shards(kind: str, model: nn.Module, optimizer: Any, folder: Path) -> dic
     return {**arrived(kind, model, optimizer, STOPS[1]), "other mesh": said}
 
 
-def cases(folder: Path) -> dict[str, Case]:
-    return {kind: partial(travels, kind, folder) for kind in KINDS}
+def cases(folder: Path, kinds: Sequence[str]) -> dict[str, Case]:
+    return {kind: partial(travels, kind, folder) for kind in kinds}
 
 
 if __name__ == "__main__":
-    serve(cases(Path(sys.argv[1])), sys.argv[2])
+    serve(cases(Path(sys.argv[1]), sys.argv[2:-1]), sys.argv[-1])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine.test_formats import TABLE, TILES, Cubic, coded
 from engine.test_int8_printed import blocks, formats, same
+from pairwise import pairwise
 from torch import nn
 
 import sharpwise.engine.step as steps
@@ -129,22 +130,9 @@ AXES = {
 }
 
 
-def pairwise():
-    """Few cases with every pair of values of every two axes, but for SGD (interpreted_int8.py has a few of it), and for
-    clipping and skipping without each other."""
-    axes = AXES | {"rule": [name for name, (rule, _) in RULES.items() if rule != "sgd"], "guard": ("none", "both")}
-    missing = {(a, x, b, y) for a, b in itertools.combinations(axes, 2) for x, y in itertools.product(axes[a], axes[b])}
-    everything = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    found = []
-    while missing:
-        pairs = [{(a, c[a], b, c[b]) for a, b in itertools.combinations(axes, 2)} & missing for c in everything]
-        best = max(range(len(pairs)), key=lambda i: len(pairs[i]))
-        missing -= pairs[best]
-        found.append(everything[best])
-    return found
-
-
-FEW = pairwise()
+# Not of SGD, of which interpreted_int8.py has a few, and not of clipping and skipping without each other.
+SOME = AXES | {"rule": [name for name, (rule, _) in RULES.items() if rule != "sgd"], "guard": ("none", "both")}
+FEW = [dict(zip(AXES, case, strict=True)) for case in pairwise([*itertools.product(*SOME.values())])]
 REST = [
     case
     for values in itertools.product(*AXES.values())

@@ -92,6 +92,7 @@ def bounded(control, p, d, lr, decay):
     return p + p * (p @ d) / (p @ p) - d
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("clips", [None, 3.0], ids=["", "clipped"])
 @pytest.mark.parametrize("rule", RULES)

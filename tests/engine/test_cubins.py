@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from sharpwise.engine.backends import triton, triton_launch, triton_print
 from sharpwise.engine.backends.triton_print import FIELDS, Formats
@@ -48,22 +49,6 @@ EVERY = [
     if (rule == "adam-mini" or key == ("tiles", False)) and not (key == "phase" and not aligned)
     and (rule, key) != ("adam-mini", ("tiles", False))
 ]  # fmt: skip
-
-
-def pairwise():
-    """Few cases with every pair of values of every two axes that some case has."""
-
-    def pairs(case):
-        return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
-
-    left = {case: pairs(case) for case in EVERY}
-    missing = set().union(*left.values())
-    found = []
-    while missing:
-        best = max(left, key=lambda case: len(left[case] & missing))
-        missing -= left.pop(best)
-        found.append(best)
-    return found
 
 
 def compiled(kernel, arguments, constants, arch, folder):
@@ -158,7 +143,7 @@ def test_8_bit_state_compiles(case, tmp_path):
         assert wide(ptx, what, 2) == len(elements)  # 8 codes in one
 
 
-@pytest.mark.parametrize("case", pairwise(), ids=str)
+@pytest.mark.parametrize("case", pairwise(EVERY), ids=str)
 def test_pairs_compile(case, tmp_path):
     check(*case, tmp_path)
 

@@ -46,11 +46,12 @@ def cuda(monkeypatch):
 
 
 def spread(places, dtype=torch.float32):
-    """A tiny model whose parameters lie on these devices in turn, and its blocks."""
+    """A tiny model of one layer, whose parameters lie on these devices in turn, and its blocks."""
     from fake_device import _disable_current_modes, _faked
 
     with _disable_current_modes():
         model = tiny_model(dtype)
+        del model.transformer["h"][1]
         blocks = BlockMap.of(model)
     moved = {}
     for module in model.modules():

@@ -65,6 +65,7 @@ TYPES = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compile", [None, False], ids=["default", "eager"])
 @pytest.mark.parametrize(("dtype", "exponents", "tolerance"), TYPES.values(), ids=TYPES)

@@ -44,6 +44,7 @@ def assert_alike(some, others, tolerance):
 OPTIONS = {"bare": {}, "clipped": {"max_grad_norm": 1.0}, "by block": {"block_lr": "layer_decay"}, "bf16": {}}
 
 
+@pytest.mark.pairwise
 @bad
 @pytest.mark.parametrize("how", OPTIONS)
 @pytest.mark.parametrize("name", COMBINES)

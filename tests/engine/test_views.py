@@ -59,6 +59,7 @@ def both(name, rules, *, n=8, steps=6, bad=(), dtype=torch.float32, **options):
     return (*runs, segments)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("name", [*LAYOUTS, *STRIDED])

@@ -34,6 +34,7 @@ def planned(build):
     return {(own.optimizer, own.storage): own for own in plan(build(), optimizers=SGD).combinations}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("build", [wide, tiny_model, llama], ids=["gpt2", "tiny", "llama"])
 @pytest.mark.parametrize(("name", "storage"), ALL, ids=lambda word: word)
 def test_planned_is_allocated(name, storage, build):

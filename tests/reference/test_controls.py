@@ -50,6 +50,7 @@ def expected(control, rule, p, u, t, lr, held, over):
     return held * (math.cos(theta) * e - math.sin(theta) * f)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", CONTROLS)
