@@ -151,4 +151,5 @@ def _collectives(case: Case, result: dict[str, Any], skipped: bool = False) -> i
         return EXPECTED[case.rule] + (case.guard and case.rule != "parted") + more
     if case.rule == "adapm":  # two for the factors, one for the bound on updates, whose place a control takes
         return 2 + (control is None) + more
-    return int(case.guard or case.rule in BLOCKS) + more
+    snr = control is not None and control.snr_samples > 0  # its sums ride with the norm
+    return int(case.guard or case.rule in BLOCKS or snr) + more

@@ -50,6 +50,11 @@ class Control:
     holds: ClassVar[bool] = False
     scales_only: ClassVar[bool] = False
 
+    @property
+    def snr_samples(self) -> int:
+        """Samples of a step, if `factors` reads `s["snr_factor"]`; else 0, and no gradient SNR is measured."""
+        return 0
+
     def __str__(self) -> str:
         """Its spelling, with only what differs from the defaults."""
         own = [f for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
@@ -66,7 +71,8 @@ class Control:
 
         Args:
             s: of every unit, fp64 [units], `lr`, with its `multiplier`; `decay`, the factor of weight decay, and
-                `weight_decay`, 0 where it is off; `held`, the norm that is held, 0 where there is none yet. For all:
+                `weight_decay`, 0 where it is off; `held`, the norm that is held, 0 where there is none yet;
+                `snr_factor`, that of `controls.snr` (1 where none is measured). For all:
                 `over`, what a unit is; `peak`, the `initial_lr` of the group, or else the constructor's lr; `t`, the
                 number of the step; of the rule `momentum`, `mean_square` and `turn`.
         """

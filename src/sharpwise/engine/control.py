@@ -20,12 +20,10 @@ from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.norms import SquareSum, squares_of
 from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.snr import IN_CACHE, GradientSNR
 from sharpwise.engine.view import CUT_OF, HELD, ParamView
 from sharpwise.rules.base import MatrixRule, ThinRule
 from sharpwise.shards import local
-
-IN_CACHE = 1 << 17
-"""Elements whose temporaries stay in the cache of a CPU."""
 
 
 class Bounds:
@@ -38,7 +36,8 @@ class Bounds:
     def __init__(self, control: Control, backends: Backends, kernels: bool) -> None:
         self.control, self.scratch = control, backends.scratch
         self.backends = backends if kernels else None
-        self._layouts = Layouts()
+        self._layouts, self.snr = Layouts(), GradientSNR(control)
+        self._factors_of_snr: dict[int, Tensor] = {}
 
     def found(
         self,
@@ -48,6 +47,7 @@ class Bounds:
         found: Found,
         squares: Sequence[SquareSum | None],
         group: ReduceGroup,
+        unscale: Any = None,
     ) -> Found:
         """`found` with the lines of what moves element by element, or its rates per block, if they suffice; and with
         what gives the lines of whole matrices, once their owners have worked.
@@ -55,7 +55,9 @@ class Bounds:
         Args:
             squares: of gradients per block, where there are blocks.
             group: the processes that hold parts.
+            unscale: what undoes the scale of a loss in the gradients; None for 1.
         """
+        self._factors_of_snr = self.snr.finish(scalars, unscale)
 
         def bound(some: Sequence[ParamView], updates: Sequence[Tensor]) -> Mapping[int, Lines]:
             return self._bound(some, updates, [None] * len(some), scalars, found, Bucket(group)).lines
@@ -208,6 +210,7 @@ class Bounds:
             "decay": per_unit([row.decay for row in rows]),
             "weight_decay": per_unit(decays),
             "held": torch.zeros_like(like),
+            "snr_factor": self._snr_factor(origin, like),
             "over": view.unit,
             "peak": peak,
             "t": scalars.t(view),
@@ -215,6 +218,19 @@ class Bounds:
             "mean_square": origin.rule.mean_square(hyper),
             "turn": origin.rule.turn,
         }
+
+    def _snr_factor(self, view: ParamView, like: Tensor) -> Tensor:
+        """Of each unit that of its matrix; 1 where none is measured."""
+        factors = self._factors_of_snr.get(id(view))
+        if factors is None:
+            return torch.ones_like(like)
+        if "matrix of unit" not in view.kept:
+            per = [view.units_of(s) // s.copies for s in view.segments for _ in range(s.copies)]
+            counts = torch.tensor(per, dtype=torch.int64, device="cpu")
+            numbers = torch.arange(len(per), device="cpu").repeat_interleave(counts)
+            view.kept["matrix of unit"] = numbers.to(view.device)
+        found: Tensor = factors[view.kept["matrix of unit"]]
+        return found
 
 
 def _filled(value: Any, like: Tensor) -> Tensor:
