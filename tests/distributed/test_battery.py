@@ -104,8 +104,10 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert "error" not in result, result["error"]
     assert result["moved"] > 1e-3 and result["same map"]
     assert result["skipped"] == [int(case.guard)] * 2
+    by_matrix = (control := BOUNDS.get(case.storage.partition(", ")[2])) is not None and control.snr_samples > 0
     for name, (parameter, state) in result["differences"].items():
         exact = case.path == "eager" and not case.guard and name not in result["rows cut"] and case.rule != "adapm"
+        exact &= not by_matrix  # whose sums are of all rows
         assert parameter <= (0.0 if exact else _of_parameters(case)), f"{name}: {parameter:.1e}, exact: {exact}"
         assert state <= (0.0 if exact else _of_state(case)), f"{name}: state {state:.1e}"
     exchanges = result["exchanges"]

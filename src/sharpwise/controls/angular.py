@@ -107,10 +107,10 @@ class Angular(Control):
         return "" if weight_decay else f"{none}give a weight_decay, about 0.1, or control='angular(angle=lr)'"
 
     def _angle(self, s: Mapping[str, Any]) -> Tensor:
-        lr, peak = s["lr"], s["peak"]
+        lr, peak = s["lr"], 0 * s["lr"] + s["peak"]
         if self.angle == "lr":
             return lr
         at_peak = (2 * peak * s["weight_decay"] * s["mean_square"]).sqrt() * s["turn"]
         if self.angle == "sqrt":
-            return at_peak * (lr * s["multiplier"] / peak).sqrt() if peak > 0 else 0.0 * lr
-        return at_peak * lr / peak if peak > 0 else 0.0 * lr
+            return at_peak * ratio(lr * s["multiplier"], peak).sqrt()
+        return at_peak * ratio(lr, peak)

@@ -93,6 +93,20 @@ def held_norms(sums: Sums, held: Tensor) -> Tensor:
     return torch.where((held == 0) & (own > SMALLEST * sums.elements.sqrt()), own, held)
 
 
+def bounded(control: Control, sums: Sums, s: Mapping[str, Any], holds: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What a control makes of units: factors on their rates, their factors of decay, and norms held from now on.
+
+    Args:
+        sums: with u in units of the weights, times the learning rate.
+        s: as `Control.factors` is told, `held` as it was before the step; holds: whether norms are held.
+    """
+    per_lr = torch.where(s["lr"] != 0, s["lr"].reciprocal(), 0.0)
+    own = Sums(sums.uu * per_lr * per_lr, sums.pu * per_lr, sums.pp, sums.elements)
+    held = held_norms(own, s["held"]) if holds else s["held"]
+    a, c = control.factors(own, {**s, "held": held})
+    return a, c * s["decay"], held
+
+
 def ratio(above: Tensor, below: Tensor) -> Tensor:
     """above / below, 0 where below is 0."""
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)

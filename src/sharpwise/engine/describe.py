@@ -40,7 +40,9 @@ def explanation(stepper: Stepper, verbose: bool = False) -> Table:
                 sizes[kind] += view.own[name].element_size() * (3 if kind == "matrix" else 1)
         dtype = stepper.grad_dtype(view)
         choice = stepper.plan.choose(view, dtype)
-        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
+        spec = stepper.plan.spec(view, dtype)
+        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(spec)
+        one_pass |= view.unit is not None and choice.backend.bounds_rows(spec)
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         cut, m = view.cuts[i], stepper.multipliers.now(view)[i]
         blocks = s.blocks(cut)

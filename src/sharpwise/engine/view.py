@@ -158,6 +158,12 @@ class ParamView:
         return self.dim == 1 and len(self.shape) == 2
 
     @cached_property
+    def cuts_rows(self) -> bool:
+        """Whether a mesh cuts its rows: a row has parts in several processes."""
+        lines = {self.segments[0].dim, 0} if self.segments[0].stacked else {self.segments[0].dim}
+        return any(self.shard.placements[d].dim not in lines for d in self.shard.cut)
+
+    @cached_property
     def copied(self) -> bool:
         """Whether its rows are copies, which have to be written back: scattered rows, or those of a parameter or of
         state that is not contiguous."""
