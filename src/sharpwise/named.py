@@ -161,6 +161,8 @@ def LionAR(
     nesterov: bool = False,
     angle: Literal["linear", "sqrt", "lr"] = "linear",
     inverse_bias_correction: bool = False,
+    snr: bool = False,
+    batch_size: int | None = None,
     **options: Unpack[CommonOptions],
 ) -> Lion:
     """`Lion` whose rows turn by a set angle and keep their norms (arXiv 2410.23922): `sharpwise.controls.angular`.
@@ -172,6 +174,9 @@ def LionAR(
         lr: AdamW's. beta: of the momentum, in [0, 1).
         angle: how it follows the schedule of lr; with "lr", lr is the angle in radians.
         inverse_bias_correction: angles begin small, as the momentum does: times 1 - beta^t.
+        snr: angles are smaller where gradients of a batch agree: `sharpwise.controls.snr`.
+        batch_size: sequences of a step, of all processes together; for `snr`.
     """
-    options.setdefault("control", Angular(angle=angle, inverse_bias_correction=inverse_bias_correction))
+    own = Angular(angle=angle, inverse_bias_correction=inverse_bias_correction, snr=snr, batch_size=batch_size)
+    options.setdefault("control", own)
     return Lion(params, lr, (beta, beta), weight_decay, nesterov=nesterov, **options)

@@ -52,4 +52,5 @@ def _root(above: Tensor, below: Tensor) -> Tensor:
 
 CONTROLS: dict[str, Control] = {"turned": Turned(), "sized": Sized(), "sideways": Sideways()}
 BOUNDS: dict[str, Control] = CONTROLS | {"angular": Angular(), "hyperball": Hyperball(), "l2": L2()}
+BOUNDS["snr"] = Angular(snr=True, batch_size=8)
 """With those of the library."""

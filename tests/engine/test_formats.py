@@ -7,6 +7,7 @@ import torch
 
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.backends.cpp_print import CPP
 from sharpwise.engine.program import Arithmetic
 from sharpwise.storage.base import Format
 from sharpwise.storage.dense import BF16, FP32, Dense
@@ -76,7 +77,7 @@ def loop(name, own, kinds):
     tables = {node.target: node.meta["val"] for node in own.graph.nodes if node.op == "get_attr"}
     numbers = [f"static const float {n}[] = {{{', '.join(map(str, t.tolist()))}}};" for n, t in tables.items()]
     inputs = {n: n if n == "absmax" else f"{n}_[i]" for n in own.inputs}
-    body, found = own.printed(loops.CPP, inputs | {n: n for n in tables})
+    body, found = own.printed(CPP, inputs | {n: n for n in tables})
     arguments = ", ".join(f"{kind} {n}" if n == "absmax" else f"{kind}* {n}_" for n, kind in kinds.items())
     stores = " ".join(f"out_[i] = {value};" for value in found.values())
     head = f'extern "C" void {name}(int64_t n, {arguments})'

@@ -8,6 +8,7 @@ from engine.test_formats import loop
 
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.backends.cpp_print import CPP
 from sharpwise.engine.program import Arithmetic
 from sharpwise.storage.int8 import Int8
 
@@ -53,7 +54,7 @@ def test_as_cpp(own):
     if not compiler_present():
         pytest.skip("needs a C++ compiler")
     encode, decode = traced(own)
-    kind = loops.CPP.types[own.dtype_for(torch.float32)]
+    kind = CPP.types[own.dtype_for(torch.float32)]
     source = loops._text("sums") + loop("encode", encode, {"x": "const float", "absmax": "float", "out": kind})
     source += loop("decode", decode, {"codes": f"const {kind}", "absmax": "float", "out": "float"})
     library = loops._built(source)

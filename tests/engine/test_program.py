@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sharpwise.engine.backends.loops import CPP
+from sharpwise.engine.backends.cpp_print import CPP
 from sharpwise.engine.backends.reference import update
 from sharpwise.engine.program import Arithmetic, Program
 from sharpwise.engine.stored import Stored

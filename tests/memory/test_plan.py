@@ -45,7 +45,7 @@ def test_planned_is_allocated(name, storage, build):
     assert {role for role, count in own.by_role.items() if count} <= names
 
 
-@pytest.mark.parametrize("control", ["l2", "angular", "hyperball"])
+@pytest.mark.parametrize("control", ["l2", "angular", "hyperball", "angular(snr=True, batch_size=8)"])
 def test_norms_that_a_control_holds_are_planned(control):
     options = {"adam-mini": {"control": control}}
     own = next(one for one in plan(wide(), optimizers=options).combinations if one.name == "adam-mini")

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sharpwise.blocks import BlockMap, Role, Segment
-from sharpwise.probes.growth import rrc_growth
+from sharpwise.controls.snr import rrc_growth
 from sharpwise.report.run import read_run
 from sharpwise.report.warmup import Update, advice, advise
 

@@ -10,6 +10,9 @@ lr: theta is the angle at which AdamW's rows turn in the long run, so that its l
 the root of lr / peak, as that angle would follow a schedule; with "lr", lr is the angle in radians. Of Lion (1-b)/(1+b)
 becomes (pi/2) ((1-b1)^2 + b1^2 (1-b2)/(1+b2)).
 
+With `snr`, theta is multiplied by the factor of `controls.snr`, of the matrix that the row is in, and so is the norm of
+updates of rows that are not held yet.
+
 Nothing that is held decays; vectors have updates as under `L2`, and decay. So have rows without a norm to hold yet
 (those that begin at zero, until their root mean square is above 1e-3) and, where the angle comes from the weight
 decay, those that have none. A row whose update points along it does not turn.
@@ -45,10 +48,14 @@ class Angular(Control):
     Args:
         angle: "linear", "sqrt" or "lr".
         inverse_bias_correction: multiply angles and norms by 1 - b^t in step t.
+        snr: multiply angles by the factor of the gradient SNR of the matrix; the rule has to keep a momentum.
+        batch_size: sequences of a step, of all processes together; for `snr`.
     """
 
     angle: Angle = "linear"
     inverse_bias_correction: bool = False
+    snr: bool = False
+    batch_size: int | None = None
 
     name: ClassVar[str] = "angular"
     over: ClassVar[Over] = "row"
@@ -56,15 +63,30 @@ class Angular(Control):
 
     def __post_init__(self) -> None:
         check_flag(self, "inverse_bias_correction")
+        check_flag(self, "snr")
         if self.angle not in get_args(Angle):
             raise ValueError(f"{self.name}: angle must be one of {', '.join(get_args(Angle))}, got {self.angle!r}")
+        if self.batch_size is None:
+            if self.snr:
+                raise ValueError(
+                    f"{self.name}: snr=True needs batch_size, the sequences of a step over all processes and "
+                    f"accumulated micro-batches, such as {self.name}(snr=True, batch_size=480)"
+                )
+        elif type(self.batch_size) is not int or self.batch_size < 1:
+            raise ValueError(f"{self.name}: batch_size must be a whole number >= 1, got {self.batch_size!r}")
+        elif not self.snr:
+            raise ValueError(f"{self.name}: batch_size={self.batch_size} is for snr=True; give both or none")
+
+    @property
+    def snr_samples(self) -> int:
+        return self.batch_size or 0
 
     def unit(self, segments: Sequence[Segment]) -> Over | None:
         long = all(segment.is_matrix and segment.numel > segment.rows * segment.copies for segment in segments)
         return "row" if long else "matrix"
 
     def factors(self, sums: Sums, s: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        begins = begun(s) if self.inverse_bias_correction else 1.0
+        begins = (begun(s) if self.inverse_bias_correction else 1.0) * s["snr_factor"]
         free = at_size(sums, s) * begins, torch.ones_like(sums.uu)
         if s["over"] != "row":
             return free
@@ -85,10 +107,10 @@ class Angular(Control):
         return "" if weight_decay else f"{none}give a weight_decay, about 0.1, or control='angular(angle=lr)'"
 
     def _angle(self, s: Mapping[str, Any]) -> Tensor:
-        lr, peak = s["lr"], s["peak"]
+        lr, peak = s["lr"], 0 * s["lr"] + s["peak"]
         if self.angle == "lr":
             return lr
         at_peak = (2 * peak * s["weight_decay"] * s["mean_square"]).sqrt() * s["turn"]
         if self.angle == "sqrt":
-            return at_peak * (lr * s["multiplier"] / peak).sqrt() if peak > 0 else 0.0 * lr
-        return at_peak * lr / peak if peak > 0 else 0.0 * lr
+            return at_peak * ratio(lr * s["multiplier"], peak).sqrt()
+        return at_peak * ratio(lr, peak)

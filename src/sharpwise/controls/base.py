@@ -50,6 +50,11 @@ class Control:
     holds: ClassVar[bool] = False
     scales_only: ClassVar[bool] = False
 
+    @property
+    def snr_samples(self) -> int:
+        """Samples of a step, if `factors` reads `s["snr_factor"]`; else 0, and no gradient SNR is measured."""
+        return 0
+
     def __str__(self) -> str:
         """Its spelling, with only what differs from the defaults."""
         own = [f for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
@@ -66,7 +71,8 @@ class Control:
 
         Args:
             s: of every unit, fp64 [units], `lr`, with its `multiplier`; `decay`, the factor of weight decay, and
-                `weight_decay`, 0 where it is off; `held`, the norm that is held, 0 where there is none yet. For all:
+                `weight_decay`, 0 where it is off; `held`, the norm that is held, 0 where there is none yet;
+                `snr_factor`, that of `controls.snr` (1 where none is measured). For all:
                 `over`, what a unit is; `peak`, the `initial_lr` of the group, or else the constructor's lr; `t`, the
                 number of the step; of the rule `momentum`, `mean_square` and `turn`.
         """
@@ -85,6 +91,20 @@ def held_norms(sums: Sums, held: Tensor) -> Tensor:
     """The norms that are held from this step on."""
     own = sums.pp.sqrt()
     return torch.where((held == 0) & (own > SMALLEST * sums.elements.sqrt()), own, held)
+
+
+def bounded(control: Control, sums: Sums, s: Mapping[str, Any], holds: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What a control makes of units: factors on their rates, their factors of decay, and norms held from now on.
+
+    Args:
+        sums: with u in units of the weights, times the learning rate.
+        s: as `Control.factors` is told, `held` as it was before the step; holds: whether norms are held.
+    """
+    per_lr = torch.where(s["lr"] != 0, s["lr"].reciprocal(), 0.0)
+    own = Sums(sums.uu * per_lr * per_lr, sums.pu * per_lr, sums.pp, sums.elements)
+    held = held_norms(own, s["held"]) if holds else s["held"]
+    a, c = control.factors(own, {**s, "held": held})
+    return a, c * s["decay"], held
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ def make_control(spec: Any) -> Control | None:
     for key in given:
         if key not in allowed:
             there = f"there are {', '.join(allowed)}" if allowed else "it has none"
+            others = [n for n, kind in CONTROLS.items() if any(f.name == key for f in fields(kind))]  # type: ignore[arg-type]
+            there += f"; {' and '.join(others)} has it" if others else ""
             raise ValueError(f"{name} has no argument {key!r}{nearest(str(key), allowed)}; {there}")
     return CONTROLS[name](**given)
 

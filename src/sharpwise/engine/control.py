@@ -5,27 +5,26 @@ is written. Where a mesh cuts rows or matrices, one collective completes all sum
 end, by rates and decays per row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpwise.controls import Control, Sums
-from sharpwise.controls.base import held_norms
+from sharpwise.controls.base import bounded
 from sharpwise.engine.backends import Backends
-from sharpwise.engine.backends.base import Found, Lines, row_step
+from sharpwise.engine.backends.base import Found, Lines, Told, row_step
 from sharpwise.engine.backends.reference import CHUNK, aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.norms import SquareSum, squares_of
+from sharpwise.engine.program import SETTINGS
 from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.snr import IN_CACHE, GradientSNR
 from sharpwise.engine.view import CUT_OF, HELD, ParamView
 from sharpwise.rules.base import MatrixRule, ThinRule
 from sharpwise.shards import local
-
-IN_CACHE = 1 << 17
-"""Elements whose temporaries stay in the cache of a CPU."""
 
 
 class Bounds:
@@ -38,7 +37,9 @@ class Bounds:
     def __init__(self, control: Control, backends: Backends, kernels: bool) -> None:
         self.control, self.scratch = control, backends.scratch
         self.backends = backends if kernels else None
-        self._layouts = Layouts()
+        self._layouts, self.snr = Layouts(), GradientSNR(control)
+        self._factors_of_snr: dict[int, Tensor] = {}
+        self._settings_of: dict[Any, Tensor] = {}
 
     def found(
         self,
@@ -48,6 +49,7 @@ class Bounds:
         found: Found,
         squares: Sequence[SquareSum | None],
         group: ReduceGroup,
+        unscale: Any = None,
     ) -> Found:
         """`found` with the lines of what moves element by element, or its rates per block, if they suffice; and with
         what gives the lines of whole matrices, once their owners have worked.
@@ -55,7 +57,10 @@ class Bounds:
         Args:
             squares: of gradients per block, where there are blocks.
             group: the processes that hold parts.
+            unscale: what undoes the scale of a loss in the gradients; None for 1.
         """
+        self._factors_of_snr = self.snr.finish(scalars, unscale)
+        self._settings_of.clear()
 
         def bound(some: Sequence[ParamView], updates: Sequence[Tensor]) -> Mapping[int, Lines]:
             return self._bound(some, updates, [None] * len(some), scalars, found, Bucket(group)).lines
@@ -64,7 +69,7 @@ class Bounds:
             return self._of_numerators(view, x, scalars, rates)
 
         bounded = self._bound(views, grads, squares, scalars, found, Bucket(group))
-        return bounded._replace(bound=bound, rates_of=rates_of)
+        return bounded._replace(bound=bound, rates_of=rates_of, told=lambda view: self._told(view, scalars))
 
     def _bound(
         self,
@@ -77,8 +82,9 @@ class Bounds:
     ) -> Found:
         """Rates and decays of the rows of matrices; other rates per block, if they suffice."""
         partials: list[tuple[ParamView, Partial]] = []
+        asked: list[tuple[ParamView, Tensor]] = []
         for view, g, own in zip(views, grads, squares, strict=True):
-            if view.unit is None or isinstance(view.rule, MatrixRule):
+            if view.unit is None or isinstance(view.rule, MatrixRule) or self._moves_bounded(view, g.dtype):
                 continue
             rates = found.rates.get(id(view)) if self._by_block(view, found) else None
             if rates is not None and isinstance(view.rule, ThinRule) and not view.shard.cut:
@@ -87,10 +93,10 @@ class Bounds:
                 sums = self._of_plain(view, own.times(scalars.clip_of(view)), rates)
                 partials.append((view, Partial(sums, view.shard)))  # of all processes already
                 continue
-            only = self.control.scales_only
-            rows = self._row_squares(view, g, scalars, found) if only else _row_sums(view, g, scalars, found)
+            asked.append((view, g))
+        for (view, _), rows in zip(asked, self._sums_of_rows(asked, scalars, found), strict=True):
             sums = torch.stack([self._units(view).gather(of) for of in rows])
-            cut = view.unit == "matrix" or _cuts_rows(view) or not _all_held(view)
+            cut = view.unit == "matrix" or view.cuts_rows or not _all_held(view)
             partials.append((view, bucket.add(sums, view.shard) if cut else Partial(sums, view.shard)))
         bucket.reduce()
         lines: dict[int, Lines] = {}
@@ -101,6 +107,40 @@ class Bounds:
             else:
                 lines[id(view)] = self._lines(view, *self._factors(view, partial.values, scalars), scalars, found)
         return found._replace(rates=bounded, lines=lines)
+
+    def _moves_bounded(self, view: ParamView, grad: torch.dtype) -> bool:
+        """Whether its back end bounds it as it moves. While norms are not held, all processes have to hear of them."""
+        spec = view.kept.get(("cpp", grad))
+        if self.backends is None or spec is None or not self.backends.cpp.bounds_rows(spec):
+            return False
+        return not view.shard.cut or _all_held(view)
+
+    def _told(self, view: ParamView, scalars: StepScalars) -> Told:
+        """What the control is told of rows that move bounded."""
+        key, units = scalars.key(view), self._units(view)
+        if key not in self._settings_of:
+            n = len(view.segments)
+            one = torch.zeros(n, dtype=torch.float64, device="cpu")
+            s = self._settings(view, scalars, torch.arange(n, device="cpu"), one)
+            self._settings_of[key] = torch.stack([one + s[name] for name in SETTINGS], 1)
+        assert units.counts is not None
+        snr = self._snr_factor(view.origin, units.counts) if view.origin.has_snr else None
+        held = view.origin.own[HELD] if view.holds else None
+        return Told(self._settings_of[key], view.layout.segment_of_row, held, snr, units.block_of_row)
+
+    def _sums_of_rows(
+        self, asked: Sequence[tuple[ParamView, Tensor]], scalars: StepScalars, found: Found
+    ) -> Iterator[Tensor]:
+        """Sums over the rows of views with gradients: by the kernel of those that move by it, else by torch. See
+        `_row_sums`; of a control that looks at no others the first alone."""
+        views, grads = [view for view, _ in asked], [g for _, g in asked]
+        given = {} if self.backends is None else self.backends.cpp.sums(views, grads, scalars, found)
+        only = self.control.scales_only
+        for view, g in asked:
+            if id(view) in given:
+                yield given[id(view)][: 1 if only else 3]
+            else:
+                yield (self._row_squares if only else _row_sums)(view, g, scalars, found)
 
     def _by_block(self, view: ParamView, found: Found) -> bool:
         """Whether other rates per block suffice."""
@@ -127,8 +167,8 @@ class Bounds:
         rates = rates.double() * squares.unit
         return torch.zeros_like(counts).index_add_(0, self._unit_of_block(view), rates * rates * squares.values)[None]
 
-    def _row_squares(self, view: ParamView, g: Tensor, scalars: StepScalars, found: Found) -> list[Tensor]:
-        """Sums of d d over the rows held here, where -d is what would be added to p: one vector, fp64."""
+    def _row_squares(self, view: ParamView, g: Tensor, scalars: StepScalars, found: Found) -> Tensor:
+        """Sums of d d over the rows held here, where -d is what would be added to p: fp64 [1, rows]."""
         step, s, clip = _step(view, scalars, found), scalars.named(view), scalars.clip_of(view)
         rule, kernel = found.rules.get(id(view), view.rule), self._kernel(view)
         if isinstance(view.rule, ThinRule) and view.rule.has_blocks and view.numel:
@@ -142,7 +182,7 @@ class Bounds:
                 parts += squares_of([u if below is None else u / below], [view.dim], kernel)
         rows = torch.stack(parts).sum(0) if view.dim == 0 and len(view.shape) == 2 else torch.cat(parts)
         own = step.double().view(-1) if isinstance(step, Tensor) else step
-        return [rows * own * own]
+        return (rows * own * own)[None]
 
     def _units(self, view: ParamView) -> Layout:
         if "units" not in view.kept:
@@ -175,16 +215,13 @@ class Bounds:
             s: dict[str, Any] = {"lr": lr, "decay": decay}
         else:
             s = self._settings(view, scalars, of, counts)
-        per_lr = torch.where(s["lr"] != 0, s["lr"].reciprocal(), 0.0)
         uu, pu, pp = sums if len(sums) == 3 else (sums[0], *torch.zeros_like(sums).expand(2, -1))
-        of_units = Sums(uu * per_lr * per_lr, pu * per_lr, pp, counts)
+        s["held"] = view.origin.own[HELD].double() if view.holds else torch.zeros_like(counts)
+        a, decay, held = bounded(self.control, Sums(uu, pu, pp, counts), s, view.holds)
         if view.holds:
-            held = view.origin.own[HELD]
-            s["held"] = held_norms(of_units, held.double())
             taken = scalars.ok_of(view)
-            held.copy_(s["held"] if taken is True else torch.where(taken != 0, s["held"], held.double()))
-        a, c = self.control.factors(of_units, s)
-        return a, c * s["decay"]
+            view.origin.own[HELD].copy_(held if taken is True else torch.where(taken != 0, held, s["held"]))
+        return a, decay
 
     def _lines(self, view: ParamView, a: Tensor, decay: Tensor, scalars: StepScalars, found: Found) -> Lines:
         of = self._units(view).block_of_row
@@ -207,7 +244,7 @@ class Bounds:
             "multiplier": per_unit(scalars.multipliers(view)),
             "decay": per_unit([row.decay for row in rows]),
             "weight_decay": per_unit(decays),
-            "held": torch.zeros_like(like),
+            "snr_factor": self._snr_factor(origin, like),
             "over": view.unit,
             "peak": peak,
             "t": scalars.t(view),
@@ -215,6 +252,19 @@ class Bounds:
             "mean_square": origin.rule.mean_square(hyper),
             "turn": origin.rule.turn,
         }
+
+    def _snr_factor(self, view: ParamView, like: Tensor) -> Tensor:
+        """Of each unit that of its matrix; 1 where none is measured."""
+        factors = self._factors_of_snr.get(id(view))
+        if factors is None:
+            return torch.ones_like(like)
+        if "matrix of unit" not in view.kept:
+            per = [view.units_of(s) // s.copies for s in view.segments for _ in range(s.copies)]
+            counts = torch.tensor(per, dtype=torch.int64, device="cpu")
+            numbers = torch.arange(len(per), device="cpu").repeat_interleave(counts)
+            view.kept["matrix of unit"] = numbers.to(view.device)
+        found: Tensor = factors[view.kept["matrix of unit"]]
+        return found
 
 
 def _filled(value: Any, like: Tensor) -> Tensor:
@@ -250,10 +300,3 @@ def _all_held(view: ParamView) -> bool:
     if view.holds and not view.kept.get("all held"):
         view.kept["all held"] = bool((view.origin.own[HELD] > 0).all())
     return not view.holds or bool(view.kept["all held"])
-
-
-def _cuts_rows(view: ParamView) -> bool:
-    """Whether a mesh cuts its rows: a row has parts in several processes."""
-    first = view.segments[0]
-    lines = {first.dim, 0} if first.stacked else {first.dim}
-    return any(view.shard.placements[d].dim not in lines for d in view.shard.cut)

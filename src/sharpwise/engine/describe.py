@@ -6,6 +6,7 @@ from typing import Any
 from sharpwise.blocks import Segment
 from sharpwise.blocks.names import stem_and_number, with_numbers
 from sharpwise.engine.capture import fixed
+from sharpwise.engine.snr import factors_of
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
 from sharpwise.table import Table
@@ -30,16 +31,18 @@ def explanation(stepper: Stepper, verbose: bool = False) -> Table:
     control = stepper.options.control
     rows: list[tuple[Any, ...]] = []
     for view, i, s in _in_order(stepper):
-        sizes = dict.fromkeys(("element", "block", "unit"), 0)
+        sizes = dict.fromkeys(("element", "block", "unit", "matrix"), 0)
         shared = 0  # of all its segments together
         for name, kind in view.kinds().items():
             if kind not in sizes:
                 shared += view.own[name].numel() * view.own[name].element_size()
             else:
-                sizes[kind] += view.own[name].element_size()
+                sizes[kind] += view.own[name].element_size() * (3 if kind == "matrix" else 1)
         dtype = stepper.grad_dtype(view)
         choice = stepper.plan.choose(view, dtype)
-        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(stepper.plan.spec(view, dtype))
+        spec = stepper.plan.spec(view, dtype)
+        one_pass = view.rule.has_blocks and choice.backend.sums_blocks(spec)
+        one_pass |= view.unit is not None and choice.backend.bounds_rows(spec)
         moved_by = f"{choice.backend.name} (one pass)" if one_pass else choice.backend.name
         cut, m = view.cuts[i], stepper.multipliers.now(view)[i]
         blocks = s.blocks(cut)
@@ -51,18 +54,28 @@ def explanation(stepper: Stepper, verbose: bool = False) -> Table:
         storage = "/".join(dict.fromkeys(view.formats[name].name for name in view.elements)) or "fp32"
         size = s.numel * sizes["element"] + shared * s.numel // max(1, sum(one.numel for one in view.segments))
         size += blocks * sizes["block"] if cut != "element" else 0
-        size += view.units_of(s) * sizes["unit"]
+        size += view.units_of(s) * sizes["unit"] + s.copies * sizes["matrix"]
         why = "; ".join(filter(None, (choice.why, fixed(view) if stepper.captured else "")))
         how = (view.rule.name, cut, blocks, m, float(view.settings["lr"]) * m, decay, storage, size, moved_by, why)
         rows.append((s.name, str(s.role), s.describe_rows(), s.numel, *how))
         if control is not None:
             rows[-1] += (None if view.unit is None else str(control),)
+            rows[-1] += (_snr_factor(view, i, control.snr_samples),) if control.snr_samples else ()
     columns: tuple[str, ...] = ("name", "role", "rows", "elements", "rule", "cut", "blocks", "multiplier", "lr")
-    columns += ("decay", "storage", "bytes", "backend", "why", *(["control"] if control is not None else []))
+    columns += ("decay", "storage", "bytes", "backend", "why", *([] if control is None else ["control"]))
+    columns += ("snr_factor",) if control is not None and control.snr_samples else ()
     return Table(columns, rows, _shown(columns, rows if verbose else _by_layer(columns, rows)))
 
 
-SUMS, RANGES = ("elements", "blocks", "bytes"), ("multiplier", "lr")
+def _snr_factor(view: ParamView, i: int, samples: int) -> float | None:
+    """The factor by gradient SNR of a segment as it is now, the mean over experts; None where none is measured."""
+    if not view.has_snr:
+        return None
+    first = sum(s.copies for s in view.segments[:i])
+    return float(factors_of(view, samples)[first : first + view.segments[i].copies].mean())
+
+
+SUMS, RANGES = ("elements", "blocks", "bytes"), ("multiplier", "lr", "snr_factor")
 """Columns of which equal layers show the sum, and from where to where."""
 
 
@@ -76,13 +89,16 @@ def _by_layer(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[t
     found = []
     for (stem, *_), members in groups.items():
         values = dict(zip(columns, zip(*(row for _, row in members), strict=True), strict=True))
-        joined = {name: sum(values[name]) for name in SUMS} | {name: _range(values[name]) for name in RANGES}
+        joined = {name: sum(values[name]) for name in SUMS}
+        joined |= {name: _range(values[name]) for name in RANGES if name in values}
         joined["name"] = with_numbers(stem, [number for number, _ in members])
         found.append(tuple(joined.get(name, values[name][0]) for name in columns))
     return found
 
 
-def _range(values: Sequence[float]) -> Any:
+def _range(values: Sequence[Any]) -> Any:
+    if None in values:
+        return None
     low, high = min(values), max(values)
     return low if low == high else f"{low:.4g} to {high:.4g}"
 

@@ -24,7 +24,7 @@ from sharpwise.engine.state import (
     refuse_variants,
     zeros,
 )
-from sharpwise.engine.view import HELD, ParamView
+from sharpwise.engine.view import HELD, SNR, ParamView
 from sharpwise.hints import kind_of
 from sharpwise.shards import is_dtensor, local
 
@@ -206,8 +206,8 @@ def _check_fits(view: ParamView, own: Mapping[str, Any], saved: Mapping[str, Any
     variants = keys_of(view, variants=True)
     if not variants.keys() & saved:
         return  # never stepped
-    # A norm that was not saved is held from the next step on.
-    name, needed = view.name, {key for key, (_, kept) in keys_of(view).items() if kept != HELD}
+    # A norm that was not saved is held from the next step on, and gradient SNR is measured from there.
+    name, needed = view.name, {key for key, (_, kept) in keys_of(view).items() if kept not in (HELD, SNR)}
     if needed - set(saved):
         raise ValueError(
             f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "

@@ -28,7 +28,7 @@ from sharpwise.engine.rehearsal import live, on_a_device, rehearse, rehearse_con
 from sharpwise.engine.roleless import needs_roles, warn_if_other
 from sharpwise.engine.step import Stepper
 from sharpwise.engine.view import ParamView
-from sharpwise.engine.views import views_of
+from sharpwise.engine.views import of_group, views_of
 from sharpwise.rules import Rule
 from sharpwise.shards import local
 from sharpwise.table import Table
@@ -139,7 +139,10 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 more = BlockMap.unknown(new)
                 self._check_roles(more, new=True)
                 self._known = BlockMap((*self._known.segments, *more.segments))
-            self._check_roles(self._known.subset([name for name, _ in group["params"]]))
+            blocks = self._known.subset([name for name, _ in group["params"]])
+            self._check_roles(blocks)
+            if self.options.control is not None:
+                states.check_momentum(self.options.control, of_group(self.rule, group), blocks.segments, self.who)
             if not group["params"]:
                 group["param_names"] = []  # torch sets it from the parameters, and then misses it
             super().add_param_group(group)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpwise.controls import Control, Sums
+from sharpwise.controls.base import bounded
 from sharpwise.rules.base import Rule, add
 from sharpwise.storage import Format
 from sharpwise.storage.dense import mix
@@ -179,12 +181,15 @@ def expression(language: Language, node: fx.Node, names: Mapping[fx.Node, str]) 
     dtype = node.meta["val"].dtype
     pattern = _pattern(language, node, dtype)
     operands = [_operand(language, names, node, a) for a in node.args]
-    return pattern.format(*operands, type=language.types[dtype])
+    try:
+        return pattern.format(*operands, type=language.types[dtype])
+    except IndexError:
+        raise NotImplementedError(f"no words in {language.name} for {node.target} of {len(operands)}") from None
 
 
 def _pattern(language: Language, node: fx.Node, dtype: torch.dtype) -> str:
     pattern = language.operations.get((node.target, dtype)) or language.operations.get(node.target)
-    if pattern is None or set(node.kwargs) - {"dtype"} or dtype not in language.types:
+    if pattern is None or set(node.kwargs) - {"dtype", "layout", "device", "pin_memory"} or dtype not in language.types:
         raise NotImplementedError(f"no words in {language.name} for {node.target} {node.kwargs or ''}".rstrip())
     return pattern
 
@@ -198,7 +203,7 @@ def _operand(language: Language, names: Mapping[fx.Node, str], node: fx.Node, op
         return language.types[operand]
     kinds = [a.meta["val"].dtype for a in node.args if isinstance(a, fx.Node)]
     kind = next((k for k in kinds if k.is_floating_point), node.meta["val"].dtype)
-    if isinstance(operand, int) and not any(k.is_floating_point for k in kinds):
+    if isinstance(operand, int) and kinds and not any(k.is_floating_point for k in kinds):
         # A comparison of whole numbers gives a bool: they are of the type that is compared.
         return language.literal.format(type=language.types[kinds[0]], value=repr(operand))
     return language.literal.format(type=language.types[kind], value=repr(float(operand)))
@@ -208,6 +213,24 @@ def encoding(format: Format) -> Arithmetic:
     """Codes of numbers `x` of a block, the largest of which is `absmax`."""
     kinds = {"x": torch.float32, "absmax": torch.float32}
     return Arithmetic.of(lambda v: {"codes": format.encode(v["x"], v["absmax"])}, kinds, tiles={"x"})
+
+
+SETTINGS = ("lr", "multiplier", "decay", "weight_decay", "peak", "t", "momentum", "mean_square", "turn")
+"""What a control is told of a row that is the same for all rows of a segment."""
+OF_ROW = ("uu", "pu", "pp", "elements", "held", "snr_factor", "rate")
+"""And what is of the row alone: with sums over it, and its step size without the control."""
+
+
+def bounding(control: Control) -> Arithmetic:
+    """What a control over rows makes of one: inputs `OF_ROW` and `SETTINGS`, outputs `rate`, `decay`, `held`; fp64."""
+
+    def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
+        s = {name: v[name] for name in (*SETTINGS, "held", "snr_factor")} | {"over": "row"}
+        sums = Sums(*(v[name] for name in Sums._fields))
+        a, decay, held = bounded(control, sums, s, control.holds)
+        return {"rate": a * v["rate"], "decay": decay, "held": held}
+
+    return Arithmetic.of(run, dict.fromkeys((*OF_ROW, *SETTINGS), torch.float64))
 
 
 @dataclass(frozen=True)
@@ -221,6 +244,8 @@ class Program:
             are stored is of their formats: the noise of the n-th output is that of slot n.
         phase: of one block: inputs `mean` (fp64, of clipped gradients), `state.NAME` of block state, `scalar.NAME`;
             outputs `denominator` and `state.NAME`. None for a rule without block state.
+        aim: what a control takes sums of: inputs as of `move`, but `decay`; outputs `p`, and `u`, which would be
+            subtracted from it. None where that is not asked for.
     """
 
     elements: tuple[str, ...]
@@ -228,11 +253,12 @@ class Program:
     scalars: tuple[str, ...]
     move: Arithmetic
     phase: Arithmetic | None
+    aim: Arithmetic | None = None
 
     @staticmethod
-    def of(rule: Rule, *, coupled: bool = False, cautious: bool = False) -> "Program":
+    def of(rule: Rule, *, coupled: bool = False, cautious: bool = False, aims: bool = False) -> "Program":
         """Trace a rule; coupled: decay is added to the gradient; cautious: it shrinks what the update shrinks too."""
-        assert not (coupled and cautious)
+        assert not (coupled and (cautious or aims))
         elements = tuple(name for name, kind in rule.state.items() if kind == "element")
         blocks = tuple(name for name, kind in rule.state.items() if kind == "block")
         scalars = [name for name in rule.scalars(1, rule.defaults) if name != "bias_correction"]
@@ -240,17 +266,25 @@ class Program:
         inputs = ["p", "g", *(f"state.{n}" for n in elements), "rate", "weight_decay" if coupled else "decay", "clip"]
         inputs += own
 
-        def move(v: dict[str, Tensor]) -> dict[str, Tensor]:
+        def aimed(v: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
             x, g = v["p"], v["g"]
             if rule.stage != "move":
                 g = g * v["clip"]
                 g = add(g, x, v["weight_decay"]) if coupled else g
             old = {name: v[f"state.{name}"] for name in elements}
-            new, numerator, below = rule.direction(g, old, _short(v, "scalar"))
+            return x, *rule.direction(g, old, _short(v, "scalar"))
+
+        def aim(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            x, _, numerator, below = aimed(v)
+            u = v["rate"] * numerator
+            return {"p": x, "u": u if below is None else u / below}
+
+        def move(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            x, new, numerator, below = aimed(v)
             written = {f"state.{name}": new[name] for name in elements}
             if rule.stage == "input":
                 return {"p": numerator, **written}
-            # The control has its place here.
+            # The control has its place here: rate and decay are what it made of them.
             if not coupled:
                 x = decayed(x, numerator, v["decay"], cautious)
             x = add(x, numerator, -v["rate"]) if below is None else x - (v["rate"] * numerator) / below
@@ -260,6 +294,7 @@ class Program:
             new, below = rule.block_phase(_short(v, "state"), v["mean"], _short(v, "scalar"))
             return {"denominator": below, **{f"state.{name}": new[name] for name in blocks}}
 
+        to_aim = [name for name in inputs if name != "decay"]
         of_block = ["mean", *(f"state.{name}" for name in blocks), *own]
         return Program(
             elements,
@@ -267,6 +302,7 @@ class Program:
             tuple(scalars),
             Arithmetic.of(move, dict.fromkeys(inputs, torch.float32)),
             Arithmetic.of(phase, {**dict.fromkeys(of_block, torch.float32), "mean": torch.float64}) if blocks else None,
+            Arithmetic.of(aim, dict.fromkeys(to_aim, torch.float32)) if aims else None,
         )
 
 

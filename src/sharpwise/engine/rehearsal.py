@@ -62,7 +62,7 @@ def rehearse_control(control: Control, decoupled: bool, who: str) -> None:
         raise ValueError(f"{who}: a control is for decoupled weight decay: decoupled=True")
     some = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
     try:
-        units = dict.fromkeys(("lr", "decay", "multiplier", "weight_decay"), some + 1)
+        units = dict.fromkeys(("lr", "decay", "multiplier", "weight_decay", "snr_factor"), some + 1)
         numbers = {"over": control.over, "peak": 1.0, "t": 1, "momentum": 0.9, "mean_square": 0.1, "turn": 1.0}
         for held in (some, 0 * some):
             found = control.factors(Sums(some, some, some, some + 1), {**units, **numbers, "held": held})

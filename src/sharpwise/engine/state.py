@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
+from sharpwise.blocks import Segment
 from sharpwise.controls import Control
 from sharpwise.engine.counter import values_of
 from sharpwise.engine.options import Storage
 from sharpwise.engine.stored import ABSMAX
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import MatrixRule, ThinRule
+from sharpwise.rules.base import MatrixRule, Rule, ThinRule
 from sharpwise.shards import like, local
 from sharpwise.storage import BF16, FP32, Dense, Format
 
@@ -62,7 +63,11 @@ def formats_of(view: ParamView, storage: Storage) -> dict[str, Format]:
 
 
 def set_units(view: ParamView, control: Control, who: str) -> None:
-    """Set what a control bounds of a view, and whether it holds norms of that. Raises ValueError for fp16."""
+    """Set what a control bounds of a view, whether it holds norms of that, and whether it reads their gradient SNR.
+
+    Raises:
+        ValueError: for fp16, and for a rule without the momentum that the SNR is read from.
+    """
     view.unit = control.unit(view.segments)
     view.holds = control.holds and view.unit == control.over
     if view.unit and view.param.dtype == torch.float16:
@@ -70,6 +75,20 @@ def set_units(view: ParamView, control: Control, who: str) -> None:
             f"{who}: {view.name} is in fp16, whose rounding is coarser than what control {control} sets; keep the "
             f"weights in fp32 or bf16 (autocast may compute in fp16)"
         )
+    view.has_snr = control.snr_samples > 0 and view.unit == "row"
+    check_momentum(control, view.rule, view.segments, who)
+
+
+def check_momentum(control: Control, rule: Rule, segments: Sequence[Segment], who: str) -> None:
+    """Raise ValueError where a control reads the gradient SNR of a segment for which the rule keeps no momentum."""
+    for segment in segments if control.snr_samples else ():
+        own = rule.assign(segment)[0]
+        if control.unit((segment,)) == "row" and own.momentum_state is None:
+            raise ValueError(
+                f"{who}: control {control} reads the gradient SNR from the momentum, and {segment.name} has none by "
+                f"element under {own.name!r}; take a rule with a momentum (lion, adamw, adam-mini, muon, adapm with "
+                f"momentum='full', sgd with momentum > 0), or leave out snr"
+            )
 
 
 def complete(
@@ -104,6 +123,8 @@ def zeros(view: ParamView, name: str) -> Tensor:
         return torch.zeros(view.n_blocks, dtype=view.dtype, device=inner.device)
     if kind == "unit":
         return torch.zeros(sum(map(view.units_of, view.segments)), dtype=view.dtype, device=inner.device)
+    if kind == "matrix":
+        return torch.zeros(view.n_matrices, 3, dtype=torch.float64, device=inner.device)
     if kind == "whole":
         start = view.rule.initial(name, view.segments, inner.device)
         dtype = view.formats.get(name, FP32).dtype_for(view.dtype)
@@ -154,6 +175,8 @@ def check_held(view: ParamView, own: Mapping[str, Any], who: str) -> None:
             fit = *(shape if key == name else view.own_shape)[: line.lead], line.blocks(view.formats[of].block)
         elif kind == "unit":
             fit = (sum(map(view.units_of, view.segments)),)
+        elif kind == "matrix":
+            fit = (view.n_matrices, 3)
         else:
             fit = (view.n_blocks,) if kind == "block" else tuple(view.rule.shape_of(name, view.segments))
         if tuple(tensor.shape) != fit:

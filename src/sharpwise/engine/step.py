@@ -105,6 +105,8 @@ class Stepper:
         bucket, pairs = Bucket(self.group), zip(active, grads, strict=True) if self._reduces else ()
         reductions = Reductions(self.group, pairs, scalars.hyper)
         reductions.begin(bucket)
+        if self.bounds is not None:
+            self.bounds.snr.begin(active, grads, bucket)
         scalars.clear()
         if capture.capturing():
             capture.check(self.options, [(work.backend.name, work.views) for work in works], scalars)
@@ -128,7 +130,8 @@ class Stepper:
         self.counter.advance(active, ok, self.guard.taken)
         found = Found(self.phase.run(active, sums), reductions.written(scalars))
         if self.bounds is not None:
-            found = self.bounds.found(active, grads, scalars, found, sums, self.group)
+            unscale = None if scaling is None else scaling.factor
+            found = self.bounds.found(active, grads, scalars, found, sums, self.group, unscale)
         for work, own in zip(works, own_grads, strict=True):
             work.backend.step(work.views, own, scalars, found)
         self.captured |= capture.capturing()

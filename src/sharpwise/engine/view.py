@@ -21,6 +21,8 @@ from sharpwise.storage import FP32, Dense, Format
 T = TypeVar("T")
 HELD = "held_norm"
 """The state of a control that holds norms: one number per unit, 0 where there is none yet."""
+SNR = "gradient_snr"
+"""The state of a control that reads the gradient SNR: of each matrix signal, noise and weight of the momentum, fp64."""
 CUT_OF: dict[Over, Cut] = {"row": "row", "matrix": "tensor"}
 """Units are blocks."""
 
@@ -36,7 +38,8 @@ class ParamView:
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
         varies: whether multipliers change while training, each on its own.
-        unit: what a control bounds of it; None without. holds: whether the norms of these are state.
+        unit: what a control bounds of it; None without. holds: whether the norms of these are state. has_snr: whether
+            it reads the gradient SNR of its matrices.
         formats: of element state, by name; own: its state by the names of the rule; `step` among it.
         kept: what back ends keep of it.
         origin: the view that it is a stage of, by whose scalars it moves; else itself.
@@ -61,6 +64,7 @@ class ParamView:
     decays: tuple[bool, ...] = (True,)
     unit: Over | None = None
     holds: bool = False
+    has_snr: bool = False
     formats: Mapping[str, Format] = field(default_factory=dict)
     own: dict[str, Tensor] = field(default_factory=dict)
     siblings: "tuple[ParamView, ...]" = ()
@@ -112,6 +116,11 @@ class ParamView:
         """How many units of a control a segment has."""
         return 0 if self.unit is None else segment.blocks(CUT_OF[self.unit])
 
+    @property
+    def n_matrices(self) -> int:
+        """Of the whole parameter: each expert of a stack is one, and each segment."""
+        return sum(segment.copies for segment in self.segments)
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type of the arithmetic."""
@@ -147,6 +156,12 @@ class ParamView:
     def by_row(self) -> bool:
         """Whether its rows are the rows of a matrix; else they are its columns, or those of stacked matrices."""
         return self.dim == 1 and len(self.shape) == 2
+
+    @cached_property
+    def cuts_rows(self) -> bool:
+        """Whether a mesh cuts its rows: a row has parts in several processes."""
+        lines = {self.segments[0].dim, 0} if self.segments[0].stacked else {self.segments[0].dim}
+        return any(self.shard.placements[d].dim not in lines for d in self.shard.cut)
 
     @cached_property
     def copied(self) -> bool:
@@ -193,7 +208,8 @@ class ParamView:
         return (*self.param.shape[:-1], self.shape[-1]) if self.shard.cut else self.shape
 
     def kinds(self, variants: bool = False) -> dict[str, str]:
-        """Names of its state tensors: those of the rule, "absmax" for the blocks of a format, "unit" for norms held.
+        """Names of its state tensors: those of the rule, "absmax" for the blocks of a format, "unit" for norms held,
+        "matrix" for gradient SNR.
 
         Args:
             variants: also of state that the rule keeps under other hyperparameters.
@@ -201,6 +217,7 @@ class ParamView:
         found: dict[str, str] = dict(self.rule.all_state if variants else self.rule.state)
         blocked = [name for name, format in self.formats.items() if format.block and name in found]
         found |= {HELD: "unit"} if self.unit and self.holds else {}
+        found |= {SNR: "matrix"} if self.has_snr else {}
         return found | {name + ABSMAX: "absmax" for name in blocked}
 
     def line(self, name: str) -> Line:

@@ -1,7 +1,7 @@
 """A parameter as views: what each rule moves of it, and how that is laid out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,7 @@ def views_of(
     Raises:
         ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last.
     """
-    values = {key: group[key] for key in rule.defaults}
-    own = replace(rule, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[type-var]
+    own = of_group(rule, group)
     parts: dict[Rule, list[tuple[int, Segment, Cut]]] = {}
     for i, (segment, (kind, cut)) in enumerate(zip(segments, own.place(segments), strict=True)):
         if lacking := [key for key in kind.hyperparameters if key not in kind.settings(group)]:
@@ -60,6 +59,13 @@ def views_of(
         view.siblings = tuple(found)
     _check_parts(found)
     return tuple(found)
+
+
+def of_group(rule: Rule, group: Mapping[str, Any]) -> Rule:
+    """A rule with the hyperparameters of a group."""
+    values = {key: group[key] for key in rule.defaults}
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return replace(rule, **own)  # type: ignore[type-var]
 
 
 def _check_parts(views: Sequence[ParamView]) -> None:

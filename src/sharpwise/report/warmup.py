@@ -3,7 +3,7 @@
 An update turns a neuron by an angle that goes with the learning rate. Divided by it and times the peak, angles of the
 beginning say what the first updates would have been without a warm-up; those after it, what is usual. Where gradients
 of a batch agree, an update of the same size changes more of what a layer gives: angles are multiplied by
-`probes.growth.rrc_growth` of the measured gradient SNR, where there is one. (The three causes of arXiv 2410.23922.)
+`controls.snr.rrc_growth` of the measured gradient SNR, where there is one. (The three causes of arXiv 2410.23922.)
 """
 
 import math
@@ -12,7 +12,7 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 from sharpwise.blocks.roles import HIDDEN
-from sharpwise.probes.growth import rrc_growth
+from sharpwise.controls.snr import rrc_growth
 from sharpwise.report.run import RunData, lookup, whole
 from sharpwise.train.config import steps_of
 

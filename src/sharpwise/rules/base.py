@@ -91,6 +91,11 @@ class Rule:
         raise NotImplementedError
 
     @property
+    def momentum_state(self) -> str | None:
+        """The state that is a weighted sum of gradients by element, linear in itself and the gradient; None without."""
+        return self.first_moment
+
+    @property
     def all_state(self) -> dict[str, Kind]:
         """`state` under any hyperparameters: what may be held of other times, and a file may bring."""
         return self.state

@@ -62,6 +62,10 @@ class BlockwiseAdam(Rule):
             raise ValueError(f"{self.name}: cut must be one of {', '.join(CUTS)}, got {self.cut!r}")
 
     @property
+    def momentum_state(self) -> str | None:
+        return "exp_avg"
+
+    @property
     def state(self) -> dict[str, Kind]:
         return AdamMini().state
 

@@ -38,6 +38,7 @@ class Lion(Rule):
 
     name: ClassVar[str] = "lion"
     hyperparameters: ClassVar[tuple[str, ...]] = ("betas",)
+    first_moment: ClassVar[str | None] = "exp_avg"
     turn: ClassVar[float] = math.sqrt(math.pi / 2)
 
     @property

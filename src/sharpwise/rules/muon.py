@@ -155,6 +155,10 @@ class Muon(MatrixRule):
     def state(self) -> dict[str, Kind]:
         return {"momentum_buffer": "element", **({"row_second_moment": "whole"} if self.rows else {})}
 
+    @property
+    def momentum_state(self) -> str | None:
+        return "momentum_buffer"
+
     def shape_of(self, name: str, segments: Sequence[Segment]) -> tuple[int, ...]:
         return (sum(segment.copies * segment.rows for segment in segments),)
 

@@ -45,6 +45,10 @@ class SGD(Rule):
         return self.all_state if self.momentum else {}
 
     @property
+    def momentum_state(self) -> str | None:
+        return next(iter(self.state), None)
+
+    @property
     def all_state(self) -> dict[str, Kind]:
         return {"momentum_buffer": "element"}
 

@@ -41,6 +41,23 @@ class Lines(NamedTuple):
     decay: Tensor
 
 
+class Told(NamedTuple):
+    """What a control is told of rows that a back end bounds as it moves them.
+
+    Attributes:
+        settings: `program.SETTINGS` of each segment, fp64 [segments, settings]; setting_of: the segment of each row,
+            int64 [rows], None for the first.
+        held: norms that are held, fp32 [units], to be moved on; None without. snr_factors: fp64 [units]; None without.
+        unit_of: the unit of each row, int64 [rows]; None where each is one.
+    """
+
+    settings: Tensor
+    setting_of: Tensor | None
+    held: Tensor | None
+    snr_factors: Tensor | None
+    unit_of: Tensor | None
+
+
 def unbounded(views: Sequence[ParamView], updates: Sequence[Tensor]) -> dict[int, Lines]:
     """What moves rows where there is no control."""
     return {}
@@ -56,6 +73,7 @@ class Found(NamedTuple):
         bound: what gives the lines of views whose updates are known only in the step; every process calls it alike.
         rates_of: what bounds the rates per block of a view of which its back end alone has the numerators of all
             elements: (view, numerators, rates) -> rates. None where there is no such bound.
+        told: what a control is told of views over whose rows it is, and that have no `lines`; None without a control.
     """
 
     rates: Mapping[int, Tensor]
@@ -63,6 +81,7 @@ class Found(NamedTuple):
     lines: Mapping[int, Lines] = {}
     bound: Callable[[Sequence[ParamView], Sequence[Tensor]], Mapping[int, Lines]] = unbounded
     rates_of: Callable[[ParamView, Tensor, Tensor], Tensor] | None = None
+    told: Callable[[ParamView], Told] | None = None
 
 
 class Prepared(NamedTuple):
@@ -90,6 +109,11 @@ class Backend:
 
     def sums_blocks(self, spec: Spec) -> bool:
         """Whether it works out block sums and block state of a view that it takes by itself, as it moves it."""
+        return False
+
+    def bounds_rows(self, spec: Spec) -> bool:
+        """Whether it works out the sums of a control over the rows of a view that it takes by itself, and what the
+        control makes of them, as it moves the row."""
         return False
 
     def prepare(

@@ -6,6 +6,7 @@ the gradient comes from memory once. Elsewhere the sums come first, and the elem
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once, tensors_refused
+from sharpwise.engine.backends.cpp_print import Form
 from sharpwise.engine.backends.launch import LaunchTable, index_refused
-from sharpwise.engine.backends.loops import SHARED, Form
+from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
-from sharpwise.engine.view import ParamView
+from sharpwise.engine.view import HELD, ParamView
 from sharpwise.storage import Dense
 
 ONE_THREAD = 1 << 20
@@ -56,7 +58,7 @@ class Cpp(Backend):
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason
         view.kept["cpp", spec.grad] = spec
-        kernel = self._kernel(_form(spec))
+        kernel = self._kernel_of(spec)
         return kernel if isinstance(kernel, str) else ""
 
     def sums_blocks(self, spec: Spec) -> bool:
@@ -65,6 +67,16 @@ class Cpp(Backend):
         # Gradients that are read for their norm have their columns summed up there: it takes longer than reading them.
         columns = not spec.view.by_row and spec.view.numel >= SHARED
         return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
+
+    def bounds_rows(self, spec: Spec) -> bool:
+        view = spec.view
+        if view.unit != "row" or not spec.controlled or not view.by_row or view.cuts_rows or view.shape[1] < 2:
+            return False
+        key = "bounds rows", spec.grad
+        if key not in view.kept:  # asked at every step
+            held = view.origin.own[HELD].dtype if view.holds else torch.float32
+            view.kept[key] = getattr(self._kernel_of(spec), "bounds", False) and held == torch.float32
+        return bool(view.kept[key])
 
     def _one_pass(self, spec: Spec) -> Sequence[Rectangle]:
         """The runs of a view that moves in one pass; none if it does not, or has too little for all threads."""
@@ -91,13 +103,33 @@ class Cpp(Backend):
         for table in self._tables_of(views, own, scalars, found):
             table.launch(addresses, scalars, found)
 
-    def _tables_of(
+    def sums(
         self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found
+    ) -> dict[int, Tensor]:
+        """Of the views that are moved here the sums of a control over their rows, as these would move without it:
+        fp64 [3, rows] by id of the view, until the next call."""
+        pairs = [(view, g) for view, g in zip(views, grads, strict=True) if ("cpp", g.dtype) in view.kept]
+        if not pairs:
+            return {}
+        views, own = [view for view, _ in pairs], [g if g.is_contiguous() else g.contiguous() for _, g in pairs]
+        addresses = array("q", [g.data_ptr() for g in own])
+        tables = self._tables_of(views, own, scalars, found, True)
+        for table in tables:
+            table.launch(addresses, scalars, found)
+        return {key: value for table in tables for key, value in table.sums.items()}
+
+    def _tables_of(
+        self,
+        views: Sequence[ParamView],
+        grads: Sequence[Tensor],
+        scalars: StepScalars,
+        found: Found,
+        sums: bool = False,
     ) -> list[LaunchTable]:
         """The argument tables of some views, the same ones as long as the same views share their scalars."""
-        stamp = scalars.partition(views), torch.get_num_threads()
-        kept = views[0].kept.get("cpp tables")
-        if kept and kept[0] is views and kept[1] == stamp:
+        stamp = scalars.partition(views), torch.get_num_threads(), [id(view) in found.lines for view in views]
+        kept = views[0].kept.get(("cpp tables", sums))
+        if kept and kept[0] == views and kept[1] == stamp:
             return cast(list[LaunchTable], kept[2])
         together: dict[Any, list[tuple[int, ParamView]]] = {}
         runs: dict[int, Sequence[Rectangle]] = {}
@@ -105,10 +137,20 @@ class Cpp(Backend):
             spec: Spec = view.kept["cpp", g.dtype]
             if view.rule.has_blocks and id(view) not in found.rates:
                 runs[id(view)] = self._one_pass(spec)
-            together.setdefault(self._kernel(_form(spec)), []).append((i, view))
-        tables = [LaunchTable(kernel, own, runs, found, scalars) for kernel, own in together.items()]
-        views[0].kept["cpp tables"] = views, stamp, tables
+            together.setdefault(self._kernel_of(spec), []).append((i, view))
+        tables = [LaunchTable(kernel, own, runs, found, scalars, sums) for kernel, own in together.items()]
+        views[0].kept["cpp tables", sums] = views, stamp, tables
         return tables
+
+    def _kernel_of(self, spec: Spec) -> Any:
+        """The kernel of a view: one that bounds rows, if there is a control over these; why there is none, if so."""
+        form, control = _form(spec), spec.options.control
+        form = replace(form, aims=control is not None and form.rule.stage != "input")
+        if form.aims and control is not None and control.over == "row" and not control.scales_only:
+            bounding = self._kernel(replace(form, control=control))
+            if not isinstance(bounding, str):
+                return bounding
+        return self._kernel(form)
 
     @property
     def of_squares(self) -> loops.Squares | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import Found
-from sharpwise.engine.backends.loops import NUMBERS, SHARED, TABLES, Kernel, threads_for
+from sharpwise.engine.backends.cpp_print import BOUNDS, NUMBERS, TABLES
+from sharpwise.engine.backends.loops import SHARED, Kernel, threads_for
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
@@ -27,6 +28,10 @@ class LaunchTable:
         views: with numbers by which their gradients are found.
         runs: of those whose blocks the kernel sums up.
         found: what sums gave: here, of which views rates are found per block, or rates and decays per row.
+        sums: whether the views are summed up for a control, in place of moving.
+
+    Attributes:
+        sums: uu, pu and pp of the rows of the views, fp64 [3, rows] by id of the view: those of the last launch.
     """
 
     def __init__(
@@ -36,21 +41,31 @@ class LaunchTable:
         runs: Mapping[int, Sequence[Rectangle]],
         found: Found,
         scalars: StepScalars,
+        sums: bool = False,
     ) -> None:
-        self.kernel = kernel
-        self._of_name = {name: i for i, name in enumerate((*kernel.tensors, *NUMBERS, *TABLES))}
+        self.kernel, self._only_sums = kernel, sums
+        self.sums: dict[int, Tensor] = {}
+        self._of_name = {name: i for i, name in enumerate((*kernel.tensors, *NUMBERS, *TABLES, *BOUNDS))}
         self._rows: list[list[int]] = []
         self._classes: list[ParamView] = []  # one view of each that share their scalars
         self._class: dict[Any, int] = {}
         self._places: list[tuple[int, int, int]] = []  # of their scalars, rates and decays among the values of a step
         self._kept: list[Tensor] = []
         self._found: list[tuple[int, str, ParamView, int]] = []  # rows, and from where on which numbers of a view
+        self._told: list[tuple[int, ParamView]] = []  # rows of views that a control bounds as they move
         self._of_class: list[int] = []
         self._size = self.total = self.elements = self.widest = 0
+        self._begun = 0  # rows of the view at hand whose sums have a place
         for number, view in views:
             own = self._class_of(view, scalars)
-            given = _given(view, found)
-            for row in self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic):
+            given, bounds = _given(view, found), {} if sums else self._bounds(view, found)
+            by_row = sums or bool(bounds)
+            for row in self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic, by_row):
+                if sums:
+                    row |= self._summed(view)
+                elif bounds:
+                    self._told.append((len(self._rows), view))
+                    row |= bounds
                 scalars_at, rates_at, decays_at = self._places[own]
                 segment = row.pop("segment", 0)
                 row |= {"scalars_at": scalars_at, "rates_at": rates_at + segment, "decays_at": decays_at + segment}
@@ -75,9 +90,13 @@ class LaunchTable:
         return self._class[key]
 
     def _matrices(
-        self, view: ParamView, runs: Sequence[Rectangle], given: Collection[str], stochastic: bool
+        self, view: ParamView, runs: Sequence[Rectangle], given: Collection[str], stochastic: bool, lines: bool
     ) -> list[dict[str, int]]:
-        """A view as matrices, in the words of the kernel; for `given` see `_given`."""
+        """A view as matrices, in the words of the kernel.
+
+        Args:
+            given: see `_given`; lines: whether rows or columns are told apart where all are alike.
+        """
         layout, by_row = view.layout, view.by_row
         first, stride = first_index(view)
         shape, segments = (view.shape[-2], view.shape[-1]), layout.segment_of_row
@@ -96,7 +115,7 @@ class LaunchTable:
             row |= {"counts": self._address(layout.counts), "block_of": self._address(layout.block_of_row)}
             return [row | self._by_line(view, segments)]
         blocked = any(held.format.block for held in view.stored())  # whose lines are taken one by one
-        if view.uniform and not given and not blocked and not (stochastic and scattered(view)):
+        if view.uniform and not given and not blocked and not lines and not (stochastic and scattered(view)):
             return [self._row(view, 0, (1, view.numel), True) | {"first": first}]
         if by_row and shape[1] == 1:
             shape, by_row = (1, shape[0]), False  # numbers with rates of their own
@@ -114,6 +133,22 @@ class LaunchTable:
                 row |= {"rate_of": owner, "rate_stride": 1, "rates": 0 if owner else start}
             found.append(row)
         return found
+
+    def _bounds(self, view: ParamView, found: Found) -> dict[str, int]:
+        """Addresses by which a control bounds its rows; none where it does not, or has given its `lines`."""
+        if not self.kernel.bounds or view.unit != "row" or id(view) in found.lines or found.told is None:
+            return {}
+        told = found.told(view)
+        return {name: self._address(getattr(told, name)) for name in ("setting_of", "held", "unit_of")}
+
+    def _summed(self, view: ParamView) -> dict[str, int]:
+        """Where the sums of the next matrix of a view are."""
+        lines = view.numel // view.shape[view.dim]
+        if id(view) not in self.sums:
+            self.sums[id(view)] = torch.zeros(3, lines, dtype=torch.float64, device="cpu")
+            self._begun = 0
+        start, self._begun = self._begun, self._begun + lines // (view.numel // (view.shape[-2] * view.shape[-1]))
+        return {"sums": self._address(self.sums[id(view)], start), "apart": lines}
 
     def _by_line(self, view: ParamView, segments: Tensor | None, start: int = 0) -> dict[str, int]:
         """Rates and decays of rows or columns by their segments."""
@@ -154,7 +189,7 @@ class LaunchTable:
         self._names, self._class_of_row = (
             torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (names, self._of_class)
         )
-        self._move = self.kernel.call(self.table, self.total, self.widest, threads_for(self.elements))
+        self._move = self.kernel.call(self.table, self.total, self.widest, threads_for(self.elements), self._only_sums)
 
     # -- at every step ---------------------------------------------------------------------------------------------
 
@@ -178,6 +213,13 @@ class LaunchTable:
         for row, what, view, start in self._found:
             kept.append(_given(view, found)[what].float().contiguous())
             self.table[row, self._of_name[what]] = kept[-1].data_ptr() + 4 * start
+        for row, view in self._told:
+            assert found.told is not None
+            told = found.told(view)
+            for name in ("settings", "snr_factors"):
+                own = getattr(told, name)
+                self.table[row, self._of_name[name]] = 0 if own is None else own.data_ptr()
+                kept.append(own)
         numbers = array("f", values)
         clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
         self._move(gradients.buffer_info()[0], numbers.buffer_info()[0], clip)

@@ -131,7 +131,8 @@ class Matrices(Backend):
             for batch in chunk.batches:
                 self._step_batch(batch, scalars.named(batch.first))
             moved = [view for work in chunk.moves for view in work.views]
-            bounded = Found({}, {}, found.bound(moved, [chunk.x[i] for work in chunk.moves for i in work.places]))
+            updates = [chunk.x[i] for work in chunk.moves for i in work.places]
+            bounded = Found({}, {}, found.bound(moved, updates), told=found.told)
             for work in chunk.moves:
                 updates = [chunk.x[i] for i in work.places]
                 work.backend.prepare(work.views, updates, [False] * len(updates), scalars)

@@ -6,6 +6,10 @@
 //   BLOCKS                                     whether it has block state, and then
 //   denominator(s, m, b, mean)                 moves the state of a block on and returns its denominator
 //   move(s, m, at, n, rates, decays, index)    moves n elements from `at` on, each by its rate; `index` is the first's
+//   AIMS, CODED                                whether a control may ask for sums, and whether elements have codes by block
+//   aim_row(s, m, at, n, rate, sums)           sums over n elements from `at` on; aim_columns adds to those of columns
+//   CONTROLLED                                 whether a control bounds rows as they move, and then
+//   bound(s, m, r, rate, decay)                what it makes of rate and factor of decay of a row
 
 namespace {
 
@@ -16,6 +20,7 @@ void step_flat(const Job& m, const Range& part) {
 
 // False at once for rules without: nothing is compiled for what they do not have.
 inline bool has_blocks(const Job& m) { return BLOCKS && m.counts; }
+inline bool is_bounded(const Job& m) { return CONTROLLED && m.settings; }
 
 inline double mean_square(const Job& m, int64_t b, double squares, double clip) {
   return squares / m.counts[b] * clip * clip;
@@ -24,12 +29,13 @@ inline double mean_square(const Job& m, int64_t b, double squares, double clip) 
 void step_rows(const Job& m, const Range& part, double clip) {
   const Scalars s = *m.scalars;
   for (int64_t r = part.begin / m.columns; r * m.columns < part.end; ++r) {
-    float own = rate(m, r);
+    float own = rate(m, r), shrunk = decay(m, r);
     if (has_blocks(m)) {
       const double squares = row_squares<float>(static_cast<const G*>(m.g) + r * m.columns, m.columns);
       own = float(own / denominator(s, m, r, mean_square(m, r, squares, clip)));
     }
-    move(s, m, r * m.columns, m.columns, Same{own}, Same{decay(m, r)}, m.first + r * m.stride);
+    if (is_bounded(m)) bound(s, m, r, own, shrunk);
+    move(s, m, r * m.columns, m.columns, Same{own}, Same{shrunk}, m.first + r * m.stride);
   }
 }
 
@@ -59,6 +65,25 @@ void step_columns_of_blocks(const Team& team, const Job& m, double clip, double*
   step_columns(m, team.begin(m.rows, STREAMS), team.end(m.rows, STREAMS), rates, decays);
 }
 
+// Sums of a matrix for a control: threads share rows, or stripes of columns, all of them where codes go by block.
+void sums_of(const Team& team, const Job& m, float* rates) {
+  const Scalars s = *m.scalars;
+  if (m.by_row) {
+    for (int64_t r = team.begin(m.rows, 1), end = team.end(m.rows, 1); r < end; ++r) {
+      double found[3];
+      aim_row(s, m, r * m.columns, m.columns, rate(m, r), found);
+      for (int64_t k = 0; k < 3; ++k) m.sums[k * m.apart + r] = found[k];
+    }
+    return;
+  }
+  const int64_t unit = CODED ? m.columns : 16, begin = team.begin(m.columns, unit), n = team.end(m.columns, unit) - begin;
+  for (int64_t k = 0; k < 3; ++k) std::fill(m.sums + k * m.apart + begin, m.sums + k * m.apart + begin + n, 0.0);
+  for (int64_t c = begin; c < begin + n; ++c) rates[c] = rate(m, c);
+  double* sums = m.sums + begin;
+  for (int64_t r = 0; r < m.rows; ++r)
+    aim_columns(s, m, r * m.columns + begin, n, rates + begin, sums, sums + m.apart, sums + 2 * m.apart);
+}
+
 }  // namespace
 
 // `widest` is the most columns, or blocks of columns, of any matrix: `groups` and `parts` hold as many per thread, `rates`
@@ -78,7 +103,7 @@ extern "C" void step(const int64_t* gradients, const float* values, double clip,
     for (const Job* m = matrices; m < matrices + count; ++m) {
       const int64_t n = m->rows * m->columns;
       if (m->before < 0) continue;
-      const bool whole = has_blocks(*m) && !m->by_row, flat = !has_blocks(*m) && m->by_row && m->rows == 1;
+      const bool whole = has_blocks(*m) && !m->by_row, flat = m->by_row && m->rows == 1 && !has_blocks(*m) && !is_bounded(*m);
       const Range part(team, total, m->before, n, whole ? n : flat ? 64 : m->columns);
       if (part.begin >= part.end) continue;
       if (whole) {
@@ -92,5 +117,17 @@ extern "C" void step(const int64_t* gradients, const float* values, double clip,
         step_columns(*m, part.begin / m->columns, part.end / m->columns, own, decays);
       }
     }
+  }
+}
+
+// Sums of each matrix for a control, and nothing moves; arguments as of `step`.
+extern "C" void sums(const int64_t* gradients, const float* values, double, Job* matrices, int64_t count, int64_t,
+                     double*, double*, float* rates, double*, int64_t widest, int threads) {
+  if (!AIMS) return;
+  begin_step(matrices, count, gradients, values);
+  #pragma omp parallel num_threads(threads)
+  {
+    const Team team = all_threads();
+    for (const Job* m = matrices; m < matrices + count; ++m) sums_of(team, *m, rates + 2 * widest * team.thread);
   }
 }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sharpwise.probes.growth import rrc_growth
+from sharpwise.controls.snr import rrc_growth
 
 
 def simulated(phi, batch, inputs, draws=400):

@@ -1,0 +1,126 @@
+"""Rows that a control bounds as they move: one kernel call, in which each is summed up and moved, and no other read."""
+
+import pytest
+import torch
+from engine.test_control import RULES
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sharpwise.block_lr import make_block_lr
+from sharpwise.blocks import BlockMap, Role, Segment
+from sharpwise.controls import L2, Angular, Hyperball
+from sharpwise.engine import BlockOptimizer, control
+from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.backends.launch import LaunchTable
+from sharpwise.engine.options import Options, Storage
+from sharpwise.storage import BF16, FP32, Int8
+from sharpwise.testing import fill_gradients
+
+pytestmark = pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
+CONTROL = Angular(snr=True, batch_size=16)
+
+
+def model_of():
+    """A matrix, q, k and v in one, and experts, all in the layout of Linear."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    for name, shape in (("rows", (20, 160)), ("fused", (24, 96)), ("experts", (2, 10, 96))):
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    return model
+
+
+def built(model, rule, storage=FP32, **options):
+    fused = [
+        Segment(
+            "fused", (24, 96), role, dim=0, start=8 * i, length=8, heads=2 if role != Role.V else None, source="said"
+        )
+        for i, role in enumerate((Role.Q, Role.K, Role.V))
+    ]
+    rows = Segment("rows", (20, 160), Role.UP, dim=0, source="said")
+    experts = Segment("experts", (2, 10, 96), Role.UP, dim=1, stacked=True, source="said")
+    how = Options(storage=Storage(storage), **options)
+    blocks = BlockMap((rows, *fused, experts))
+    return BlockOptimizer(model, rule, lr=0.02, weight_decay=0.1, options=how, blocks=blocks)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that torch makes, and does not only look at."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.elements = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for own in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(own, torch.Tensor) and own.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, own.numel())
+        return found
+
+
+def _refused(*_):
+    raise AssertionError("torch sums up rows")
+
+
+@pytest.mark.parametrize("rule", ["lion", "adamw"])
+def test_a_step_is_one_call_and_makes_nothing_of_the_size_of_a_matrix(rule, monkeypatch):
+    monkeypatch.setattr(control, "_row_sums", _refused)
+    calls, launch = [], LaunchTable.launch
+    monkeypatch.setattr(LaunchTable, "launch", lambda self, *more: (calls.append(self), launch(self, *more)))
+    model = model_of()
+    optimizer = built(model, RULES[rule], control=Angular())
+    for t in range(3):
+        fill_gradients(model, t)
+        held = [t for p in model.parameters() for t in (p, p.grad)]
+        state = [t for own in optimizer.state.values() for t in own.values()]
+        with Largest([*held, *state]) as largest:
+            optimizer.step()
+    assert len(calls) == 3 and len({id(table) for table in calls}) == 1
+    most = max(p.numel() for p in model.parameters())
+    assert 0 < largest.elements < most / 20, "as many numbers as rows, at the most"
+    assert {row["backend"] for row in optimizer.explain()} == {"cpp (one pass)"}
+
+
+@pytest.mark.parametrize("bound", [L2(), Hyperball()], ids=str)
+def test_matrices_are_read_twice_and_by_kernels(bound, monkeypatch):
+    """One call that sums up, and one that moves; rows that lie as columns (Conv1D) too."""
+    monkeypatch.setattr(control, "_row_sums", _refused)
+    calls, launch = [], LaunchTable.launch
+    monkeypatch.setattr(LaunchTable, "launch", lambda self, *more: (calls.append(self), launch(self, *more)))
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(torch.randn(300, 20)))
+    blocks = BlockMap((Segment("w", (300, 20), Role.UP, dim=1, source="said"),))
+    how = Options(control=bound)
+    optimizer = BlockOptimizer(model, RULES["lion"], lr=0.02, weight_decay=0.1, options=how, blocks=blocks)
+    for t in range(3):
+        fill_gradients(model, t)
+        held = [model.w, model.w.grad, *(t for own in optimizer.state.values() for t in own.values())]
+        with Largest(held) as largest:
+            optimizer.step()
+    assert len(calls) == 6 and len({id(table) for table in calls}) == 2
+    assert largest.elements <= 3 * 20
+
+
+@pytest.mark.parametrize("storage", [FP32, BF16, Int8("dynamic")], ids=lambda s: s.name)
+@pytest.mark.parametrize("rule", ["lion", "adam-mini"])
+def test_they_move_as_the_reference_moves_them(rule, storage):
+    """With multipliers by segment, clipping, the factor by gradient SNR, and norms that are held as they grow."""
+    found = []
+    for compiled in (None, False):
+        model = model_of()
+        with torch.no_grad():
+            model.rows[:7] = 0.0
+        options = {"block_lr": make_block_lr("blockwise"), "max_grad_norm": 1.0, "compile": compiled}
+        optimizer = built(model, RULES[rule], storage, control=CONTROL, **options)
+        for t in range(4):
+            fill_gradients(model, 3)
+            for p in model.parameters():
+                p.grad += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+        found.append((model, optimizer))
+    for (name, p), q in zip(found[0][0].named_parameters(), found[1][0].parameters(), strict=True):
+        assert (p.double() - q.double()).norm() <= 2e-6 * q.double().norm(), name
+        for key, value in found[0][1].state[p].items():
+            other = found[1][1].state[q][key].double()
+            assert (value.double() - other).norm() <= 1e-6 * other.norm() or value.dtype == torch.uint8, (name, key)
+        assert (found[0][1].state[p]["held_norm"] > 0).all()
