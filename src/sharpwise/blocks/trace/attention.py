@@ -121,7 +121,7 @@ def _product_of_data(record: Recorder, call: Call, product: Product) -> Tensor |
         return None
     if record.is_marked("held", product.left, product.right):
         return record.opaque(call, product)
-    out: Tensor = call.mapped(record.real).run()
+    out: Tensor = record.on_data(call).run()
     for weights, values in ((product.left, product.right), (product.right, product.left)):
         if not values.requires_grad:
             continue

@@ -2,35 +2,44 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from sharpwise.blocks.trace.weights import Weight, tensors_in
+from sharpwise.blocks.trace.weights import Weight, map_tensors, tensors_in
 
 
-class Call(NamedTuple):
+class Call:
     """A call of torch."""
 
-    func: Callable[..., Any]
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    __slots__ = ("_tensors", "args", "func", "kwargs", "name")
+
+    def __init__(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.func, self.name, self.args, self.kwargs = func, name, args, {} if kwargs is None else kwargs
+        self._tensors: list[Tensor] | None = None
 
     def run(self) -> Any:
         """Its result."""
         return self.func(*self.args, **self.kwargs)
 
-    def mapped(self, change: Callable[[Any], Any]) -> "Call":
-        """The same call on other values."""
-        args, kwargs = tree_map(change, (self.args, self.kwargs))
-        return Call(self.func, self.name, tuple(args), kwargs)
+    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        """The same call on other arguments."""
+        return Call(self.func, self.name, args, kwargs)
+
+    def mapped(self, change: Callable[[Tensor], Any]) -> "Call":
+        """The same call with every tensor changed."""
+        return self.on(*map_tensors(change, (self.args, self.kwargs)))
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors among its arguments."""
-        return tensors_in((self.args, self.kwargs))
+        if self._tensors is None:
+            self._tensors = tensors_in(self.args)
+            if self.kwargs:
+                self._tensors += tensors_in(self.kwargs)
+        return self._tensors
 
     def argument(self, place: int, *names: str) -> Any:
         """An argument by its place or one of its names, None if it is not given."""

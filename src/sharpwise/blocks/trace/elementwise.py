@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from sharpwise.blocks.trace.calls import Call, Use
 from sharpwise.blocks.trace.graph import Normed, Through
 from sharpwise.blocks.trace.matrices import add_bias
 from sharpwise.blocks.trace.recorder import NEW, Recorder
-from sharpwise.blocks.trace.weights import Weight, tensors_in, words
+from sharpwise.blocks.trace.weights import Weight, map_tensors, tensors_in, words
 
 ACTIVATIONS = words(
     "relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ tanh tanh_ softplus erf mish hardswish hardsigmoid hardtanh elu "
@@ -40,6 +39,15 @@ CLOSED = CONVS | words(
     "bilinear lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell tensordot inner outer kron "
     "einsum chain_matmul multi_dot linalg_multi_dot dot vdot embedding_bag"
 )
+_HOW = {
+    name: how
+    for how, names in {"scale": SCALES, "shift": SHIFTS, "join": JOINS, "conv": CONVS}.items()
+    for name in names
+}
+_BENT = ACTIVATIONS | LIMITS
+_MULTIPLIES = SCALES | QUOTIENTS
+# All others are run as they are.
+_SPECIAL = _BENT | _MULTIPLIES | CHOICES | STATISTICS | COMPARISONS | CONVS | {"glu", "where"}
 
 
 def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
@@ -50,7 +58,7 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
         _note_uses(record, call, weights)
         if call.name in CLOSED and not _by_channel(call, weights[0]):
             return _closed(record, call, weights)
-    call = call.mapped(record.real)
+    call = record.on_data(call)
     given = call.tensors
     x = call.argument(0, "input", "condition")
     if not isinstance(x, Tensor) or not any(t.requires_grad for t in given):
@@ -62,14 +70,16 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
             if record.is_marked(what, *given):
                 record.mark(what, result)
         return result
+    if call.name not in _SPECIAL:
+        return _run(call)
     if call.name in CHOICES:
         return _choice(record, call, x)
     if call.name == "glu":
         left, right = x.chunk(2, call.argument(1, "dim") or -1)
         return left * _through(right, right.sigmoid(), record.graph.factor, "sigmoid")
     if call.name in STATISTICS and _over_last(call, x):
-        return record.mark("statistic", tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, call.run()))
-    if call.name in ACTIVATIONS | LIMITS and x.requires_grad:
+        return record.mark("statistic", map_tensors(Tensor.detach, call.run()))
+    if call.name in _BENT and x.requires_grad:
         return _activation(record, call, x)
     if call.name in COMPARISONS:
         return record.mark("comparison", call.run())
@@ -78,7 +88,7 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
         record.graph.by_channel.add(result.grad_fn)
     if call.name == "where" and record.is_marked("comparison", x):  # a function in pieces
         return _through(result, result, record.graph.factor, "where")
-    if call.name in SCALES | QUOTIENTS and record.is_marked("statistic", *given):
+    if call.name in _MULTIPLIES and record.is_marked("statistic", *given):
         return _normed(result)
     return result
 
@@ -112,7 +122,7 @@ def _run(call: Call) -> Any:
     try:
         return call.run()
     except RuntimeError:
-        return call._replace(func=Tensor.reshape).run()
+        return Tensor.reshape(*call.args, **call.kwargs)
 
 
 def _through(x: Tensor, value: Tensor, factor: list[float] | None, name: str) -> Tensor:
@@ -130,7 +140,7 @@ def _activation(record: Recorder, call: Call, x: Tensor) -> Any:
     if any(t.requires_grad for t in tensors_in(values)):  # a power that is data, the slope of a prelu
         return call.run()
     # A copy: it may work in place.
-    result = call.mapped(lambda t: t.detach().clone() if isinstance(t, Tensor) else t).run()
+    result = call.mapped(lambda t: t.detach().clone()).run()
     if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
         return call.run()
     if call.name in LIMITS and not any(type(v) in (int, float) and v == 0 for v in values):
@@ -162,8 +172,7 @@ def _norm(record: Recorder, call: Call) -> Tensor | None:
 
 
 def _note_uses(record: Recorder, call: Call, weights: list[Weight]) -> None:
-    kinds = {"scale": SCALES, "shift": SHIFTS, "join": JOINS, "conv": CONVS}
-    how = next((how for how, names in kinds.items() if call.name in names), "other")
+    how = _HOW.get(call.name, "other")
     beside = next((t for t in call.tensors if record.weight(t) is None), None)
     for weight in weights:
         record.uses.append(Use(weight, how, record.graph.tick(), beside))
@@ -181,8 +190,8 @@ def _closed(record: Recorder, call: Call, weights: list[Weight]) -> Any:
     """Fresh leaves in place of what a product makes that cannot be read."""
     for weight in weights:
         record.touch(weight)
-    result = call.mapped(lambda x: record.real(x).detach() if isinstance(x, Tensor) else x).run()
-    return tree_map(lambda t: record.closed(t, call.tensors) if isinstance(t, Tensor) else t, result)
+    result = call.mapped(lambda x: record.real(x).detach()).run()
+    return map_tensors(lambda t: record.closed(t, call.tensors), result)
 
 
 def _choice(record: Recorder, call: Call, x: Tensor) -> Any:

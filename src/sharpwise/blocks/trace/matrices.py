@@ -37,7 +37,7 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | No
         weight,
         data,
         tuple(product.out_axes.index(own[a]) for a in axes),
-        units_of(weight, axes, product.stacked),
+        units_of(weight, axes, product.stacked, record.coords),
         kernel=tuple(n for n, label in zip(sizes, own, strict=True) if label[:1] == ("kernel",)),
     )
     if (bias := record.weight(product.bias)) is not None:
@@ -68,7 +68,7 @@ def add_bias(record: Recorder, leaf: Leaf, bias: Weight, trailing: int = 0) -> N
 def _shape(product: Product, call: Call) -> tuple[int, ...]:
     """The shape of a result, worked out without computing it."""
     if any(label[:1] == ("space",) for label in product.out_axes):
-        meta = call.mapped(lambda x: x.detach().to("meta") if isinstance(x, Tensor) else x)
+        meta = call.mapped(lambda x: x.detach().to("meta"))
         return tuple(meta.run().shape)
     sizes: dict[Any, int] = {}
     for tensor, axes in ((product.left, product.left_axes), (product.right, product.right_axes)):

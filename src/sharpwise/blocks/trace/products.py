@@ -108,6 +108,10 @@ def as_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Produc
     read = _PRODUCTS.get(name)
     if read is None:
         return None
+    product: Product | None
+    if not kwargs:
+        product = read(*args)
+        return product
     names = {"input": 0, "self": 0, "mat1": 1, "batch1": 1, "mat2": 2, "batch2": 2, "other": 1, "tensor2": 1}
     if read in (_matmul, _swapped):
         names |= {"mat2": 1, "vec": 1}
@@ -121,5 +125,5 @@ def as_product(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Produc
         given = {}
     elif read in (_linear, _conv) and "input" in given:
         given["x"] = given.pop("input")
-    product: Product | None = read(*args, **given)
+    product = read(*args, **given)
     return product

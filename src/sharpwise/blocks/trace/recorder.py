@@ -27,6 +27,8 @@ _QUESTIONS = words(
     "size dim stride numel is_contiguous is_floating_point is_complex element_size nelement data_ptr storage_offset "
     "shape dtype ndim requires_grad grad layout is_leaf names _version"
 )
+# The answers to these are those of the tensor itself, whatever stands in its place.
+_OF_SHAPE = words("shape dtype ndim size dim numel nelement requires_grad is_floating_point is_complex element_size")
 _VALUES = frozenset(("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"))
 _DEVICES = frozenset(("device", "is_meta", "is_cuda", "is_cpu", "get_device"))
 _LIKE = frozenset(("expand_as", "view_as", "reshape_as", "type_as"))
@@ -81,55 +83,71 @@ class Recorder(TorchFunctionMode):
         self._by_owner: dict[int, list[Use]] = {}
         self._keep: list[Any] = []
         self._stand_ins: dict[int, Tensor] = {}
+        self.coords: dict[Any, Any] = {}  # of the units of products, by the shape of a parameter
         self._meta = any(p.device.type == "meta" for p in self.parameters)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
+        if name in _OF_SHAPE:
+            return func(*args, **(kwargs or {}))
+        if name == "_set_grad_enabled":
+            return None  # what a forward does without gradients is seen too
         call = Call(func, name, tuple(args), dict(kwargs or {}))
         if name in ("__set__", "__setitem__") and self.weight(call.args[0]) is not None:
             return None  # never write to a parameter
-        if self.weight(call.kwargs.get("out")) is not None:
-            call.kwargs["out"] = self.real(call.kwargs["out"]).detach()
+        if kwargs and self.weight(kwargs.get("out")) is not None:
+            call.kwargs["out"] = self.real(kwargs["out"]).detach()
+        handle = Call.run if name == "__set__" else self._handle
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return handle(call)
         with torch.inference_mode(False), torch.enable_grad():
-            return call.run() if name == "__set__" else self._handle(call)
+            return handle(call)
 
     def _handle(self, call: Call) -> Any:
-        given = call.tensors
+        given, name = call.tensors, call.name
         weights = [self.weights[id(t)] for t in given if id(t) in self.weights]
         if self._meta:
             call = self._off_meta(call, bool(weights))
-        if call.name in _VALUES and not weights and given:
+        if name in _VALUES and not weights and given:
             self.branches |= given[0].requires_grad or self.is_marked("comparison", given[0])
-        if weights and call.name in _DEVICES:
-            return getattr(torch.empty(0, device=self.device), call.name)
-        if weights and call.name in NEW:
-            return call.mapped(self._sized).run()
-        call = self._with_queries(call)
-        product = as_product(call.name, call.args, call.kwargs)
-        for handle in (self.handlers.attention, self.handlers.matrices):
-            found = handle(self, call, product)
-            if found is not None:
-                return found
+        if weights:
+            if name in _DEVICES:
+                return getattr(torch.empty(0, device=self.device), name)
+            if name in NEW:
+                return call.mapped(self._sized).run()
+            call = self._with_queries(call)
+        product = as_product(name, call.args, call.kwargs)
+        found = self.handlers.attention(self, call, product)
+        if found is None and weights:
+            found = self.handlers.matrices(self, call, product)
+        if found is not None:
+            return found
         if weights:
             first = id(given[0]) in self.weights
-            if first and call.name.endswith("_") and not call.name.endswith("__"):
+            if first and name.endswith("_") and not name.endswith("__"):
                 return call.args[0]  # never write to a parameter
             data = [t for t in given if id(t) not in self.weights]
-            if (first and call.name in _LIKE) or not any(
-                t.requires_grad or self.is_marked("statistic", t) for t in data
-            ):
+            if (first and name in _LIKE) or not any(t.requires_grad or self.is_marked("statistic", t) for t in data):
                 return self._of_weights(call)
         return self.handlers.elementwise(self, call, weights)
 
     def _off_meta(self, call: Call, weights: bool) -> Call:
         """New tensors of a model on the meta device are real ones."""
-        kwargs = {k: self.device if k == "device" and _on_meta(v) else v for k, v in call.kwargs.items()}
         args = call.args
-        if call.name == "to" or not weights:
+        if torch.device in map(type, args) and (call.name == "to" or not weights):
             args = tuple(self.device if isinstance(a, torch.device) and _on_meta(a) else a for a in args)
-        return call._replace(args=args, kwargs=kwargs)
+        if _on_meta(call.kwargs.get("device")):
+            return call.on(args, {**call.kwargs, "device": self.device})
+        return call if args is call.args else call.on(args, call.kwargs)
+
+    def on_data(self, call: Call) -> Call:
+        """A call on what stands in the place of weights, and of buffers on the meta device."""
+        for tensor in call.tensors:
+            if id(tensor) in self.weights or tensor.is_meta:
+                return call.mapped(self.real)
+        return call
 
     def _sized(self, value: Any) -> Any:
         """Numbers of the size of a weight, for what makes others of that size."""
@@ -146,8 +164,8 @@ class Recorder(TorchFunctionMode):
         if call.name != "linear" and (call.name not in _NORMS or not any(others)):
             return call
         if call.args:
-            return call._replace(args=(self.real(x), *call.args[1:]))
-        return call._replace(kwargs={**call.kwargs, "input": self.real(x)})
+            return call.on((self.real(x), *call.args[1:]), call.kwargs)
+        return call.on(call.args, {**call.kwargs, "input": self.real(x)})
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +207,7 @@ class Recorder(TorchFunctionMode):
         """A fresh leaf in place of a product of data with a matrix that is no parameter."""
         left = product.left.requires_grad
         data, own = (product.left, product.right_axes) if left else (product.right, product.left_axes)
-        made = call.mapped(lambda x: self.real(x).detach() if isinstance(x, Tensor) else x).run()
+        made = call.mapped(lambda x: self.real(x).detach()).run()
         axes = tuple(product.out_axes.index(label) for label in own if label in product.out_axes)
         kernel = tuple(2 for label in own if label[:1] == ("kernel",))
         leaf = Leaf(
@@ -260,17 +278,19 @@ class Recorder(TorchFunctionMode):
 
     def is_marked(self, what: str, *values: Any) -> bool:
         """Whether one of these is."""
-        return any(id(value) in self.marked[what] for value in values)
+        marked = self.marked[what]
+        return bool(marked) and any(id(value) in marked for value in values)
 
 
 def _on_meta_device(call: Call) -> Call:
     """A call on weights without numbers: only shapes matter."""
-    call = call.mapped(lambda x: x.detach().to("meta") if isinstance(x, Tensor) and x.ndim > 0 else x)
+    call = call.mapped(lambda x: x.detach().to("meta") if x.ndim > 0 else x)
     if call.name in ("cpu", "cuda"):
-        return call._replace(func=torch.Tensor.detach, args=call.args[:1], kwargs={})
+        return Call(torch.Tensor.detach, call.name, call.args[:1])
+    args = call.args
     if call.name == "to":
-        call = call._replace(args=tuple("meta" if isinstance(a, (str, torch.device)) else a for a in call.args))
-    return call._replace(kwargs={k: "meta" if k == "device" else v for k, v in call.kwargs.items()})
+        args = tuple("meta" if isinstance(a, (str, torch.device)) else a for a in args)
+    return call.on(args, {k: "meta" if k == "device" else v for k, v in call.kwargs.items()})
 
 
 def _on_meta(device: Any) -> bool:

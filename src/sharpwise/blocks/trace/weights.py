@@ -9,10 +9,12 @@ of parameters alone is a `Weight`. It remembers the call that made it, and repla
   ways than by a matrix product.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,20 +169,51 @@ def derived(
     return [Weight(part, replaying(itemgetter(i)), moves, sources) for i, part in parts if isinstance(part, Tensor)]
 
 
+_PLAIN = frozenset((int, float, bool, str, type(None), type(...), slice, torch.dtype, torch.device, torch.Size))
+
+
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in nested containers and dataclass-like objects, each once per place."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if type(tree) in _PLAIN:
+        return
     if isinstance(tree, Tensor):
-        return [tree]
+        found.append(tree)
+        return
     if isinstance(tree, dict):
-        return [t for value in tree.values() for t in tensors_in(value)]
-    if isinstance(tree, (tuple, list)):
-        return [t for value in tree for t in tensors_in(value)]
-    if hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type)) and type(tree).__module__ != "builtins":
-        return [t for value in vars(tree).values() if not callable(value) for t in tensors_in(value)]
-    return []
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        known = hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type))
+        if not known or type(tree).__module__ == "builtins":
+            return
+        tree = [value for value in vars(tree).values() if not callable(value)]
+    for value in tree:
+        _collect(value, found)
 
 
-class Units(NamedTuple):
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Nested containers with every tensor changed."""
+    kind = type(tree)
+    if kind in _PLAIN:
+        return tree
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if kind is tuple:
+        return tuple([map_tensors(change, value) for value in tree])
+    if kind is list:
+        return [map_tensors(change, value) for value in tree]
+    if kind is dict:
+        return {key: map_tensors(change, value) for key, value in tree.items()}
+    return tree_map(lambda value: change(value) if isinstance(value, Tensor) else value, tree)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
     """Where the numbers along the output of a product come from, one entry per number.
 
     Attributes:
@@ -194,23 +227,38 @@ class Units(NamedTuple):
 
     def of(self, number: int, chosen: Array) -> tuple[Array | None, ...] | None:
         """The coordinates of chosen units in one parameter, None if none of them lies there."""
-        here = chosen & (self.numbers == number)
+        here = chosen & (self.numbers == number) if self._mixed else chosen
         return tuple(None if c is None else c[here] for c in self.coords) if here.any() else None
 
-    @property
+    @cached_property
     def owners(self) -> list[int]:
         """The numbers of all parameters."""
-        first = int(self.numbers[0]) if len(self.numbers) else -1
-        found = [first] if (self.numbers == first).all() else [int(n) for n in np.unique(self.numbers)]
-        return [n for n in found if n >= 0]
+        found = np.unique(self.numbers) if self._mixed else self.numbers[:1]
+        return [n for n in found.tolist() if n >= 0]
+
+    @cached_property
+    def _mixed(self) -> bool:
+        return bool((self.numbers != self.numbers[:1]).any())
 
 
-def units_of(weight: Weight, unit_axes: Sequence[int], stacked: bool = False) -> Units | None:
-    """The units of a product, which run along `unit_axes` of the weight. None if its labels are mixed up."""
+def units_of(
+    weight: Weight,
+    unit_axes: Sequence[int],
+    stacked: bool = False,
+    known: "dict[Any, tuple[Array | None, ...]] | None" = None,
+) -> Units | None:
+    """The units of a product, which run along `unit_axes` of the weight. None if its labels are mixed up.
+
+    `known` keeps the coordinates of parameters by shape: those of a twin are the same.
+    """
+    shape, key = weight.value.shape, (weight.value.shape, *unit_axes)
+    if weight.number >= 0 and known is not None and key in known:
+        size = math.prod(shape[axis] for axis in unit_axes)
+        return Units(np.full(size, weight.number), known[key], stacked)
     labels = weight.labels
-    if labels is None or 0 in weight.value.shape:
+    if labels is None or 0 in shape:
         return None
-    others = [axis for axis in range(weight.value.ndim) if axis not in unit_axes]
+    others = [axis for axis in range(len(shape)) if axis not in unit_axes]
 
     def along(label: Tensor, end: int) -> Array:
         flat: Array = label.permute(*others, *unit_axes)[tuple(end for _ in others)].reshape(-1).numpy()
@@ -219,4 +267,6 @@ def units_of(weight: Weight, unit_axes: Sequence[int], stacked: bool = False) ->
     # What is the same at both ends of the axes that are summed over does not vary along them.
     first, last = [along(s, 0) for s in labels], [along(s, -1) for s in labels]
     coords = tuple(a if np.array_equal(a, b) else None for a, b in zip(first[1:], last[1:], strict=True))
+    if weight.number >= 0 and known is not None:
+        coords = known[key] = coords[: len(shape)]
     return Units(first[0], coords, stacked)
