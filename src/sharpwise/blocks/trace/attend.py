@@ -14,21 +14,26 @@ _NAMES = {Role.Q: "queries", Role.K: "keys", Role.V: "values"}
 
 def attention(found: Inference, order: int, attention: Attention) -> None:
     found.queries[order] = found.matrices_in(found.paths.straight(attention.q)[0])[:MANY]
+    parts = []
     for role, tensor in zip(QKV, (attention.q, attention.k, attention.v), strict=True):
         proven = _proven(found, tensor, order)
         leaves = [leaf for leaf in found.graph.behind(tensor) if leaf.kind == "weight" or leaf in proven]
-        if not leaves or not tensor.requires_grad:
-            continue
+        if leaves and tensor.requires_grad:
+            parts.append((role, proven, tensor, leaves))
+    by_head = found.graph.per_head([(tensor, leaves) for _, _, tensor, leaves in parts]) if parts else []
+    for (role, proven, _, leaves), heads_of in zip(parts, by_head, strict=True):
         found.unsure |= {leaf.weight.number for leaf in leaves if leaf.kind == "weight" and leaf.weight is not None}
         why = f"{_NAMES[role]} of attention {order}"
-        for leaf, heads in zip(leaves, found.graph.per_head(tensor, leaves), strict=True):
-            for units in heads:
-                if leaf.kind == "weight":
+        for leaf, heads in zip(leaves, heads_of, strict=True):
+            if leaf.kind == "weight":
+                for units in heads:
                     _beside(found, leaf, units, role, why)
-                elif (chosen := units & ~proven[leaf]).any():
-                    found.give(leaf, chosen, role, f"makes {why}", head=True)
-                    for biases in leaf.biases:
-                        found.assign(biases, chosen, role, f"added to {why}", head=True, bias=True)
+            elif heads:
+                own = [units & ~proven[leaf] for units in heads] if proven[leaf].any() else heads
+                chosen = np.logical_or.reduce(own)
+                found.give(leaf, chosen, role, f"makes {why}", own)
+                for biases in leaf.biases:
+                    found.assign(biases, chosen, role, f"added to {why}", own, bias=True)
             found.belongs(leaf, order)
 
 
@@ -153,7 +158,7 @@ def output(found: Inference, matrix: Leaf) -> None:
     if not all(leaf.pointwise for leaf in gates) or free & ~reached or learned:
         return
     found.give_all(matrix, Role.O, "reads an attention's output")
-    found.belongs(matrix, [leaf.kind for leaf in found.leaves if leaf.time < matrix.time].count("attention") - 1)
+    found.belongs(matrix, found.attentions_before(matrix) - 1)
     attentions = found.graph.listed(attended)
     for gate, units, act in found.graph.through_activations(source(matrix), gates) if gates else ():
         rest = units & found.without_role(gate)

@@ -4,11 +4,14 @@ Autograd keeps the graph. It ends at *leaves*, which the recorder puts in the pl
 a weight, every lookup and every attention. Their gradients are not zero exactly where a number went through.
 """
 
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import or_
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +105,7 @@ class Graph:
 
     def positive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random differentiable numbers, 0.5 to 1.5: what they multiply is never hidden by a zero."""
-        numbers = torch.rand(tuple(shape), dtype=torch.float32, device="cpu", generator=self._random) + 0.5
+        numbers = torch.rand(tuple(shape), dtype=torch.float32, device="cpu", generator=self._random).add_(0.5)
         return numbers.to(device, dtype).requires_grad_()
 
     def add(self, leaf: Leaf) -> Leaf:
@@ -240,16 +243,25 @@ class Graph:
 
     def gradients(self, tensor: Tensor, leaves: Sequence[Leaf], times: Tensor | None = None) -> list[Tensor | None]:
         """Per leaf the gradient of a random sum of a tensor, its elements weighed by `times`; None where it is none."""
-        cotangent = (
-            torch.rand(
-                tensor.shape, dtype=torch.float32, device="cpu", generator=torch.Generator("cpu").manual_seed(1)
-            ).to(tensor)
-            + 0.5
-        )
-        if times is not None:
-            cotangent = cotangent * times
-        inputs = [leaf.tensor for leaf in leaves]
-        return list(torch.autograd.grad(tensor, inputs, cotangent, retain_graph=True, allow_unused=True))
+        return self._gradients([(tensor, leaves)], [times])[0]
+
+    def _gradients(
+        self, of: Sequence[tuple[Tensor, Sequence[Leaf]]], times: Sequence[Tensor | None]
+    ) -> list[list[Tensor | None]]:
+        """The same of several tensors. Those that share no leaf need one way back."""
+        if (
+            sum(self.mask(t).bit_count() for t, _ in of)
+            > functools.reduce(or_, (self.mask(t) for t, _ in of)).bit_count()
+        ):
+            return [self._gradients([pair], [weighing])[0] for pair, weighing in zip(of, times, strict=True)]
+        cotangents = []
+        for (tensor, _), weighing in zip(of, times, strict=True):
+            random = torch.Generator("cpu").manual_seed(1)
+            numbers = torch.rand(tensor.shape, dtype=torch.float32, device="cpu", generator=random).to(tensor) + 0.5
+            cotangents.append(numbers if weighing is None else numbers * weighing)
+        inputs = [leaf.tensor for _, leaves in of for leaf in leaves]
+        found = iter(torch.autograd.grad([t for t, _ in of], inputs, cotangents, retain_graph=True, allow_unused=True))
+        return [[next(found) for _ in leaves] for _, leaves in of]
 
     def units(self, leaf: Leaf, hit: Tensor) -> Array:
         """Per unit of a leaf (of a stand-in: per element) whether any of its numbers is hit."""
@@ -269,29 +281,52 @@ class Graph:
             if a is not None and b is not None
         ]
 
-    def per_head(self, tensor: Tensor, leaves: Sequence[Leaf]) -> list[list[Array]]:
-        """Per leaf the units that make each head of a tensor [heads, rest]; heads that it does not make are left out.
+    def per_head(self, of: Sequence[tuple[Tensor, Sequence[Leaf]]]) -> list[list[list[Array]]]:
+        """Per tensor [heads, rest], per leaf the units that make each head; heads that it does not make are left out.
 
         If every unit makes one head only, two gradients tell which: weighing the heads by their numbers multiplies the
         gradient of a unit by the number of its head. Where units make several heads, every head is asked.
         """
-        heads = range(1, len(tensor) + 1)
-        numbers = torch.arange(1, len(tensor) + 1, device=tensor.device).view(-1, *[1] * (tensor.ndim - 1))
+        plain = self._gradients(of, [None] * len(of))
+        heads = (torch.arange(1, len(t) + 1, device=t.device).view(-1, *[1] * (t.ndim - 1)) for t, _ in of)
+        weighed = self._gradients(of, list(heads))
+        return [self._by_head(*pair, a, b) for pair, a, b in zip(of, plain, weighed, strict=True)]
+
+    def _by_head(
+        self, tensor: Tensor, leaves: Sequence[Leaf], plain: Sequence[Tensor | None], weighed: Sequence[Tensor | None]
+    ) -> list[list[Array]]:
         found: list[list[Array]] = [[] for _ in leaves]
         shared = []
-        both = zip(self.gradients(tensor, leaves), self.gradients(tensor, leaves, numbers), strict=True)
-        for i, (a, b) in enumerate(both):
+        for i, (a, b) in enumerate(zip(plain, weighed, strict=True)):
             if a is None or b is None:
                 continue
-            ratio = torch.where(a == 0, 0.0, b / a)
-            if not bool(((ratio - ratio.round()).abs() <= 1e-3).all()):
+            number = self._head_of_units(leaves[i], a, b)
+            if number is None:
                 shared.append(i)
             else:
-                found[i] = [rows for n in heads if (rows := self.units(leaves[i], ratio.round() == n)).any()]
+                found[i] = [number == n for n in np.unique(number[number > 0])]
         for head in tensor.unbind(0) if shared else ():
             for i, size in zip(shared, self.gradients(head, [leaves[i] for i in shared]), strict=True):
                 if size is not None and (rows := self.units(leaves[i], size != 0)).any():
                     found[i].append(rows)
+        return found
+
+    def _head_of_units(self, leaf: Leaf, a: Tensor, b: Tensor) -> Array | None:
+        """Per unit the number of the head that it makes, 0 for none, of its gradient and that weighed by the numbers.
+
+        None where a unit makes several. Numbers near zero, of a rotation say, tell only that they do not contradict.
+        """
+        plain, weighed = (x.reshape(1, -1) if leaf.kind == "weight" else leaf.over_units(x) for x in (a, b))
+        if not plain.numel():
+            return None
+        size = plain.abs()
+        tells = size > 1e-3 * size.max()
+        number = torch.where(tells, weighed / plain, 0.0).round().amax(0)
+        noise = 1e-6 * number * size.max()  # of float32; in 16 bits every head is asked
+        fits = (weighed - number * plain).abs() <= torch.where(tells, 1e-3 * size, noise)
+        if not bool(fits.all()) or bool(((size > 0).any(0) & (number < 1)).any()):
+            return None
+        found: Array = number.cpu().float().numpy()
         return found
 
 

@@ -1,6 +1,7 @@
 """What is known of the matrices of a forward, and what lies behind and before them."""
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,12 @@ class Inference:
         self.attention_of: dict[int, int] = {}
         self.leaves = self.graph.order
         self.matrices = [leaf for leaf in self.leaves if leaf.kind == "matrix"]
-        self._attentions = [leaf for leaf in self.leaves if leaf.kind == "attention"]
+        attentions = [leaf for leaf in self.leaves if leaf.kind == "attention"]
+        self._attentions = {leaf.index: attended for leaf, attended in zip(attentions, record.attentions, strict=True)}
+        self._begun = [leaf.time for leaf in attentions]
+        self._stand_ins = {
+            leaf.weight.number: leaf for leaf in self.leaves if leaf.kind == "weight" and leaf.weight is not None
+        }
         self.outputs = [t for t in tensors_in(output) if t.grad_fn is not None]
         attended = [t for a in record.attentions for t in (a.q, a.k, a.v, a.bias, a.weights) if t is not None]
         self.paths = Paths(self.graph, self.matrices, self.outputs, attended)
@@ -59,25 +65,29 @@ class Inference:
     # -- who has what ------------------------------------------------------------------------------------------------
 
     def assign(
-        self, units: Units | None, chosen: Array, role: Role, why: str, head: bool = False, bias: bool = False
+        self, units: Units | None, chosen: Array, role: Role, why: str, heads: Sequence[Array] = (), bias: bool = False
     ) -> None:
-        """These units have this role; `head`: they are one head; `bias`: of what is added to a product."""
+        """These units have this role; `heads`: those of each head; `bias`: of what is added to a product."""
         for number in () if units is None else units.owners:
-            coords = None if units is None else units.of(number, chosen)
-            if coords is not None and units is not None:
-                ledger = self.ledgers[number]
-                if bias and len(ledger.shape) == 2:  # [heads, size]: a row for each head
-                    coords = coords[:1] if coords[0] is not None else coords
-                ledger.assign(coords, role, why)
-                ledger.stacked |= units.stacked
-                if head:
+            assert units is not None
+            ledger = self.ledgers[number]
+            by_row = bias and len(ledger.shape) == 2  # [heads, size]: a row for each head
+            for which, one in ((chosen, False), *((head, True) for head in heads)):
+                coords = units.of(number, which)
+                if coords is None:
+                    continue
+                coords = coords[:1] if by_row and coords[0] is not None else coords
+                if one:
                     ledger.add_head(coords, role)
+                else:
+                    ledger.assign(coords, role, why)
+                    ledger.stacked |= units.stacked
 
-    def give(self, leaf: Leaf, chosen: Array, role: Role, why: str, head: bool = False) -> None:
+    def give(self, leaf: Leaf, chosen: Array, role: Role, why: str, heads: Sequence[Array] = ()) -> None:
         """These units of a matrix have this role."""
         if chosen.any():
             self._roles.setdefault(leaf.index, set()).add(role)
-            self.assign(leaf.units, chosen, role, why, head)
+            self.assign(leaf.units, chosen, role, why, heads)
 
     def give_all(self, leaf: Leaf, role: Role, why: str) -> None:
         """All units of a matrix have this role."""
@@ -93,21 +103,20 @@ class Inference:
         """Whether no unit of a matrix has a role yet."""
         return not self.roles(leaf)
 
-    def role_of_unit(self, leaf: Leaf) -> list[Role | None]:
-        """The role of each unit of a matrix, None where it has none yet."""
-        found: list[Role | None] = [None] * (0 if leaf.units is None else len(leaf.units.numbers))
-        for number in () if leaf.units is None else leaf.units.owners:
-            assert leaf.units is not None
+    def codes(self, leaf: Leaf) -> Array:
+        """The role of each unit of a matrix by its place in ROLES, -1 where it has none yet."""
+        if leaf.units is None:
+            return np.zeros(0, dtype=np.int8)
+        found = np.full(len(leaf.units.numbers), -1, dtype=np.int8)
+        for number in leaf.units.owners:
             here = leaf.units.numbers == number
-            coords = leaf.units.of(number, here)
-            roles = self.ledgers[number].roles_at(coords, int(here.sum()))
-            for i, role in zip(np.flatnonzero(here), roles, strict=True):
-                found[i] = role
+            found[here] = self.ledgers[number].codes_at(leaf.units.of(number, here))
         return found
 
     def without_role(self, leaf: Leaf) -> Array:
         """Which units of a matrix have no role yet."""
-        return np.array([role is None for role in self.role_of_unit(leaf)], dtype=bool)
+        without: Array = self.codes(leaf) < 0
+        return without
 
     # -- what lies behind and before -----------------------------------------------------------------------------------
 
@@ -127,7 +136,7 @@ class Inference:
             return self.graph.mask(source(leaf))
         if leaf.kind != "attention":
             return 0
-        attention = self.record.attentions[self._attentions.index(leaf)]
+        attention = self._attentions[leaf.index]
         return self.graph.mask(attention.q) | self.graph.mask(attention.k) | self.graph.mask(attention.v)
 
     def stream(self, matrix: Leaf) -> int:
@@ -159,6 +168,14 @@ class Inference:
         if leaf.weight is not None and order is not None:
             for number in leaf.weight.owners:
                 self.attention_of.setdefault(number, order)
+
+    def attentions_before(self, matrix: Leaf) -> int:
+        """How many attentions came before a product."""
+        return bisect_left(self._begun, matrix.time)
+
+    def stand_in(self, number: int) -> Leaf | None:
+        """The leaf in the place of a parameter that no product read."""
+        return self._stand_ins.get(number)
 
     def free_of_routers(self, leaves: Iterable[Leaf]) -> list[Leaf]:
         """Those that are no routers."""

@@ -1,6 +1,6 @@
 """The layer of every parameter, from the lists of modules that hold layers and the order of execution."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -27,9 +27,9 @@ def find_layers(model: nn.Module, found: Inference) -> None:
     lists = _lists(model, found, places)
     for path, number in places:
         ledger = found.ledgers[number]
-        for members in (lists[path[:i]] for i in range(len(path)) if path[:i] in lists):
-            if ledger.layer is None and path:
-                ledger.layer = next((layer for layer, at in members.items() if _below(path, at)), None)
+        for i in range(len(path)):
+            if ledger.layer is None and path[:i] in lists:
+                ledger.layer = lists[path[:i]].get(path[: i + 1])
     if not lists and found.record.attentions:
         _by_time(found)
 
@@ -38,9 +38,9 @@ def _below(path: Path, at: Path) -> bool:
     return path[: len(at)] == at
 
 
-def _lists(model: nn.Module, found: Inference, places: list[tuple[Path, int]]) -> dict[Path, dict[int, Path]]:
-    """The outermost lists of layers: path of the list -> layer -> path of the member."""
-    lists: dict[Path, dict[int, Path]] = {}
+def _lists(model: nn.Module, found: Inference, places: list[tuple[Path, int]]) -> dict[Path, dict[Path, int]]:
+    """The outermost lists of layers: path of the list -> path of the member -> layer."""
+    lists: dict[Path, dict[Path, int]] = {}
     touched = found.record.touched
     by_order: dict[int, set[int]] = {}
     for number, order in found.attention_of.items():
@@ -54,7 +54,7 @@ def _lists(model: nn.Module, found: Inference, places: list[tuple[Path, int]]) -
         for path, n in places:
             if _below(path, own) and len(path) > len(own):
                 inside.setdefault(path[: len(own) + 1], set()).add(n)
-        attending = {member for member, numbers in inside.items() if _attends(attentions, numbers)}
+        attending = _attending(attentions, inside)
         if attentions and not attending:
             continue  # a list of experts, or of the matrices of an attention
         working = {m for m, ns in inside.items() if any(n in touched and _works(found.ledgers[n]) for n in ns)}
@@ -66,13 +66,19 @@ def _lists(model: nn.Module, found: Inference, places: list[tuple[Path, int]]) -
         if working:
             # Of members that are one and the same the first counts.
             begins = {m: min(touched[n] for n in inside[m] & touched.keys()) for m in inside if m in working}
-            lists[own] = dict(enumerate(sorted(begins, key=begins.__getitem__)))
+            lists[own] = {member: i for i, member in enumerate(sorted(begins, key=begins.__getitem__))}
     return lists
 
 
-def _attends(attentions: Iterable[set[int]], numbers: set[int]) -> bool:
-    """Whether all parameters of an attention are among these."""
-    return any(attention <= numbers for attention in attentions)
+def _attending(attentions: Iterable[set[int]], inside: Mapping[Path, set[int]]) -> set[Path]:
+    """The members that hold all parameters of an attention."""
+    holders: dict[int, list[Path]] = {}
+    for member, numbers in inside.items():
+        for number in numbers:
+            holders.setdefault(number, []).append(member)
+    return {
+        member for attention in attentions for member in holders.get(min(attention), ()) if attention <= inside[member]
+    }
 
 
 def _works(ledger: Ledger) -> bool:

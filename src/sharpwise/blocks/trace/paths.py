@@ -230,9 +230,9 @@ class Reach:
     def __init__(self, masks: list[int], leaves: int) -> None:
         size = max(1, (leaves + 7) // 8)
         flat = b"".join(mask.to_bytes(size, "little") for mask in masks)
-        self._table: Array = np.frombuffer(flat, dtype=np.uint8).reshape(len(masks), size)
+        self._table: Array = np.ascontiguousarray(np.frombuffer(flat, dtype=np.uint8).reshape(len(masks), size).T)
 
     def readers(self, index: int) -> list[int]:
         """The places of the masks that hold a leaf."""
-        found: list[int] = np.flatnonzero(self._table[:, index >> 3] >> (index & 7) & 1).tolist()
+        found: list[int] = np.flatnonzero(self._table[index >> 3] >> (index & 7) & 1).tolist()
         return found

@@ -65,12 +65,12 @@ class Ledger:
             rows = np.unique(np.ravel_multi_index(at, self._roles.shape))
             self._heads.setdefault(role, {}).setdefault(rows.tobytes(), rows)
 
-    def roles_at(self, coords: Coords | None, count: int) -> list[Role | None]:
-        """The roles of `count` rows so far, None where there is none."""
-        at = None if self.whole is not None or coords is None or not self._dims else self._grid(coords)
-        if at is None:
-            return [self.whole] * count
-        return [None if code < 0 else ROLES[code] for code in self._roles[at].tolist()]
+    def codes_at(self, coords: Coords | None) -> Array | int:
+        """The roles of rows so far, by their place in ROLES, -1 where there is none; one number if it is of all."""
+        if self.whole is not None:
+            return ROLES.index(self.whole)
+        at = None if coords is None or not self._dims else self._grid(coords)
+        return -1 if at is None else self._roles[at]
 
     def _grid(self, coords: Coords) -> tuple[Array, ...] | None:
         """Index arrays into `_roles`; the first call settles the dimensions. None where these are others."""
@@ -117,6 +117,11 @@ class Ledger:
         rows = np.concatenate(found)
         alone = len(np.unique(rows)) == len(rows) and bool((self._roles.reshape(-1)[rows] == ROLES.index(role)).all())
         return found if alone else []
+
+
+def roles_of(codes: Array) -> set[Role | None]:
+    """The roles that stand in ROLES at these places; None for -1."""
+    return {None if code < 0 else ROLES[code] for code in np.unique(codes).tolist()}
 
 
 def _of_first_copy(heads: list[Array], width: int) -> list[Array]:

@@ -19,7 +19,7 @@ from sharpwise.blocks.trace.around import ancestors, on_scores
 from sharpwise.blocks.trace.calls import Use
 from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.infer import QKV, Inference, source
-from sharpwise.blocks.trace.rows import Ledger
+from sharpwise.blocks.trace.rows import ROLES, Ledger, roles_of
 
 _STARTS = {Role.TOK_EMB, Role.PATCH_EMB, Role.CONV, Role.POS_EMB}
 
@@ -114,11 +114,14 @@ def _alike(ids: Tensor) -> bool:
 
 def _biases(found: Inference, matrix: Leaf) -> None:
     """What is added to a matrix's output has its roles. The bias of a head tied to an embedding is the head's."""
-    if matrix.weight is None:
+    if matrix.weight is None or not matrix.biases:
         return
     tied = any(found.ledgers[number].whole is Role.TOK_EMB for number in matrix.weight.owners)
-    roles = [Role.HEAD if tied else role for role in found.role_of_unit(matrix)]
-    start = bool({*roles} & {Role.CONV, Role.PATCH_EMB})
+    codes = found.codes(matrix)
+    if tied:
+        codes = np.full_like(codes, ROLES.index(Role.HEAD))
+    roles = roles_of(codes)
+    start = bool(roles & {Role.CONV, Role.PATCH_EMB})
     for units in matrix.biases:
         vectors = [number for number in units.owners if len(found.ledgers[number].shape) == 1]
         if len(vectors) < len(units.owners) and (
@@ -127,8 +130,8 @@ def _biases(found: Inference, matrix: Leaf) -> None:
             continue  # a class token, a kind of token
         for number in units.owners:
             found.ledgers[number].bias = True
-        for role in {role for role in roles if role is not None}:
-            found.assign(units, np.array([r is role for r in roles]), role, f"added to the output of {role}", bias=True)
+        for role in sorted(role for role in roles if role is not None):
+            found.assign(units, codes == ROLES.index(role), role, f"added to the output of {role}", bias=True)
 
 
 def _learned(found: Inference, tensor: Tensor) -> None:
@@ -177,7 +180,7 @@ def _use(found: Inference, use: Use, ledger: Ledger) -> None:
 
 def _begins_with(found: Inference, here: int, number: int) -> bool:
     """Whether what is added to a parameter was made of it."""
-    own = next((w for w in found.leaves if w.kind == "weight" and w.weight and w.weight.number == number), None)
+    own = found.stand_in(number)
     return own is not None and bool(ancestors(found, here) >> own.index & 1)
 
 
@@ -207,7 +210,7 @@ def _bias(found: Inference, use: Use, ledger: Ledger) -> None:
     mask = found.graph.mask(use.beside) & found.paths.data & ~found.routers
     if len(ledger.shape) > 1 or mask & ~good or mask & ~found.paths.of_kind["matrix"]:
         return
-    roles = {role for leaf in found.matrices_in(mask)[:64] for role in found.role_of_unit(leaf)} - {Role.ROUTER}
+    roles = {role for leaf in found.matrices_in(mask)[:64] for role in roles_of(found.codes(leaf))} - {Role.ROUTER}
     role = roles.pop() if len(roles) == 1 else None
     if role is not None:
         ledger.settle(role, f"added to the output of {role}")
