@@ -85,7 +85,8 @@ class BlockMap:
             model: any module, on any device, wrapped or not. It is left as it was.
             example: a tiny batch for its forward, a tensor, a tuple or a mapping; made up where that is possible.
             trace: whether to see what the model computes (`sharpwise.blocks.trace`). None: with an `example`, where
-                names do not suffice, or where it costs little; a model that cannot be run is mapped by names alone.
+                names do not suffice, or to check them (of a large model on one layer of each kind); a model that cannot
+                be run is mapped by names alone.
             overrides: by glob on canonical names (case counts, the last match wins): a role such as `"up"`, which keeps
                 dimension, layer and heads that the family found; or the fields of a Segment, as
                 `{"role": "q", "heads": 12}`; or a list of these that together cover the parameter.

@@ -22,7 +22,7 @@ logger = logging.getLogger("sharpwise.blocks")
 
 CHEAP = 1000
 """Up to this many tensors, 110 layers or so, a model that is known by name is traced without being asked, once per
-class and config: some milliseconds a tensor."""
+class and config; of a larger one a layer of each kind."""
 _verified: set[int] = set()
 
 Standing = Literal["agree", "differ", "names", "dataflow", "neither"]
@@ -59,7 +59,7 @@ class Sources:
         """Ask the families about the parameters of a model, and trace if that is asked for, needed or cheap.
 
         Args:
-            ask: trace or not; None: with an example, where names do not suffice, or where it costs little.
+            ask: trace or not; None: with an example, where names do not suffice, or to check them.
 
         Raises:
             ValueError: a trace that was asked for cannot be made, or a parameter has no shape or name of its own.
@@ -72,9 +72,13 @@ class Sources:
             return found
         complete = all(by_name.values())
         key = _built_alike(model, shapes)
-        cheap = len(shapes) <= CHEAP and key not in _verified and not _hooked(model)
-        if ask is None and example is None and complete and not cheap:
-            return found
+        if ask is None and example is None and complete:
+            if key in _verified or _hooked(model):
+                return found
+            if len(shapes) > CHEAP and found._agrees_by_kind(model):
+                if key is not None:
+                    _verified.add(key)
+                return found
         from sharpwise.blocks.trace import trace  # not needed for what names explain
 
         try:
@@ -93,6 +97,22 @@ class Sources:
             _verified.add(key)  # what differs is an error the second time too
         return found
 
+    def _agrees_by_kind(self, model: nn.Module) -> bool:
+        """Whether a model with one layer of each kind does what names say; no proof that the whole one does not."""
+        from sharpwise.blocks.trace import one_of_each_kind, trace
+
+        names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+        try:
+            small = one_of_each_kind(model)
+            if small is None:
+                return False
+            segments = trace(small).segments
+        except Exception:  # a forward that counts its layers
+            return False
+        return not self.differences(
+            {names[id(parameter)]: segments[canonical_name(name)] for name, parameter in small.named_parameters()}
+        )
+
     def resolve(self, overrides: Mapping[str, Override] | None = None) -> dict[str, list[Segment]]:
         """What each parameter is: by name where a family knows it, else by dataflow, else `other` without a source.
 
@@ -105,14 +125,15 @@ class Sources:
 
     def seen(self, name: str) -> list[Segment] | None:
         """What dataflow says about a parameter; None where it says nothing: no trace, not used, or no role found."""
-        parts = self.traced.segments.get(name) if self.traced is not None else None
-        return parts if parts and any(part.role is not Role.OTHER for part in parts) else None
+        return _with_roles(self.traced.segments.get(name) if self.traced is not None else None)
 
-    def differences(self) -> dict[str, tuple[list[Segment], list[Segment]]]:
-        """Parameters of which names and dataflow say different things: by name, by dataflow."""
+    def differences(
+        self, segments: Mapping[str, list[Segment]] | None = None
+    ) -> dict[str, tuple[list[Segment], list[Segment]]]:
+        """Parameters of which names and dataflow (or these segments) say different things: by name, by dataflow."""
         found = {}
         for name, named in self.by_name.items():
-            seen = self.seen(name)
+            seen = self.seen(name) if segments is None else _with_roles(segments.get(name))
             if named is not None and seen is not None and not agree(named, seen):
                 found[name] = (named, seen)
         return found
@@ -191,6 +212,10 @@ def in_words(parts: list[Segment], other: list[Segment] | None = None) -> list[s
     if first.bias != than.bias:
         words.append("a bias" if first.bias else "not a bias")
     return words
+
+
+def _with_roles(parts: list[Segment] | None) -> list[Segment] | None:
+    return parts if parts and any(part.role is not Role.OTHER for part in parts) else None
 
 
 def _bare(part: Segment) -> Segment:

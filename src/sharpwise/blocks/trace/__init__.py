@@ -13,15 +13,16 @@ from sharpwise.blocks.names import canonical_name
 from sharpwise.blocks.segment import Segment
 from sharpwise.blocks.trace import attention, elementwise, matrices
 from sharpwise.blocks.trace.evidence import weigh
-from sharpwise.blocks.trace.example import TOKENS, Example, make_example, untouched
+from sharpwise.blocks.trace.example import TOKENS, Example, make_example, untouched, unwrapped
 from sharpwise.blocks.trace.functions import opened_functions
 from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.infer import Inference
+from sharpwise.blocks.trace.kinds import one_of_each_kind
 from sharpwise.blocks.trace.layers import find_layers
 from sharpwise.blocks.trace.recorder import Handlers, Recorder
 from sharpwise.blocks.trace.weights import tensors_in
 
-__all__ = ["Example", "Traced", "trace"]
+__all__ = ["Example", "Traced", "one_of_each_kind", "trace"]
 
 logger = logging.getLogger("sharpwise.blocks")
 _HANDLERS = Handlers(attention.handle, matrices.handle, elementwise.handle)
@@ -74,7 +75,7 @@ def trace(model: nn.Module, example: Example | None = None) -> Traced:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"trace: got {type(model).__name__}, expected a torch.nn.Module")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _check_whole(model)
     tokens = TOKENS
     with torch.inference_mode(False), torch.enable_grad():
@@ -167,16 +168,6 @@ def _describe(values: Any) -> str:
     return ", ".join(
         f"{key}: {list(value.shape)}" if isinstance(value, Tensor) else f"{key}={value!r}" for key, value in items
     )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module below torch.compile and DDP: its forward is the same."""
-    while True:
-        wraps = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-        inner = model.module if wraps else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _check_whole(model: nn.Module) -> None:

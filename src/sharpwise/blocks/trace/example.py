@@ -22,6 +22,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module below torch.compile and DDP: its forward is the same."""
+    while True:
+        wraps = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = model.module if wraps else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def make_example(model: nn.Module, tokens: int = TOKENS) -> dict[str, Any]:
     """Keyword arguments for `model`, made up from its config and the arguments that its forward must have.
 
