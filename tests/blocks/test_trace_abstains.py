@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sharpwise
-from blocks.hand_made import HEADS, IDS, LM, MLP, SIZE, VOCAB, Attention, Block, said
+from blocks.hand_made import HEADS, IDS, LM, MLP, SIZE, VOCAB, Attention, Block, Encoder, said
 from sharpwise.blocks import BlockMap
 
 X = torch.rand(2, 6, SIZE)
@@ -229,6 +229,27 @@ def test_factors_beside_a_matrix_that_is_no_parameter(buffer: bool) -> None:
 
 
 # -- what raised -------------------------------------------------------------------------------------------------------
+
+
+class Turning(nn.Linear):
+    """A matrix and what becomes of its output."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(SIZE, SIZE, bias=False)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return {"scaled": 2 * y, "bent": y.relu(), "both": y + y.relu()}[self.how]
+
+
+@pytest.mark.parametrize(("how", "role"), [("scaled", "q"), ("bent", "other"), ("both", "other")])
+def test_what_is_bent_on_one_of_its_ways_makes_no_queries(how: str, role: str) -> None:
+    attention = Attention()
+    attention.q = Turning(how)
+    names = ("q", "k", "v", "o")
+    roles = said(Encoder(attention), IDS)
+    assert alone(roles, *(f"attend.{name}.weight" for name in names)) == [role, "k", "v", "o"]
 
 
 class ThreeBiases(Attention):
