@@ -68,8 +68,8 @@ class Inference:
                 ledger = self.ledgers[number]
                 if bias and len(ledger.shape) == 2:  # [heads, size]: a row for each head
                     coords = coords[:1] if coords[0] is not None else coords
-                ledger.assign(coords, role, why)
                 ledger.stacked |= units.stacked
+                ledger.assign(coords, role, why)
                 if head:
                     ledger.add_head(coords, role)
 
