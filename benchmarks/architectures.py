@@ -25,7 +25,7 @@ from tiny_models import CANNOT, VOCABULARY, causal_lm_types, tiny_model
 from torch import nn
 
 from sharpwise.blocks import BlockMap, Role, Segment
-from sharpwise.blocks.names import collapse
+from sharpwise.blocks.names import canonical_name, collapse
 from sharpwise.blocks.trace import trace
 from sharpwise.table import Table
 from sharpwise.train.models import load_model
@@ -112,7 +112,8 @@ def walk(model_type: str) -> dict[str, Any]:
         fault = does_not_run(model)
         return row | ({"message": fault} if fault else {"status": "refused", "message": message(error)})
     row["seconds"] = round(time.perf_counter() - began, 3)
-    used = {name: parts for name, parts in traced.segments.items() if name not in set(traced.unused)}
+    trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}  # as in a BlockMap
+    used = {name: parts for name, parts in traced.segments.items() if name in trained - {*traced.unused}}
     other = [name for name, parts in used.items() if any(part.role is Role.OTHER for part in parts)]
     row["status"] = "with other" if other else "complete"
     row["roles"] = dict(collections.Counter(str(part.role) for parts in used.values() for part in parts))

@@ -228,6 +228,50 @@ def test_factors_beside_a_matrix_that_is_no_parameter(buffer: bool) -> None:
         )
 
 
+class Adapted(nn.Module):
+    """A frozen matrix with low-rank factors, as LoRA has it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Linear(base.in_features, 3, bias=False)
+        self.b = nn.Linear(3, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x))
+
+
+class UNet(nn.Module):
+    """An image whose cross attention reads what the model is given of a text, with LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out, self.norm = nn.Conv2d(4, SIZE, 3, 1, 1), nn.Conv2d(SIZE, 4, 3, 1, 1), nn.GroupNorm(4, SIZE)
+        self.project, self.back = nn.Conv2d(SIZE, SIZE, 1), nn.Conv2d(SIZE, SIZE, 1)
+        self.own, self.cross, self.mlp = Attention(), Attention(), MLP()
+        self.cross.k, self.cross.v = (nn.Linear(10, SIZE, bias=False) for _ in "kv")
+        for attention in (self.own, self.cross):
+            for name in "qkvo":
+                setattr(attention, name, Adapted(getattr(attention, name)))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        x = self.into(image)
+        h = self.project(self.norm(x)).flatten(2).mT
+        h = h + self.own(h)
+        h = h + self.cross(h, text)
+        h = h + self.mlp(h)
+        return self.out(F.silu(x + self.back(h.mT.unflatten(-1, x.shape[-2:]))))
+
+
+def test_lora_on_cross_attention_to_what_the_model_is_given() -> None:
+    roles = said(UNet(), (torch.rand(2, 4, 4, 4), torch.rand(2, 5, 10)))
+    for name in "qkvo":
+        assert alone(roles, f"own.{name}.a.weight", f"own.{name}.b.weight") == [name, name]
+        # A first factor that reads the model's own input may be what begins a stream.
+        assert alone(roles, f"cross.{name}.a.weight") == [name if name in "qo" else "other"]
+        assert alone(roles, f"cross.{name}.b.weight", f"cross.{name}.base.weight") == [name, name]
+
+
 # -- what raised -------------------------------------------------------------------------------------------------------
 
 

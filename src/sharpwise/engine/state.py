@@ -66,9 +66,16 @@ def set_units(view: ParamView, control: Control, who: str) -> None:
     """Set what a control bounds of a view, whether it holds norms of that, and whether it reads their gradient SNR.
 
     Raises:
-        ValueError: for fp16, and for a rule without the momentum that the SNR is read from.
+        ValueError: for fp16, for rows along a dimension in the middle, and for a rule without the momentum that the
+            SNR is read from.
     """
     view.unit = control.unit(view.segments)
+    if view.unit == "row" and view.rowless:
+        raise ValueError(
+            f"{who}: control {control} bounds every row of {view.name}, whose output dimension lies in the middle of "
+            f"shape {tuple(view.param.shape)}; say blocks={{{view.name!r}: {{'role': '{view.segments[0].role}', "
+            f"'dim': 0}}}} to bound what lies along its first dimension, or take another control"
+        )
     view.holds = control.holds and view.unit == control.over
     if view.unit and view.param.dtype == torch.float16:
         raise ValueError(

@@ -38,6 +38,7 @@ class ParamView:
         row_shape: what a vector with one number per row is shaped to, to broadcast against the view.
         multipliers: of the learning rate, one per segment; decays: whether weight decay applies, likewise.
         varies: whether multipliers change while training, each on its own.
+        rowless: whether its output dimension lies in the middle, and its first dimension stands for it.
         unit: what a control bounds of it; None without. holds: whether the norms of these are state. has_snr: whether
             it reads the gradient SNR of its matrices.
         formats: of element state, by name; own: its state by the names of the rule; `step` among it.
@@ -62,6 +63,7 @@ class ParamView:
     multipliers: tuple[float, ...] = (1.0,)
     varies: bool = False
     decays: tuple[bool, ...] = (True,)
+    rowless: bool = False
     unit: Over | None = None
     holds: bool = False
     has_snr: bool = False

@@ -29,7 +29,8 @@ def views_of(
     `shard`: which part `param` is, where that is planned. None: it is asked.
 
     Raises:
-        ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last.
+        ValueError: if its segments disagree on the output dimension, or that is neither the first nor the last and
+            they are several, or cut by it.
     """
     own = of_group(rule, group)
     parts: dict[Rule, list[tuple[int, Segment, Cut]]] = {}
@@ -44,7 +45,11 @@ def views_of(
     found = []
     for kind, members in parts.items():
         numbers, mine, cuts = (tuple(column) for column in zip(*members, strict=True))
-        view = ParamView(name, param, group, mine, kind, cuts, shard, numbers=numbers)
+        rowless = _rowless(mine, kind, cuts)
+        if rowless:
+            first = int(mine[0].stacked)
+            mine = (replace(mine[0], dim=first, start=0, length=-1, stride=0, count=1, heads=None),)
+        view = ParamView(name, param, group, mine, kind, cuts, shard, numbers=numbers, rowless=rowless)
         if len(parts) > 1:
             view.part = "+".join(dict.fromkeys(str(s.role) for s in mine))
         _see(view, segments, layouts)
@@ -68,6 +73,18 @@ def of_group(rule: Rule, group: Mapping[str, Any]) -> Rule:
     return replace(rule, **own)  # type: ignore[type-var]
 
 
+def _at_an_end(segment: Segment) -> bool:
+    """Whether the output dimension is the first, or the last of a matrix; of stacked ones alike."""
+    dims = len(segment.shape) - segment.stacked
+    return dims < 2 or segment.dim == int(segment.stacked) or (dims == 2 and segment.dim == len(segment.shape) - 1)
+
+
+def _rowless(segments: Sequence[Segment], rule: Rule, cuts: Sequence[Cut]) -> bool:
+    """Whether an output dimension lies in the middle, and nothing that the rule does goes by it."""
+    one = len(segments) == 1 and segments[0].whole and not _at_an_end(segments[0])
+    return one and (not rule.has_blocks or cuts[0] not in ("row", "head"))
+
+
 def _check_parts(views: Sequence[ParamView]) -> None:
     for view in views:
         whole = isinstance(view.rule, MatrixRule)
@@ -79,16 +96,17 @@ def _check_parts(views: Sequence[ParamView]) -> None:
 
 def _see(view: ParamView, segments: Sequence[Segment], layouts: Layouts) -> None:
     """Lay a view out: its rows, and its blocks."""
-    inner, first = local(view.param), segments[0]
-    shape = tuple(inner.shape)
+    inner, segments = local(view.param), view.segments if view.rowless else segments
+    first, shape = segments[0], tuple(inner.shape)
     if len({(s.dim, s.stacked) for s in segments}) > 1:
         raise ValueError(f"{view.name}: its segments disagree on the output dimension")
-    by_row = len(shape) < 2 or first.dim == (1 if first.stacked else 0)
-    if not by_row and not (first.dim == len(shape) - 1 and len(shape) == (3 if first.stacked else 2)):
+    if not _at_an_end(first):
+        along = "blocks along it" if len(segments) == 1 else f"the roles {', '.join(str(s.role) for s in segments)}"
         raise ValueError(
-            f"{view.name}: output dimension {first.dim} of shape {shape} is neither the first nor the last; "
-            f"say dim=0 in an override if the parameter is one block"
+            f"{view.name}: output dimension {first.dim} of shape {shape} is neither the first nor the last, and has "
+            f"{along}; give it one role and dim=0 in an override, and it is one block (AdamMini: cut='tensor')"
         )
+    by_row = len(shape) < 2 or first.dim == (1 if first.stacked else 0)
     if not by_row:
         view.whole_shape, view.dim = shape, len(shape) - 2
     elif len(shape) < 2:

@@ -126,21 +126,51 @@ def _product_of_data(record: Recorder, call: Call, product: Product) -> Tensor |
         if not values.requires_grad:
             continue
         scores = record.graph.nearest(weights, record.weightings) or record.graph.bent_scores(weights)
-        if scores is not None:
-            attention = _written_out(record, scores, product, values)
-            attention.weights = weights
-            return _attended(record, attention, out)
+        if scores is None:
+            continue
+        if not _over_keys(scores, product, weights):
+            return out  # scores of several heads are weighed and summed: nothing is attended to yet
+        attention = _written_out(record, scores, product, values)
+        attention.weights = weights
+        return _attended(record, attention, out)
     if out.grad_fn is not None:
         record.graph.scores[out.grad_fn] = product
     return out
 
 
-def _written_out(record: Recorder, scores: Product, product: Product, values: Tensor) -> Attention:
-    """Heads are the axes that queries, keys and scores share. The last axis of the scores runs along the keys. Of the
-    axes of the queries alone one runs along the tokens; where there are more, the others are heads that share keys.
-    """
+def _queries_and_keys(scores: Product) -> tuple[tuple[Tensor, Axes], tuple[Tensor, Axes]]:
+    """Both with their axes. The last axis of the scores runs along the keys."""
     left, right = (scores.left, scores.left_axes), (scores.right, scores.right_axes)
-    (q, q_axes), (k, k_axes) = (left, right) if scores.out_axes[-1] in scores.right_axes else (right, left)
+    return (left, right) if scores.out_axes[-1] in scores.right_axes else (right, left)
+
+
+def _over_keys(scores: Product, product: Product, weights: Tensor) -> bool:
+    """Whether a product sums over the keys of the scores: its first weight and its last are of other keys."""
+    _, (k, k_axes) = _queries_and_keys(scores)
+    axes = product.left_axes if weights is product.left else product.right_axes
+    others = [i for i, label in enumerate(k_axes) if label != scores.out_axes[-1]]
+    if not k.requires_grad or 0 in weights.shape:
+        return True
+
+    def keys(at: tuple[int, ...]) -> list[bool]:
+        (size,) = torch.autograd.grad(weights[at], k, retain_graph=True, allow_unused=True)
+        hit = torch.zeros_like(k, dtype=torch.bool) if size is None else size != 0
+        seen: list[bool] = hit.sum(others).bool().tolist()
+        return seen
+
+    summed = [a for a in axes if a in product.left_axes and a in product.right_axes and a not in product.out_axes]
+    for axis in map(axes.index, summed):
+        first, last = (keys(tuple(end if i == axis else -1 for i in range(weights.ndim))) for end in (0, -1))
+        if first != last or not any(first) or len(first) == 1:
+            return True
+    return False
+
+
+def _written_out(record: Recorder, scores: Product, product: Product, values: Tensor) -> Attention:
+    """Heads are the axes that queries, keys and scores share. Of the axes of the queries alone one runs along the
+    tokens; where there are more, the others are heads that share keys.
+    """
+    (q, q_axes), (k, k_axes) = _queries_and_keys(scores)
     own = [a for a in scores.out_axes if a in q_axes and a not in k_axes]
     heads_alone = [a for a in own if len(own) > 1 and _differ_along(record, q, q_axes.index(a))]
     v_axes = product.right_axes if values is product.right else product.left_axes

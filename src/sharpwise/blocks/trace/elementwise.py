@@ -24,8 +24,9 @@ ACTIVATIONS = words(
 )
 LIMITS = words("clamp clamp_ clamp_min clamp_max clip maximum minimum")  # no activation unless at 0
 COMPARISONS = words("gt ge lt le __gt__ __ge__ __lt__ __le__ greater less")
+_KINDS = COMPARISONS | words("eq ne __eq__ __ne__ not_equal isin")
 NORMS = words("layer_norm rms_norm group_norm batch_norm instance_norm normalize")
-STATISTICS = words("mean var std var_mean std_mean norm vector_norm linalg_vector_norm sum")
+STATISTICS = words("mean var std var_mean std_mean norm vector_norm linalg_vector_norm sum logsumexp")
 CHOICES = words("topk argmax sort argsort max")
 SCALES = words("mul __mul__ __rmul__ mul_ __imul__ multiply")
 SHIFTS = words("add __add__ __radd__ add_ __iadd__ sub __sub__ sub_ __isub__")
@@ -66,7 +67,7 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
         _copied(record, call, result)
         if call.name == "one_hot" and id(x) in record.copies:
             record.mark("one_hot", result)
-        for what in ("statistic", "choice", "input", "held", "one_hot"):
+        for what in ("statistic", "choice", "input", "held", "one_hot", "kind"):
             if record.is_marked(what, *given):
                 record.mark(what, result)
         return result
@@ -99,6 +100,8 @@ def _copied(record: Recorder, call: Call, result: Any) -> None:
         record.mark("count", result)
         return
     given = [record.copies[id(t)] for t in call.tensors if id(t) in record.copies]
+    if call.name in _KINDS and given:
+        record.mark("kind", result)
     if call.name == "__setitem__" and given:
         result = call.args[0]
     if not isinstance(result, Tensor) or not given or call.name in NEW or id(result) in record.copies:

@@ -1,7 +1,8 @@
 """Functions that a model defines with a gradient of its own.
 
-Autograd sees one node and no inside. Where the inside holds a product, a lookup or an attention, the forward is run as
-it stands, without the gradient that comes with it. Any other such function counts as an activation (`graph`).
+Autograd sees one node and no inside. Where the inside holds a product, a lookup or an attention, or does no more than
+move numbers, the forward is run as it stands, without the gradient that comes with it. Any other such function counts
+as an activation (`graph`).
 """
 
 import contextlib
@@ -12,7 +13,9 @@ from unittest import mock
 import torch
 
 from sharpwise.blocks.trace.graph import Through
+from sharpwise.blocks.trace.paths import only_moves
 from sharpwise.blocks.trace.recorder import Recorder
+from sharpwise.blocks.trace.weights import tensors_in
 
 _Function = torch.autograd.Function
 
@@ -38,7 +41,7 @@ def opened_functions(record: Recorder) -> Iterator[None]:
         apart = cls.setup_context is not _Function.setup_context  # a forward without a context
         with contextlib.suppress(Exception), torch.enable_grad():
             result = cls.forward(*args, **kwargs) if apart else cls.forward(_Context(), *args, **kwargs)
-            if _seen(record) > before:
+            if _seen(record) > before or only_moves(tensors_in(result), tensors_in((args, kwargs))):
                 return result
         return apply(cls, *args, **kwargs)
 

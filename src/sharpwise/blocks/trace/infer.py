@@ -80,8 +80,8 @@ class Inference:
                 if one:
                     ledger.add_head(coords, role)
                 else:
-                    ledger.assign(coords, role, why)
                     ledger.stacked |= units.stacked
+                    ledger.assign(coords, role, why)
 
     def give(self, leaf: Leaf, chosen: Array, role: Role, why: str, heads: Sequence[Array] = ()) -> None:
         """These units of a matrix have this role."""

@@ -31,6 +31,24 @@ def kind_of_node(node: Any) -> str:
     return name.rstrip("0123456789").removesuffix("Backward")
 
 
+def only_moves(results: Collection[Tensor], given: Collection[Tensor]) -> bool:
+    """Whether the results are numbers of those given, moved and nothing else. None may lose its gradient."""
+    made, ends = ([t.grad_fn for t in tensors if t.is_floating_point()] for tensors in (results, given))
+    queue = [node for node in made if node is not None]
+    if made.count(None) > ends.count(None):
+        return False
+    seen = {*queue}
+    for node in queue:
+        if node in ends:
+            continue
+        following = [n for n, _ in node.next_functions if n is not None]
+        if not following or kind_of_node(node) not in _MOVES - {"MaskedFill", "Where"}:
+            return False
+        queue += [n for n in following if n not in seen]
+        seen.update(following)
+    return bool(queue)
+
+
 class Paths:
     """Ways from leaves to what reads them.
 

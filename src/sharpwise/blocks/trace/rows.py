@@ -76,7 +76,10 @@ class Ledger:
         """Index arrays into `_roles`; the first call settles the dimensions. None where these are others."""
         if not self._dims:
             given = [d for d in range(min(len(coords), len(self.shape))) if coords[d] is not None]
-            self._dims = [d for d in given if self.shape[d] > 1] or given[-1:]
+            # Of one output alone: a row of all, or a column; of stacked copies each has one.
+            self._dims = [d for d in given if self.shape[d] > 1] or (
+                [0] if given[:1] == [0] and not self.stacked else given[-1:]
+            )
             self._roles = np.full([self.shape[d] for d in self._dims], -1, dtype=np.int8)
         index = [c for d in self._dims if d < len(coords) and (c := coords[d]) is not None]
         return tuple(index) if index and len(index) == len(self._dims) else None

@@ -3,23 +3,26 @@
 | role | proof |
 |---|---|
 | tok_emb | looked up by integers that the model was given |
-| pos_emb | looked up by numbers that the model counts, added to the stream; added to it place by place where it \
-begins; joined to it; a stream that begins with a parameter (learned queries, class tokens) |
+| pos_emb | looked up by numbers that the model counts, added to the stream, or by kinds of tokens, added to the \
+tokens; added place by place where the stream begins; joined to it; a stream that begins with a parameter (learned \
+queries, class tokens) |
 | rel_pos | looked up or computed without data, added to the scores of an attention |
 | norm | scales or shifts what was normalized |
 | conv | the kernel of a convolution |
 | a bias | added to the output of a matrix, along its rows: the role of that matrix |
 """
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from sharpwise.blocks.roles import Role
-from sharpwise.blocks.trace.around import ancestors, on_scores
+from sharpwise.blocks.trace.around import ancestors, begins, on_scores
 from sharpwise.blocks.trace.calls import Use
 from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.infer import QKV, Inference, source
-from sharpwise.blocks.trace.rows import ROLES, Ledger, roles_of
+from sharpwise.blocks.trace.rows import ROLES, roles_of
 
 _STARTS = {Role.TOK_EMB, Role.PATCH_EMB, Role.CONV, Role.POS_EMB}
 
@@ -33,7 +36,7 @@ def infer_vectors(found: Inference) -> None:
     lookups = [leaf for leaf in found.leaves if leaf.kind == "lookup"]
     tables = _tables_of_tokens(found, lookups)
     for leaf in lookups:
-        _lookup(found, leaf, leaf in tables, bool(biases >> leaf.index & 1))
+        _lookup(found, leaf, tables, bool(biases >> leaf.index & 1))
     for leaf in found.leaves:
         if leaf.kind == "weight" and biases >> leaf.index & 1 and leaf.weight is not None:
             found.ledgers[leaf.weight.number].settle(Role.REL_POS, "added to the scores of an attention")
@@ -44,7 +47,7 @@ def infer_vectors(found: Inference) -> None:
             _learned(found, source(matrix))
     for use in found.record.uses:
         for number in use.weight.owners:
-            _use(found, use, found.ledgers[number])
+            _use(found, use, number)
     for matrix in found.matrices:
         if Role.DOWN in found.roles(matrix):
             for leaf in found.graph.behind(source(matrix)):
@@ -74,19 +77,27 @@ def _tables_of_tokens(found: Inference, lookups: list[Leaf]) -> list[Leaf]:
     ]
 
 
-def _lookup(found: Inference, leaf: Leaf, tokens: bool, on_mask: bool) -> None:
+def _lookup(found: Inference, leaf: Leaf, tables: list[Leaf], on_mask: bool) -> None:
     assert leaf.weight is not None and leaf.source is not None
     meetings = list(found.paths.meets(leaf, straight=False))
     sums = [node for node, name, rest, _ in meetings if name in ("Add", "Sub") and rest]
     scores = [node for node in sums if any(_scores(found, n) for n in found.paths.inputs(node))]
     for number in leaf.weight.owners:
         ledger = found.ledgers[number]
-        if tokens:
+        if leaf in tables:
             ledger.settle(Role.TOK_EMB, "looked up by tokens", first=True)
         elif on_mask or scores:
             ledger.settle(Role.REL_POS, "looked up, and added to the scores of an attention")
         elif _are_places(leaf.source) and _alike(leaf.source):
             ledger.settle(Role.POS_EMB, "looked up by places")
+        elif found.record.is_marked("kind", leaf.source) and begins(found, leaf) and _with(found, meetings, tables):
+            ledger.settle(Role.POS_EMB, "looked up by kinds of tokens, and added to the tokens")
+
+
+def _with(found: Inference, meetings: list[tuple[Any, str, int, bool]], tables: list[Leaf]) -> bool:
+    """Whether one of these leaves is in all that a lookup becomes a part of."""
+    masks = [found.graph.mask_at(node) for node, _, _, _ in meetings]
+    return all(any(mask >> leaf.index & 1 for leaf in tables) for mask in masks)
 
 
 def _scores(found: Inference, node: object) -> bool:
@@ -143,9 +154,10 @@ def _learned(found: Inference, tensor: Tensor) -> None:
                 ledger.settle(Role.POS_EMB, "learned queries")
 
 
-def _use(found: Inference, use: Use, ledger: Ledger) -> None:
+def _use(found: Inference, use: Use, number: int) -> None:
+    ledger = found.ledgers[number]
     vector = sum(n > 1 for n in use.weight.value.shape) < 2
-    plain = len(use.weight.owners) == 1 and not use.weight.mixes
+    plain = (len(use.weight.owners) == 1 and not use.weight.mixes) or use.weight.moved
     if use.how == "shift" and len(ledger.shape) == 1 and use.weight.number >= 0:
         ledger.bias = True
     if ledger.known or use.beside is None:
@@ -159,14 +171,14 @@ def _use(found: Inference, use: Use, ledger: Ledger) -> None:
         and use.weight.value.numel() > 1
         and found.graph.normed(use.beside, use.how)
     ):
-        if use.weight.owners[0] not in found.unsure:
+        if number not in found.unsure:
             ledger.settle(Role.NORM, "scales or shifts what was normalized")
     elif use.how == "conv":
         ledger.settle(Role.CONV, "the kernel of a convolution")
     elif use.how == "join" and len(ledger.shape) > 1:
         ledger.settle(Role.POS_EMB, "joins the stream")
     elif use.how == "shift" and len(ledger.shape) > 1:
-        _place_by_place(found, use, ledger, vector)
+        _place_by_place(found, use, number, vector)
     elif (
         use.how in ("shift", "join")
         and use.weight.value.numel() > 1
@@ -175,7 +187,7 @@ def _use(found: Inference, use: Use, ledger: Ledger) -> None:
         ledger.settle(Role.K, "the score of a key that is always there")
         ledger.bias = True
     elif use.how == "shift":
-        _bias(found, use, ledger)
+        _bias(found, use, number)
 
 
 def _begins_with(found: Inference, here: int, number: int) -> bool:
@@ -184,11 +196,12 @@ def _begins_with(found: Inference, here: int, number: int) -> bool:
     return own is not None and bool(ancestors(found, here) >> own.index & 1)
 
 
-def _place_by_place(found: Inference, use: Use, ledger: Ledger, vector: bool) -> None:
+def _place_by_place(found: Inference, use: Use, number: int, vector: bool) -> None:
     assert use.beside is not None
+    ledger = found.ledgers[number]
     mask = found.graph.mask(use.beside)
     here = mask & found.paths.data
-    if _begins_with(found, here, use.weight.owners[0]):
+    if _begins_with(found, here, number):
         ledger.settle(Role.POS_EMB, "the stream begins with it")
     if ledger.known or vector:
         return
@@ -197,13 +210,14 @@ def _place_by_place(found: Inference, use: Use, ledger: Ledger, vector: bool) ->
         if roles and all(role == {Role.MODULATION} for role in roles):
             ledger.settle(Role.MODULATION, "added to what scales or shifts the stream")
         return
-    if not any(other.how == "other" for other in found.record.uses_of(use.weight.owners[0])):
+    if not any(other.how == "other" for other in found.record.uses_of(number)):
         ledger.settle(Role.POS_EMB, "added to the stream, place by place, where it begins")
 
 
-def _bias(found: Inference, use: Use, ledger: Ledger) -> None:
+def _bias(found: Inference, use: Use, number: int) -> None:
     assert use.beside is not None
-    if _begins_with(found, found.graph.mask(use.beside) & found.paths.data, use.weight.owners[0]):
+    ledger = found.ledgers[number]
+    if _begins_with(found, found.graph.mask(use.beside) & found.paths.data, number):
         ledger.settle(Role.POS_EMB, "the stream begins with it")
         return
     good, _ = found.paths.straight(use.beside, products=True)

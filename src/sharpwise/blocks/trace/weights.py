@@ -84,6 +84,11 @@ class Weight:
         return self._mixes or any(source.mixes for source in self._sources)
 
     @property
+    def moved(self) -> bool:
+        """Whether it is numbers of parameters as they are, moved and joined and nothing else."""
+        return self._replay is None or (self._moves and all(source.moved for source in self._sources))
+
+    @property
     def owners(self) -> list[int]:
         """The numbers of the parameters that it is made of."""
         if self.number >= 0:
