@@ -19,7 +19,7 @@ RUNGS = (
     ("rules", "storage", "controls", "block_lr"),
     ("engine",),
     ("probes",),
-    ("arms", "blockwise", "combinations", "named", "optim", "rotated"),
+    ("arms", "blockwise", "combinations", "groups", "named", "optim", "rotated"),
     ("",),  # what `import sharpwise` gives
     ("train",),
     ("compare", "measure", "memory", "report"),

@@ -17,6 +17,7 @@ from sharpwise.block_lr import (
 )
 from sharpwise.blocks import BlockMap
 from sharpwise.engine import BlockOptimizer
+from sharpwise.groups import param_groups
 from sharpwise.named import AdamH, AdamW8bit, LionA, LionAR, Muon8bit, MuonH
 from sharpwise.optim import (
     SGD,
@@ -68,5 +69,6 @@ __all__ = [
     "create_optimizer",
     "list_optimizers",
     "make_block_lr",
+    "param_groups",
     "parse_arm",
 ]

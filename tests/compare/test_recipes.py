@@ -12,8 +12,8 @@ from sharpwise.block_lr import make_block_lr
 from sharpwise.compare.recipes import find_recipe, list_recipes, recipes_folder
 from sharpwise.compare.report.text import headline
 from sharpwise.compare.study import make_study
-from sharpwise.train.build import build_optimizer
 from sharpwise.train.models import load_model
+from sharpwise.train.optimizer import build_optimizer
 
 
 def test_a_folder_with_several_studies_lists_each() -> None:

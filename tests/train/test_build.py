@@ -10,9 +10,10 @@ from sharpwise.block_lr import GradientSNR, make_block_lr
 from sharpwise.optim import BLOCK_LRS, COMBINES
 from sharpwise.testing import EXAMPLES
 from sharpwise.train import build as build_module
-from sharpwise.train.build import Built, as_code, build, build_optimizer
+from sharpwise.train.build import Built, build
 from sharpwise.train.config import OptimizerConfig
 from sharpwise.train.config_file import make_config, set_keys
+from sharpwise.train.optimizer import as_code, build_optimizer
 from sharpwise.train.profile import WARM_UP, profile_steps
 from train.kill_rig import Tiny, settings
 from train.run_rig import prepare

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 from sharpwise.block_lr.base import NOTHING, BlockLR, Measured, check_ratio, ratios_of, spelled
-from sharpwise.blocks import BlockType, Role, Segment
-from sharpwise.blocks.roles import meant
+from sharpwise.blocks import Segment
+from sharpwise.blocks.naming import by_role, check_named, matches
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,12 @@ class PerRole(BlockLR):
     def _ratio(self, segment: Segment) -> float:
         found = self.default
         for name, value in dict(self.ratios).items():
-            found = value if _matches(segment, name) else found
+            found = value if matches(segment, name) else found
         return float(found)
 
     @property
     def by_role(self) -> bool:
-        return any(name in (*BlockType, *Role) for name in dict(self.ratios))
+        return by_role(dict(self.ratios))
 
     def check(self, segments: Sequence[Segment]) -> None:
-        for name, _ in dict(self.ratios).items():
-            if segments and not any(_matches(segment, name) for segment in segments):
-                types = ", ".join(dict.fromkeys(str(s.block_type) for s in segments))
-                roles = ", ".join(dict.fromkeys(str(s.role) for s in segments))
-                hint = meant(name, [*types.split(", "), *roles.split(", ")])
-                raise ValueError(
-                    f"{self.name}: {name!r} is no block of this model{hint}; it has the types {types}, the roles "
-                    f"{roles}, and parameters such as {segments[0].name} (globs match whole names: '*.mlp.*')"
-                )
-
-
-def _matches(segment: Segment, name: str) -> bool:
-    return name in (segment.role, segment.block_type) or fnmatchcase(segment.name, name)
+        check_named(self.name, dict(self.ratios), segments)

@@ -22,9 +22,9 @@ from sharpwise.compare.trial import Setting, Stage, Trial
 from sharpwise.compare.tuning import at_edge, tried
 from sharpwise.compare.verdict import sentence, verdict
 from sharpwise.report.blocks import describe
-from sharpwise.train.build import as_code, build_optimizer
 from sharpwise.train.config_file import as_given, make_config
 from sharpwise.train.environment import environment
+from sharpwise.train.optimizer import as_code, build_optimizer
 
 Result = dict[str, Any]
 LEVEL = 0.95

@@ -11,21 +11,20 @@ from torch import Tensor, nn
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap
-from sharpwise.blocks.map import blocks_for
 from sharpwise.blocks.unclear import without_options
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import nearest
 from sharpwise.model_facts import enable_activation_checkpointing, logits_of, max_context, vocabulary_of
-from sharpwise.optim import create_optimizer
 from sharpwise.train.code import names_class
-from sharpwise.train.config import Config, OptimizerConfig, steps_of
+from sharpwise.train.config import Config, steps_of
 from sharpwise.train.config_file import as_flat
 from sharpwise.train.data import Prepared, open_tokens, same_tokens
 from sharpwise.train.data.manifest import MANIFEST
 from sharpwise.train.environment import cpu_multiplies_bf16
-from sharpwise.train.foreign import Foreign, build_foreign, foreign_code
+from sharpwise.train.foreign import Foreign
 from sharpwise.train.launch import Launch
 from sharpwise.train.models import load_model, load_pretrained, tokenizer_of, usable_settings
+from sharpwise.train.optimizer import build_optimizer
 from sharpwise.train.schedule import Schedule
 from sharpwise.train.steps import Plan, step_starts
 from sharpwise.train.tracking import check_trackers, has_tensorboard
@@ -336,53 +335,3 @@ def probe_batches(config: Config, data: Prepared, plan: Plan) -> list[Tensor] | 
         return None
     starts = step_starts(data.train, plan, 0)  # the steps of a run are counted from 1
     return list(torch.from_numpy(data.train.windows(starts, plan.context + 1)).split(plan.micro))
-
-
-def build_optimizer(
-    own: OptimizerConfig,
-    model: nn.Module,
-    blocks: BlockMap | None = None,
-    steps: int | None = None,
-    batches: list[Tensor] | None = None,
-) -> BlockOptimizer | Foreign:
-    """The optimizer that a configuration names.
-
-    `blocks` of the model, where they are known already; the `steps` of the run and `batches` to probe the model on, for
-    block_lrs that need them. It leaves steps with non-finite gradients out whatever `on_nonfinite` says: so the weights
-    are good when the run decides what to do.
-
-    Raises:
-        ValueError, TypeError: from its constructor.
-    """
-    if names_class(own.name):
-        return build_foreign(own, model, blocks_for(model, blocks, own.name, include_frozen=True))
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in own.options.items()}
-    if blocks is not None:
-        options["blocks"] = blocks
-    return create_optimizer(
-        model,
-        own.name,
-        lr=own.lr,
-        block_lr=own.block_lr or None,
-        max_grad_norm=own.max_grad_norm or None,
-        on_nonfinite="skip",
-        total_steps=steps,
-        probe_batches=batches,
-        **options,
-    )
-
-
-def as_code(own: OptimizerConfig, steps: int | None = None) -> str:
-    """The optimizer as a user would write it, for a training of so many steps."""
-    if names_class(own.name):
-        return foreign_code(own)
-    arguments: dict[str, Any] = {"lr": own.lr, **own.options}
-    if own.block_lr:
-        arguments["block_lr"] = own.block_lr
-        sources = make_block_lr(own.block_lr).sources
-        if steps is not None and sources:
-            arguments["total_steps"] = steps
-    if own.max_grad_norm:
-        arguments["max_grad_norm"] = own.max_grad_norm
-    said = ", ".join(f"{key}={tuple(v) if isinstance(v, list) else v!r}" for key, v in arguments.items())
-    return f"sharpwise.create_optimizer(model, {own.name!r}, {said})"

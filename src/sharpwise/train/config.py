@@ -5,12 +5,17 @@ the `config.toml` of a run holds every value that it used.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sharpwise.block_lr.spelling import make_block_lr
+from sharpwise.groups import check_settings
 from sharpwise.hints import nearest
+
+
+def _with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class OptimizerConfig:
         max_grad_norm: clip the global norm to this; 0 does not clip.
         on_nonfinite: a loss or gradient that is not finite: "raise" ends the run at that step, before any weight
             changes; "skip" leaves the step out and goes on.
+        settings_of: settings that some parameters have instead, as `sharpwise.param_groups` takes them: a table by
+            block type, role, glob on names or "bias", such as `Emb = {weight_decay = 0.0}`.
         options: the further keys.
     """
 
@@ -86,7 +93,28 @@ class OptimizerConfig:
     block_lr: str | dict[str, Any] = ""
     max_grad_norm: float = 1.0
     on_nonfinite: Literal["raise", "skip"] = "raise"
+    settings_of: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options as a constructor takes them."""
+        return _with_tuples(self.options)
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """What `sharpwise.param_groups` makes groups of, {} for none."""
+        return {key: _with_tuples(settings) for key, settings in self.settings_of.items()}
+
+    def check_groups(self, allowed: Collection[str]) -> None:
+        """Raise ValueError for a setting of some parameters that the groups of the optimizer do not have."""
+        for key, settings in self.settings_of.items():
+            for name in settings:
+                if name not in allowed:
+                    raise ValueError(
+                        f"optimizer.settings_of: {key!r} has {name!r}{nearest(name, allowed)}; the groups of "
+                        f"{self.name} may differ in {', '.join(allowed)}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -259,6 +287,21 @@ def check(config: Config) -> None:
     _at_least(0.0, "optimizer.max_grad_norm", optimizer.max_grad_norm)
     _at_least(0.0, "optimizer.lr", optimizer.lr)
     spelled_block_lr(optimizer.block_lr)
+    _check_settings_of(optimizer.settings_of)
+
+
+def _check_settings_of(given: Mapping[str, Any]) -> None:
+    if not given:
+        return
+    try:
+        check_settings(given, "optimizer.settings_of")
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    if rated := [key for key, own in given.items() if "lr" in own]:
+        raise ValueError(
+            f"optimizer.settings_of: {rated[0]!r} has an lr, and the schedule sets that of all parameters; take "
+            f"optimizer.block_lr, such as 'per_role(ratios={{{rated[0]}: 2}})'"
+        )
 
 
 def spelled_block_lr(given: str | Mapping[str, Any]) -> str:

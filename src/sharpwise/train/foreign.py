@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharpwise.blocks import BlockMap, canonical_name
+from sharpwise.blocks import BlockMap
 from sharpwise.engine.binding import check_roles_named
+from sharpwise.groups import grouped, param_groups, trained
 from sharpwise.hints import kind_of, nearest
 from sharpwise.train.code import current_directory_first, find
 from sharpwise.train.config import OptimizerConfig
@@ -111,18 +112,23 @@ def _plain_tensors(value: Any) -> list[Tensor]:
 def build_foreign(own: OptimizerConfig, model: nn.Module, blocks: BlockMap) -> Foreign:
     """The optimizer that `module:class` names, with groups of parameters as PyTorch has them.
 
-    What trains is one group; where `no_decay` says roles or "bias", what these are is a second one with weight_decay 0.
+    What trains is one group; what `no_decay` or `settings_of` says of roles or types are further ones.
 
     Raises:
         ValueError: what is named is not there, is no optimizer that this loop can drive, or takes other arguments.
     """
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in own.options.items()}
+    options = own.arguments
     no_decay = check_roles_named(options.pop("no_decay", ()), own.name, "no_decay", ("bias",))
     kind: Any = _class_of(own.name)
     allowed = _check_arguments(kind, own.name, {"lr": own.lr, **options})
-    groups = _groups(model, blocks, no_decay, own.name)
-    if "weight_decay" not in allowed and any("weight_decay" in group for group in groups):
+    spared = [(role, {"weight_decay": 0.0}) for role in sorted(no_decay)]
+    if own.groups:
+        param_groups(model, own.groups, blocks=blocks)  # raises for keys that cannot be meant
+    groups = grouped(trained(model), blocks, [*own.groups.items(), *spared], own.name)
+    if no_decay and "weight_decay" not in allowed:
         raise ValueError(f"optimizer.no_decay: {own.name} takes no weight_decay; leave it out")
+    for group in groups:
+        group["params"] = [tensor for _, tensor in group["params"]]  # not every library takes names
     try:
         with current_directory_first():
             inner = kind(groups, lr=own.lr, **options)
@@ -130,6 +136,7 @@ def build_foreign(own: OptimizerConfig, model: nn.Module, blocks: BlockMap) -> F
         raise ValueError(f"{own.name}: its constructor raised {type(error).__name__}: {error}") from error
     if any("lr" not in group for group in inner.param_groups):
         raise ValueError(f"{own.name}: its groups have no lr, which the schedule sets; it cannot be driven here")
+    own.check_groups(sorted({*inner.defaults} - {"lr"}))
     found = Foreign(inner, blocks, own.max_grad_norm or None)
     found.state_dict()  # what its groups hold can be saved
     return found
@@ -167,29 +174,12 @@ def _check_arguments(kind: type[Optimizer], spec: str, given: Mapping[str, Any])
     return allowed
 
 
-def _groups(model: nn.Module, blocks: BlockMap, no_decay: frozenset[str], spec: str) -> list[dict[str, Any]]:
-    trained = [(canonical_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
-    spared = {name: {bool(_kinds(s) & no_decay) for s in blocks[name]} for name, _ in trained}
-    if parts := [name for name, own in spared.items() if len(own) > 1]:
-        raise ValueError(
-            f"optimizer.no_decay={sorted(no_decay)} takes a part of {parts[0]}, and {spec} decays whole parameters"
-        )
-    decayed = {"params": [p for name, p in trained if spared[name] != {True}]}
-    others = {"params": [p for name, p in trained if spared[name] == {True}], "weight_decay": 0.0}
-    return [group for group in (decayed, others) if group["params"]]
-
-
-def _kinds(segment: Any) -> set[str]:
-    return {str(segment.role), "bias" if segment.bias else ""}
-
-
 def foreign_code(own: OptimizerConfig) -> str:
     """The optimizer as a user would write it."""
-    options = {key: value for key, value in own.options.items() if key != "no_decay"}
-    said = ", ".join(
-        f"{key}={tuple(v) if isinstance(v, list) else v!r}" for key, v in {"lr": own.lr, **options}.items()
-    )
+    options = {key: value for key, value in own.arguments.items() if key != "no_decay"}
+    said = ", ".join(f"{key}={value!r}" for key, value in {"lr": own.lr, **options}.items())
     notes = [f"no decay of {', '.join(own.options['no_decay'])}"] if own.options.get("no_decay") else []
     notes += [f"gradients clipped to {own.max_grad_norm:g}"] if own.max_grad_norm else []
     more = f"  # {'; '.join(notes)}" if notes else ""
-    return f"{own.name.replace(':', '.')}(model.parameters(), {said}){more}"
+    first = f"sharpwise.param_groups(model, {own.groups!r})" if own.groups else "model.parameters()"
+    return f"{own.name.replace(':', '.')}({first}, {said}){more}"

@@ -15,7 +15,7 @@ import torch
 from sharpwise.files import write_whole
 from sharpwise.model_facts import count_parameters
 from sharpwise.probes.callbacks import Probes
-from sharpwise.train.build import Built, as_code, build
+from sharpwise.train.build import Built, build
 from sharpwise.train.checkpoint import Checkpoint, Checkpoints, OtherVersion
 from sharpwise.train.code import confirm_code
 from sharpwise.train.config import Config
@@ -25,6 +25,7 @@ from sharpwise.train.environment import environment, peak_memory
 from sharpwise.train.final import save_final
 from sharpwise.train.folder import Bystander, RunFolder, changed_lines, read_starts
 from sharpwise.train.launch import joined
+from sharpwise.train.optimizer import as_code
 from sharpwise.train.steps import Step, step_starts, train_steps
 from sharpwise.train.tracking import Tracker, make_trackers, points
 from sharpwise.train.world import World, is_everywhere, is_marked, mark
