@@ -300,9 +300,36 @@ def test_factors_are_searched_for_one_optimizer(data: Path, tmp_path: Path) -> N
     assert _sharpwise(*arguments, "--runs", "6").exit_code == 2
 
 
+@pytest.mark.usefixtures("short_runs")
+def test_weight_decay_and_beta2_are_searched_too(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "roles"
+    arguments = ["compare", "--tune", "roles", "--types", "Emb", "--of", "weight_decay, beta2", "--runs", "10"]
+    arguments += ["--margin", "1e-9", "--budget", "320", *_arguments(data, out)]
+    outcome = _sharpwise(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    said = (
+        "10 to 10 of them search a factor on weight_decay for each of Emb; on beta2 for each of Emb in adamw, searched"
+    )
+    assert said in outcome.stderr.replace("\n", " ")
+    (arm,) = (arm for arm in json.loads((out / "result.json").read_text())["arms"] if arm["search"])
+    told = arm["search"]
+    assert {step["of"] for step in told["steps"]} == {"weight_decay", "beta2"} and told["block_lr"] == ""
+    assert arm["setting"].get("optimizer.settings_of", {}) == told["settings_of"]
+    for run in told["runs"]:  # ordinary runs, whose configuration says it all
+        own = read_given(out / run["folder"] / "config.toml")["optimizer"]
+        assert own["settings_of"] == run["setting"].get("optimizer.settings_of", {})
+    if told["settings_of"]:
+        assert "params=sharpwise.param_groups(model, {'Emb': {" in outcome.stdout
+    again = _sharpwise("compare", "--out", out, "--trust-code")
+    assert again.exit_code == 0 and again.stdout.splitlines()[:-1] == outcome.stdout.splitlines()[:-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--of", "lr"], "--runs, --types and --of are those of a search; say --tune roles too"),
+        (["--tune", "roles", "--of", "wd"], "of must be some of lr, weight_decay, beta2, each once, got ['wd']"),
+        (["lion", "--tune", "roles", "--of", "lr,beta2"], "of: lion has no second moment, whose beta2"),
         (["--tune", "role"], "--tune role: expected roles, for the factor of every block type"),
         (
             ["adamw", "lion", "--tune", "roles"],
@@ -310,7 +337,7 @@ def test_factors_are_searched_for_one_optimizer(data: Path, tmp_path: Path) -> N
         ),
         (["--recipe", "blockwise_lr", "--tune", "roles"], "--tune roles takes one optimizer"),
         (["some.toml", "--tune", "roles"], "--tune roles takes one optimizer"),
-        (["adamw", "lion", "--runs", "30"], "--runs and --types are those of a search; say --tune roles too"),
+        (["adamw", "lion", "--runs", "30"], "--runs, --types and --of are those of a search; say --tune roles too"),
         (["--tune", "roles", "--runs", "25"], "runs must be 26 or more, got 25"),
         (["--tune", "roles", "--types", "Emb,Had"], "'Had' is no block of this model (did you mean 'Head'?)"),
         (["--tune", "roles", "--types", ""], "'' is no block of this model; it has the types Emb"),

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpwise.block_lr import PerRole, make_block_lr
-from sharpwise.compare.role_search import BLOCK_LR, SEEDS, Roles, Search, factor, search
-from sharpwise.compare.trial import Trial
+from sharpwise.compare.role_search import Search, search
+from sharpwise.compare.roles import BLOCK_LR, SEEDS, Roles, factor
+from sharpwise.compare.trial import SETTINGS_OF, Trial, plain
 from sharpwise.compare.tuning import Space, chosen, count_trials, needed, searched, tried
 
 LRS = (1e-3, 3e-3, 1e-2)
@@ -49,7 +50,7 @@ def play(loss, roles=ALL, *, order=None, done=None) -> tuple[Search, dict[Trial,
 
 def test_a_separable_bowl_is_searched_to_its_bottom() -> None:
     found, done = play(bowl({"Emb": 4.0, "FFN": 2.7, "QK": 1.0}))
-    assert dict(found.factors) == {"Emb": 4.0, "QK": 1.0, "FFN": 2.83}
+    assert dict(found.factors["lr"]) == {"Emb": 4.0, "QK": 1.0, "FFN": 2.83}
     assert dict(found.setting)[BLOCK_LR] == "per_role(ratios={Emb: 4, QK: 1, FFN: 2.83})"
     assert found.setting[0] == START[0]
     assert found.ended == "nothing"
@@ -90,7 +91,7 @@ def test_a_step_has_to_win_on_both_seeds_and_by_the_margin(gains: tuple[float, f
     first = found.steps[0]
     assert (first.type, first.before, first.after) == ("Emb", 1, 2)
     assert first.taken == taken
-    assert found.factors["Emb"] == (2 if taken else 1)
+    assert found.factors["lr"]["Emb"] == (2 if taken else 1)
     gained = [before - after for before, after in zip(first.against, first.losses, strict=True)]
     assert gained == pytest.approx(list(gains))
 
@@ -115,7 +116,7 @@ def test_a_step_is_compared_with_the_factors_that_hold() -> None:
         return 5 + 0.2 * (emb + ffn - 1) ** 2 + 0.1 * (emb - 1) ** 2 + 0.1 * math.log2(at["QK"]) ** 2
 
     found, _ = play(loss)
-    assert dict(found.factors) == {"Emb": 2.0, "QK": 1.0, "FFN": 1.0}
+    assert dict(found.factors["lr"]) == {"Emb": 2.0, "QK": 1.0, "FFN": 1.0}
     after = next(step for step in found.steps if step.type == "FFN")
     assert after.against[0] == pytest.approx(5.0)
 
@@ -128,7 +129,7 @@ def test_small_steps_are_tried_again_until_a_whole_round_takes_nothing() -> None
         return 5 + 0.2 * (ffn - 0.5) ** 2 + 0.1 * (emb - ffn) ** 2 + 0.1 * qk**2
 
     found, _ = play(loss)
-    assert dict(found.factors) == {"Emb": 1.41, "QK": 1.0, "FFN": 1.41}
+    assert dict(found.factors["lr"]) == {"Emb": 1.41, "QK": 1.0, "FFN": 1.41}
     taken = [(step.type, step.round) for step in found.steps if step.taken]
     assert [name for name, _ in taken] == ["FFN", "Emb"] and taken[0][1] < taken[1][1]
 
@@ -155,7 +156,7 @@ def test_any_search_keeps_to_its_runs_and_ends_the_same_in_any_order(powers, noi
         if step.taken:
             assert len(step.losses) == 2 and all(a < b for a, b in zip(step.losses, step.against, strict=True))
             at[step.type] = step.after
-    assert at == dict(found.factors)
+    assert at == dict(found.factors["lr"])
     if found.ended == "nothing":  # no smaller step is better on both seeds; those of other types were all tried there
         held = {seed: loss(Trial("a", "roles", found.setting, seed)) for seed in SEEDS}
         assert all(step.against == tuple(held.values())[: len(step.against)] for step in found.steps[-1:])
@@ -179,7 +180,7 @@ def test_what_diverges_loses_and_what_does_not_wins_against_it() -> None:
         return math.inf if at["Emb"] * at["FFN"] > 0.9 else 5.0 + abs(math.log2(at["QK"]))
 
     found, done = play(loss)
-    assert found.factors["Emb"] * found.factors["FFN"] < 0.9
+    assert found.factors["lr"]["Emb"] * found.factors["lr"]["FFN"] < 0.9
     assert found.ended == "nothing" and math.isfinite(done[Trial("a", "roles", found.setting, SEEDS[0])])
     found, _ = play(lambda trial: math.inf)
     assert found.setting == START and found.ended == "nothing"
@@ -189,6 +190,124 @@ def test_the_way_back_is_not_tried_with_a_step_of_the_same_size() -> None:
     found, _ = play(bowl({"Emb": 2.0}))
     factors = {(step.before, step.after) for step in found.steps if step.type == "Emb"}
     assert factors == {(1, 2), (1, 0.5), (2, 4), (2, 2.83), (2, 1.41)}
+
+
+# --- weight decay and beta2 ------------------------------------------------------------------------------------------
+
+BASE = (("optimizer.weight_decay", 0.1), ("optimizer.betas", (0.9, 0.95)))
+OF = ("lr", "weight_decay", "beta2")
+THREE = Roles(TYPES, runs=300, of=OF, base=BASE)
+
+
+def all_factors_of(trial: Trial, base=BASE) -> dict[tuple[str, str], float]:
+    """By quantity and type, from the values that the setting has."""
+    known, found = dict(base), {("lr", name): value for name, value in factors_of(trial).items()}
+    known |= {key: value for key, value in trial.setting if key in known}
+    for name, own in plain(trial.setting).get(SETTINGS_OF, {}).items():
+        beta1, beta2 = own.get("betas", known["optimizer.betas"])
+        assert beta1 == 0.9 and 0 <= beta2 < 1
+        found["beta2", name] = (1 - beta2) / (1 - known["optimizer.betas"][1])
+        found["weight_decay", name] = (
+            own.get("weight_decay", known["optimizer.weight_decay"]) / known["optimizer.weight_decay"]
+        )
+    return found
+
+
+def bowl_of_three(optimum, noise=0.0):
+    def loss(trial: Trial) -> float:
+        at = all_factors_of(trial)
+        far = [math.log2(at.get(key, 1.0) / optimum.get(key, 1.0)) for key in {*at, *optimum}]
+        chance = random.Random(f"{trial.setting}{trial.seed}").gauss(0, noise) if noise else 0.0
+        return 5.0 + 0.1 * sum(x * x for x in far) + 0.1 * (trial.seed % 7) + chance
+
+    return loss
+
+
+def test_one_quantity_after_the_other_from_what_holds() -> None:
+    optimum = {("lr", "Emb"): 2.0, ("weight_decay", "FFN"): 0.25, ("beta2", "Emb"): 2.8, ("beta2", "QK"): 0.5}
+    found, done = play(bowl_of_three(optimum))
+    assert list(dict(found.setting)) == ["optimizer.lr", BLOCK_LR]
+    found, done = play(bowl_of_three(optimum), THREE)
+    ratios = {of: {name: optimum.get((of, name), 1.0) for name in TYPES} for of in OF}
+    assert found.factors == ratios | {"beta2": {"Emb": 2.83, "QK": 0.5, "FFN": 1.0}}
+    assert plain(found.setting) == {
+        "optimizer.lr": 3e-3,
+        BLOCK_LR: "per_role(ratios={Emb: 2, QK: 1, FFN: 1})",
+        SETTINGS_OF: {
+            "Emb": {"weight_decay": 0.1, "betas": [0.9, 0.858]},  # 1 - 0.05 x 2.83, that to three digits
+            "QK": {"weight_decay": 0.1, "betas": [0.9, 0.975]},
+            "FFN": {"weight_decay": 0.025, "betas": [0.9, 0.95]},
+        },
+    }
+    order = [step.of for step in found.steps]
+    assert order == sorted(order, key=OF.index) and set(order) == set(OF)
+    first = next(step for step in found.steps if step.of == "weight_decay")
+    held = next(step for step in reversed(found.steps) if step.of == "lr" and step.taken)
+    assert first.against[0] == held.losses[0] and (first.before, first.after) == (1, 2)
+    assert found.ended == "nothing" and {trial.seed for trial in done} == set(SEEDS)
+
+
+def test_the_order_is_the_one_that_is_asked_for() -> None:
+    found, _ = play(bowl_of_three({("beta2", "QK"): 2.0}), Roles(TYPES, of=("beta2", "weight_decay"), base=BASE))
+    assert list(dict.fromkeys(step.of for step in found.steps)) == ["beta2", "weight_decay"]
+    assert BLOCK_LR not in dict(found.setting)
+    # What no step was taken of is not said.
+    assert plain(found.setting)[SETTINGS_OF]["Emb"] == {"betas": [0.9, 0.95]}
+
+
+def test_values_start_from_what_was_tuned() -> None:
+    start = (("optimizer.lr", 3e-3), ("optimizer.weight_decay", 0.4))
+    roles = Roles(("Emb",), of=("weight_decay",), base=BASE)
+    setting = plain(roles.setting(start, {"weight_decay": {"Emb": -1}}))
+    assert setting == {**dict(start), SETTINGS_OF: {"Emb": {"weight_decay": 0.283}}}
+
+
+@pytest.mark.parametrize(("beta2", "tried"), [(0.3, {0.5}), (0.5, {2.0, 0.5}), (0.0, {0.5})])
+def test_beta2_stays_in_its_range(beta2: float, tried: set[float]) -> None:
+    base = (("optimizer.betas", (0.9, beta2)),)
+    found, done = play(lambda trial: 5.0, Roles(("Emb",), of=("beta2",), base=base))
+    assert {step.after for step in found.steps if step.after in (2, 0.5)} == tried
+    values = [dict(own).get("betas") for t in done for _, own in dict(t.setting).get(SETTINGS_OF, ())]
+    assert values and all(0 <= found < 1 for _, found in values)
+
+
+@given(
+    st.permutations(OF),
+    st.integers(1, 3),
+    st.tuples(*[st.integers(-4, 4)] * 4),
+    st.floats(0, 0.2),
+    st.integers(0, 60),
+    st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=40)
+def test_every_factor_is_tried_whatever_those_before_it_took(of, count, powers, noise, more, order) -> None:
+    roles = Roles(TYPES, of=tuple(of[:count]), base=BASE, lr_only=("QK",))
+    roles = Roles(TYPES, roles.least + more, of=roles.of, base=BASE, lr_only=("QK",))
+    keys = [(of[0], "Emb"), (of[0], "FFN"), (of[1], "Emb"), ("lr", "QK")]
+    loss = bowl_of_three(dict(zip(keys, map(factor, powers), strict=True)), noise=noise)
+    found, done = play(loss, roles)
+    assert (found, done) == play(loss, roles, order=order)
+    assert len(done) == len(found.trials) <= roles.most
+    tried = {(step.of, step.type) for step in found.steps}
+    assert tried == {(one, name) for one in roles.of for name in TYPES if one == "lr" or name != "QK"}
+    # The setting that is found has the factors that are said.
+    at = all_factors_of(Trial("a", "roles", found.setting, 0))
+    for one, own in found.factors.items():
+        for name, value in own.items():
+            assert at.get((one, name), 1.0) == pytest.approx(value, rel=5e-3)
+
+
+def test_runs_that_more_of_them_lead_away_from_stay_counted() -> None:
+    """With more runs the learning rates go further, and what comes after them is searched again from there."""
+    loss = bowl_of_three({("lr", "Emb"): 16.0, ("lr", "QK"): 0.1, ("beta2", "Emb"): 2.0})
+    roles = [Roles(TYPES, runs, of=("lr", "beta2"), base=BASE) for runs in (26, 100)]
+    short, done = play(loss, roles[0])
+    assert short.ended == "runs"
+    longer, more = play(loss, roles[1], done=done)
+    assert longer == play(loss, roles[1])[0]
+    assert len(more) > len(longer.trials)
+    done = {Trial("a", "tune", (("optimizer.lr", lr),), 0): abs(lr - 3e-3) for lr in LRS} | more
+    assert count_trials("a", done, {"a": roles[1]}) == len(LRS) + len(more)
 
 
 # --- in a study ------------------------------------------------------------------------------------------------------
@@ -220,7 +339,7 @@ def test_every_arm_gets_as_many_trials_as_one_with_a_search(order: int | None) -
     assert counts["base"] == counts["own"] > 20
     assert counts["own"] == count_trials("own", done, roles)
     found = searched("own", done, {}, roles)
-    assert found.factors["Emb"] > 2 and chosen("own", done, {}, roles) == found.setting
+    assert found.factors["lr"]["Emb"] > 2 and chosen("own", done, {}, roles) == found.setting
     # What base got besides is a grid around its best rate, on one seed after the other; the best in the mean is taken.
     grid = {t: loss for t, loss in done.items() if t.arm == "base" and t.stage == "refine"}
     lrs = sorted({t.lr for t in grid})

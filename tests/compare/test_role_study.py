@@ -20,11 +20,11 @@ from sharpwise.compare.budget import expected, work_out
 from sharpwise.compare.report import search
 from sharpwise.compare.report.page import render
 from sharpwise.compare.report.runs import csv_text
-from sharpwise.compare.role_search import BLOCK_LR, SEEDS
+from sharpwise.compare.roles import BLOCK_LR, SEEDS
 from sharpwise.compare.runner import plan, run_study
 from sharpwise.compare.storage import Storage
 from sharpwise.compare.stored import build_arms, differences, open_study
-from sharpwise.compare.trial import Trial
+from sharpwise.compare.trial import SETTINGS_OF, Trial, plain
 
 OPTIMUM = {"Emb": 4.0, "VO": 0.5}
 SEARCH = {"name": "adamw", "setting_of": "adamw", "tune": "roles"}
@@ -77,6 +77,26 @@ def loss(trial: Trial) -> float | None:
         ),
         ({"name": "torch.optim:RAdam"}, "torch.optim:RAdam is of another library, and moves all blocks alike"),
         ({"lrs": [1e-3, 2e-3, 4e-3]}, "takes the setting of 'adamw' and has lrs of its own"),
+        ({"of": ["lr", "weight_decy"]}, r"of must be some of lr, .* got .* \(did you mean 'weight_decay'\?\)"),
+        ({"of": []}, "of must be some of lr, weight_decay, beta2, each once, got \\[\\]"),
+        ({"of": "lr"}, "of must be some of lr, weight_decay, beta2, each once, got 'lr'"),
+        ({"of": ["lr", "lr"]}, "of must be some of lr, weight_decay, beta2, each once"),
+        (
+            {"of": ["weight_decay"], "settings": {"optimizer.weight_decay": 0}},
+            "arm 'mine': of: a weight decay of 0 has nothing to multiply; give adamw one above 0, as with --set",
+        ),
+        ({"name": "lion", "of": ["beta2"]}, "of: lion has no second moment, whose beta2 .*, or take one of adam-mini,"),
+        ({"name": "sgd", "of": ["beta2"]}, "of: sgd has no second moment, whose beta2 could differ by type"),
+        ({"name": "lion", "of": ["weight_decay"]}, "a weight decay of 0 has nothing to multiply; give lion one above"),
+        (
+            {"of": ["beta2"], "settings": {"optimizer.settings_of": {"Emb": {"eps": 1e-6}}}},
+            "a search of beta2 starts at one value for all blocks, and its optimizer has settings_of; leave that out",
+        ),
+        (
+            {"of": ["lr", "weight_decay"], "types": ["Emb"], "runs": 9},
+            "runs must be 10 or more, got 9: a search over Emb takes 2 .* to try each of the 2 factors",
+        ),
+        ({"types": ["Emb"], "lr_only": ["FFN"]}, r"lr_only must be some of types, got \['FFN'\] of \['Emb'\]"),
         ({"tunes": "roles"}, r"arm 'mine' has no 'tunes' \(did you mean 'tune'\?\)"),
     ],
 )
@@ -103,6 +123,44 @@ def test_a_search_that_cannot_be_meant_is_refused(data, tmp_path, table, message
 def test_a_study_around_a_search_that_cannot_be_meant_is_refused(data, tmp_path, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         open_study(study(data, **changes), tmp_path / "study")
+
+
+def test_a_weight_decay_that_tuning_may_set_to_0_has_nothing_to_multiply(data, tmp_path) -> None:
+    given = searching(data, {"of": ["weight_decay"]}, search={"optimizer.weight_decay": [0.1, 0]})
+    with pytest.raises(ValueError, match="a weight decay of 0 has nothing to multiply"):
+        open_study(given, tmp_path / "study")
+
+
+def test_types_that_are_parts_of_parameters_are_named(data, tmp_path) -> None:
+    gpt2 = {**study(data)["run"], "model": {"name": "gpt2-tiny", "settings": {"vocab_size": 300}}}
+    found = open_study(searching(data, {"of": ["lr", "beta2"]}, run=gpt2), tmp_path)
+    roles = found.roles["mine"]
+    assert roles.types_of("lr") == ("Emb", "pos_emb", "QK", "VO", "FFN", "Norm")
+    assert roles.types_of("beta2") == ("Emb", "pos_emb", "FFN", "Norm")
+    assert found.given["arms"]["mine"]["lr_only"] == ["QK", "VO"]
+    assert open_study(found.given, tmp_path) == found
+    assert roles.said == (
+        "a factor on lr for each of Emb, pos_emb, QK, VO, FFN, Norm; on beta2 for each of Emb, pos_emb, FFN, Norm (QK, "
+        "VO left out of beta2: parts of fused parameters, which have one for all)"
+    )
+    assert (roles.least, roles.most) == (2 * (1 + 2 * 10), 2 * (1 + 4 * 10))
+    build_arms(found, found.arms)  # with a setting for every type
+    for types, message in (
+        (["Emb", "QK"], r"'QK' shares transformer.h.0.attn.c_attn.weight with VO|'QK' shares .*c_attn.* with others"),
+        (
+            ["q", "k"],
+            "'q' shares .*c_attn.* with k and others, and weight_decay can differ between whole parameters only;",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_study(searching(data, {"of": ["weight_decay"], "types": types}, run=gpt2), tmp_path)
+    named = searching(data, {"of": ["weight_decay"], "types": ["Emb", "*.c_attn.*"]}, run=gpt2)
+    build_arms(named := open_study(named, tmp_path), named.arms)
+    alone = searching(data, {"of": ["lr", "beta2"], "types": ["QK"], "lr_only": ["QK"]}, run=gpt2)
+    with pytest.raises(
+        ValueError, match="of: beta2 can differ between whole parameters only, and all of QK are parts of"
+    ):
+        open_study(alone, tmp_path)
 
 
 def test_an_optimizer_that_takes_no_factors_is_named_before_anything_is_trained(data, tmp_path, monkeypatch) -> None:
@@ -215,6 +273,41 @@ def test_a_search_is_told_on_the_page_and_in_the_files(data, tmp_path) -> None:
     assert f"and from there a search of {len(told['runs'])} runs for a factor per type of block" in page.text
 
 
+def test_weight_decay_and_beta2_are_told_too(data, tmp_path) -> None:
+    def lossy(trial: Trial) -> float | None:
+        emb = plain(trial.setting).get(SETTINGS_OF, {}).get("Emb", {})
+        far = math.log2(emb.get("weight_decay", 0.01) / 0.02), math.log2((1 - emb.get("betas", [0, 0.999])[1]) / 2e-3)
+        found = loss(trial)
+        return None if found is None else found + 0.05 * sum(x * x for x in far)
+
+    given = searching(data, {"of": ["lr", "weight_decay", "beta2"], "types": ["Emb", "VO"]})
+    found = fill(given, tmp_path, lossy)
+    result = result_of(found, tmp_path)
+    arm = result["arms"][1]
+    told = arm["search"]
+    assert told["factors"] == {"Emb": 4.0, "VO": 0.5}
+    assert told["factors_of"] == {"weight_decay": {"Emb": 2.0, "VO": 1.0}, "beta2": {"Emb": 2.0, "VO": 1.0}}
+    settings = {
+        "Emb": {"weight_decay": 0.02, "betas": [0.9, 0.998]},
+        "VO": {"weight_decay": 0.01, "betas": [0.9, 0.999]},
+    }
+    assert told["settings_of"] == arm["setting"][SETTINGS_OF] == settings
+    assert {step["of"] for step in told["steps"]} == {"lr", "weight_decay", "beta2"}
+    rows = search.rows(told)
+    assert [(row.of, row.type, row.factor) for row in rows if row.factor != 1] == [
+        ("lr", "Emb", 4.0), ("lr", "VO", 0.5), ("weight_decay", "Emb", 2.0), ("beta2", "Emb", 2.0),
+    ]  # fmt: skip
+    assert [sum(row.gains) / 2 for row in rows if row.of != "lr" and row.gains] == pytest.approx([0.05] * 2, abs=0.01)
+    groups = "sharpwise.param_groups(model, {'Emb': {'weight_decay': 0.02, 'betas': (0.9, 0.998)}, 'VO': {"
+    assert groups in arm["code"]
+    assert "weight decay and 1 - beta2 by type of block as a search has found them" in arm["definition"]
+    page = parse(render(result))
+    for text in (*search.spelled(told), groups, "1 - beta2", "weight decay"):
+        assert text in page.text
+    assert {f"chart-factor-0-{i}" for i in range(6)} <= set(page.ids)
+    assert "weight_decay" in csv_text(result)
+
+
 def test_an_unfinished_search_can_be_looked_at_at_any_time(data, tmp_path) -> None:
     for runs in (1, 3, 20):
         found = fill(searching(data), tmp_path / str(runs), loss, runs=runs)
@@ -250,6 +343,16 @@ def test_another_arm_may_take_the_factors_that_were_found(data, tmp_path) -> Non
     assert settings["mini"] == settings["mine"] != settings["adamw"]
 
 
+def test_an_arm_that_cannot_have_what_is_searched_for_another_is_named_before_anything_is_trained(
+    data, tmp_path
+) -> None:
+    search_of = {**SEARCH, "of": ["beta2"], "types": ["Emb"]}
+    arms = {"adamw": {}, "mine": search_of, "plain": {"name": "sgd", "setting_of": "mine"}}
+    found = open_study(study(data, arms=arms, horizons=[]), tmp_path)
+    with pytest.raises(ValueError, match=r"arm 'plain' cannot be built: .*'Emb' has 'betas'; the groups of sgd may"):
+        build_arms(found, found.arms)
+
+
 def test_more_runs_may_be_given_and_nothing_else(data, tmp_path) -> None:
     before, more = (open_study(searching(data, {"runs": runs}), tmp_path) for runs in (26, 50))
     assert not differences(before, more)
@@ -271,9 +374,9 @@ def test_more_runs_may_be_given_and_nothing_else(data, tmp_path) -> None:
 # --- real ones -------------------------------------------------------------------------------------------------------
 
 
-def tiny(data: Path) -> dict[str, Any]:
+def tiny(data: Path, of: str = "lr") -> dict[str, Any]:
     """A search of one type: 6 to 10 runs of 10 steps."""
-    return searching(data, {"types": ["Emb"]}, tokens=10 * 32)
+    return searching(data, {"types": ["Emb"], "of": [of]}, tokens=10 * 32)
 
 
 @pytest.fixture(autouse=True)
@@ -315,17 +418,18 @@ def _run_and_die(given: dict[str, Any], folder: str, after: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_that_was_killed_goes_on_and_finds_the_same_in_two_processes(data, tmp_path) -> None:
+@pytest.mark.parametrize("of", ["lr", "weight_decay"])
+def test_a_search_that_was_killed_goes_on_and_finds_the_same_in_two_processes(data, tmp_path, of) -> None:
     seen: list[Any] = []
-    state = run_study(open_study(tiny(data), tmp_path / "whole"), tmp_path / "whole", on_progress=seen.append)
+    state = run_study(open_study(tiny(data, of), tmp_path / "whole"), tmp_path / "whole", on_progress=seen.append)
     assert seen[-1].done == seen[-1].expected == len(state.results)
     whole = losses(tmp_path / "whole")
     assert sum("roles" in key for key in whole) >= 6
     for after in (2, 5, 7):  # in the tuning, in the search
-        process = processes.Process(target=_run_and_die, args=(tiny(data), str(tmp_path / "killed"), after))
+        process = processes.Process(target=_run_and_die, args=(tiny(data, of), str(tmp_path / "killed"), after))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
         assert len(losses(tmp_path / "killed")) == after
-    run_study(open_study(tiny(data), tmp_path / "killed"), tmp_path / "killed", jobs=2)
+    run_study(open_study(tiny(data, of), tmp_path / "killed"), tmp_path / "killed", jobs=2)
     assert losses(tmp_path / "killed") == whole

@@ -68,16 +68,24 @@ def compare(
         typer.Option(
             "--tune",
             metavar="roles",
-            help="Search the factor on the learning rate that every block type wants, for one optimizer.",
+            help="Search the factor on the learning rate (see --of) that every block type wants, for one optimizer.",
         ),
     ] = None,
     runs: Annotated[
-        int | None, typer.Option("--runs", help="Of that search at most. [default: 2 + 8 for each type]")
+        int | None, typer.Option("--runs", help="Of that search at most. [default: 2 + 8 for each factor]")
     ] = None,
     types: Annotated[
         str | None,
         typer.Option(
             "--types", metavar="TYPE,...", help="Of that search: block types or roles. [default: all of the model]"
+        ),
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(
+            "--of",
+            metavar="lr,weight_decay,beta2",
+            help="What these factors are on, one after the other; of beta2 on 1 - beta2. [default: lr]",
         ),
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="A study that comes with sharpwise.")] = None,
@@ -117,7 +125,7 @@ def compare(
             said = {"seeds": seeds, "baseline": baseline, "margin": margin, "ablations": ablations or None}
             run = [f'{key}="{value}"' for key, value in (("model.name", model), ("data.path", data)) if value]
             assignments = [*run, *(settings or [])]
-            base = _search(arms or [], tune, runs, types, recipe)
+            base = _search(arms or [], tune, runs, types, of, recipe)
             given, folder = _study(arms or [], out, recipe, budget, said, assignments, search or [], trust_code, base)
             if dry_run:
                 _plan(log, given, folder, jobs, trust_code)
@@ -139,12 +147,12 @@ def show(result: Mapping[str, Any], page: Path, seconds: float, open_page: bool)
 
 
 def _search(
-    arms: list[str], tune: str | None, runs: int | None, types: str | None, recipe: str | None
+    arms: list[str], tune: str | None, runs: int | None, types: str | None, of: str | None, recipe: str | None
 ) -> dict[str, Any] | None:
     """The study of a search, None where none is asked for."""
     if tune is None:
-        if runs is not None or types is not None:
-            raise ValueError("--runs and --types are those of a search; say --tune roles too")
+        if (runs, types, of) != (None, None, None):
+            raise ValueError("--runs, --types and --of are those of a search; say --tune roles too")
         return None
     if tune != "roles":
         raise ValueError(f"--tune {tune}: expected roles, for the factor of every block type")
@@ -155,8 +163,9 @@ def _search(
         )
     from sharpwise.tune import role_study
 
-    split = [name.strip() for name in types.split(",")] if types is not None else []
-    return role_study(arms[0] if arms else "adamw", types=split, runs=runs)
+    names = [name.strip() for name in types.split(",")] if types is not None else []
+    quantities = ["lr"] if of is None else [name.strip() for name in of.split(",")]
+    return role_study(arms[0] if arms else "adamw", types=names, of=quantities, runs=runs)
 
 
 def _study(

@@ -24,7 +24,7 @@ def announce(log: Console, study: "Study", budget: "Budget", jobs: int) -> None:
     )
     for name, roles in study.roles.items():
         log.print(
-            f"{roles.least} to {roles.most} of them search a factor for each of {', '.join(roles.types)} in {name}",
+            f"{roles.least} to {roles.most} of them search {roles.said} in {name}",
             soft_wrap=True,
         )
     log.print(
@@ -94,19 +94,16 @@ def _table(result: Mapping[str, Any]) -> Table:
 
 def _print_searches(console: Console, result: Mapping[str, Any]) -> None:
     """The factors of every search, what each gained, and how to write them."""
-    from sharpwise.compare.report.search import rows, searches, summary
+    from sharpwise.compare.report.search import WORDS, rows, searches, spelled, summary
 
     for arm, search in searches(result):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for column in ("type", "factor", "gained, nats (each seed)", "steps tried: loss minus that before"):
+        for column in ("on", "type", "factor", "gained, nats (each seed)", "steps tried: loss minus that before"):
             table.add_column(column, justify="right" if column == "factor" else "left", overflow="fold")
         for row in rows(search):
-            table.add_row(row.type, f"x{row.factor:g}", row.gained, "; ".join(row.tried))
+            table.add_row(WORDS[row.of], row.type, f"x{row.factor:g}", row.gained, "; ".join(row.tried))
         console.print(f"Factors found by search, {arm['name']}: {summary(search)}")
         console.print(table)
-        if search["block_lr"]:
-            console.print(
-                f'To write, at lr {arm["setting"]["optimizer.lr"]:g}:\n  block_lr="{search["block_lr"]}"',
-                soft_wrap=True,
-            )
+        if lines := spelled(search):
+            console.print(f"To write, at lr {arm['setting']['optimizer.lr']:g}:", *lines, sep="\n  ", soft_wrap=True)
         console.print()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sharpwise import rules
 from sharpwise.block_lr import (
     Ablation,
     BlockLR,
@@ -15,26 +14,12 @@ from sharpwise.block_lr import (
     Shuffled,
     make_block_lr,
 )
+from sharpwise.compare.rates import RULES
 from sharpwise.compare.report.arms import setting_words
+from sharpwise.compare.roles import LR, OF
 from sharpwise.compare.study import Arm, Study
 from sharpwise.report.blocks import names_of_roles
 
-RULES: dict[str, type[rules.Rule]] = {
-    **{
-        rule.name: rule
-        for rule in (
-            rules.AdamMini,
-            rules.AdamW,
-            rules.AdaPM,
-            rules.BlockwiseAdam,
-            rules.Lion,
-            rules.Muon,
-            rules.SGD,
-        )
-    },
-    "adasgd": rules.BlockwiseAdam,
-    "sgd-sai": rules.SGD,
-}
 # Per-block learning rates that belong to an optimizer.
 OWN: dict[str, type[BlockLR]] = {"sgd-sai": GradientSNR}
 # What an ablation does instead, as it stands in "ended 0.1 nats below ...".
@@ -116,9 +101,12 @@ def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, 
             if not block_lr.sources:  # else they are measured on the way
                 text += ": " + factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
             text += "; a control" * isinstance(block_lr, Ablation)
-        if arm.roles or (arm.setting_of and study.arm(arm.setting_of).roles):
+        roles = arm.roles or (study.arm(arm.setting_of).roles if arm.setting_of else None)
+        if roles and LR in roles.of:
             text += ", with a factor for every type of block that a search has found: "
             text += factors([(b["type"], b["role"], b["multipliers"][arm.name]) for b in blocks])
+        if roles and (further := [OF[of] for of in roles.of if of != LR]):
+            text += f", with {' and '.join(further)} by type of block as a search has found them"
         if own := {key: v for key, v in arm.settings.items() if any(o.settings.get(key) != v for o in study.arms)}:
             text += f"; {setting_words(own)}"
         told.add(optimizer)

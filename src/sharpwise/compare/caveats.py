@@ -87,7 +87,9 @@ def _of_search(arm: Arm) -> list[str]:
             f"The search of {arm['name']} ended for its number of runs, {search['most']}: more of them (--runs, or "
             "runs in the study file) may find better factors, and go on from these."
         )
-    if search["block_lr"]:
+    if search["left_out"]:
+        notes.append(f"The search of {arm['name']}: {search['left_out']}.")
+    if search["block_lr"] or search["settings_of"]:
         notes.append(
             f"The factors of {arm['name']} belong to this model, text, batch, and length of a run, and to its learning "
             "rate, which was not tuned again: elsewhere they are a guess."

@@ -23,8 +23,10 @@ ARM_KEYS: dict[str, str] = {
     "search": "as of the study.",
     "settings": "as of the study.",
     "setting_of": "another arm whose tuned setting it takes; it is not tuned itself then.",
-    "tune": '"roles" searches a factor on the learning rate of every block type.',
+    "tune": '"roles" searches a factor for every block type.',
     "runs": "of such a search, at most.",
     "types": "block types or roles that it has factors for; all that the model has.",
+    "of": 'what the factors are on, in order: "lr", "weight_decay", "beta2" (of 1 - beta2); ["lr"].',
+    "lr_only": "those of `types` that have a factor on the learning rate alone; those that fused parameters hold.",
 }
 """Of the table of an arm."""

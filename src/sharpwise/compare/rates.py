@@ -1,10 +1,30 @@
-"""Where the learning rates of an arm begin: a middle for models of some million parameters, a start and no claim."""
+"""What is known of optimizers by name: their rules, and where the learning rates of an arm begin.
+
+The latter is a middle for models of some million parameters, a start and no claim.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from sharpwise import rules
 from sharpwise.controls import make_control
 
+RULES: dict[str, type[rules.Rule]] = {
+    **{
+        rule.name: rule
+        for rule in (
+            rules.AdamMini,
+            rules.AdamW,
+            rules.AdaPM,
+            rules.BlockwiseAdam,
+            rules.Lion,
+            rules.Muon,
+            rules.SGD,
+        )
+    },
+    "adasgd": rules.BlockwiseAdam,
+    "sgd-sai": rules.SGD,
+}
 MIDDLE = {
     "adamw": 3e-3, "adam-mini": 3e-3, "adapm": 3e-3, "blockwise-adam": 3e-3, "adasgd": 3e-3, "lion": 5e-4,
     "muon": 3e-3, "sgd": 0.3, "sgd-sai": 1e-2,

@@ -12,13 +12,14 @@ from sharpwise.compare.budget import expected
 from sharpwise.compare.caveats import caveats, not_tested, of_horizons, of_places
 from sharpwise.compare.next_step import next_step
 from sharpwise.compare.record import read_environment
-from sharpwise.compare.role_search import BLOCK_LR, Step
+from sharpwise.compare.role_search import Step
+from sharpwise.compare.roles import BLOCK_LR, LR
 from sharpwise.compare.runner import StudyState, place_of
 from sharpwise.compare.speedup import Speedup, speedup
 from sharpwise.compare.statistics import Difference, holm, mean_interval, paired_difference
 from sharpwise.compare.storage import losses_of
 from sharpwise.compare.study import Arm, Study
-from sharpwise.compare.trial import Setting, Stage, Trial
+from sharpwise.compare.trial import SETTINGS_OF, Setting, Stage, Trial, plain
 from sharpwise.compare.tuning import at_edge, tried
 from sharpwise.compare.verdict import sentence, verdict
 from sharpwise.report.blocks import describe
@@ -105,7 +106,7 @@ def _arm(state: StudyState, arm: Arm) -> Result:
         "name": arm.name,
         "setting_of": arm.setting_of,
         "code": "" if chosen is None else _code(state, arm.name, chosen),
-        "setting": None if chosen is None else dict(chosen),
+        "setting": None if chosen is None else plain(chosen),
         "edge": "" if chosen is None or arm.setting_of else at_edge(arm.name, losses),
         "state_bytes": next((r["state_bytes"] for r in records if r["state_bytes"] is not None), None),
         "divergence_edge": min(diverged, default=None),
@@ -124,7 +125,7 @@ def _arm(state: StudyState, arm: Arm) -> Result:
 
 def _tuning_run(state: StudyState, trial: Trial) -> Result:
     return {
-        "setting": dict(trial.setting),
+        "setting": plain(trial.setting),
         "lr": trial.lr,
         "stage": trial.stage,
         "seed": trial.seed,
@@ -169,9 +170,13 @@ def _search(state: StudyState, arm: Arm) -> Result | None:
     found = state.study.search(arm.name, losses_of(state.results))
     if found is None or arm.roles is None:
         return None
+    setting, factors = plain(found.setting), {of: dict(own) for of, own in found.factors.items()}
     return {
-        "block_lr": dict(found.setting).get(BLOCK_LR, ""),
-        "factors": dict(found.factors),
+        "block_lr": setting.get(BLOCK_LR, ""),
+        "settings_of": setting.get(SETTINGS_OF, {}),
+        "factors": factors.pop(LR, {}),
+        "factors_of": factors,
+        "left_out": arm.roles.left_out,
         "ended": found.ended,
         "most": arm.roles.most,
         "steps": [_step(step) for step in found.steps],

@@ -7,6 +7,7 @@ from typing import Any
 
 from sharpwise.arms import arm_name
 from sharpwise.compare.budget import tokens_of
+from sharpwise.compare.roles import LR
 from sharpwise.compare.study import FEWEST_STEPS, Arm, Study, make_study
 from sharpwise.model_facts import count_parameters
 from sharpwise.train.build import Built, build
@@ -55,7 +56,10 @@ def _with_types(study: Study) -> Study:
     for name, arm in zip(tables, study.arms, strict=False):
         if arm.roles:
             try:
-                tables[name] = {**tables[name], "types": list(arm.roles.of_model(segments).types)}
+                found = arm.roles.of_model(segments)
+                tables[name] = {**tables[name], "types": list(found.types)}
+                if found.lr_only:
+                    tables[name]["lr_only"] = list(found.lr_only)
             except ValueError as error:
                 raise ValueError(f"arm {arm.name!r}: {error}") from None
     return make_study({**study.given, "arms": tables})
@@ -121,4 +125,6 @@ def _said(arm: Arm) -> str:
     tuned = f"lrs {list(space.lrs)}, most {space.most}, search {dict(space.search)}"
     how = f"setting_of {arm.setting_of}" if arm.setting_of else tuned
     searched = f", a search of {roles.most} runs over {', '.join(roles.types)}" if roles else ""
+    if roles and roles.of != (LR,):
+        searched += f" of {', '.join(roles.of)} from {dict(roles.base)}"
     return f"{arm_name(arm.optimizer)}, {how}, settings {dict(arm.settings)}{searched}"

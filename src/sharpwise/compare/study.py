@@ -9,8 +9,9 @@ from sharpwise.arms import arm_name
 from sharpwise.block_lr import Ablation, make_block_lr
 from sharpwise.compare.keys import ARM_KEYS, STUDY_KEYS
 from sharpwise.compare.rates import middle_rate
-from sharpwise.compare.role_search import BLOCK_LR, SEEDS, Roles, Search, read_roles, uniform
-from sharpwise.compare.trial import Losses, Setting, Trial
+from sharpwise.compare.role_search import Search
+from sharpwise.compare.roles import LR, SEEDS, Roles, read_roles
+from sharpwise.compare.trial import Losses, Setting, Trial, plain
 from sharpwise.compare.tuning import HORIZONS, Space, chosen, needed, next_of_arm, searched, tried
 from sharpwise.hints import nearest
 from sharpwise.train.code import parse_optimizer
@@ -38,7 +39,7 @@ class Arm:
     """One optimizer of the comparison; `settings` by dotted key are those besides what `space` tunes.
 
     `setting_of` is the arm whose tuned setting it takes, "" where it is tuned itself; `space` is then that one's. With
-    `roles` the factors of its block types are searched from there on.
+    `roles` the factors of its block types are searched from there on; `takes`: of the arm that it takes from.
     """
 
     name: str
@@ -47,14 +48,27 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     setting_of: str = ""
     roles: Roles | None = None
+    takes: Roles | None = field(default=None, compare=False)
 
     @property
     def example(self) -> Trial:
         """A trial with a value for everything that is tuned, to see whether the arm can be built."""
         first = {"optimizer.lr": self.space.lrs[0], **{key: values[0] for key, values in self.space.search.items()}}
-        if self.roles and self.roles.types:
-            first[BLOCK_LR] = uniform(self.roles.types)
-        return Trial(self.name, "tune", tuple(first.items()), 0)
+        setting = tuple(first.items())
+        if (roles := self.roles or self.takes) and roles.types:
+            setting = roles.setting(setting, roles.none, every=True)
+        return Trial(self.name, "tune", setting, 0)
+
+    def started(self, run: Mapping[str, Any]) -> "Arm":
+        """The same with a search that knows the values of the optimizer that it starts from."""
+        if self.roles is None or self.roles.of == (LR,):
+            return self
+        given = _with({"optimizer": {**run.get("optimizer", {}), **self.optimizer}}, self.settings)
+        try:
+            own = make_config({"optimizer": given["optimizer"]}).optimizer
+            return replace(self, roles=self.roles.starting_at(own, self.space.search))
+        except ValueError as error:
+            raise ValueError(f"arm {self.name!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ class Study:
         given["schedule"] = {**self.run.get("schedule", {}), "steps": max(1, round(steps * trial.horizon))}
         given["compute"] = {**self.run.get("compute", {}), "threads": self.threads}
         given = _with(given, arm.settings)
-        return _with(given, dict(trial.setting))
+        return _with(given, plain(trial.setting))
 
 
 def make_study(given: Mapping[str, Any]) -> Study:
@@ -178,7 +192,10 @@ def make_study(given: Mapping[str, Any]) -> Study:
     if given.get("ablations"):
         tables |= _ablations(tables)
     run = _run_of(given)
-    arms = _with_taken([_make_arm(name, table, given) for name, table in tables.items()])
+    arms = [_make_arm(name, table, given) for name, table in tables.items()]
+    arms = [arm.started(run) for arm in _with_taken(arms)]
+    searches = {arm.name: arm.roles for arm in arms}
+    arms = [replace(arm, takes=searches.get(arm.setting_of)) for arm in arms]
     if len(arms) < 2:
         raise ValueError(f"a comparison needs two arms or more, got {[arm.name for arm in arms]}")
     names = [arm.name for arm in arms]
@@ -200,7 +217,7 @@ def make_study(given: Mapping[str, Any]) -> Study:
     name, horizons = given.get("name", "study"), tuple(horizons)
     if not isinstance(name, str):
         raise ValueError(f"name must be text, got {name!r}")
-    study = Study(name, run, arms, baseline, seeds, tokens, ratio, float(margin), horizons, given)
+    study = Study(name, run, tuple(arms), baseline, seeds, tokens, ratio, float(margin), horizons, given)
     for arm in arms:
         try:
             make_config(study.config(arm.example, steps=1))

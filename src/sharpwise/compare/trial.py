@@ -8,7 +8,8 @@ from typing import Any, Literal
 Stage = Literal["tune", "roles", "even", "refine", "final", "horizon"]
 TUNING_SEED = 0
 Setting = tuple[tuple[str, Any], ...]
-"""Dotted keys of a configuration with their values, the learning rate first."""
+"""Dotted keys of a configuration with their values, the learning rate first; of `SETTINGS_OF` pairs of pairs."""
+SETTINGS_OF = "optimizer.settings_of"
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,19 @@ class Trial:
 
 Losses = Mapping[Trial, float]
 """End validation losses in nats per token of trials that are done; inf where the run diverged."""
+
+
+def plain(setting: Setting) -> dict[str, Any]:
+    """A setting as configurations and JSON have it.
+
+    >>> plain((("optimizer.lr", 0.1), ("optimizer.settings_of", (("Emb", (("betas", (0.9, 0.98)),)),))))
+    {'optimizer.lr': 0.1, 'optimizer.settings_of': {'Emb': {'betas': [0.9, 0.98]}}}
+    """
+    return {
+        key: {name: {k: _plain(v) for k, v in own} for name, own in value} if key == SETTINGS_OF else _plain(value)
+        for key, value in setting
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from sharpwise.compare.role_search import SEEDS, Roles, Search, search
+from sharpwise.compare.role_search import Search, search
+from sharpwise.compare.roles import SEEDS, Roles
 from sharpwise.compare.trial import TUNING_SEED, Losses, Setting, Trial
 
 HORIZONS = (0.5, 2.0)
@@ -115,13 +116,21 @@ def searched(arm: str, done: Losses, taken: Mapping[str, str], roles: Mapping[st
     start = chosen(taken[arm], done, taken, roles) if arm in taken else best(arm, done).setting
     tuned = tried(taken.get(arm, arm), done)
     if all(math.isinf(loss) for loss in tuned.values()):  # there is nothing to start from
-        return Search(dict.fromkeys(roles[arm].types, 1.0), start, (), (), (), "nothing")
+        return Search(
+            {of: dict.fromkeys(own, 1.0) for of, own in roles[arm].none.items()}, start, (), (), (), "nothing"
+        )
     return search(arm, start, roles[arm], done)
 
 
 def count_trials(arm: str, done: Losses, roles: Mapping[str, Roles] = NO_ROLES) -> int:
-    """How many trials an arm has had, those of its search among them, and no others that make it equal to one."""
-    return len(tried(arm, done)) + (len(searched(arm, done, {}, roles).trials) if arm in roles else 0)
+    """How many trials an arm has had, those of its search among them, and no others that make it equal to one.
+
+    Of a search those too that more runs have led away from.
+    """
+    if arm not in roles:
+        return len(tried(arm, done))
+    search = {trial for trial in done if trial.arm == arm and trial.stage == "roles"}
+    return len(tried(arm, done)) + len(search.union(searched(arm, done, {}, roles).trials))
 
 
 def _lowest(found: Losses) -> Trial:

@@ -105,7 +105,7 @@ def test_a_search_is_told_with_what_each_type_gained_and_every_step() -> None:
         assert text in parser.text
     assert {f"chart-factor-0-{i}" for i in range(5)} <= set(parser.ids)  # nothing was tried of pos_emb
     # Heights go on from where the last step that was taken ended; what ruins a run does not set the scale.
-    emb = search.points(found, "Emb")
+    emb = search.points(search.steps_of(found, "lr", "Emb"))
     assert [(p.x0, p.x1) for p in emb] == [(1, 2), (1, 0.5), (2, 4), (4, 8)]
     assert [p.y0 for p in emb] == pytest.approx([0, 0, -0.15, -0.165])
     assert [y for p in emb for y in p.ys] == pytest.approx([-0.2, -0.1, 0.03, -0.17, -0.16, -0.115])

@@ -123,7 +123,13 @@ def setting_name(key: str) -> str:
 
 
 def value_words(value: Any) -> str:
-    """A value of a setting."""
+    """A value of a setting.
+
+    >>> value_words({"Emb": {"weight_decay": 0.2, "betas": [0.9, 0.98]}})
+    'Emb: weight decay 0.2, betas [0.9, 0.98]'
+    """
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {setting_words(own)}" for name, own in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

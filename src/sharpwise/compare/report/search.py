@@ -10,10 +10,12 @@ from sharpwise.compare.report.arms import Arm, Result
 from sharpwise.report import figures
 from sharpwise.report.html import card, chart, command, table
 from sharpwise.report.plot import Figure
+from sharpwise.train.config import OptimizerConfig
 
 Search = Mapping[str, Any]
 Step = Mapping[str, Any]
 HEIGHT = 230
+WORDS = {"lr": "lr", "weight_decay": "weight decay", "beta2": "1 - beta2"}
 ENDS = {
     "nothing": "nothing won any more",
     "runs": "what the next type may take is more than the runs that are left: more of them may find more",
@@ -32,8 +34,9 @@ FIGURE_HINT = (
 
 @dataclass(frozen=True)
 class Row:
-    """A type: its factor, the nats that the steps taken gained at each seed, and all steps that were tried."""
+    """A type: its factor on `of`, the nats that the steps taken gained at each seed, and all steps that were tried."""
 
+    of: str
     type: str
     factor: float
     gains: tuple[float, ...]
@@ -52,14 +55,39 @@ def searches(result: Result) -> list[tuple[Arm, Search]]:
     return [(arm, arm["search"]) for arm in result["arms"] if arm.get("search")]
 
 
+def found_factors(search: Search) -> dict[tuple[str, str], float]:
+    """By quantity and type the factor that was found, in the order of the search."""
+    own = {"lr": search["factors"], **search.get("factors_of", {})}
+    order = list(dict.fromkeys(_of(step) for step in search["steps"]))  # what was not tried yet comes last
+    names = sorted(own, key=lambda of: order.index(of) if of in order else len(order))
+    return {(of, name): factor for of in names for name, factor in own[of].items()}
+
+
 def rows(search: Search) -> list[Row]:
-    """A row for each type, in the order of the search."""
+    """A row for each quantity and type, in the order of the search."""
     found = []
-    for name, factor in search["factors"].items():
-        steps = [step for step in search["steps"] if step["type"] == name]
+    for (of, name), factor in found_factors(search).items():
+        steps = steps_of(search, of, name)
         moves = [differences(step) for step in steps if step["taken"]]
         gains = tuple(-sum(move) for move in zip(*moves, strict=True)) if all(moves) else ()
-        found.append(Row(name, factor, gains, tuple(map(_tried, steps))))
+        found.append(Row(of, name, factor, gains, tuple(map(_tried, steps))))
+    return found
+
+
+def steps_of(search: Search, of: str, name: str) -> list[Step]:
+    """The steps of the factor of a type on a quantity."""
+    return [step for step in search["steps"] if (_of(step), step["type"]) == (of, name)]
+
+
+def _of(step: Step) -> str:
+    return str(step.get("of", "lr"))  # results of before there was another
+
+
+def spelled(search: Search) -> list[str]:
+    """How what was found is written: arguments of an optimizer, a line each."""
+    found = [f'block_lr="{search["block_lr"]}"'] if search["block_lr"] else []
+    if settings := OptimizerConfig(settings_of=search.get("settings_of", {})).groups:
+        found.insert(0, f"params=sharpwise.param_groups(model, {settings!r}), model=model")
     return found
 
 
@@ -93,15 +121,14 @@ def cards(result: Result) -> list[str]:
 
 
 def _card(arm: Arm, search: Search, number: int) -> str:
-    found = search["block_lr"]
-    spelled = command(f'block_lr="{found}"') if found else '<p class="lead">Every factor is 1: no step was taken.</p>'
+    none = '<p class="lead">Every factor is 1: no step was taken.</p>'
     charts = "".join(
         f"<div><h3>{escape(name)}</h3>{chart(own, f'factor-{number}-{i}', f'Loss against the factor of {name}')}</div>"
         for i, (name, own) in enumerate(figure_of_types(search).items())
     )
     content = (
         f'<p class="lead">{escape(summary(search)[0].upper() + summary(search)[1:])} To write, at lr '
-        f"{arm['setting']['optimizer.lr']:g}:</p>{spelled}{_table(search)}"
+        f"{arm['setting']['optimizer.lr']:g}:</p>{''.join(map(command, spelled(search))) or none}{_table(search)}"
         + (f'<br><p class="hint">{FIGURE_HINT}</p><div class="three">{charts}</div>' if charts else "")
         + _steps(search)
     )
@@ -112,6 +139,7 @@ def _table(search: Search) -> str:
     head = "".join(
         f'<th scope="col"{css}>{title}</th>'
         for title, css in (
+            ("on", ""),
             ("type", ""),
             ("factor", ' class="number"'),
             ("gained, nats (each seed)", ' class="number"'),
@@ -119,7 +147,7 @@ def _table(search: Search) -> str:
         )
     )
     lines = [
-        f'<tr{" class=best" * (row.factor != 1)}><th scope="row">{escape(row.type)}</th>'
+        f'<tr{" class=best" * (row.factor != 1)}><td>{WORDS[row.of]}</td><th scope="row">{escape(row.type)}</th>'
         f'<td class="number">x{row.factor:g}</td><td class="number">{row.gained}</td>'
         f'<td class="number roomy">{len(row.tried)}</td></tr>'
         for row in rows(search)
@@ -128,13 +156,15 @@ def _table(search: Search) -> str:
 
 
 def _steps(search: Search) -> str:
-    titles = ("round", "type", "step", "loss minus that before, at each seed")
+    titles = ("round", "on", "type", "step", "loss minus that before, at each seed")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     lines = []
     for step in search["steps"]:
         move, _, said = _tried(step).partition(": ")
         css = ' class="best"' if step["taken"] else ""
-        cells = "".join(f"<td>{escape(text)}</td>" for text in (str(step["round"]), step["type"], move, said))
+        cells = "".join(
+            f"<td>{escape(text)}</td>" for text in (str(step["round"]), WORDS[_of(step)], step["type"], move, said)
+        )
         lines.append(f"<tr{css}>{cells}</tr>")
     if not lines:
         return ""
@@ -156,10 +186,10 @@ class Point:
     taken: bool
 
 
-def points(search: Search, name: str) -> list[Point]:
-    """The steps of a type, heights from that of factor 1: where a step was taken the next begins at its mean."""
+def points(steps: Sequence[Step]) -> list[Point]:
+    """The steps of a factor, heights from that of factor 1: where a step was taken the next begins at its mean."""
     heights, found = {1.0: 0.0}, []
-    for step in (step for step in search["steps"] if step["type"] == name):
+    for step in steps:
         base, moves = heights.get(step["before"], 0.0), differences(step)
         found.append(Point(step["before"], base, step["after"], tuple(base + move for move in moves), step["taken"]))
         if step["taken"]:
@@ -168,8 +198,10 @@ def points(search: Search, name: str) -> list[Point]:
 
 
 def figure_of_types(search: Search) -> dict[str, Figure]:
-    """Loss against factor of every type that was tried, all on one scale."""
-    drawn = {name: points(search, name) for name in search["factors"]}
+    """Loss against factor of every type that was tried, and where there are several of every quantity, on one scale."""
+    keys = found_factors(search)
+    several = len({of for of, _ in keys}) > 1
+    drawn = {f"{name}, {WORDS[of]}" if several else name: points(steps_of(search, of, name)) for of, name in keys}
     drawn = {name: own for name, own in drawn.items() if own}
     heights = [y for own in drawn.values() for point in own for y in point.ys]
     # A step that ruins a run would flatten all others: its point lies at the edge, with its number.
@@ -184,7 +216,7 @@ def figure_of_types(search: Search) -> dict[str, Figure]:
 def _figure(name: str, drawn: Sequence[Point], edges: tuple[float, float], factors: Sequence[float]) -> Figure:
     figure = figures.figure("factor (log scale)", "nats", HEIGHT)
     figure.update_layout(margin={"l": 52, "r": 12, "t": 10, "b": 44})
-    colour = figures.TYPE_COLOURS.get(name, figures.TYPE_COLOURS["Other"])
+    colour = figures.TYPE_COLOURS.get(name.partition(",")[0], figures.TYPE_COLOURS["Other"])
     figure.add_hline(y=0, line={"color": figures.GRID, "width": 1.5}, layer="below")
     for point in drawn:
         mean = min(_mean(point.ys), edges[1]) if point.ys else edges[1]

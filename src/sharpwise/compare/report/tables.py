@@ -25,6 +25,9 @@ from sharpwise.report.blocks import block_table
 from sharpwise.report.html import facts, table
 from sharpwise.report.text import mebibytes, moment, number
 
+FACTORS = ("optimizer.block_lr", "optimizer.settings_of")
+"""Settings that searched factors are written as."""
+
 
 def definitions(result: Result) -> str:
     """What each arm is, in a line."""
@@ -104,7 +107,7 @@ def costs(result: Result) -> str:
 
 def _further(arm: Arm) -> str:
     """What was tuned besides the learning rate; searched factors have a card of their own."""
-    own = {key: value for key, value in further(arm["setting"]).items() if key != "optimizer.block_lr"}
+    own = {key: value for key, value in further(arm["setting"]).items() if key not in FACTORS}
     return setting_words(own)
 
 
@@ -205,7 +208,8 @@ def _run(run: Run, most: int) -> str:
     if run.stage == "refine":
         what += f", seed {run.seed}"
     if run.stage == "roles":
-        what = f"{run.setting.get('optimizer.block_lr', 'all factors 1')}, seed {run.seed}"
+        said = [value_words(run.setting[key]) for key in FACTORS if key in run.setting]
+        what = f"{', '.join(said) or 'all factors 1'}, seed {run.seed}"
     mark = " (chosen)" if run.chosen and run.stage in ("tune", "even") else ""
     summary = f"<summary>{escape(f'{stage}, {what}{mark}')}: <b>{end}</b></summary>"
     items = [
