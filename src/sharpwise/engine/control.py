@@ -216,7 +216,8 @@ class Bounds:
         else:
             s = self._settings(view, scalars, of, counts)
         uu, pu, pp = sums if len(sums) == 3 else (sums[0], *torch.zeros_like(sums).expand(2, -1))
-        s["held"] = view.origin.own[HELD].double() if view.holds else torch.zeros_like(counts)
+        none = 0.0 if self.control.scales_only else torch.zeros_like(counts)  # nor would these read it
+        s["held"] = view.origin.own[HELD].double() if view.holds else none
         a, decay, held = bounded(self.control, Sums(uu, pu, pp, counts), s, view.holds)
         if view.holds:
             taken = scalars.ok_of(view)
@@ -244,7 +245,7 @@ class Bounds:
             "multiplier": per_unit(scalars.multipliers(view)),
             "decay": per_unit([row.decay for row in rows]),
             "weight_decay": per_unit(decays),
-            "snr_factor": self._snr_factor(origin, like),
+            "snr_factor": self._snr_factor(origin, like) if origin.has_snr else 1.0,
             "over": view.unit,
             "peak": peak,
             "t": scalars.t(view),

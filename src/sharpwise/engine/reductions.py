@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
-from sharpwise.engine.scalars import StepScalars
+from sharpwise.engine.scalars import StepScalars, on_device
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Reduction, Rule, Scalars, State, ThinRule
 from sharpwise.shards import Part
@@ -75,13 +75,15 @@ class Reductions:
 
     def run(self, clip: Any) -> None:
         """Complete all reductions, with one collective per stage and operation."""
+        clips = {device: on_device(clip, device) for device in {one.g.device for one in self._pending}}
         for one in self._pending:
             if one.first is not None:
-                first = one.rule.reductions[0]
-                one.complete(first, one.first.values if clip is None else one.first.values * clip**first.degree)
+                first, values = one.rule.reductions[0], one.first.values
+                own = on_device(clip, values.device)
+                one.complete(first, values if own is None else values * own**first.degree)
             elif not one.view.shard.cut:  # one after the other, while the gradient is in the cache
                 for asked in one.rule.reductions:
-                    one.complete(asked, one.term(asked, clip))
+                    one.complete(asked, one.term(asked, clips[one.g.device]))
         pending = [one for one in self._pending if one.view.shard.cut]
         for k in range(max((len(one.rule.reductions) for one in pending), default=0)):
             due = [one for one in pending if k < len(one.rule.reductions) and not (k == 0 and one.first)]

@@ -42,6 +42,7 @@ class Cpp(Backend):
 
     def refuses(self, spec: Spec) -> str:
         view = spec.view
+        view.kept.pop(("cpp", spec.grad), None)
         if view.device.type != "cpu":
             return f"not for {view.device.type}"
         if not compiler_present():
@@ -57,9 +58,11 @@ class Cpp(Backend):
             return reason
         if spec.options.stochastic_rounding and (reason := index_refused(view)):
             return reason
-        view.kept["cpp", spec.grad] = spec
         kernel = self._kernel_of(spec)
-        return kernel if isinstance(kernel, str) else ""
+        if isinstance(kernel, str):
+            return kernel
+        view.kept["cpp", spec.grad] = spec  # what moves here, as others ask
+        return ""
 
     def sums_blocks(self, spec: Spec) -> bool:
         if spec.controlled:  # the control wants to know the direction before anything moves
@@ -127,7 +130,8 @@ class Cpp(Backend):
         sums: bool = False,
     ) -> list[LaunchTable]:
         """The argument tables of some views, the same ones as long as the same views share their scalars."""
-        stamp = scalars.partition(views), torch.get_num_threads(), [id(view) in found.lines for view in views]
+        kinds = [(g.dtype, id(view) in found.lines) for view, g in zip(views, grads, strict=True)]
+        stamp = scalars.partition(views), torch.get_num_threads(), kinds
         kept = views[0].kept.get(("cpp tables", sums))
         if kept and kept[0] == views and kept[1] == stamp:
             return cast(list[LaunchTable], kept[2])
