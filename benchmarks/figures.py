@@ -28,6 +28,7 @@ from figures_docs import (
     muon,
     storage,
 )
+from figures_rates import rates
 from figures_results import blocks, choose, readme, speed, where
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/guides/distributed.md": distributed,
     "docs/guides/measure.md": measure,
     "docs/methods/muon.md": muon,
+    "docs/results/rates.md": rates,
     "docs/results/speed.md": speed,
     "docs/results/where.md": where,
     "src/sharpwise/compare/speedup.py": coverage_of_speedup,

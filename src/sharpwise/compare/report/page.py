@@ -54,7 +54,7 @@ def render(result: Result, numbers: str = JSON_NAME, rows: str = CSV_NAME) -> st
     """The whole page as HTML; `numbers` and `rows` are the files beside it that it links to."""
     result = _whole(result)
     step = result["next"]
-    do = f"{step['reason'].removesuffix(':')}." if step else ""  # the command is at the end of the page
+    do = f"{step['reason'].rstrip(':.')}." if step else ""  # the command is at the end of the page
     parts = (
         "<header>",
         f'<p class="kicker">Comparison of optimizers: {escape(result["name"])}</p>',
