@@ -24,8 +24,8 @@ def make_control(spec: Any) -> Control | None:
     Raises:
         ValueError: for what cannot be read, an unknown name or argument. TypeError: for anything else than the above.
 
-    >>> make_control("angular(angle=lr)")
-    Angular(angle='lr', inverse_bias_correction=False)
+    >>> print(make_control("angular(angle=lr)"))
+    angular(angle=lr)
     """
     if spec is None or isinstance(spec, Control):
         return spec
