@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#806000", "#999999")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#806000", "#999999", "#222222", "#e69f00")
 """Told apart by most eyes (Okabe and Ito)."""
 INK, FAINT = "#222222", "#d8d8d8"
 FONT = 'font-family="system-ui, sans-serif" font-size="13"'
