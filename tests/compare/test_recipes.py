@@ -29,9 +29,8 @@ def test_a_folder_with_several_studies_lists_each() -> None:
 def test_every_arm_of_the_dynamic_ratios_can_be_built(name: str, model: str) -> None:
     """On a smaller model of the family; their kinds are those that the study is about."""
     study = make_study(tomllib.loads(find_recipe(f"sharpness_lr/{name}").read_text("utf-8")))
-    assert [arm.name for arm in study.arms] == [
-        *("adamw", "adamw+blockwise", "searched", "centred", "directional", "probe", "reversed")
-    ]
+    arms = {"adamw", "adamw+blockwise", "searched", "centred", "norm_11", "early", "calibrated", "reversed"}
+    assert {arm.name for arm in study.arms} - {"of_gpt2"} == arms
     assert study.run["model"]["name"].partition("-")[0] == model.partition("-")[0]
     for config in study.configs:
         built = load_model(model)
