@@ -35,6 +35,7 @@ ARMS = (
 def rates(load: Load) -> Iterator[str]:
     searches = {name: load(f"recipes/roles/{name}.json") for name in ("gpt2", "llama")}
     yield from of_searches(searches)
+    yield from of_transfer(load)
     studies = {title: load(f"recipes/sharpness_lr/{name}.json") for title, name in STUDIES}
     for title, study in studies.items():
         yield from of_arms(study, title)
@@ -60,6 +61,15 @@ def of_searches(searches: dict[str, Any]) -> Iterator[str]:
     )
     far = losses(llama, "adamw")
     yield f"seeds of the LLaMA's AdamW ended {max(far) - min(far):.3f} nats apart"
+
+
+def of_transfer(load: Load) -> Iterator[str]:
+    study = load("recipes/roles/transfer-gpt2-1m.json")
+    ((_, one),) = compared(study).items()
+    yield f"| GPT-2, 1M, {study['budget']['tokens']:,} | {row(one, one['verdict'])}"
+    study = load("recipes/sharpness_lr/dynamic-llama.json")
+    one = compared(study)["of_gpt2"]
+    yield f"| LLaMA, 0.4M, {study['budget']['tokens']:,} | {row(one, one['verdict'])}"
 
 
 def of_arms(study: dict[str, Any], title: str) -> Iterator[str]:
