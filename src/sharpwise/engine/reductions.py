@@ -78,9 +78,8 @@ class Reductions:
         clips = {device: on_device(clip, device) for device in {one.g.device for one in self._pending}}
         for one in self._pending:
             if one.first is not None:
-                first, values = one.rule.reductions[0], one.first.values
-                own = on_device(clip, values.device)
-                one.complete(first, values if own is None else values * own**first.degree)
+                first, own = one.rule.reductions[0], clips[one.g.device]
+                one.complete(first, one.first.values if own is None else one.first.values * own**first.degree)
             elif not one.view.shard.cut:  # one after the other, while the gradient is in the cache
                 for asked in one.rule.reductions:
                     one.complete(asked, one.term(asked, clips[one.g.device]))

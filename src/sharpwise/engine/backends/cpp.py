@@ -130,10 +130,13 @@ class Cpp(Backend):
         sums: bool = False,
     ) -> list[LaunchTable]:
         """The argument tables of some views, the same ones as long as the same views share their scalars."""
-        kinds = [(g.dtype, id(view) in found.lines) for view, g in zip(views, grads, strict=True)]
+        kinds = None
+        if sums or found.told is not None:  # there is a control
+            kinds = [(g.dtype, id(view) in found.lines) for view, g in zip(views, grads, strict=True)]
         stamp = scalars.partition(views), torch.get_num_threads(), kinds
         kept = views[0].kept.get(("cpp tables", sums))
-        if kept and kept[0] == views and kept[1] == stamp:
+        # A list of the plan is of gradients of one kind; sums are asked of a list that is made anew.
+        if kept and (kept[0] is views or (sums and kept[0] == views)) and kept[1] == stamp:
             return cast(list[LaunchTable], kept[2])
         together: dict[Any, list[tuple[int, ParamView]]] = {}
         runs: dict[int, Sequence[Rectangle]] = {}
