@@ -72,6 +72,48 @@ def test_it_is_said_wherever_the_arm_is_shown(data: Path, tmp_path: Path) -> Non
     assert result["arms"][3]["definition"] == "AdamW with one second moment per block; v by tensor."
 
 
+HALVED: dict[str, Any] = {
+    "adamw": {"search": DECAY},
+    "half": {"name": "adamw", "setting_of": "adamw", "lr_times": 0.5, "settings": {"schedule.warmup": 0.0}},
+    "eighth": {"name": "adamw", "setting_of": "half", "lr_times": 0.25},
+    "given": {"name": "adamw", "lr": 2e-3},
+    "as given": {"name": "adam-mini", "setting_of": "given", "lr_times": 2},
+}
+
+
+def test_an_arm_takes_a_part_of_a_learning_rate_or_one_that_is_given(data: Path, tmp_path: Path) -> None:
+    result = result_of(fill(study(data, arms=HALVED), tmp_path, loss), tmp_path)
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    lr, decay = arms["adamw"]["setting"].values()
+    assert decay == 0.3 and len(arms["adamw"]["tuning"]) > 3
+    assert arms["half"]["setting"] == {"optimizer.lr": float(f"{lr / 2:.3g}"), "optimizer.weight_decay": 0.3}
+    assert arms["eighth"]["setting"] == {"optimizer.lr": float(f"{lr / 8:.3g}"), "optimizer.weight_decay": 0.3}
+    assert arms["given"]["setting"] == {"optimizer.lr": 2e-3}
+    assert arms["as given"]["setting"] == {"optimizer.lr": 4e-3}
+    stored = Storage(tmp_path / "study.db").results
+    assert {trial.stage for trial in stored if trial.arm != "adamw"} == {"final"}
+    assert result["complete"] and result["progress"]["expected"] == len(stored)
+    assert all(arms[name]["edge"] == "" and arms[name]["tuning"] == [] for name in HALVED if name != "adamw")
+    assert "half has no trials, but the best setting of adamw at 0.5 times its learning rate." in method(result)[1]
+    assert "given has no trials, but the best setting of another study." in method(result)[1]
+    assert "those of adamw at 0.125 times its learning rate</td>" in render(result)
+
+
+def test_a_study_of_given_learning_rates_has_final_runs_alone(data: Path, tmp_path: Path) -> None:
+    given = study(data, arms={"adamw": {"lr": 1e-3}, "lion": {"lr": 1e-4}}, horizons=[])
+    found = make_study(given)
+    assert expected(found, {}) == {1.0: 4} and work_out(found, build_arms(found, found.arms), {}).runs == (4, 4)
+    result = result_of(fill(given, tmp_path, loss), tmp_path)
+    assert result["complete"] and result["progress"] == {"done": 4, "expected": 4}
+    assert method(result)[1].startswith("None was tuned here. adamw has no trials")
+    assert render(result).count("those of another study</td>") == 2
+    before = make_study(given)
+    after = make_study(study(data, arms={"adamw": {"lr": 2e-3}, "lion": {"lr": 1e-4}}, horizons=[]))
+    assert differences(before, after) == [
+        "arm adamw: the study has adamw, lr 0.001, settings {}, now it is adamw, lr 0.002, settings {}"
+    ]
+
+
 def test_runs_that_an_arm_does_not_have_are_not_counted(data: Path, tmp_path: Path) -> None:
     found = make_study(study(data, arms=ARMS))
     assert expected(found, {}) == {0.5: 2, 2.0: 2, 1.0: 2 * 3 + 4 * 2}
@@ -114,6 +156,18 @@ def test_the_baseline_may_take_a_setting_and_really_trains(data: Path, tmp_path:
             {"adamw": {}, "lion": {"setting_of": "adamw", "search": DECAY, "lrs": [1, 2, 3]}},
             "arm 'lion' takes the setting of 'adamw' and has lrs and search of its own",
         ),
+        ({"adamw": {}, "lion": {"lr": 0}}, "arm 'lion': lr must be a number above 0, such as 1e-3, got 0"),
+        (
+            {"adamw": {}, "lion": {"setting_of": "adamw", "lr_times": "2"}},
+            "lion': lr_times must be a number .*, got '2'",
+        ),
+        (
+            {"adamw": {}, "lion": {"lr": 1e-3, "lrs": [1, 2, 3]}},
+            "is not tuned, as it has a learning rate; leave out lrs",
+        ),
+        ({"adamw": {}, "lion": {"lr": 1e-3, "tune": "roles"}}, "'lion' is not tuned, .*; leave out tune"),
+        ({"adamw": {}, "lion": {"lr": 1e-3, "setting_of": "adamw"}}, "'lion': give lr, or setting_of with lr_times"),
+        ({"adamw": {}, "lion": {"lr_times": 2}}, "'lion': give lr, or setting_of with lr_times"),
         ({"adamw": {}, "lion": {"setting_of": 3}}, "setting_of must be the name of another arm, got 3"),
         ({"adamw": {}, "lion": {"setting_of": ["adamw"]}}, r"must be the name of another arm, got \['adamw'\]"),
         (

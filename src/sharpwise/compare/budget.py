@@ -90,14 +90,14 @@ def _tuning(study: Study) -> tuple[tuple[int, int], tuple[int, int]]:
 
     An arm that another one leaves behind gets as many trials; a search from the setting of another is on top of that.
     """
-    tuned = [arm for arm in study.arms if not arm.setting_of]
+    tuned = [arm for arm in study.arms if arm.tuned]
     found = []
     for lrs, runs in ((lambda a: len(a.space.lrs), "least"), (lambda a: a.space.most, "most")):
         own = {arm.name: getattr(arm.roles, runs) if arm.roles else 0 for arm in study.arms}
         trials = [lrs(arm) + sum(len(values) for values in arm.space.search.values()) + own[arm.name] for arm in tuned]
         searches = sum(own.values())
-        further = sum(own[arm.name] for arm in study.arms if arm.setting_of)
-        found.append((max(trials) * len(tuned) + further - searches, searches))
+        further = sum(own[arm.name] for arm in study.arms if not arm.tuned)
+        found.append((max(trials, default=0) * len(tuned) + further - searches, searches))
     return found[0], found[1]
 
 
@@ -115,8 +115,9 @@ def _seconds_per_token(study: Study, built: Built, steps: int) -> float | None:
 def expected(study: Study, done: Losses) -> Mapping[float, int]:
     """How many runs a study has in the end, as far as is known, by their share of the tokens."""
     searches = {arm.name: _in_search(study, arm, done) for arm in study.arms}
-    tuning = max(max(len(tried(arm, done)), len(space.lrs)) + searches[arm] for arm, space in study.spaces.items())
-    further = sum(searches[arm.name] for arm in study.arms if arm.setting_of)
+    trials = [max(len(tried(arm, done)), len(space.lrs)) + searches[arm] for arm, space in study.spaces.items()]
+    tuning = max(trials, default=0)
+    further = sum(searches[arm.name] for arm in study.arms if not arm.tuned)
     runs = Counter(dict.fromkeys(study.horizons, study.seeds))
     runs[1.0] += tuning * len(study.spaces) + further + study.seeds * len(study.arms)
     return runs

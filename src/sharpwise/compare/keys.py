@@ -23,6 +23,8 @@ ARM_KEYS: dict[str, str] = {
     "search": "as of the study.",
     "settings": "as of the study.",
     "setting_of": "another arm whose tuned setting it takes; it is not tuned itself then.",
+    "lr_times": "times that arm's learning rate; 1.",
+    "lr": "its learning rate, found elsewhere; it is not tuned then.",
     "tune": '"roles" searches a factor for every block type.',
     "runs": "of such a search, at most.",
     "types": "block types or roles that it has factors for; all that the model has.",

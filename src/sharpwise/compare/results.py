@@ -96,7 +96,7 @@ def _expected(state: StudyState) -> int:
 
 def _arm(state: StudyState, arm: Arm) -> Result:
     losses = losses_of(state.results)
-    tuning = {} if arm.setting_of else tried(arm.name, losses)
+    tuning = tried(arm.name, losses) if arm.tuned else {}
     chosen = state.study.setting(arm.name, losses)
     final = list(_runs(state, arm.name, "final").values())
     records = [state.results[trial] for trial in final]
@@ -104,10 +104,10 @@ def _arm(state: StudyState, arm: Arm) -> Result:
     diverged = [trial.lr for trial, loss in tuning.items() if math.isinf(loss)]
     return {
         "name": arm.name,
-        "setting_of": arm.setting_of,
+        "setting_of": arm.source,
         "code": "" if chosen is None else _code(state, arm.name, chosen),
         "setting": None if chosen is None else plain(chosen),
-        "edge": "" if chosen is None or arm.setting_of else at_edge(arm.name, losses),
+        "edge": "" if chosen is None or not arm.tuned else at_edge(arm.name, losses),
         "state_bytes": next((r["state_bytes"] for r in records if r["state_bytes"] is not None), None),
         "divergence_edge": min(diverged, default=None),
         "tuning": [_tuning_run(state, trial) for trial in tuning],
@@ -115,7 +115,7 @@ def _arm(state: StudyState, arm: Arm) -> Result:
         "refined": [
             _tuning_run(state, trial)
             for trial in state.results
-            if trial.arm == arm.name and trial.stage == "refine" and not arm.setting_of
+            if trial.arm == arm.name and trial.stage == "refine" and arm.tuned
         ],
         "final": [_run(state, trial) for trial in final],
         "mean": None if mean is None else mean.mean,

@@ -123,7 +123,7 @@ def _as_before(arm: Arm, stored: Arm) -> Arm:
 def _said(arm: Arm) -> str:
     space, roles = arm.space, arm.roles
     tuned = f"lrs {list(space.lrs)}, most {space.most}, search {dict(space.search)}"
-    how = f"setting_of {arm.setting_of}" if arm.setting_of else tuned
+    how = tuned if arm.tuned else f"setting_of {arm.source}" if arm.setting_of else f"lr {arm.lr:g}"
     searched = f", a search of {roles.most} runs over {', '.join(roles.types)}" if roles else ""
     if roles and roles.of != (LR,):
         searched += f" of {', '.join(roles.of)} from {dict(roles.base)}"

@@ -8,8 +8,8 @@
     final    the best setting of every arm, on the same fresh seeds
     horizon  the baseline's best setting on half and on twice the tokens, on the same seeds: what speed-ups are read off
 
-An arm may take the setting of another: its final runs are at what is best for that one, and it has no trials, or those
-of a search of its own that starts there, which nobody else gets.
+An arm may take the setting of another, or a learning rate that is given: its final runs are at that, and it has no
+trials, or those of a search of its own that starts there, which nobody else gets.
 
 All of `tune` and `even` is on one seed that `final` does not use, `roles` and `refine` on others. What is decided
 depends on complete sets of results only, never on the order in which they came: one process and ten decide alike.
@@ -28,8 +28,26 @@ from sharpwise.compare.trial import TUNING_SEED, Losses, Setting, Trial
 HORIZONS = (0.5, 2.0)
 GRID = (0, 1, -1, 2, -2, 3, -3, 4, -4)
 """Quarter powers of two around the best learning rate, an octave on either side."""
-NONE: Mapping[str, str] = MappingProxyType({})
 NO_ROLES: Mapping[str, Roles] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Of an arm that is not tuned: whose setting it takes, at `lr_times` its learning rate; or the learning rate."""
+
+    arm: str = ""
+    lr_times: float = 1.0
+    lr: float = 0.0
+
+    def of(self, setting: Setting) -> Setting:
+        """What is taken of a setting, whose first entry is the learning rate."""
+        if self.lr_times == 1:
+            return setting
+        (key, lr), *others = setting
+        return ((key, _rounded(lr * self.lr_times)), *others)
+
+
+NONE: Mapping[str, Taken] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ def needed(
     seeds: Sequence[int],
     done: Losses,
     horizons: Sequence[float] = HORIZONS,
-    taken: Mapping[str, str] = NONE,
+    taken: Mapping[str, Taken] = NONE,
     roles: Mapping[str, Roles] = NO_ROLES,
 ) -> list[Trial]:
     """The trials that can be started now; none when the study is complete.
@@ -66,7 +84,8 @@ def needed(
         seeds: of the final runs.
         done: results so far. What is running is still among the needed ones.
         horizons: shares of the budget that the baseline is trained on too.
-        taken: further arms, each with the one whose setting it takes: one of `spaces`, or one that searches from there.
+        taken: further arms, each with what it takes: the setting of one of `spaces`, of one that searches from there,
+            or a learning rate.
         roles: the searches of arms that have one.
     """
     trials: list[Trial] = []
@@ -74,7 +93,7 @@ def needed(
         trials += next_of_arm(arm, space, done) or (searched(arm, done, {}, roles).wanted if arm in roles else ())
     if trials:
         return [trial for trial in trials if trial not in done]
-    most = max(count_trials(arm, done, roles) for arm in spaces)
+    most = max((count_trials(arm, done, roles) for arm in spaces), default=0)
     for arm in spaces:
         trials += refine(arm, most, done, roles) if roles.keys() & spaces.keys() else even_out(arm, most, done)
     trials = [trial for trial in trials if trial not in done]
@@ -103,18 +122,22 @@ def best(arm: str, done: Losses) -> Trial:
     return _lowest(tried(arm, done))
 
 
-def chosen(arm: str, done: Losses, taken: Mapping[str, str] = NONE, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
-    """The setting that tuning found for an arm, or for the one whose setting it takes."""
+def chosen(arm: str, done: Losses, taken: Mapping[str, Taken] = NONE, roles: Mapping[str, Roles] = NO_ROLES) -> Setting:
+    """The setting that tuning found for an arm, or for the one whose setting it takes; or that is given."""
     if arm in roles:
         found = searched(arm, done, taken, roles).setting
         return found if arm in taken else _refined(arm, found, done)
-    return chosen(taken[arm], done, taken, roles) if arm in taken else _refined(arm, best(arm, done).setting, done)
+    if arm in taken:
+        own = taken[arm]
+        return own.of(chosen(own.arm, done, taken, roles)) if own.arm else (("optimizer.lr", own.lr),)
+    return _refined(arm, best(arm, done).setting, done)
 
 
-def searched(arm: str, done: Losses, taken: Mapping[str, str], roles: Mapping[str, Roles]) -> Search:
+def searched(arm: str, done: Losses, taken: Mapping[str, Taken], roles: Mapping[str, Roles]) -> Search:
     """How far the search of an arm is: from its own best setting, or that of another one."""
-    start = chosen(taken[arm], done, taken, roles) if arm in taken else best(arm, done).setting
-    tuned = tried(taken.get(arm, arm), done)
+    of = taken[arm].arm if arm in taken else arm
+    start = chosen(of, done, taken, roles) if arm in taken else best(arm, done).setting
+    tuned = tried(of, done)
     if all(math.isinf(loss) for loss in tuned.values()):  # there is nothing to start from
         return Search(
             {of: dict.fromkeys(own, 1.0) for of, own in roles[arm].none.items()}, start, (), (), (), "nothing"

@@ -131,6 +131,8 @@ def _tuning(result: Result) -> str:
         for arm in result["arms"]
         if arm["setting_of"]
     )
+    if not counts:
+        return f"None was tuned here.{taken}"
     each = "Each other" if taken else "Each"
     keys = {key for arm in result["arms"] for run in arm["tuning"] for key in run["setting"]}
     what = "learning rate" if len(keys) < 2 else "learning rate and further settings"
