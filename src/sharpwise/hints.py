@@ -1,4 +1,4 @@
-"""What somebody may have meant."""
+"""What somebody may have meant, and how it is read and told."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,6 +13,15 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def word(text: str) -> str | bool:
+    """A bare word of a spelling: true and false as TOML has them, or itself.
+
+    >>> word("true"), word("sqrt")
+    (True, 'sqrt')
+    """
+    return {"true": True, "false": False}.get(text, text)
 
 
 def kind_of(value: Any) -> str:

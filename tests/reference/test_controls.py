@@ -252,6 +252,7 @@ def test_state_of_the_bare_rule_loads(caplog):
 
 def test_spellings():
     assert make_control("angular( angle = 'sqrt' )") == Angular(angle="sqrt")
+    assert make_control("l2(inverse_bias_correction=true)") == make_control("l2(inverse_bias_correction=True)")
     assert make_control({"name": "l2", "inverse_bias_correction": True}) == L2(inverse_bias_correction=True)
     for control in CONTROLS.values():
         assert make_control(str(control)) == control
@@ -267,7 +268,8 @@ def test_spellings():
         ("angular(angle=degrees)", ValueError, "angle must be one of linear, sqrt, lr, got 'degrees'"),
         ("angular(lr)", ValueError, "by name"),
         ("angular(", ValueError, "is no control"),
-        ("l2(inverse_bias_correction=1)", TypeError, "True or False"),
+        ("angular(angle=a.b)", ValueError, "is no control"),
+        ("l2(inverse_bias_correction=1)", ValueError, "True or False"),
         (3, TypeError, "must be a name, a table"),
     ],
     ids=str,

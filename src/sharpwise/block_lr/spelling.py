@@ -23,7 +23,7 @@ from sharpwise.block_lr.heavy_tail import HeavyTailLR
 from sharpwise.block_lr.layer_decay import LayerDecay
 from sharpwise.block_lr.per_role import PerRole
 from sharpwise.block_lr.sharpness import SharpnessLR
-from sharpwise.hints import nearest
+from sharpwise.hints import nearest, word
 
 BLOCK_LRS: dict[str, type[BlockLR]] = {
     "blockwise": BlockwiseLR,
@@ -176,7 +176,7 @@ def _table(node: ast.expr, text: str) -> dict[str, Any]:
 
 def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Name):
-        return node.id
+        return word(node.id)
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
         return node.value
     if isinstance(node, (ast.Tuple, ast.List)):

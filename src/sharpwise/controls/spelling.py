@@ -9,7 +9,7 @@ from sharpwise.controls.angular import Angular
 from sharpwise.controls.base import Control
 from sharpwise.controls.hyperball import Hyperball
 from sharpwise.controls.l2 import L2
-from sharpwise.hints import kind_of, nearest
+from sharpwise.hints import kind_of, nearest, word
 
 CONTROLS: dict[str, type[Control]] = {"angular": Angular, "hyperball": Hyperball, "l2": L2}
 """Every control by name."""
@@ -44,7 +44,10 @@ def make_control(spec: Any) -> Control | None:
             others = [n for n, kind in CONTROLS.items() if any(f.name == key for f in fields(kind))]  # type: ignore[arg-type]
             there += f"; {' and '.join(others)} has it" if others else ""
             raise ValueError(f"{name} has no argument {key!r}{nearest(str(key), allowed)}; {there}")
-    return CONTROLS[name](**given)
+    try:
+        return CONTROLS[name](**given)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 _NAMES = ", ".join(CONTROLS)
@@ -52,16 +55,17 @@ _NAMES = ", ".join(CONTROLS)
 
 def _read(text: str) -> dict[str, Any]:
     """A spelling as a table."""
-    wrong = f"{text!r} is no control{nearest(text.partition('(')[0].strip(), CONTROLS)}; there are {_NAMES}"
+    wrong = f"{text!r} is no control{nearest(text.partition('(')[0].strip(), CONTROLS)}; there are {_NAMES}. "
+    wrong += "Arguments are given by name, as in angular(angle=sqrt)"
     try:
         node = ast.parse(text, mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         if not isinstance(call.func, ast.Name) or call.args or any(k.arg in (None, "name") for k in call.keywords):
-            raise ValueError(f"{wrong}. Arguments are given by name, as in angular(angle=sqrt)")
+            raise SyntaxError
         own = {
-            str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)
+            str(k.arg): word(k.value.id) if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)
             for k in call.keywords
         }
-    except SyntaxError:
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(wrong) from None
     return {"name": call.func.id, **own}
