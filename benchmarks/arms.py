@@ -69,6 +69,10 @@ def sharpwise_adamw(**options: Any) -> Callable[[nn.Module], torch.optim.Optimiz
     return lambda model: sharpwise.AdamW(model, lr=LR, weight_decay=WEIGHT_DECAY, **options)
 
 
+def sharpwise_rule(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: kind(model, lr=LR, weight_decay=WEIGHT_DECAY, **options)
+
+
 BASE = "torch AdamW fused"
 CLIPPED_BASE = "torch clip + AdamW fused"
 GUARD: dict[str, Any] = {"max_grad_norm": 1.0, "on_nonfinite": "skip"}
@@ -82,6 +86,19 @@ ARMS = [
     Arm("sharpwise AdamMini", lambda model: sharpwise.AdamMini(model, lr=LR, weight_decay=WEIGHT_DECAY), MINI),
     Arm("adam-mini package", adam_mini_package, MINI, slow=True),
     Arm("pytorch_optimizer AdamMini", pytorch_optimizer_mini, MINI, slow=True),
+]
+# Rules that have a page of their own, and Lion under each control: `step_time.py --further`.
+FURTHER = [
+    Arm(BASE, torch_adamw(fused=True), ADAMW),
+    Arm("sharpwise AdamMini", sharpwise_rule(sharpwise.AdamMini), MINI),
+    Arm("sharpwise BlockwiseAdam rows", sharpwise_rule(sharpwise.BlockwiseAdam, cut="row"), MINI),
+    Arm(
+        "sharpwise AdaPM r=16, block v", sharpwise_rule(sharpwise.AdaPM, rank=16, second_moment="block"), 12, slow=True
+    ),
+    Arm("sharpwise Lion", sharpwise_rule(sharpwise.Lion), MINI),
+    Arm("sharpwise Lion l2", sharpwise_rule(sharpwise.Lion, control="l2"), MINI),
+    Arm("sharpwise Lion angular", sharpwise_rule(sharpwise.Lion, control="angular"), MINI),
+    Arm("sharpwise Lion hyperball", sharpwise_rule(sharpwise.Lion, control="hyperball"), 32),
 ]
 # Of these there are few bytes to move; what is timed is what a step does besides.
 TINY_ARMS = [
@@ -97,6 +114,8 @@ PAIRS = [
     ("sharpwise AdamW clip skip", CLIPPED_BASE),
     ("adam-mini package", "sharpwise AdamMini"),
     ("pytorch_optimizer AdamMini", "sharpwise AdamMini"),
+    ("sharpwise BlockwiseAdam rows", "sharpwise AdamMini"),
+    *((f"sharpwise Lion {control}", "sharpwise Lion") for control in ("l2", "angular", "hyperball")),
 ]
 # On a device; bytes are counted from the tensors there.
 DEVICE_ARMS = [
@@ -112,7 +131,7 @@ DEVICE_ARMS = [
     Arm("sharpwise Lion", lambda model: sharpwise.Lion(model, lr=LR, weight_decay=WEIGHT_DECAY), 20),
     Arm("sharpwise SGD", lambda model: sharpwise.SGD(model, lr=LR, momentum=0.9, weight_decay=WEIGHT_DECAY), 20),
 ]
-BY_NAME = {arm.name: arm for arm in ARMS}
+BY_NAME = {arm.name: arm for arm in (*ARMS, *FURTHER)}
 
 # First-step time and memory are measured for these, each in processes of its own.
 COLD = ["sharpwise AdamW", "sharpwise AdamW BlockwiseLR", "sharpwise AdamW clip skip", "sharpwise AdamMini", BASE]

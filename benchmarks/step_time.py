@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py              everything, result in benchmarks/results/step_time.json
     python benchmarks/step_time.py --quick      a small shape, to see that it runs; saves nothing
+    python benchmarks/step_time.py --further    other rules, and controls, in step_time_further.json
     python benchmarks/step_time.py --again      medians and intervals anew from the saved rounds; times nothing
     python benchmarks/step_time.py --device cuda     on a GPU: see on_device.py; `make bench-gpu` runs its tests first
 
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 
 import on_device
 import torch
-from arms import ARMS, BASE, CLIPPED_BASE, COLD, LR, PAIRS, TINY_ARMS, WEIGHT_DECAY, state_bytes
+from arms import ARMS, BASE, BY_NAME, CLIPPED_BASE, COLD, FURTHER, LR, PAIRS, TINY_ARMS, WEIGHT_DECAY, state_bytes
 from environment import environment
 from intervals import over_processes, within_rounds
 from shapes import FULL, LAYOUTS, QUICK, Shape, model_with_gradients
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7, help=f"in each of {PROCESSES} processes")
     parser.add_argument("--only", action="append", help="substring of the arms to time (with the base); saves nothing")
+    parser.add_argument("--further", action="store_true", help="steps of other arms, and nothing else")
     parser.add_argument("--skip-cold", action="store_true", help="no fresh processes; saves nothing")
     parser.add_argument("--again", action="store_true", help="summarize the saved rounds anew; times nothing")
     parser.add_argument("--device", choices=("cpu", "cuda", "fake"), default="cpu", help="see on_device.py")
@@ -62,7 +64,7 @@ def main() -> None:
     if args.device != "cpu":
         run_on_device(args)
         return
-    path = HERE / "results" / f"{args.name}.json"
+    path = HERE / "results" / f"{args.name}{'_further' * args.further}.json"
     if args.again:
         save(path, again(json.loads(path.read_text())))
         return
@@ -72,9 +74,13 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(), "shape": vars(shape)}
     result |= {"processes": processes, "rounds": args.rounds, "layouts": {}}
     for layout in LAYOUTS:
-        times, sizes = time_processes(processes, layout, shape, args.rounds, args.only, args.threads)
+        times, sizes = time_processes(processes, layout, shape, args.rounds, args.only, args.threads, args.further)
         result["layouts"][layout] = summary(times, sizes, shape, layout, args.rounds)
         show_steps(layout, result["layouts"][layout])
+    if args.further and not args.quick and not args.only:
+        save(path, result)
+    if args.further:
+        return
     if not args.skip_cold:
         result["fresh_process"] = fresh_processes(args.quick, args.threads, args.only)
     result["small_tensors"] = small_tensors(20 if args.quick else 200)
@@ -149,7 +155,7 @@ def time_processes(
 
 
 def time_layout(
-    layout: str, shape: Shape, rounds: int, only: list[str] | None, threads: int
+    layout: str, shape: Shape, rounds: int, only: list[str] | None, threads: int, further: bool
 ) -> tuple[dict[str, Timed], dict[str, int]]:
     """The same in this process; three untimed rounds come first (allocation, compilation)."""
     torch.set_num_threads(threads)
@@ -158,7 +164,8 @@ def time_layout(
     gradients = [p.grad for p in parameters]
     steps: dict[str, Callable[[], float]] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    for arm in ARMS:
+    arms = FURTHER if further else ARMS
+    for arm in arms:
         if only and arm.name != BASE and not any(part in arm.name for part in only):
             continue
         optimizers[arm.name] = optimizer = arm.build(model)
@@ -171,7 +178,7 @@ def time_layout(
     steps[AXPY] = timed(axpy)
     base = steps[BASE]
     names = list(steps)
-    slow = {arm.name for arm in ARMS if arm.slow}
+    slow = {arm.name for arm in arms if arm.slow}
     found = {name: Timed([], [], []) for name in names}
     for number in range(-3, rounds):
         turn = number % len(names)
@@ -216,7 +223,7 @@ def summary(times: dict[str, Timed], sizes: dict[str, int], shape: Shape, layout
     with torch.device("meta"):
         elements = sum(p.numel() for p in LAYOUTS[layout](shape).parameters())
     bandwidth = AXPY_BYTES * elements / statistics.median(times[AXPY].seconds)
-    traffic = {arm.name: arm.bytes_per_element for arm in ARMS}
+    traffic = {name: arm.bytes_per_element for name, arm in BY_NAME.items()}
     rows: dict[str, Any] = {}
     for name, taken in times.items():
         rows[name] = {
