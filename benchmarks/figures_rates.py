@@ -64,9 +64,10 @@ def of_searches(searches: dict[str, Any]) -> Iterator[str]:
 
 
 def of_transfer(load: Load) -> Iterator[str]:
-    study = load("recipes/roles/transfer-gpt2-1m.json")
-    ((_, one),) = compared(study).items()
-    yield f"| GPT-2, 1M, {study['budget']['tokens']:,} | {row(one, one['verdict'])}"
+    for size in ("1M", "3M"):
+        study = load(f"recipes/roles/transfer-gpt2-{size.lower()}.json")
+        ((_, one),) = compared(study).items()
+        yield f"| GPT-2, {size}, {study['budget']['tokens']:,} | {row(one, one['verdict'])}"
     study = load("recipes/sharpness_lr/dynamic-llama.json")
     one = compared(study)["of_gpt2"]
     yield f"| LLaMA, 0.4M, {study['budget']['tokens']:,} | {row(one, one['verdict'])}"
