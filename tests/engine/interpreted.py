@@ -497,7 +497,8 @@ def test_offsets_have_64_bits(kind):
     formats = triton_print.Formats(own, own, (own,), (FP32,) * rule.has_blocks, noisy)
     printed_ = triton_print.kernels(rule, formats, False)
     moves = triton_jobs.MoveJobs(formats.width, formats.granule, noisy)
-    moves.add(view, triton_jobs.Place(0, (0,), 0), g.data_ptr(), own.dtype.itemsize, False)
+    place = triton_jobs.Place(0, (0,), 0)
+    moves.add(view, place, g.data_ptr(), own.dtype.itemsize, triton_jobs.pieces_of(view, place, False))
     ((key, _),) = moves.jobs.chunks.items()
     assert key[0] == kind
     chunk = moves.jobs.chunk_table(key)[-1:]

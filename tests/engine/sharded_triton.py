@@ -29,6 +29,8 @@ CASES = [
     ("adamw", BF16),
     ("adam-mini", BF16),
     ("adam-mini", {"on_nonfinite": "skip", "on_device": True}),
+    ("lion", {"control": "angular"}),
+    ("adam-mini", {"control": "l2"}),
 ]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pairwise import pairwise
 
+from sharpwise.controls import L2, Angular, Hyperball
 from sharpwise.engine.backends import triton, triton_launch, triton_print
 from sharpwise.engine.backends.triton_print import FIELDS, Formats
 from sharpwise.rules import SGD, AdamMini, AdamW, Lion
@@ -152,6 +153,34 @@ def test_pairs_compile(case, tmp_path):
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_everything_compiles(case, tmp_path):
     check(*case, tmp_path)
+
+
+CONTROLS = {"l2": L2(), "hyperball": Hyperball(), "angular": Angular(), "snr": Angular(snr=True, batch_size=8)}
+BOUNDED = ("tiles", True), ("tiles", False), ("aim", True), ("aim", False), ("bound", True)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("key", BOUNDED, ids=str)
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_control_adds_compiles(name, formats, control, key, arch, tmp_path):
+    rule, (kernel, aligned), (param, grad, state, stochastic) = RULES[name], key, FORMATS[formats]
+    kinds = {kind: [n for n, own in rule.state.items() if own == kind] for kind in ("element", "block")}
+    states = (Dense.of(state),) * len(kinds["element"]), (FP32,) * len(kinds["block"])
+    own = Formats(Dense.of(param), Dense.of(grad), *states, stochastic)
+    text = triton_print.kernels(rule, own, False, control=CONTROLS[control]).text
+    by = kernel == "tiles" or bool(kinds["block"])
+    _, constants = triton.kernel_and_constants((kernel, by, *([aligned] if kernel != "bound" else [])), own.granule)
+    function = getattr(triton_print.module(text), kernel)
+    (registers, *spilled), ptx = compiled(function, triton.ARGUMENTS[kernel], constants, arch, tmp_path)
+    assert spilled == [0, 0], "it spills"
+    assert registers <= MOST[aligned], registers
+    if kernel == "aim" and aligned:
+        loaded = [param, grad, *[state] * len(kinds["element"])]
+        for words, dtype in ((4, F), (2, B)):  # 4 elements of a thread in one
+            assert wide(ptx, "ld", words) == loaded.count(dtype)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

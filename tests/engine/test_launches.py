@@ -124,6 +124,28 @@ def test_a_large_model_asks_for_no_more(launches, name):
         assert not counts.reads + counts.blocking
 
 
+@pytest.mark.parametrize("control", ["l2", "angular", "hyperball"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adam-mini"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_control_launches_two_more(launches, name, control, model, monkeypatch):
+    """Of each rule what sums up, and what bounds; Adam-mini moves norms by another rule. Nothing is read back."""
+    rules = 2 if name == "adam-mini" else 1
+    monkeypatch.setitem(launches.OF_OPTIMIZER, "sgd", {"momentum": 0.9, "decoupled_weight_decay": True})
+    monkeypatch.setitem(launches.OPTIONS, "control", {"control": control})
+    monkeypatch.setitem(launches.OPTIONS, "all", launches.OPTIONS["everything"] | {"control": control})
+    for option, plain in (("control", "plain"), ("all", "everything")):
+        counts = launches.counted(launches.Case(model, name, option), 3)[-1]
+        assert counts.launches.total() <= table(model)[name, plain] + 2 * rules, counts.launches
+        assert not counts.reads + counts.blocking + counts.downloads
+        assert counts.uploads.total() <= 2, counts.uploads
+
+
+def test_the_snr_factor_reads_nothing_back(launches, monkeypatch):
+    monkeypatch.setitem(launches.OPTIONS, "snr", {"control": "angular(snr=True,batch_size=8)"})
+    counts = launches.counted(launches.Case("tiny", "lion", "snr"), 3)[-1]
+    assert not counts.reads + counts.blocking + counts.downloads
+
+
 def test_tables_of_a_large_model_are_small(launches):
     """2 MiB and a byte for 1,000 parameters, besides the block state's own."""
     from fake_device import FakeCuda

@@ -13,7 +13,7 @@ import sharpwise
 from sharpwise.engine.backends import triton_launch
 from sharpwise.testing import fill_gradients, tiny_model
 
-FILES = [Path(__file__).with_name(name) for name in ("interpreted.py", "interpreted_int8.py")]
+FILES = [Path(__file__).with_name(f"interpreted{of}.py") for of in ("", "_int8", "_controls")]
 needs_triton = pytest.mark.skipif(bool(triton_launch.absent()), reason=triton_launch.absent() or "triton is here")
 
 

@@ -6,9 +6,9 @@ arXiv 2410.23922; "Rotational Equilibrium", arXiv 2305.17212).
     theta = (lr / peak) sqrt(2 peak wd (1-b) / (1+b)) m         "linear"
 
 b is the momentum, m the multiplier, peak the `initial_lr` of the group (a scheduler sets it) or else the constructor's
-lr: theta is the angle at which AdamW's rows turn in the long run, so that its lr and weight decay serve. "sqrt" has
-the root of lr / peak, as that angle would follow a schedule; with "lr", lr is the angle in radians. Of Lion (1-b)/(1+b)
-becomes (pi/2) ((1-b1)^2 + b1^2 (1-b2)/(1+b2)).
+lr; where that was 0, lr as it is: theta is the angle at which AdamW's rows turn in the long run, so that its lr and
+weight decay serve. "sqrt" has the root of lr / peak, as that angle would follow a schedule; with "lr", lr is the angle
+in radians. Of Lion (1-b)/(1+b) becomes (pi/2) ((1-b1)^2 + b1^2 (1-b2)/(1+b2)).
 
 With `snr`, theta is multiplied by the factor of `controls.snr`, of the matrix that the row is in, and so is the norm of
 updates of rows that are not held yet.
@@ -108,6 +108,7 @@ class Angular(Control):
 
     def _angle(self, s: Mapping[str, Any]) -> Tensor:
         lr, peak = s["lr"], 0 * s["lr"] + s["peak"]
+        peak = torch.where(peak > 0, peak, ratio(lr, s["multiplier"]))
         if self.angle == "lr":
             return lr
         at_peak = (2 * peak * s["weight_decay"] * s["mean_square"]).sqrt() * s["turn"]

@@ -42,7 +42,8 @@ class Hyperball(Control):
         radius, size = s["held"], sums.uu.sqrt()
         per_u = ratio(radius, size)
         k = s["lr"] * per_u
-        back = ratio(radius, (sums.pp - 2 * k * sums.pu + k * k * sums.uu).clamp(min=0).sqrt())
+        square = sums.pp - 2 * k * sums.pu + k * k * sums.uu
+        back = ratio(radius, torch.where(square < 0, 0.0, square).sqrt())
         holds = (radius > 0) & (s["lr"] > 0)
         one = torch.ones_like(radius)
         return torch.where(holds, per_u * back, one), torch.where(holds, back / s["decay"], one)

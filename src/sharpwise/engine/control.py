@@ -15,16 +15,15 @@ from sharpwise.controls import Control, Sums
 from sharpwise.controls.base import bounded
 from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found, Lines, Told, row_step
-from sharpwise.engine.backends.reference import CHUNK, aimed, cut_rows, pieces
+from sharpwise.engine.backends.reference import aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.norms import SquareSum, squares_of
 from sharpwise.engine.program import SETTINGS
 from sharpwise.engine.scalars import StepScalars
-from sharpwise.engine.snr import IN_CACHE, GradientSNR
-from sharpwise.engine.view import CUT_OF, HELD, ParamView
+from sharpwise.engine.snr import GradientSNR
+from sharpwise.engine.view import HELD, ParamView
 from sharpwise.rules.base import MatrixRule, ThinRule
-from sharpwise.shards import local
 
 
 class Bounds:
@@ -69,7 +68,8 @@ class Bounds:
             return self._of_numerators(view, x, scalars, rates)
 
         bounded = self._bound(views, grads, squares, scalars, found, Bucket(group))
-        return bounded._replace(bound=bound, rates_of=rates_of, told=lambda view: self._told(view, scalars))
+        bounded = bounded._replace(bound=bound, rates_of=rates_of, snr_factors=self._snr_factor)
+        return bounded._replace(told=lambda view: self._told(view, scalars))
 
     def _bound(
         self,
@@ -110,10 +110,9 @@ class Bounds:
 
     def _moves_bounded(self, view: ParamView, grad: torch.dtype) -> bool:
         """Whether its back end bounds it as it moves. While norms are not held, all processes have to hear of them."""
-        spec = view.kept.get(("cpp", grad))
-        if self.backends is None or spec is None or not self.backends.cpp.bounds_rows(spec):
-            return False
-        return not view.shard.cut or _all_held(view)
+        backends = () if self.backends is None else self.backends.by_name.values()
+        specs = [(own, view.kept[own.name, grad]) for own in backends if (own.name, grad) in view.kept]
+        return any(own.bounds(spec) for own, spec in specs) and (not view.shard.cut or _all_held(view))
 
     def _told(self, view: ParamView, scalars: StepScalars) -> Told:
         """What the control is told of rows that move bounded."""
@@ -123,9 +122,7 @@ class Bounds:
             one = torch.zeros(n, dtype=torch.float64, device="cpu")
             s = self._settings(view, scalars, torch.arange(n, device="cpu"), one)
             self._settings_of[key] = torch.stack([one + s[name] for name in SETTINGS], 1)
-        assert units.counts is not None
-        snr = self._snr_factor(view.origin, units.counts) if view.origin.has_snr else None
-        held = view.origin.own[HELD] if view.holds else None
+        held, snr = view.origin.own[HELD] if view.holds else None, self._snr_factor(view)
         return Told(self._settings_of[key], view.layout.segment_of_row, held, snr, units.block_of_row)
 
     def _sums_of_rows(
@@ -177,7 +174,7 @@ class Bounds:
         else:
             p, g, stored = view.parameter(), view.rows_of(g), view.stored()
             parts = [torch.zeros(p[:0].sum(view.dim).numel(), dtype=torch.float64, device=p.device)]
-            for j in pieces(view, rule, IN_CACHE if view.device.type == "cpu" else CHUNK):
+            for j in pieces(view, rule, cached=True):
                 _, _, u, below = aimed(rule, s, p[j], g[j], [one.piece(j) for one in stored])
                 parts += squares_of([u if below is None else u / below], [view.dim], kernel)
         rows = torch.stack(parts).sum(0) if view.dim == 0 and len(view.shape) == 2 else torch.cat(parts)
@@ -185,12 +182,8 @@ class Bounds:
         return (rows * own * own)[None]
 
     def _units(self, view: ParamView) -> Layout:
-        if "units" not in view.kept:
-            assert view.unit is not None
-            cuts, held = (CUT_OF[view.unit],) * len(view.segments), tuple(local(view.param).shape)
-            view.kept["units"] = self._layouts.of(view.segments, cuts, not view.part, held, view.shard, view.device)
-        found: Layout = view.kept["units"]
-        return found
+        assert view.unit is not None
+        return view.by_unit(view.unit, self._layouts)
 
     def _unit_of_block(self, view: ParamView) -> Tensor:
         """The number of the matrix that each block is of."""
@@ -236,29 +229,17 @@ class Bounds:
             found = [torch.as_tensor(v, dtype=torch.float64, device=view.device) for v in values]
             return torch.stack(found)[of].expand_as(like)
 
-        origin, rows, hyper = view.origin, scalars.rows(view), scalars.hyper(view)
-        peak = view.group.get("initial_lr", view.group["reference_lr"])
-        peak = float(origin.rule.settings({**view.group, "lr": float(peak)})["lr"])
-        decays = [0.0 if row.weight_decay is None else row.weight_decay for row in rows]
-        return {
-            "lr": per_unit([row.lr for row in rows]),
-            "multiplier": per_unit(scalars.multipliers(view)),
-            "decay": per_unit([row.decay for row in rows]),
-            "weight_decay": per_unit(decays),
-            "snr_factor": self._snr_factor(origin, like) if origin.has_snr else 1.0,
-            "over": view.unit,
-            "peak": peak,
-            "t": scalars.t(view),
-            "momentum": origin.rule.momentum_of(hyper),
-            "mean_square": origin.rule.mean_square(hyper),
-            "turn": origin.rule.turn,
-        }
+        settings, snr = scalars.settings(view), self._snr_factor(view)
+        by_segment = ("lr", "multiplier", "decay", "weight_decay")
+        found = settings[0] | {name: per_unit([own[name] for own in settings]) for name in by_segment}
+        return found | {"snr_factor": 1.0 if snr is None else snr, "over": view.unit}
 
-    def _snr_factor(self, view: ParamView, like: Tensor) -> Tensor:
-        """Of each unit that of its matrix; 1 where none is measured."""
+    def _snr_factor(self, view: ParamView) -> Tensor | None:
+        """Of each unit that of its matrix, fp64; None where none is measured."""
+        view = view.origin
         factors = self._factors_of_snr.get(id(view))
         if factors is None:
-            return torch.ones_like(like)
+            return None
         if "matrix of unit" not in view.kept:
             per = [view.units_of(s) // s.copies for s in view.segments for _ in range(s.copies)]
             counts = torch.tensor(per, dtype=torch.int64, device="cpu")

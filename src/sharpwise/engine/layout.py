@@ -217,12 +217,12 @@ def rectangles(layout: Layout, shape: tuple[int, ...], by_row: bool, has_blocks:
         cut: whether blocks may lie on several processes.
     """
     out = shape[0] if by_row else shape[-1]
-    index = _host(layout.rows, np.arange(out))
+    index = on_host(layout.rows, np.arange(out))
     copies = 1 if by_row or len(shape) == 2 else shape[0]
     tall = 1 if by_row else shape[-2]
     n, width = len(index), shape[1] if by_row else 1
-    segments = _host(layout.segment_of_row, np.zeros(copies * n, np.int64)).reshape(copies, n)
-    blocks = _host(layout.block_of_row, np.arange(copies * n)).reshape(copies, n)
+    segments = on_host(layout.segment_of_row, np.zeros(copies * n, np.int64)).reshape(copies, n)
+    blocks = on_host(layout.block_of_row, np.arange(copies * n)).reshape(copies, n)
     # Pieces of adjacent rows of one segment and block.
     ends = np.ones((copies, n), bool)
     ends[:, 1:] = (np.diff(index) != 1) | (np.diff(segments) != 0) | ((np.diff(blocks) != 0) & has_blocks)
@@ -252,7 +252,8 @@ def rectangles(layout: Layout, shape: tuple[int, ...], by_row: bool, has_blocks:
     return found
 
 
-def _host(rows: Rows, otherwise: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def on_host(rows: Rows, otherwise: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """A table of rows, or what None stands for."""
     if isinstance(rows, slice):
         return np.arange(rows.start, rows.stop)
     return otherwise if rows is None else np.array(rows.cpu().tolist(), dtype=np.int64)

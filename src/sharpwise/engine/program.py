@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwise.controls import Control, Sums
-from sharpwise.controls.base import bounded
+from sharpwise.controls.base import Over, bounded
 from sharpwise.rules.base import Rule, add
 from sharpwise.storage import Format
 from sharpwise.storage.dense import mix
@@ -216,21 +216,34 @@ def encoding(format: Format) -> Arithmetic:
 
 
 SETTINGS = ("lr", "multiplier", "decay", "weight_decay", "peak", "t", "momentum", "mean_square", "turn")
-"""What a control is told of a row that is the same for all rows of a segment."""
-OF_ROW = ("uu", "pu", "pp", "elements", "held", "snr_factor", "rate")
-"""And what is of the row alone: with sums over it, and its step size without the control."""
+"""What a control is told of a unit that is the same for all units of a segment."""
+OF_UNIT = ("uu", "pu", "pp", "elements", "held", "snr_factor")
+"""And what is of the unit alone: with sums over it."""
 
 
-def bounding(control: Control) -> Arithmetic:
-    """What a control over rows makes of one: inputs `OF_ROW` and `SETTINGS`, outputs `rate`, `decay`, `held`; fp64."""
+def overs_of(control: Control) -> tuple[Over, ...]:
+    """What a unit may be under a control."""
+    return ("row", "matrix") if control.over == "row" else ("matrix",)
+
+
+def bounding(control: Control, overs: Sequence[Over]) -> Arithmetic:
+    """What a control makes of a unit: inputs `OF_UNIT` and `SETTINGS`, outputs `a`, `decay`, `held`; fp64.
+
+    Args:
+        overs: what a unit may be; of several, `over` is an input: the number of that which it is.
+    """
 
     def run(v: dict[str, Tensor]) -> dict[str, Tensor]:
-        s = {name: v[name] for name in (*SETTINGS, "held", "snr_factor")} | {"over": "row"}
-        sums = Sums(*(v[name] for name in Sums._fields))
-        a, decay, held = bounded(control, sums, s, control.holds)
-        return {"rate": a * v["rate"], "decay": decay, "held": held}
+        known = {name: v[name] for name in (*SETTINGS, "held", "snr_factor")}
+        sums, names = Sums(*(v[name] for name in Sums._fields)), ("a", "decay", "held")
+        each = [bounded(control, sums, {**known, "over": over}, control.holds) for over in overs]
+        found = each[0]
+        for number, other in enumerate(each[1:], start=1):
+            found = tuple(torch.where(v["over"] == number, x, y) for x, y in zip(other, found, strict=True))
+        return dict(zip(names, found, strict=True))
 
-    return Arithmetic.of(run, dict.fromkeys((*OF_ROW, *SETTINGS), torch.float64))
+    inputs = (*OF_UNIT, *SETTINGS, *(["over"] if len(overs) > 1 else []))
+    return Arithmetic.of(run, dict.fromkeys(inputs, torch.float64))
 
 
 @dataclass(frozen=True)

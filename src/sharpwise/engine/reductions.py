@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
-from sharpwise.engine.scalars import StepScalars, on_device
+from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Reduction, Rule, Scalars, State, ThinRule
 from sharpwise.shards import Part
@@ -54,17 +54,17 @@ class Reductions:
     Args:
         group: the processes that hold parts.
         pairs: all views that move in this step, with gradients; those whose rules have no reductions are passed over.
-        hyper: the hyperparameters of a view as they are now.
+        scalars: of the step.
     """
 
-    def __init__(self, group: ReduceGroup, pairs: Iterable[tuple[ParamView, Tensor]], hyper: Any) -> None:
-        self.group = group
+    def __init__(self, group: ReduceGroup, pairs: Iterable[tuple[ParamView, Tensor]], scalars: StepScalars) -> None:
+        self.group, self.scalars = group, scalars
         self._pending: list[_Pending] = []
         for view, g in pairs:
             if view.rule.reductions:
                 kept = view.state_of("whole")
                 whole = {name: tensor.to(view.dtype, copy=True) for name, tensor in kept.items()}
-                self._pending.append(_Pending(view, view.rows_of(g), kept, whole, hyper(view)))
+                self._pending.append(_Pending(view, view.rows_of(g), kept, whole, scalars.hyper(view)))
 
     def begin(self, bucket: Bucket) -> None:
         """Add the first sums to the bucket of the norm and the sums over blocks: one collective serves them all."""
@@ -75,14 +75,14 @@ class Reductions:
 
     def run(self, clip: Any) -> None:
         """Complete all reductions, with one collective per stage and operation."""
-        clips = {device: on_device(clip, device) for device in {one.g.device for one in self._pending}}
         for one in self._pending:
+            own = self.scalars.placed("clip", clip, one.g.device)
             if one.first is not None:
-                first, own = one.rule.reductions[0], clips[one.g.device]
+                first = one.rule.reductions[0]
                 one.complete(first, one.first.values if own is None else one.first.values * own**first.degree)
             elif not one.view.shard.cut:  # one after the other, while the gradient is in the cache
                 for asked in one.rule.reductions:
-                    one.complete(asked, one.term(asked, clips[one.g.device]))
+                    one.complete(asked, one.term(asked, own))
         pending = [one for one in self._pending if one.view.shard.cut]
         for k in range(max((len(one.rule.reductions) for one in pending), default=0)):
             due = [one for one in pending if k < len(one.rule.reductions) and not (k == 0 and one.first)]
@@ -91,14 +91,16 @@ class Reductions:
 
     def _reduce(self, due: Sequence[_Pending], k: int, op: Any, clip: Any) -> None:
         bucket = Bucket(self.group, op)
-        partials = [bucket.add(one.term(one.rule.reductions[k], clip), one.view.shard) for one in due]
+        own = [self.scalars.placed("clip", clip, one.g.device) for one in due]
+        terms = [one.term(one.rule.reductions[k], factor) for one, factor in zip(due, own, strict=True)]
+        partials = [bucket.add(term, one.view.shard) for one, term in zip(due, terms, strict=True)]
         bucket.reduce()
-        for one, own in zip(due, partials, strict=True):
-            one.complete(one.rule.reductions[k], own.values)
+        for one, partial in zip(due, partials, strict=True):
+            one.complete(one.rule.reductions[k], partial.values)
 
-    def written(self, scalars: StepScalars) -> "dict[int, Informed]":
+    def written(self) -> "dict[int, Informed]":
         """Write whole state, and give the rules as back ends call them, by id of the view."""
-        rules = {}
+        rules, scalars = {}, self.scalars
         for one in self._pending:
             view, ok = one.view, scalars.ok_of(one.view)
             known = {**one.whole, **one.found}

@@ -158,16 +158,33 @@ class StepScalars:
         found: bool = self._kept[key]
         return found
 
-    def factors(self, view: ParamView) -> list[tuple[Any, float, float, Any]]:
+    def factors(self, view: ParamView) -> list[tuple[Any, ...]]:
         """What `rows` are worked out from, per segment: the learning rate, its factors for the step and for decoupled
-        decay, weight decay (0: off)."""
+        decay, weight decay (0: off), and the peak."""
         lr, wd = live(view.settings["lr"]), live(view.settings["weight_decay"])
         pairs = zip(self._now(view.origin), view.decays, strict=True)
-        return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0) for m, decays in pairs]
+        peak = self.peak(view)
+        return [(lr, m, m if self._scales_decay else 1.0, wd if decays else 0.0, peak) for m, decays in pairs]
 
     def hyper(self, view: ParamView) -> dict[str, Any]:
         """The hyperparameters of the rule as they are now."""
         return {name: live(value) for name, value in view.settings.items() if name in view.origin.rule.defaults}
+
+    def settings(self, view: ParamView) -> list[dict[str, Any]]:
+        """What a control is told of each segment: `program.SETTINGS`."""
+        rule, hyper = view.origin.rule, self.hyper(view)
+        shared = {"peak": self.peak(view), "t": self.t(view), "turn": rule.turn}
+        shared |= {"momentum": rule.momentum_of(hyper), "mean_square": rule.mean_square(hyper)}
+        pairs = zip(self.rows(view), self.multipliers(view), strict=True)
+        own = [(row.lr, m, row.decay, 0.0 if row.weight_decay is None else row.weight_decay) for row, m in pairs]
+        return [dict(zip(("lr", "multiplier", "decay", "weight_decay"), one, strict=True)) | shared for one in own]
+
+    def peak(self, view: ParamView) -> Any:
+        """The learning rate that a schedule climbs to, under a control."""
+        group = view.group
+        if group.get("reference_lr") is None:  # there is no control
+            return 0.0
+        return view.origin.rule.settings({**group, "lr": live(group.get("initial_lr", group["reference_lr"]))})["lr"]
 
     # -- one view --------------------------------------------------------------------------------------------------
 
@@ -242,13 +259,13 @@ class StepScalars:
 
     def clip_of(self, view: ParamView) -> Any:
         """The factor on its gradients: None, a number, or a tensor on its device."""
-        return self._placed("clip", self.clip, view.device)
+        return self.placed("clip", self.clip, view.device)
 
     def ok_of(self, view: ParamView) -> Any:
         """Whether it moves: True, or a tensor on its device."""
-        return self._placed("ok", self.ok, view.device)
+        return self.placed("ok", self.ok, view.device)
 
-    def _placed(self, name: str, value: Any, device: torch.device) -> Any:
+    def placed(self, name: str, value: Any, device: torch.device) -> Any:
         """A number of the step where it is needed, copied there once."""
         if not isinstance(value, Tensor) or value.device == device:
             return value

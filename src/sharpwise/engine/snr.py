@@ -12,16 +12,12 @@ from torch import Tensor
 
 from sharpwise.controls import Control
 from sharpwise.controls.snr import rrc_growth, snr_of, with_draw
-from sharpwise.engine.backends.reference import CHUNK, pieces
-from sharpwise.engine.layout import Layout, Layouts
+from sharpwise.engine.backends.reference import pieces
+from sharpwise.engine.layout import Layouts
 from sharpwise.engine.mesh import Bucket, Partial
 from sharpwise.engine.scalars import StepScalars, on_device
-from sharpwise.engine.view import CUT_OF, SNR, ParamView
+from sharpwise.engine.view import SNR, ParamView
 from sharpwise.rules.base import MatrixRule
-from sharpwise.shards import local
-
-IN_CACHE = 1 << 17
-"""Elements whose temporaries stay in the cache of a CPU."""
 
 
 class GradientSNR:
@@ -35,7 +31,20 @@ class GradientSNR:
     def begin(self, views: Sequence[ParamView], grads: Sequence[Tensor], bucket: Bucket) -> None:
         """Add the sums of a step to what is reduced over the processes."""
         measured = [pair for pair in zip(views, grads, strict=True) if pair[0].has_snr]
-        self._sums = [(v, bucket.add(_products(v, g, matrices_of(v, self._layouts)), v.shard)) for v, g in measured]
+        self._sums = [(v, bucket.add(self._products(v, g), v.shard)) for v, g in measured]
+
+    def _products(self, view: ParamView, g: Tensor) -> Tensor:
+        """<g, M> and g.g of the matrices, of what is held here: fp64 [2, matrices]."""
+        name = view.rule.momentum_state
+        assert name is not None
+        g, m = view.rows_of(g), view.stored_as(name)
+        parts = [torch.zeros(2, *g[:0].sum(view.dim).shape, dtype=torch.float64, device=g.device)]
+        for j in pieces(view, view.rule, cached=True):
+            own, past = g[j].double(), m.piece(j).decode(view.dtype).double()
+            parts.append(torch.stack([(own * past).sum(view.dim), (own * own).sum(view.dim)]))
+        rows = torch.stack(parts).sum(0) if view.dim == 0 else torch.cat(parts, 1)
+        matrices = view.by_unit("matrix", self._layouts)
+        return torch.stack([matrices.gather(of) for of in rows.view(2, -1)])
 
     def finish(self, scalars: StepScalars, unscale: Any) -> dict[int, Tensor]:
         """Write the state, and give the factor of each matrix, fp64, by id of the view.
@@ -60,32 +69,11 @@ class GradientSNR:
 
 def factors_of(view: ParamView, samples: int) -> Tensor:
     """The factor of each of its matrices by its state, fp64."""
-    sizes = [inputs for s in view.segments for inputs in [s.numel // (s.rows * s.copies)] * s.copies]
-    inputs = torch.tensor(sizes, dtype=torch.float64, device="cpu").to(view.device)
-    found: Tensor = 1 / rrc_growth(snr_of(view.own[SNR], samples), samples, inputs)
+    if "inputs" not in view.kept:
+        sizes = [inputs for s in view.segments for inputs in [s.numel // (s.rows * s.copies)] * s.copies]
+        view.kept["inputs"] = torch.tensor(sizes, dtype=torch.float64, device="cpu").to(view.device)
+    found: Tensor = 1 / rrc_growth(snr_of(view.own[SNR], samples), samples, view.kept["inputs"])
     return found
-
-
-def matrices_of(view: ParamView, layouts: Layouts) -> Layout:
-    """Its rows by matrix."""
-    if "matrices" not in view.kept:
-        cuts, held = (CUT_OF["matrix"],) * len(view.segments), tuple(local(view.param).shape)
-        view.kept["matrices"] = layouts.of(view.segments, cuts, not view.part, held, view.shard, view.device)
-    found: Layout = view.kept["matrices"]
-    return found
-
-
-def _products(view: ParamView, g: Tensor, matrices: Layout) -> Tensor:
-    """<g, M> and g.g of the matrices, of what is held here: fp64 [2, matrices]."""
-    name = view.rule.momentum_state
-    assert name is not None
-    g, m = view.rows_of(g), view.stored_as(name)
-    parts = [torch.zeros(2, *g[:0].sum(view.dim).shape, dtype=torch.float64, device=g.device)]
-    for j in pieces(view, view.rule, IN_CACHE if view.device.type == "cpu" else CHUNK):
-        own, past = g[j].double(), m.piece(j).decode(view.dtype).double()
-        parts.append(torch.stack([(own * past).sum(view.dim), (own * own).sum(view.dim)]))
-    rows = torch.stack(parts).sum(0) if view.dim == 0 else torch.cat(parts, 1)
-    return torch.stack([matrices.gather(of) for of in rows.view(2, -1)])
 
 
 def _with_gradient(view: ParamView, weight: Tensor, gradient: Any, scalars: StepScalars) -> Tensor:

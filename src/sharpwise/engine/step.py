@@ -103,7 +103,7 @@ class Stepper:
             self.counter.leave_to_device()
         scalars, (works, by_block) = self.scalars, self.plan.works(active, grads)
         bucket, pairs = Bucket(self.group), zip(active, grads, strict=True) if self._reduces else ()
-        reductions = Reductions(self.group, pairs, scalars.hyper)
+        reductions = Reductions(self.group, pairs, scalars)
         reductions.begin(bucket)
         if self.bounds is not None:
             self.bounds.snr.begin(active, grads, bucket)
@@ -128,7 +128,7 @@ class Stepper:
             scalars.multipliers_changed()
         scalars.ok, scalars.clip = ok, clip
         self.counter.advance(active, ok, self.guard.taken)
-        found = Found(self.phase.run(active, sums), reductions.written(scalars))
+        found = Found(self.phase.run(active, sums), reductions.written())
         if self.bounds is not None:
             unscale = None if scaling is None else scaling.factor
             found = self.bounds.found(active, grads, scalars, found, sums, self.group, unscale)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpwise.blocks import Cut, Segment
 from sharpwise.controls.base import Over
-from sharpwise.engine.layout import Layout, Rectangle, rectangles
+from sharpwise.engine.layout import Layout, Layouts, Rectangle, rectangles
 from sharpwise.engine.stored import ABSMAX, Line, Stored, compute_dtype
 from sharpwise.rules.base import Kind, Rule
 from sharpwise.shards import Shard, local
@@ -328,6 +328,14 @@ class ParamView:
     def gather(self, rows: Tensor) -> Tensor:
         """Sums per row [rows] -> sums per block [n_blocks], rows elsewhere counted as 0."""
         return self.layout.gather(rows)
+
+    def by_unit(self, over: Over, layouts: Layouts) -> Layout:
+        """Its rows by the units of a control, which are as blocks are."""
+        if ("units", over) not in self.kept:
+            cuts, held = (CUT_OF[over],) * len(self.segments), tuple(local(self.param).shape)
+            self.kept["units", over] = layouts.of(self.segments, cuts, not self.part, held, self.shard, self.device)
+        found: Layout = self.kept["units", over]
+        return found
 
     def element_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Global element numbers as the sum of a part per row of the view and a part per column, int64."""

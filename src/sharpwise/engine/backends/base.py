@@ -73,7 +73,8 @@ class Found(NamedTuple):
         bound: what gives the lines of views whose updates are known only in the step; every process calls it alike.
         rates_of: what bounds the rates per block of a view of which its back end alone has the numerators of all
             elements: (view, numerators, rates) -> rates. None where there is no such bound.
-        told: what a control is told of views over whose rows it is, and that have no `lines`; None without a control.
+        told: what a control is told of views that have no `lines`; None without a control.
+        snr_factors: of each unit of such a view the factor of its gradient SNR, fp64; None for 1.
     """
 
     rates: Mapping[int, Tensor]
@@ -82,6 +83,7 @@ class Found(NamedTuple):
     bound: Callable[[Sequence[ParamView], Sequence[Tensor]], Mapping[int, Lines]] = unbounded
     rates_of: Callable[[ParamView, Tensor, Tensor], Tensor] | None = None
     told: Callable[[ParamView], Told] | None = None
+    snr_factors: Callable[[ParamView], Tensor | None] | None = None
 
 
 class Prepared(NamedTuple):
@@ -111,10 +113,14 @@ class Backend:
         """Whether it works out block sums and block state of a view that it takes by itself, as it moves it."""
         return False
 
-    def bounds_rows(self, spec: Spec) -> bool:
-        """Whether it works out the sums of a control over the rows of a view that it takes by itself, and what the
-        control makes of them, as it moves the row."""
+    def bounds(self, spec: Spec) -> bool:
+        """Whether it works out the sums of a control over the units of a view that it takes by itself, and what the
+        control makes of them."""
         return False
+
+    def one_pass(self, spec: Spec) -> bool:
+        """Whether it does so, for sums over blocks and of a control, as it moves the elements."""
+        return (spec.view.rule.has_blocks and self.sums_blocks(spec)) or self.bounds(spec)
 
     def prepare(
         self, views: Sequence[ParamView], grads: Sequence[Tensor], total: Sequence[bool], scalars: StepScalars

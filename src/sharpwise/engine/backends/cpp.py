@@ -71,7 +71,7 @@ class Cpp(Backend):
         columns = not spec.view.by_row and spec.view.numel >= SHARED
         return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
 
-    def bounds_rows(self, spec: Spec) -> bool:
+    def bounds(self, spec: Spec) -> bool:
         view = spec.view
         if view.unit != "row" or not spec.controlled or not view.by_row or view.cuts_rows or view.shape[1] < 2:
             return False

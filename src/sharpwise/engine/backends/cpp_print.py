@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sharpwise.controls import Control
-from sharpwise.engine.program import OF_ROW, SETTINGS, Language, Program, bounding, encoding
+from sharpwise.engine.program import OF_UNIT, SETTINGS, Language, Program, bounding, encoding
 from sharpwise.rules.base import Rule
 from sharpwise.storage import FP32, Dense, Format
 
@@ -239,11 +239,11 @@ inline void aim_columns(const Scalars s, const Job& m, int64_t at, int64_t n, co
 
 def _bound(control: Control) -> str:
     """Rate and factor of decay of a row, from sums over it, while it is in the cache."""
-    known = {name: name for name in OF_ROW} | {name: f"told[{i}]" for i, name in enumerate(SETTINGS)}
+    known = {name: name for name in OF_UNIT} | {name: f"told[{i}]" for i, name in enumerate(SETTINGS)}
     known |= {name: f"sums[{i}]" for i, name in enumerate(("uu", "pu", "pp"))}
     known |= {"held": "m.held ? m.held[unit] : 0.0f", "elements": "m.columns"}
     known |= {"snr_factor": "m.snr_factors ? m.snr_factors[unit] : 1.0"}
-    worked_out, given = bounding(control).printed(CPP, known)
+    worked_out, given = bounding(control, ("row",)).printed(CPP, known)
     return f"""
 constexpr bool CONTROLLED = true;
 inline void bound(const Scalars s, const Job& m, int64_t r, float& rate, float& decay) {{
@@ -253,7 +253,7 @@ inline void bound(const Scalars s, const Job& m, int64_t r, float& rate, float& 
   aim_row(s, m, r * m.columns, m.columns, rate, sums);
 {worked_out}
   if (m.held) m.held[unit] = float({given["held"]});
-  rate = float({given["rate"]}), decay = float({given["decay"]});
+  rate = float({given["a"]} * rate), decay = float({given["decay"]});
 }}
 """
 

@@ -132,7 +132,7 @@ class Matrices(Backend):
                 self._step_batch(batch, scalars.named(batch.first))
             moved = [view for work in chunk.moves for view in work.views]
             updates = [chunk.x[i] for work in chunk.moves for i in work.places]
-            bounded = Found({}, {}, found.bound(moved, updates), told=found.told)
+            bounded = found._replace(rates={}, rules={}, lines=found.bound(moved, updates))
             for work in chunk.moves:
                 updates = [chunk.x[i] for i in work.places]
                 work.backend.prepare(work.views, updates, [False] * len(updates), scalars)

@@ -25,6 +25,10 @@ CHUNK = 1 << 22
 """Elements per call: temporaries stay below 16 MiB, and tensors up to this size round exactly as torch's do."""
 
 
+IN_CACHE = 1 << 17
+"""Elements whose temporaries stay in the cache of a CPU."""
+
+
 class Noise(NamedTuple):
     """Global element numbers (their sum broadcasts to the view) and the key of this step, for stochastic rounding."""
 
@@ -158,9 +162,9 @@ class Reference(Backend):
         view.write_back(p, stored)
 
 
-def pieces(view: ParamView, rule: Rule, most: int = CHUNK) -> list[slice]:
-    """A view along its first dimension, in pieces of so many elements, for which temporaries stay small."""
-    n = view.shape[0]
+def pieces(view: ParamView, rule: Rule, cached: bool = False) -> list[slice]:
+    """A view along its first dimension, in pieces for which temporaries stay small; cached: on a CPU in its cache."""
+    n, most = view.shape[0], IN_CACHE if cached and view.device.type == "cpu" else CHUNK
     size = max(1, n)
     if rule is view.rule:  # else it knows the matrix as a whole
         size = max(1, most * size // max(view.numel, 1))

@@ -15,22 +15,24 @@ from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
 from sharpwise.engine.backends.base import Backend, Found, Prepared, Spec, built, say_once, tensors_refused
+from sharpwise.engine.backends.triton_bounds import TILE, UNITS, cells_of, is_bounded
 from sharpwise.engine.backends.triton_jobs import (
     BLOCK,
     SHORT_TILE,
     TALL,
     WIDE,
+    Place,
     coded_lines,
     in_pieces,
-    kernel_of,
-    runs_of,
+    pieces_of,
 )
 from sharpwise.engine.backends.triton_print import DeviceScalars, Formats, Printed
 from sharpwise.engine.backends.triton_tables import Family, Tables
 from sharpwise.engine.capture import cannot, capturing
+from sharpwise.engine.layout import Layouts
 from sharpwise.engine.rehearsal import live
 from sharpwise.engine.scalars import StepScalars
-from sharpwise.engine.view import ParamView
+from sharpwise.engine.view import HELD, ParamView
 from sharpwise.shards import Shard
 from sharpwise.storage import Dense
 
@@ -47,6 +49,7 @@ class Triton(Backend):
         self._scalars: dict[Any, DeviceScalars | None] = {}
         self._built: dict[Any, str] = {}
         self._captured: list[Tables] = []
+        self._layouts = Layouts()
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -63,36 +66,53 @@ class Triton(Backend):
             return reason
         if view.rule.reductions:
             return "the rule looks at whole matrices"
-        if spec.controlled and not (spec.options.control.scales_only and view.rule.has_blocks):  # type: ignore[union-attr]
-            return "a control: rows have rates and decays of their own"
         if reason := tensors_refused(view, spec.grad, view.blocks.values()):
             return reason
         if reason := coded_lines(view).refused(view):
             return reason
+        control = spec.options.control if is_bounded(spec) else None
+        if control is not None and coded_lines(view).block:
+            return "a control of state that is coded in blocks"
+        if control is not None and view.unit and view.holds and view.origin.own[HELD].dtype != torch.float32:
+            return "norms that are held are in fp32 alone"
         if not view.by_row and any(view.state_key(name) != name for name in view.elements):
             return "columns with state of their own"
         if spec.options.stochastic_rounding and any(view.shard.offset[1:]):
             return "stochastic rounding of a part that is cut within rows"
-        key = view.rule, _formats(spec), not spec.options.decoupled, spec.options.cautious
+        key = view.rule, _formats(spec), not spec.options.decoupled, spec.options.cautious, control
         if key not in self._printed:
             self._printed[key] = built(partial(triton_print.kernels, *key))
         printed = self._printed[key]
         if isinstance(printed, str):
             return printed
-        view.kept["triton", spec.grad] = printed
-        return self._build(spec, printed)
+        if control is not None:
+            view.kept["cells"] = cells_of(view, self._layouts)
+        if reason := self._build(spec, printed):
+            return reason
+        view.kept["triton", spec.grad], view.kept["printed", spec.grad] = spec, printed
+        return ""
 
     def sums_blocks(self, spec: Spec) -> bool:
         return not spec.view.summed_apart
+
+    def bounds(self, spec: Spec) -> bool:
+        return spec.view.unit is not None and is_bounded(spec) and not spec.view.kept["cells"].given
+
+    def one_pass(self, spec: Spec) -> bool:
+        return super().one_pass(spec) and not is_bounded(spec)
 
     def _build(self, spec: Spec, printed: Printed) -> str:
         """Build what moves a view, aligned or not; why that failed, or ""."""
         view = spec.view
         wanted: set[tuple[str, Any]] = set()
         for aligned in (True, False):
-            for run in runs_of(view):
-                kernel = kernel_of(run, view.rule.has_blocks and view.summed_apart, coded_lines(view).block)
-                wanted.add((printed.text, (*kernel, aligned)))
+            if is_bounded(spec):
+                by_block = view.rule.has_blocks
+                wanted |= {(printed.text, (*key, aligned)) for key in (("tiles", True), ("aim", by_block))}
+                wanted.add((printed.text, ("bound", by_block)))
+            else:
+                pieces = pieces_of(view, Place(0, (), 0), view.rule.has_blocks and view.summed_apart)
+                wanted |= {(printed.text, (*piece.kernel, aligned)) for piece in pieces}
             if spec.options.guarded or in_pieces(view):
                 wanted.add((triton_print.squares(spec.grad, len(triton_print.FIELDS)), (spec.grad, aligned)))
         if in_pieces(view):
@@ -137,19 +157,22 @@ class Triton(Backend):
 
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         for tables in views[0].kept.pop("ready"):
-            tables.take_rates(found.rates)
+            tables.take(found)
             tables.write_scalars(scalars)
             clip, ok = self._control(tables.device, scalars, tables.views[0])
             for family in tables.families:
                 module = triton_print.module(family.printed.text)
                 common = tables.scalars, clip, ok
-                for key, (chunks, n) in sorted(family.chunks.items(), key=lambda item: item[0] != "phase"):
+                for key, (chunks, n) in sorted(family.chunks.items(), key=lambda item: _place_of(item[0])):
                     name, constants = kernel_and_constants(key, family.printed.formats.granule)
-                    args = [family.jobs, chunks, tables.addresses.tensor, *common]
-                    if name == "phase":
-                        args[2:3] = [tables.partial, tables.starts]
-                    args += [tables.rates] * (name in ("tiles", "lines", "phase"))
-                    triton_launch.launch(getattr(module, name), n, args, constants, tables.device)
+                    read = {"phase": [tables.partial, tables.starts], "bound": [family.sums]}
+                    args = [family.jobs, chunks, *read.get(name, [tables.addresses.tensor]), *common]
+                    of_tiles = [tables.cells if family.printed.control else tables.rates]
+                    more = {"aim": [tables.rates, family.sums], "bound": [tables.rates, tables.cells, tables.snr]}
+                    more |= {"tiles": of_tiles, "lines": of_tiles, "phase": [tables.rates]}
+                    triton_launch.launch(
+                        getattr(module, name), n, [*args, *more.get(name, [])], constants, tables.device
+                    )
             tables.release()
 
     def _tables_of(self, views: Sequence[ParamView], grads: Sequence[Tensor], summed: Sequence[bool]) -> list[Tables]:
@@ -168,7 +191,7 @@ class Triton(Backend):
             if tables is None:
                 families: dict[Any, Family] = {}
                 for i, (view, g) in enumerate(zip(mine, given, strict=True)):
-                    printed = view.kept["triton", g.dtype]
+                    printed = view.kept["printed", g.dtype]
                     key = printed.text, kind_of_scalars(view)
                     families.setdefault(key, Family(printed)).places.append(i)
                 tables = Tables(mine, given, addresses, list(families.values()), total, device)
@@ -189,7 +212,8 @@ class Triton(Backend):
             return None
         if key not in self._scalars:
             try:
-                found = triton_print.scalars(view.rule, scalars.hyper(view), printed.scalars, printed.coupled)
+                names, hyper = printed.scalars, scalars.hyper(view)
+                found = triton_print.scalars(view.rule, hyper, names, printed.coupled, view.origin.rule)
                 kernel, types = triton_print.module(found.text).scalars_of_step, ARGUMENTS["scalars_of_step"]
                 triton_launch.build(kernel, types, {}, view.device)
                 self._scalars[key] = found
@@ -256,6 +280,8 @@ ARGUMENTS: dict[str, tuple[torch.dtype, ...]] = {
     "rows": (_I64, _I32, _I64, _F32, _F64, _U8),
     "columns": (_I64, _I32, _I64, _F32, _F64, _U8),
     "phase": (_I64, _I32, _F64, _I32, _F32, _F64, _U8, _F32),
+    "aim": (_I64, _I32, _I64, _F32, _F64, _U8, _F32, _F64),
+    "bound": (_I64, _I32, _F64, _F32, _F64, _U8, _F32, _F32, _F64),
     "squares": (_I64, _I32, _I64, _F64),
     "scalars_of_step": (_F64, _I64, _F32),
     "guard": (_F64, _F64, _F64, _U8, _F32, _I64),
@@ -271,6 +297,8 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
     """The name of a kernel, and its constants (and options), from what it is found by in `triton_jobs`."""
     if key == "phase":
         return "phase", {"BLOCK": BLOCK}
+    if key[0] == "bound":
+        return "bound", {"BY": key[1], "U": UNITS[0], "W": UNITS[1]}
     name, *how, aligned = key if isinstance(key[0], str) else ("squares", key[1])
     own: dict[str, Any] = {"ALIGN": 16 if aligned else 1, "G": granule if aligned else 1}
     if name == "rows":
@@ -282,9 +310,20 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
         tile = max(BLOCK, how[1])
         warps = {"num_warps": triton_launch.WARPS * tile // BLOCK}  # so that threads keep as many elements
         return name, {"BY": how[0], "Q": how[1], "BLOCK": tile, **own, **warps}
+    if name == "aim":
+        return name, {"BY": how[0], "BR": TILE[0], "BC": TILE[1], **own}
     if name == "tiles":
         own |= {"BY": how[0], "maxnreg": 112 if aligned else 128}
     return name, {"BLOCK": BLOCK, **own}
+
+
+STAGES = ("phase", "aim", "bound")
+"""Of the kernels of a family those that come before all others, in their order."""
+
+
+def _place_of(key: Any) -> int:
+    name = key if isinstance(key, str) else key[0]
+    return STAGES.index(name) if name in STAGES else len(STAGES)
 
 
 def kind_of_scalars(view: ParamView) -> Any:
@@ -293,7 +332,7 @@ def kind_of_scalars(view: ParamView) -> Any:
     hyper = [live(view.group[name]) for name in rule.defaults if name in view.group]
     flags = tuple(len(v) if isinstance(v, tuple) else 0.0 if isinstance(v, (float, Tensor)) else v for v in hyper)
     own = tuple(getattr(rule, f.name) for f in fields(cast(Any, rule)) if f.name not in rule.hyperparameters)
-    return type(rule), flags, own, view.own["step"].dtype
+    return type(rule), flags, own, view.own["step"].dtype, view.origin.rule if view.origin is not view else None
 
 
 def _formats(spec: Spec) -> Formats:

@@ -72,9 +72,16 @@ $elements_head
             rate = step
             if BY:
                 b = first + r * by_row + ((c0.to(tl.int32) + i) // size) * by_column
-                rate = tl.load(rates + b, mask=mask, other=0.0)
-            move($elements, at, i, mask, rate)
+$factors
+            move($moved, at, i, mask, rate)
 """
+
+RATE = "rate = tl.load(rates + b, mask=mask, other=0.0)"
+CELL = (
+    "rate = tl.load(rates + 2 * b, mask=mask, other=0.0)",
+    "shrunk = tl.load(rates + 2 * b + 1, mask=mask, other=0.0)",
+)
+"""What elements move by: a step, or under a control the step of a cell and its factor of decay."""
 
 LARGEST = """
 @triton.jit
@@ -203,6 +210,126 @@ $blocks_head
     held = b >= 0
     mean = tl.sum(sums) / tl.load(counts_ + b, mask=held, other=1.0) * clip64 * clip64
     tl.store(rates + tl.load(row + $by_row) + b, block_step($blocks, b, held, held, mean), mask=held)
+"""
+
+AIM = f"""
+@triton.jit(do_not_specialize=$args)
+def aim($moves, rates, sums, $aligned, BY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    # Sums of u u, p u and p p for a control: of each row of a chunk, of each of its columns, or of all of it.
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$elements_head
+{_RECTANGLE.rstrip()}
+    c0 = tl.multiple_of(c0, G)
+    kind = tl.load(row + $kind)
+    sums += 3 * tl.load(row + $sums)
+    if BY:
+        first = tl.load(row + $first)
+        by_row = tl.load(row + $by_row)
+        size = tl.load(row + $size).to(tl.int32)
+        by_column = tl.load(row + $by_column)
+    lane = tl.arange(0, BC)[None, :]
+    uu = tl.zeros([BR, BC], tl.float64)
+    pu = tl.zeros([BR, BC], tl.float64)
+    pp = tl.zeros([BR, BC], tl.float64)
+    end = tl.minimum(r0 + per, tl.load(row + $rows))
+    for r1 in range(r0, end, BR):
+        r = r1 + tl.arange(0, BR)[:, None]
+        held = r < end
+        at = r * pitch + c0
+        for c in range(0, n, BC):
+            i = c + lane
+            mask = held & (i < n)
+            rate = step
+            if BY:
+                b = first + r * by_row + ((c0.to(tl.int32) + i) // size) * by_column
+                rate = tl.load(rates + b, mask=mask, other=0.0)
+            x, u = aimed($elements, at, i, mask, rate)
+            x = tl.where(mask, x, 0.0).to(tl.float64)
+            u = tl.where(mask, u, 0.0).to(tl.float64)
+            uu += u * u
+            pu += x * u
+            pp += x * x
+        if kind == 0:
+            to = sums + 3 * (r * across + k % across)
+            tl.store(to, tl.sum(uu, axis=1, keep_dims=True), mask=held)
+            tl.store(to + 1, tl.sum(pu, axis=1, keep_dims=True), mask=held)
+            tl.store(to + 2, tl.sum(pp, axis=1, keep_dims=True), mask=held)
+            uu = tl.zeros([BR, BC], tl.float64)
+            pu = tl.zeros([BR, BC], tl.float64)
+            pp = tl.zeros([BR, BC], tl.float64)
+    if kind == 1:
+        to = sums + 3 * ((k // across) * columns + c0 + lane)
+        tl.store(to, tl.sum(uu, axis=0, keep_dims=True), mask=lane < n)
+        tl.store(to + 1, tl.sum(pu, axis=0, keep_dims=True), mask=lane < n)
+        tl.store(to + 2, tl.sum(pp, axis=0, keep_dims=True), mask=lane < n)
+    if kind == 2:
+        tl.store(sums + 3 * k, tl.sum(uu))
+        tl.store(sums + 3 * k + 1, tl.sum(pu))
+        tl.store(sums + 3 * k + 2, tl.sum(pp))
+"""
+
+BOUND = f"""
+@triton.jit
+def sine(x):
+    # In fp64, of up to a few turns; that of libdevice keeps a table on the stack.
+    turns = tl.floor(x * 0.3183098861837907 + 0.5)
+    r = (x - turns * 3.141592653589793) - turns * 1.2246467991473532e-16
+    found = r * 0.0 + 1.0
+    for k in tl.static_range(20, 0, -2):
+        found = 1.0 - r * r / (k * (k + 1)) * found
+    return tl.where(turns - 2.0 * tl.floor(turns * 0.5) == 0.0, r, -r) * found
+
+@triton.jit(do_not_specialize=$args)
+def bound(jobs, chunks, sums, scalars, clip_, ok_, rates, cells, snr, $tile):
+    # What a control makes of units: steps and factors of decay of their cells, and norms that are held.
+    if tl.load(ok_) == 0:
+        return
+{_JOB}
+$scalars_head
+    unit = k * U + tl.arange(0, U)
+    here = unit < tl.load(row + $rows)
+    parts = tl.load(row + $pitch)
+    begin = tl.load(row + $sums) + unit[:, None] * tl.load(row + $per)
+    uu = tl.zeros([U, W], tl.float64)
+    pu = tl.zeros([U, W], tl.float64)
+    pp = tl.zeros([U, W], tl.float64)
+    for j in range(0, parts, W):
+        part = j + tl.arange(0, W)[None, :]
+        mask = here[:, None] & (part < parts)
+        at = sums + 3 * (begin + part * tl.load(row + $span))
+        uu += tl.load(at, mask=mask, other=0.0)
+        pu += tl.load(at + 1, mask=mask, other=0.0)
+        pp += tl.load(at + 2, mask=mask, other=0.0)
+    uu = tl.sum(uu, axis=1)
+    pu = tl.sum(pu, axis=1)
+    pp = tl.sum(pp, axis=1)
+    elements = tl.load(row + $size).to(tl.float64)
+    kind = tl.load(row + $kind)
+    some = unit < tl.where(kind < 2, tl.load(row + $rows), 0)
+    held_ = address(tl.load(row + $counts), tl.float32, 1)
+    holds = unit < tl.where(tl.load(row + $counts) != 0, tl.load(row + $rows), 0)
+    held = tl.load(held_ + unit, mask=holds, other=0.0).to(tl.float64)
+    snr_ = snr + tl.load(row + $view)
+    zero = tl.zeros([U], tl.float64)
+$worked_out
+    # Every thread reads what one of them writes.
+    tl.debug_barrier()
+    tl.store(held_ + unit, $held.to(tl.float32), mask=holds)
+    a = tl.where(some, $a, 1.0)[:, None]
+    shrunk = tl.where(some, $decay, decay.to(tl.float64))[:, None]
+    many = tl.load(row + $columns)
+    for j in range(0, many, W):
+        cell = j + tl.arange(0, W)[None, :]
+        mask = here[:, None] & (cell < many)
+        rate = step
+        if BY:
+            b = tl.load(row + $first) + unit[:, None] * tl.load(row + $by_row) + cell * tl.load(row + $by_column)
+            rate = tl.load(rates + b, mask=mask, other=0.0)
+        to = cells + 2 * (tl.load(row + $cell) + unit[:, None] * many + cell)
+        tl.store(to, (a * rate).to(tl.float32), mask=mask)
+        tl.store(to + 1, (shrunk + cell * 0.0).to(tl.float32), mask=mask)
 """
 
 SQUARES = f"""

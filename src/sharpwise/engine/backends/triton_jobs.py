@@ -1,7 +1,7 @@
 """What the Triton kernels go over: views as rectangles of memory, and rectangles as jobs with chunks."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,11 +31,23 @@ WIDE, TALL = 64, 32
 
 
 class Place(NamedTuple):
-    """Where a view stands in the tables: its number, that of its scalars, its first step of a block."""
+    """Where a view stands in the tables: its number, that of its scalars, its first step of a block, and under a
+    control its first cell and unit."""
 
     number: int
     slots: tuple[int, ...]
     rates: int
+    cells: int = 0
+    units: int = 0
+
+
+class Piece(NamedTuple):
+    """A rectangle as a job: its kernel, how chunks cut it, and what else of the job is of the kernel alone."""
+
+    kernel: tuple[Any, ...]
+    run: Rectangle
+    cut: dict[str, int]
+    fields: dict[str, int]
 
 
 @dataclass
@@ -90,13 +102,8 @@ class MoveJobs:
         self.jobs = Jobs(numbers)
         self.granule, self.stochastic = granule, stochastic
 
-    def add(self, view: ParamView, place: Place, g: int, size: int, by_rate: bool) -> None:
-        """A view.
-
-        Args:
-            g, size: address of its gradient, and bytes of an element.
-            by_rate: its steps per block are worked out elsewhere.
-        """
+    def add(self, view: ParamView, place: Place, g: int, size: int, pieces: Iterable[Piece]) -> None:
+        """A view, as these pieces; g, size: address of its gradient, and bytes of an element."""
         p = local(view.param)
         tensors = [(p.data_ptr(), p.element_size(), False)]
         tensors += [(local(t).data_ptr(), t.element_size(), view.state_key(n) != n) for n, t in view.elements.items()]
@@ -106,10 +113,9 @@ class MoveJobs:
             common["key"] = (view.key + int(view.group["seed"]) * SEED_FACTOR) & 0xFFFFFFFF
         lead = int(np.prod(view.shard.shape[1:])) if view.shard.offset else 0
         coded = coded_lines(view)
-        for run in runs_of(view):
+        for kernel, run, cut, own_fields in pieces:
             addresses = [base + bytes_ * (run.own if own else run.start) for base, bytes_, own in tensors]
             at_g = size * run.start
-            kernel = kernel_of(run, by_rate, coded.block)
             absmax = [coded.address(view, name, run) for name in coded.names]
             run, lines = coded.split(run) if coded.block else (run, 1)
             wide = run.size if kernel[0] == "columns" and run.size > 1 else 0
@@ -122,21 +128,12 @@ class MoveJobs:
                 "from_gradient": at_g,
                 "noise": run.start + (view.shard.offset[0] * lead if lead else 0),
             }
-            if kernel[0] == "rows":
-                cut = {"per": max(1, SPAN // run.columns), "span": run.columns}
-                cut["per"] += -cut["per"] % SHORT_TILE[0] if kernel[1] else 0
-            elif kernel[0] == "columns":
-                cut = {"per": run.rows, "span": wide or WIDE}
-            else:
-                cut = tiling(run)
-                if kernel[1]:
-                    fields |= {"first": place.rates + run.first, "by_row": not run.size, "by_column": run.size > 0}
             if coded.block:  # rows of tiles are blocks
                 cut = {"per": max(SPAN // min(coded.block, run.columns), 1), "span": run.columns}
                 cut["per"] += -cut["per"] % max(BLOCK // coded.block, 1)
                 run = run._replace(rows=run.rows * -(-run.columns // coded.block))
             addresses += absmax + _of_blocks(view, run.first)
-            self.jobs.add_run((*kernel, aligned), run, cut, addresses, **fields)
+            self.jobs.add_run((*kernel, aligned), run, cut, addresses, **{**fields, **own_fields})
 
     def add_phases(self, view: ParamView, place: Place, starts: int) -> int:
         """The block state of a view's blocks that are summed up in pieces, whose partial sums are numbered from
@@ -157,6 +154,22 @@ class MoveJobs:
             )
             done += blocks
         return done
+
+
+def pieces_of(view: ParamView, place: Place, by_rate: bool) -> Iterator[Piece]:
+    """What of a view is moved; by_rate: its steps per block are worked out elsewhere."""
+    block = coded_lines(view).block
+    for run in runs_of(view):
+        kernel, fields, cut = kernel_of(run, by_rate, block), {}, tiling(run)
+        if kernel[0] == "rows":
+            cut = {"per": max(1, SPAN // run.columns), "span": run.columns}
+            cut["per"] += -cut["per"] % SHORT_TILE[0] if kernel[1] else 0
+        elif kernel[0] == "columns":
+            wide = run.size if run.size > 1 else 0
+            cut = {"per": run.rows, "span": wide or WIDE}
+        elif kernel[1]:
+            fields = {"first": place.rates + run.first, "by_row": not run.size, "by_column": run.size > 0}
+        yield Piece(kernel, run, cut, fields)
 
 
 def _of_blocks(view: ParamView, first: int) -> list[int]:
@@ -228,8 +241,10 @@ def kernel_of(run: Rectangle, by_rate: bool, block: int) -> tuple[Any, ...]:
 
 
 def in_pieces(view: ParamView) -> list[Rectangle]:
-    """Runs of blocks that are summed up by several programs."""
+    """Runs of blocks that are summed up by several programs: under a control all, as they do not move yet."""
     block = coded_lines(view).block
+    if "cells" in view.kept:
+        return [run for run in view.rectangles if run.blocks]
     return [run for run in view.rectangles if kernel_of(run, False, block)[:2] in (("tiles", True), ("lines", True))]
 
 

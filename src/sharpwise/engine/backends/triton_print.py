@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sharpwise.controls import Control
 from sharpwise.engine.backends import triton_frames as frames
-from sharpwise.engine.program import Arithmetic, Language, Program, encoding
+from sharpwise.engine.program import OF_UNIT, SETTINGS, Arithmetic, Language, Program, bounding, encoding, overs_of
 from sharpwise.rules.base import Rule
 from sharpwise.storage import Dense, Format
 from sharpwise.storage.dense import STEP_FACTOR
 
 FIELDS = (
     *("rows", "columns", "pitch", "per", "span", "size", "first", "by_row", "by_column"),
-    *("slot", "noise", "key", "counts", "view", "from_gradient"),
+    *("slot", "noise", "key", "counts", "view", "from_gradient", "kind", "sums", "cell"),
 )
 """Of a job, before the addresses of the parameter and its state.
 
@@ -31,6 +32,12 @@ FIELDS = (
     size: columns of a block; first, by_row, by_column: where steps of blocks lie.
     slot: of its scalars; noise: number of its first element in the whole parameter; key: of its noise.
     counts: address of the elements per block; view: whose gradient; from_gradient: bytes from its begin.
+    kind: of sums for a control, of each row, each column or all of a chunk; sums: the first place of these.
+
+Of a job of `bound`: rows: units; columns: cells of each, the first is `cell`; size: elements of a unit; pitch: parts
+that are summed up, of which `sums` is the first; per, span: places from unit to unit, and from part to part; first,
+by_row, by_column: steps of blocks by unit and cell; kind: number of what a unit is, 2 for none; counts: address of
+norms that are held; view: the first factor of gradient SNR.
 """
 OURS = ("step", "decay", "t")
 """Scalars after those of a rule; decay is in units of the learning rate where it is coupled."""
@@ -49,6 +56,11 @@ TRITON = Language(
         _aten.neg.default: "-{0}",
         _aten.abs.default: "tl.abs({0})",
         _aten.sqrt.default: "tl.sqrt({0})",
+        _aten.sin.default: "sine({0})",
+        _aten.cos.default: "sine({0} + 1.5707963267948966)",
+        _aten.ones_like.default: "tl.full([], 1.0, {type})",
+        _aten.scalar_tensor.default: "tl.full([], {0}, {type})",
+        _aten.bitwise_and.Tensor: "{0} & {1}",
         (_aten.sqrt.default, _f32): "tl.sqrt_rn({0})",
         _aten.reciprocal.default: "1.0 / {0}",
         (_aten.reciprocal.default, _f32): "tl.div_rn(tl.where({0} == {0}, 1.0, {0}), {0})",
@@ -108,18 +120,21 @@ class Printed(NamedTuple):
     scalars: tuple[str, ...]
     formats: Formats
     coupled: bool
+    control: Control | None
 
 
 # -- the kernels of a rule ---------------------------------------------------------------------------------------------
 
 
-def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False) -> Printed:
-    """The kernels that move views of a rule.
+def kernels(
+    rule: Rule, formats: Formats, coupled: bool, cautious: bool = False, control: Control | None = None
+) -> Printed:
+    """The kernels that move views of a rule, and bound them under a control.
 
     Raises:
         NotImplementedError: for an operation that Triton lacks.
     """
-    program = Program.of(rule, coupled=coupled, cautious=cautious)
+    program = Program.of(rule, coupled=coupled, cautious=cautious, aims=control is not None)
     stored = {"p": formats.param} | _of_state(program.elements, formats.elements)
     blocks = _of_state(program.blocks, formats.blocks)
     noisy = formats.stochastic
@@ -150,7 +165,9 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
         "elements_head": _lines([*own, *head], 1),
         "blocks_head": _lines(of_blocks, 1),
         "elements": ", ".join(elements),
+        "moved": ", ".join("shrunk" if control is not None and own == "decay" else own for own in elements),
         "blocks": ", ".join([*map(_called, blocks), "step", *scalars.values()]),
+        "factors": _lines([frames.RATE] if control is None else frames.CELL, 4),
     }
     text = frames.HEAD + (frames.LARGEST if absmax else "")
     for name in absmax:
@@ -182,7 +199,33 @@ def kernels(rule: Rule, formats: Formats, coupled: bool, cautious: bool = False)
         )
         own_frames = (frames.PHASE,) if absmax else (frames.ROWS, frames.COLUMNS, frames.PHASE)
         text += "".join(_filled(frame, values) for frame in own_frames)
-    return Printed(text, (*program.scalars, *OURS), formats, coupled)
+    names = (*program.scalars, *OURS)
+    if control is not None:
+        loads = {n: f"tl.load({_called(n)} + at + i, mask=mask, other=0)" for n in (*stored, "g")}
+        text += function(
+            f"aimed({values['elements']}, at, i, mask, rate)",
+            program.aim.in_memory({**stored, "g": formats.grad}, (), False),  # type: ignore[union-attr]
+            {"rate": "rate", "clip": "clip", **scalars, **loads},
+            lambda found: [f"return {found['p']}, {found['u']}"],
+        )
+        text += _filled(frames.AIM, values) + _bound(control, names, values)
+        names += TOLD
+    return Printed(text, names, formats, coupled, control)
+
+
+TOLD = tuple(f"told_{name}" for name in SETTINGS if name not in OURS)
+"""Scalars after those, of a control."""
+
+
+def _bound(control: Control, names: Sequence[str], values: Mapping[str, str]) -> str:
+    """The kernel of what a control makes of units."""
+    known = {n: f"tl.load(slot + {i})" for i, n in enumerate((*names, *TOLD))}
+    told = {n: known.get(f"told_{n}", n) for n in SETTINGS} | {"elements": "elements", "over": "kind"}
+    # As vectors: the interpreter makes numbers of comparisons of scalars, where these meet vectors.
+    given = {n: n for n in OF_UNIT} | {n: f"{own} + zero" for n, own in told.items()}
+    given["snr_factor"] = "tl.load(snr_ + unit, mask=here, other=1.0)" if control.snr_samples else "zero + 1.0"
+    worked_out, found = bounding(control, overs_of(control)).printed(TRITON, given, "    ")
+    return _filled(frames.BOUND, {**values, "worked_out": worked_out, **found})
 
 
 def function(
@@ -242,6 +285,7 @@ def _filled(frame: str, values: Mapping[str, str]) -> str:
     """A frame with its values, and no argument that Triton would specialize on."""
     frame = frame.replace("$moves", "jobs, chunks, grads, scalars, clip_, ok_")
     frame = frame.replace("$aligned", "ALIGN: tl.constexpr, G: tl.constexpr")
+    frame = frame.replace("$tile", "BY: tl.constexpr, U: tl.constexpr, W: tl.constexpr")
     names = re.search(r"def \w+\(([^)]*)\)", frame)
     assert names is not None
     args = [name.strip() for name in names[1].split(",") if ":" not in name]
@@ -277,12 +321,18 @@ class DeviceScalars(NamedTuple):
         return len(FACTORS) + len(self.inputs)
 
 
-FACTORS = ("lr", "of_rate", "of_decay", "weight_decay")
+FACTORS = ("lr", "of_rate", "of_decay", "weight_decay", "peak")
 """Inputs besides the hyperparameters, as `StepScalars.factors` gives them."""
 
 
-def scalars(rule: Rule, hyper: Mapping[str, Any], names: Sequence[str], coupled: bool) -> DeviceScalars:
-    """Print the scalars of a rule as functions of its hyperparameters and the number of the step.
+def scalars(
+    rule: Rule, hyper: Mapping[str, Any], names: Sequence[str], coupled: bool, origin: Rule | None = None
+) -> DeviceScalars:
+    """Print the scalars of a rule, and what a control is told of it, as functions of its hyperparameters and the number
+    of the step.
+
+    Args:
+        origin: the rule of which it is a stage.
 
     Raises:
         Exception: whatever tracing arithmetic that wants to know a number raises.
@@ -298,6 +348,11 @@ def scalars(rule: Rule, hyper: Mapping[str, Any], names: Sequence[str], coupled:
         found["step"] = lr * v["of_rate"] / correction
         found["decay"] = wd if coupled else 1 - lr * v["of_decay"] * wd
         found["t"] = v["t"]
+        if TOLD[0] in names:
+            told = origin or rule
+            found |= {"told_lr": lr * v["of_rate"], "told_multiplier": v["of_rate"], "told_weight_decay": wd}
+            found |= {"told_peak": v["peak"], "told_turn": told.turn}
+            found |= {"told_momentum": told.momentum_of(own), "told_mean_square": told.mean_square(own)}
         return {n: x.double() if isinstance(x := found[n], Tensor) else 0 * v["t"] + x for n in names}
 
     arithmetic: Arithmetic = Arithmetic.of(work, dict.fromkeys(inputs, _f64))

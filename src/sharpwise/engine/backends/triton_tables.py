@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends import triton_launch, triton_print
-from sharpwise.engine.backends.triton_jobs import Array, MoveJobs, Place, SumJobs, in_pieces
+from sharpwise.engine.backends.base import Found
+from sharpwise.engine.backends.triton_bounds import BoundJobs, Cells
+from sharpwise.engine.backends.triton_jobs import Array, MoveJobs, Place, SumJobs, in_pieces, pieces_of
 from sharpwise.engine.backends.triton_launch import Staged, upload
 from sharpwise.engine.backends.triton_print import DeviceScalars, Printed
+from sharpwise.engine.program import overs_of
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import Shard
@@ -24,7 +27,7 @@ Chunks = tuple[Tensor, int]
 class Family:
     """Views that the kernels of one text move: their places among all, jobs, chunks by kernel, first scalar.
 
-    scalars: the kernel that works out their scalars in this step; None if the host does.
+    scalars: the kernel that works out their scalars in this step; None if the host does. sums: for a control.
     """
 
     printed: Printed
@@ -34,6 +37,7 @@ class Family:
     chunks: dict[Any, Chunks] = field(default_factory=dict)
     slot: int = 0
     segments: int = 0
+    sums: Any = None
 
 
 class Tables:
@@ -64,6 +68,8 @@ class Tables:
         self.addresses = Staged(len(views), torch.int64, device)
         self.scalars = torch.empty(max(self._n_scalars, 1), dtype=torch.float32, device=device)
         self.rates = torch.empty(max(self._n_rates, 1), dtype=torch.float32, device=device)
+        self.cells = torch.empty(max(self._n_cells, 1), 2, dtype=torch.float32, device=device)
+        self.snr = torch.ones(max(self._n_units, 1), dtype=torch.float64, device=device)
         self.inputs: Staged | None = None
         self._counts: dict[int, Tensor] = {}
         self._late: dict[tuple[int, ...], Tensor] = {}
@@ -80,16 +86,33 @@ class Tables:
             if i in cut or in_pieces(self.views[i]):
                 rates += self.views[i].n_blocks
         self._given = [self.views[i] for i in cut]
+        cells, units, of_control = 0, 0, {}
+        self._lines: list[ParamView] = []
+        self._bounded: list[tuple[ParamView, Any]] = []
+        # Cells whose numbers are given come first, too.
+        for i, own in sorted(self._cells().items(), key=lambda item: not item[1].given):
+            of_control[i] = cells, units
+            cells += own.number
+            if own.given:
+                self._lines.append(self.views[i])
+            else:
+                self._bounded.append((self.views[i], slice(units, units + own.units)))
+                units += own.units
         for family in self.families:
             family.slot = slot
             for i in family.places:
                 n = len(self.views[i].segments)
                 width = len(family.printed.scalars)
-                places[i] = Place(i, tuple(slot + k * width for k in range(n)), begins[i])
+                slots = tuple(slot + k * width for k in range(n))
+                places[i] = Place(i, slots, begins[i], *of_control.get(i, (0, 0)))
                 slot += n * width
                 family.segments += n
-        self._n_scalars, self._n_rates = slot, rates
+        self._n_scalars, self._n_rates, self._n_cells, self._n_units = slot, rates, cells, units
         return places
+
+    def _cells(self) -> dict[int, Cells]:
+        """Of the views under a control, by their places."""
+        return {i: view.kept["cells"] for i, view in enumerate(self.views) if "cells" in view.kept}
 
     def _sum(self, grads: list[Tensor], addresses: list[int]) -> None:
         sums = SumJobs()
@@ -112,16 +135,20 @@ class Tables:
     def _move(self, places: Mapping[int, Place], grads: list[Tensor], addresses: list[int]) -> None:
         for family in self.families:
             formats = family.printed.formats
-            moves = MoveJobs(formats.width, formats.granule, formats.stochastic)
+            moves, control = MoveJobs(formats.width, formats.granule, formats.stochastic), family.printed.control
+            bounds = None if control is None else BoundJobs(moves.jobs, overs_of(control))
             for i in family.places:
-                view = self.views[i]
+                view, place = self.views[i], places[i]
                 by_rate = view.rule.has_blocks and view.summed_apart
-                moves.add(view, places[i], addresses[i], grads[i].element_size(), by_rate)
+                pieces = pieces_of(view, place, by_rate) if bounds is None else bounds.pieces(view, place)
+                moves.add(view, place, addresses[i], grads[i].element_size(), pieces)
                 if view.rule.has_blocks and not by_rate and in_pieces(view):
                     moves.add_phases(view, places[i], self._starts[i])
             tables = {key: moves.jobs.chunk_table(key) for key in moves.jobs.chunks}
             family.chunks = {key: (upload(own, self.device), len(own)) for key, own in tables.items() if len(own)}
             family.jobs = upload(moves.jobs.table(), self.device) if family.chunks else None
+            parts = 0 if bounds is None else bounds.parts
+            family.sums = torch.empty(max(3 * parts, 1), dtype=torch.float64, device=self.device)
 
     # -- of a step -------------------------------------------------------------------------------------------------
 
@@ -144,11 +171,19 @@ class Tables:
         """Let the gradients go."""
         self._grads = []
 
-    def take_rates(self, rates: Mapping[int, Tensor]) -> None:
-        """Steps of blocks that were worked out elsewhere."""
+    def take(self, found: Found) -> None:
+        """What was worked out elsewhere: steps of blocks, and under a control what rows move by, and factors of SNR."""
         if self._given:
-            given = [rates[id(view)] for view in self._given]
+            given = [found.rates[id(view)] for view in self._given]
             torch.cat(given, out=self.rates[: sum(map(len, given))])
+        if self._lines:
+            pairs = [[own.expand(view.row_shape).reshape(-1) for own in found.lines[id(view)]] for view in self._lines]
+            both = torch.stack([torch.cat(own) for own in zip(*pairs, strict=True)], 1)
+            self.cells[: len(both)] = both
+        if self._bounded and found.snr_factors is not None:
+            pairs = [(self.snr[at], own) for view, at in self._bounded if (own := found.snr_factors(view)) is not None]
+            if pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
     def write_scalars(self, scalars: StepScalars) -> None:
         """The scalars of a step, from the host, or worked out on the device where only that knows the step."""
@@ -210,12 +245,13 @@ class Tables:
 def _values(view: ParamView, scalars: StepScalars, family: Family) -> list[list[Any]]:
     """The scalars of a view, per segment."""
     printed = family.printed
-    own = [scalars.of_rule(view)[name] for name in printed.scalars[: -len(triton_print.OURS)]]
-    t = scalars.t(view)
+    own = {**scalars.of_rule(view), "t": scalars.t(view)}
+    told = scalars.settings(view) if printed.control is not None else [{}] * len(view.segments)
     found = []
-    for row in scalars.rows(view):
+    for row, of_control in zip(scalars.rows(view), told, strict=True):
         decay = row.decay if not printed.coupled else 0.0 if row.weight_decay is None else row.weight_decay
-        found.append([*own, row.rate, decay, t])
+        known = {**own, "step": row.rate, "decay": decay, **{f"told_{name}": x for name, x in of_control.items()}}
+        found.append([known[name] for name in printed.scalars])
     return found
 
 
