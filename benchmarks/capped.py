@@ -1,6 +1,7 @@
 """What less optimizer state is worth: the largest micro-batch, and tokens per second, where memory has a cap.
 
     python benchmarks/capped.py                  gpt2-10m under 700 MiB on the CPU; result in results/capped.json
+    python benchmarks/capped.py --sizes          the same without times, on a machine that has other work to do
     python benchmarks/capped.py --quick          a tiny model under a small cap; saves nothing
     python benchmarks/capped.py --device cuda    layers of the shape of Llama-2-7B under 40 GB; results/capped_cuda.json
 
@@ -54,15 +55,14 @@ ROUNDS, STEPS = 7, 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cap-mib", type=int, help="another cap")
+    parser.add_argument("--sizes", action="store_true", help="largest micro-batches alone, no times")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="to see that it runs; saves nothing")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, f"{parser.prog}: no CUDA device; without --device it runs on the CPU\n")
     own = SETTINGS["quick" if args.quick else args.device] | {"device": args.device, "threads": args.threads}
-    own["cap"] = own["cap"] if args.cap_mib is None else args.cap_mib << 20
-    rounds = 2 if args.quick else ROUNDS
+    rounds = 0 if args.sizes else 2 if args.quick else ROUNDS
     result = {"environment": environment(), **own, "arms": measured(own, rounds)}
     show(result)
     if args.quick:
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def measured(own: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Per arm: the largest micro-batch, its state, and the tokens per second of all rounds."""
+    """Per arm: the largest micro-batch, its state, and the tokens per second of all rounds, if there are any."""
     load_model(own["model"], device="meta", settings=own["settings"])  # for the imports, which forks share
     largest = {name: largest_of(name, own) for name in ARMS}
     fits = [name for name, (micro, _) in largest.items() if micro]
@@ -90,7 +90,7 @@ def measured(own: dict[str, Any], rounds: int) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for name, (micro, state) in largest.items():
         arms[name] = {"micro_batch": micro, "state_bytes": state}
-        if name in speeds and BASE in speeds:
+        if rounds and name in speeds and BASE in speeds:
             ratios = within_rounds(speeds[name], speeds[BASE])
             arms[name] |= {"tokens_per_s": statistics.median(speeds[name]), "ratio": statistics.median(ratios)}
             arms[name] |= {"ratio_95": bootstrap([ratios]), "rounds": speeds[name]}
@@ -100,11 +100,11 @@ def measured(own: dict[str, Any], rounds: int) -> dict[str, Any]:
 def largest_of(name: str, own: dict[str, Any]) -> tuple[int, int]:
     """Sequences in the largest micro-batch that fits, 0 if none does; bytes of state."""
     fits, state, step = 0, 0, 1
-    while found := tried(name, own, fits + step, STEPS):
+    while found := tried(name, own, fits + step, 1):
         fits, state, step = fits + step, found["state_bytes"], max(step, fits + step)
     while step > 1:
         step //= 2
-        if found := tried(name, own, fits + step, STEPS):
+        if found := tried(name, own, fits + step, 1):
             fits += step
     return fits, state
 

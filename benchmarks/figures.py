@@ -29,7 +29,7 @@ from figures_docs import (
     storage,
 )
 from figures_rates import rates
-from figures_results import blocks, choose, readme, speed, where
+from figures_results import blocks, capped, choose, readme, speed, where
 
 ROOT = Path(__file__).parents[1]
 Load = Callable[[str], Any]
@@ -41,6 +41,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/concepts/storage.md": storage,
     "docs/guides/distributed.md": distributed,
     "docs/guides/measure.md": measure,
+    "docs/guides/memory.md": capped,
     "docs/methods/muon.md": muon,
     "docs/results/rates.md": rates,
     "docs/results/speed.md": speed,

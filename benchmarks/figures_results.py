@@ -91,6 +91,17 @@ def speed(load: Load) -> Iterator[str]:
     yield f"read, tokenized and wrote {rate:.1f} MB of text per second on the same two cores"
 
 
+def capped(load: Load) -> Iterator[str]:
+    found = load("benchmarks/results/capped.json")
+    yield (
+        f"The largest micro-batch of `{found['model']}` on a CPU, in sequences of {found['context']} tokens, where "
+        f"private memory has a limit of {found['cap'] >> 20} MiB"
+    )
+    for name, row in found["arms"].items():
+        yield f"| {name} | {mib(row['state_bytes'])} MiB | {row['micro_batch']} |"
+    assert not any("tokens_per_s" in row for row in found["arms"].values())
+
+
 def of_versions(found: list[dict[str, Any]]) -> Iterator[str]:
     older, old = found
     for one in found:

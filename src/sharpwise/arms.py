@@ -5,7 +5,7 @@ from typing import Any
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.block_lr.spelling import ABLATIONS, BLOCK_LRS
-from sharpwise.combinations import COMBINES, PRESETS
+from sharpwise.combinations import APART, COMBINES, PRESETS
 from sharpwise.hints import nearest
 
 
@@ -24,7 +24,7 @@ def parse_arm(text: str) -> dict[str, str]:
     """
     before, plus, after = str(text).partition("+")
     name, block_lr = before.strip(), after.strip()
-    names = sorted([*COMBINES, *PRESETS])
+    names = sorted([*COMBINES, *PRESETS, *APART])
     if not isinstance(text, str) or name not in names:
         called = f"{name!r}{nearest(name, names)}" if isinstance(text, str) else repr(text)
         alone = not plus and name.partition("(")[0] in {*BLOCK_LRS, *ABLATIONS}

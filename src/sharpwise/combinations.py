@@ -52,6 +52,8 @@ COMBINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 that measures by a probe goes with any rule; other sizes of blocks as 256. The battery runs over exactly this table, and
 all of `ABLATIONS`."""
 
+APART = ("rotated",)
+"""Names of optimizers that are in no table: they take no block_lr and no control, and no mesh."""
 AUX_LR = 1e-3
 """Of AdamH and MuonH for what is no hidden matrix: lr is relative to norms there."""
 PRESETS: dict[str, dict[str, Any]] = {

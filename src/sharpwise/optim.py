@@ -20,14 +20,16 @@ from sharpwise.combinations import COMBINES, PRESETS, STORAGES, CommonOptions, e
 from sharpwise.controls.rms_clip import check_clip
 from sharpwise.engine import BlockOptimizer
 from sharpwise.hints import kind_of
+from sharpwise.rotated import Rotated
 from sharpwise.rules import adapm, muon
 from sharpwise.rules.adapm import Momentum, SecondMoment
 from sharpwise.rules.muon import Method, Scale
 from sharpwise.storage import Format
 
 __all__ = [
-    "ABLATIONS", "BLOCK_LRS", "COMBINES", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdaPM", "AdaSGD", "AdamMini",
-    "AdamW", "BlockwiseAdam", "Lion", "Muon", "SGDSaI", "create_optimizer", "list_optimizers", "parse_arm", "split_arm",
+    "ABLATIONS", "BLOCK_LRS", "COMBINES", "CONSTRUCTORS", "OPTIMIZERS", "PRESETS", "SGD", "STORAGES", "AdaPM", "AdaSGD",
+    "AdamMini", "AdamW", "BlockwiseAdam", "Lion", "Muon", "SGDSaI", "create_optimizer", "list_optimizers", "parse_arm",
+    "split_arm",
 ]  # fmt: skip
 
 
@@ -347,7 +349,9 @@ OPTIMIZERS: dict[str, type[BlockOptimizer]] = {
     "sgd": SGD,
     "sgd-sai": SGDSaI,
 }
-"""Every optimizer by its one spelling."""
+"""Every optimizer of the tables by its one spelling."""
+CONSTRUCTORS: dict[str, type[BlockOptimizer]] = {**OPTIMIZERS, "rotated": Rotated}
+"""The same, and those of `combinations.APART`."""
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
@@ -359,7 +363,7 @@ def list_optimizers(pattern: str = "*") -> list[str]:
     >>> list_optimizers("adam*")
     ['adam-mini', 'adamh', 'adamw', 'adamw-8bit']
     """
-    return sorted(fnmatch.filter([*OPTIMIZERS, *PRESETS], pattern))
+    return sorted(fnmatch.filter([*CONSTRUCTORS, *PRESETS], pattern))
 
 
 def create_optimizer(params: Any, name: str, **kwargs: Any) -> BlockOptimizer:
@@ -379,4 +383,4 @@ def create_optimizer(params: Any, name: str, **kwargs: Any) -> BlockOptimizer:
         do = f": the model comes first, create_optimizer(model, {params!r})" if isinstance(params, str) else ""
         raise TypeError(f"create_optimizer: name must be text, such as 'adamw', got {kind_of(given)}{do}")
     settings = split_arm({**kwargs, "name": name})
-    return OPTIMIZERS[settings.pop("name")](params, **settings)
+    return CONSTRUCTORS[settings.pop("name")](params, **settings)

@@ -86,8 +86,9 @@ def turned(x: Tensor, rounds: Sequence[Round], back: bool = False) -> Tensor:
 @final
 @with_common_options
 class Rotated(BlockOptimizer):
-    """Adam, AdaSGD or SGD in a randomly rotated basis: `sharpwise.rotated`. State: that of the rule; weights and
-    gradients are held twice during a step.
+    """Adam, AdaSGD or SGD in a randomly rotated basis.
+
+    Equations: `sharpwise.rotated`. State: that of the rule; weights and gradients are held twice during a step.
 
     Args:
         params: a model, (name, tensor) pairs, or parameter groups or tensors, then with `model=`; fp32 or fp64.

@@ -9,7 +9,17 @@ from pairwise import pairwise
 import sharpwise
 from sharpwise import testing
 from sharpwise.block_lr import make_block_lr
-from sharpwise.optim import ABLATIONS, BLOCK_LRS, COMBINES, OPTIMIZERS, PRESETS, STORAGES, create_optimizer
+from sharpwise.combinations import APART
+from sharpwise.optim import (
+    ABLATIONS,
+    BLOCK_LRS,
+    COMBINES,
+    CONSTRUCTORS,
+    OPTIMIZERS,
+    PRESETS,
+    STORAGES,
+    create_optimizer,
+)
 
 ALL = [
     (name, block_lr, storage, rounding)
@@ -76,8 +86,8 @@ def test_storage(storage):
 
 
 def test_table_is_what_there_is():
-    assert {*COMBINES, *PRESETS} == set(sharpwise.list_optimizers())
-    assert set(OPTIMIZERS) == set(COMBINES)
+    assert {*COMBINES, *PRESETS, *APART} == set(sharpwise.list_optimizers())
+    assert set(OPTIMIZERS) == set(COMBINES) and set(CONSTRUCTORS) == {*COMBINES, *APART}
     assert {lr for lrs, _ in COMBINES.values() for lr in lrs} == set(BLOCK_LRS)
     assert {s for _, storages in COMBINES.values() for s in storages} == {
         s for s in STORAGES if not s.endswith("-2048")

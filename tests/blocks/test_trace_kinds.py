@@ -58,11 +58,11 @@ def test_one_layer_of_another_kind_is_seen() -> None:
 
 
 def test_of_a_large_model_one_layer_of_each_kind_is_run(traced: list[int]) -> None:
-    model = nano(101)
+    model = nano(12)
     assert len(list(model.parameters())) > CHEAP
     assert BlockMap.of(model) == BlockMap.of(model, trace=False)
     assert traced == [len(list(nano(1).parameters()))]
-    assert len(model.transformer["h"]) == 101
+    assert len(model.transformer["h"]) == 12
 
 
 def test_a_large_model_that_counts_its_layers_is_run_as_it_is(traced: list[int]) -> None:
@@ -72,7 +72,7 @@ def test_a_large_model_that_counts_its_layers_is_run_as_it_is(traced: list[int])
             return super().forward(tokens)
 
     with torch.device("meta"):
-        model = Counts(layers=102)
+        model = Counts(layers=13)
     assert BlockMap.of(model) == BlockMap.of(model, trace=False)
     assert traced == [len(list(nano(1).parameters())), len(list(model.parameters()))]
 

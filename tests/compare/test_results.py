@@ -23,7 +23,7 @@ from sharpwise.compare.storage import Storage
 from sharpwise.compare.stored import open_study
 from sharpwise.compare.study import Study, make_study
 from sharpwise.compare.trial import Trial
-from sharpwise.optim import ABLATIONS, OPTIMIZERS
+from sharpwise.optim import ABLATIONS, CONSTRUCTORS
 
 Loss = Callable[[Trial], float | None]
 
@@ -191,7 +191,7 @@ def test_other_settings_of_a_block_lr_are_compared_with_the_first(data: Path) ->
 
 
 def test_every_optimizer_and_block_lr_can_say_what_it_is() -> None:
-    assert set(RULES) == set(OPTIMIZERS)
+    assert set(RULES) == set(CONSTRUCTORS)
     assert set(INSTEAD) == set(ABLATIONS.values())
     for kind in (*RULES.values(), *BLOCK_LRS.values(), *ABLATIONS.values()):
         assert 10 < len(first_line(kind)) < 90

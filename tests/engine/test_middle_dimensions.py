@@ -10,6 +10,7 @@ import sharpwise
 from sharpwise.block_lr import PerRole
 from sharpwise.blocks import Role
 from sharpwise.blocks.trace.rows import Ledger
+from sharpwise.combinations import APART
 
 
 class Kernels(Attention):
@@ -47,7 +48,7 @@ def test_adam_mini_takes_them_for_one_block() -> None:
     torch.testing.assert_close(moved, -0.1 * grad / grad.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", [n for n in sharpwise.list_optimizers() if n not in ("adam-mini", "lionar")])
+@pytest.mark.parametrize("name", [n for n in sharpwise.list_optimizers() if n not in ("adam-mini", "lionar", *APART)])
 def test_every_optimizer_moves_them(name: str) -> None:
     assert stepped(name, block_lr=PerRole({"q": 3.0}))[1].abs().sum() > 0
 

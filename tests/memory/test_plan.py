@@ -174,6 +174,9 @@ def test_what_is_moved_and_sent():
         blocks = 50257 + 1 + 12 * (2 * 12 + 768 * 3 + 3072 + 2) + 1
         assert sent["adamw"] == 0
         assert sent["adam-mini"] == (2 * 0.75 * 8 * blocks if shard == "fsdp" else 0)
+        thin = 12 * 16 * (2 * (768 + 768) + 2 * (768 + 3072))  # g R^T and L^T g of q, k and the MLP
+        matrices = 2 + 12 * 6  # one number each, for the bound on updates
+        assert sent["adapm"] == (2 * 0.75 * 8 * (thin + matrices) if shard == "fsdp" else 0)
 
 
 # -- what is no transformer, and bad input -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,10 +43,33 @@ def compared(build, how: str, world: int) -> list[str]:
     wrong = [] if held == found.weights else [f"{how}: weights {held}, planned {found.weights}"]
     for own in found.combinations:
         options = {"storage": own.storage, "blocks": blocks, "compile": False, **MIDDLE.get(own.optimizer, {})}
-        bytes_ = create_optimizer(model, own.optimizer, lr=1e-3, **options).state_bytes()
+        optimizer = create_optimizer(model, own.optimizer, lr=1e-3, **options)
+        bytes_ = optimizer.state_bytes()
         if bytes_ != own.state or own.refused:
             wrong.append(f"{how}: {own.name} {bytes_}, planned {own.state} {own.refused}")
+        if own.storage == "fp32" and own.optimizer != "muon":  # whose exchange of matrices is none of sums
+            sent = round(2 * (world - 1) / world * summed(model, optimizer))
+            wrong += [f"{how}: {own.name} sends {sent}, planned {own.sent}"] if sent != own.sent else []
     return wrong
+
+
+def summed(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of what a step adds up over the processes."""
+    plain, found = dist.all_reduce, []
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()  # the first one also compares what the processes were built with
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(tensor.numel() * tensor.element_size())
+        return plain(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = plain
+    return sum(found)
 
 
 def main(output: str) -> None:

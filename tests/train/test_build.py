@@ -8,6 +8,7 @@ import torch
 
 from sharpwise.block_lr import GradientSNR, make_block_lr
 from sharpwise.optim import BLOCK_LRS, COMBINES
+from sharpwise.rotated import Rotated
 from sharpwise.testing import EXAMPLES
 from sharpwise.train import build as build_module
 from sharpwise.train.build import Built, build
@@ -45,6 +46,28 @@ def test_every_combination_by_configuration(name) -> None:
             assert found.options.storage.format.name == storage
             assert (options.max_grad_norm, options.on_nonfinite) == (1.0, "skip")
             assert found.param_groups[0]["lr"] == optimizer.lr
+
+
+@pytest.mark.parametrize(("rule", "own"), [("adamw", "adamw"), ("adasgd", "blockwise-adam"), ("sgd", "sgd")])
+def test_a_rotated_rule_by_configuration(rule: str, own: str) -> None:
+    optimizer = make_config({"optimizer": {"name": "rotated", "rule": rule}}).optimizer
+    found = build_optimizer(optimizer, Tiny(300), steps=100)
+    assert isinstance(found, Rotated) and found.rule.name == own
+    assert f"create_optimizer(model, 'rotated', lr=0.001, rule={rule!r}" in as_code(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"rule": "lion"}, "Rotated: no rule is called 'lion'; there are adasgd, adamw, sgd"),
+        ({"block_lr": "blockwise"}, "Rotated: a rotation mixes what a block_lr tells apart; leave block_lr out"),
+        ({"control": "angular"}, "Rotated: a rotation mixes the rows that a control bounds; leave control out"),
+    ],
+)
+def test_what_a_rotation_cannot_have_is_said(table: dict[str, Any], says: str) -> None:
+    optimizer = make_config({"optimizer": {"name": "rotated", **table}}).optimizer
+    with pytest.raises(ValueError, match=says):
+        build_optimizer(optimizer, Tiny(300), steps=100)
 
 
 def test_arguments_arrive() -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sharpwise.blocks")
 
-CHEAP = 1000
-"""Up to this many tensors, 110 layers or so, a model that is known by name is traced without being asked, once per
+CHEAP = 100
+"""Up to this many tensors, ten layers or so, a model that is known by name is traced without being asked, once per
 class and config; of a larger one a layer of each kind."""
 _verified: set[int] = set()
 

@@ -263,8 +263,8 @@ def read_roles(table: Mapping[str, Any], optimizer: Mapping[str, Any], margin: f
         raise ValueError(f"of must be some of {', '.join(OF)}, each once, got {of!r}{hint}")
     if not _names(lr_only) or not set(lr_only) <= set(types):
         raise ValueError(f"lr_only must be some of types, got {lr_only!r} of {list(types)}")
-    if BETA2 in of and (RULES[optimizer["name"]].second_moment is None):
-        others = ", ".join(name for name, rule in RULES.items() if rule.second_moment is not None)
+    if BETA2 in of and getattr(RULES[optimizer["name"]], "second_moment", None) is None:
+        others = ", ".join(name for name, rule in RULES.items() if getattr(rule, "second_moment", None))
         raise ValueError(
             f"of: {optimizer['name']} has no second moment, whose {BETA2} could differ by type; leave {BETA2} out, or "
             f"take one of {others}"

@@ -20,7 +20,7 @@ from sharpwise.arms import split_arm
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.binding import KEEP_SHAPES
 from sharpwise.hints import kind_of
-from sharpwise.optim import OPTIMIZERS
+from sharpwise.optim import CONSTRUCTORS
 from sharpwise.optim import create_optimizer as build
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def create_optimizer(model: nn.Module, name: str, args: Any, **options: Any) -> 
 
 def _numbers(args: Any, name: str) -> dict[str, Any]:
     """What an optimizer takes of `TrainingArguments`; warns of what it cannot take."""
-    known = inspect.signature(OPTIMIZERS[name]).parameters
+    known = inspect.signature(CONSTRUCTORS[name]).parameters
     found = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     lost = []
     for option, keys in (("betas", ("adam_beta1", "adam_beta2")), ("eps", ("adam_epsilon",))):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sharpwise.blocks import BLOCK_TYPE, BlockMap
 from sharpwise.blocks.map import Blocks, blocks_for
 from sharpwise.combinations import COMBINES
+from sharpwise.controls import Control
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.layout import Layouts
 from sharpwise.engine.multipliers import factor_maps
@@ -236,7 +237,7 @@ def _of(
             for key, tensor in state.items():
                 for role, count in _by_role(view, key, tensor):
                     by_role[role] = by_role.get(role, 0) + count * len(same)
-            sent += _sent(view, processes) * len(same)
+            sent += _sent(view, state, optimizer.options.control, processes) * len(same)
     total = sum(by_role.values())
     return Planned(name, storage, total, by_role, moved + 2 * total, round(sent))
 
@@ -270,14 +271,22 @@ def _by_role(view: ParamView, key: str, tensor: Tensor) -> Iterator[tuple[str, i
         given = until
 
 
-def _sent(view: ParamView, processes: int) -> float:
-    """Bytes that the step of a view sends: its block sums in fp64, and whole matrices to their owners and back."""
+def _sent(view: ParamView, state: Mapping[str, Tensor], control: Control | None, processes: int) -> float:
+    """Bytes that the step of a view sends: whole matrices to their owners and back, or sums in fp64.
+
+    Those are over its blocks, of thin products, in the shapes of the factors that they move, and for a bound on whole
+    matrices, which knows those of gradients over blocks already.
+    """
     if not view.shard.cut:
         return 0.0
     ring = (processes - 1) / processes
     if isinstance(view.rule, MatrixRule):
         return 2 * ring * view.numel * (view.rule.wire or view.dtype).itemsize
-    return 2 * ring * 8 * view.n_blocks
+    kinds = view.kinds(variants=True)
+    sums = view.n_blocks + sum(state[view.state_key(name)].numel() for name, kind in kinds.items() if kind == "whole")
+    if control is not None and view.unit == "matrix" and not (view.rule.plain and view.rule.has_blocks):
+        sums += (1 if control.scales_only else 3) * sum(view.units_of(segment) for segment in view.segments)
+    return 2 * ring * 8 * sums
 
 
 def _check(

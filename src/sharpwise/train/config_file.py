@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from sharpwise.combinations import COMMON
 from sharpwise.hints import nearest
 from sharpwise.installing import needs
-from sharpwise.optim import OPTIMIZERS, split_arm
+from sharpwise.optim import CONSTRUCTORS, split_arm
 from sharpwise.train.code import names_class, parse_optimizer
 from sharpwise.train.config import Config, OptimizerConfig, check, spelled_block_lr
 
@@ -102,7 +102,7 @@ def _gather_options(table: Any) -> Any:
             **{key: value for key, value in table.items() if key in own},
             "options": {key: _as_toml(value) for key, value in table.items() if key not in own},
         }
-    parameters = inspect.signature(OPTIMIZERS[name]).parameters
+    parameters = inspect.signature(CONSTRUCTORS[name]).parameters
     allowed = set(parameters) - {"params", *_OF_A_RUN, *own}
     for key in table.keys() - own:
         if key not in allowed:
