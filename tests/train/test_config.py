@@ -96,6 +96,13 @@ def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "tokens"), [("8M", 8_000_000), ("2.5k", 2500), ("1b", 1_000_000_000), ("1_500", 1500)]
+)
+def test_whole_numbers_are_read_as_the_budget_of_a_comparison_is(said: str, tokens: int) -> None:
+    assert make_config(set_keys({}, [f"schedule.tokens={said}"])).schedule.tokens == tokens
+
+
+@pytest.mark.parametrize(
     ("assignment", "message"),
     [
         (
@@ -128,6 +135,10 @@ def test_values_are_toml_and_what_is_none_is_text(text, value) -> None:
         ("schedule.steps=0", r"schedule\.steps must be at least 1, got 0"),
         ("schedule.tokens=0", r"schedule\.tokens must be at least 1, got 0"),
         ("schedule.steps=1.5", r"schedule\.steps: expected a whole number, got 1\.5"),
+        ("schedule.tokens=1.0005k", r"schedule\.tokens: expected a whole number, got '1\.0005k'"),
+        ("schedule.tokens=8Q", r"schedule\.tokens: expected a whole number, got '8Q'"),
+        ("schedule.tokens='8'", r"schedule\.tokens: expected a whole number, got '8'"),
+        ("optimizer.lr=8M", r"optimizer\.lr: expected a number, got '8M'"),
         ("schedule.warmup=-1", r"schedule\.warmup: steps, or a fraction below 1, got -1"),
         ("model.compile=1", r"model\.compile: expected true or false, got 1"),
         ("model=3", r"model: expected a table \[model\], got 3"),

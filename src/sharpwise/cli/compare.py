@@ -1,6 +1,5 @@
 """`sharpwise compare`: which optimizer helps this model, by how much, and how sure that is."""
 
-import math
 import time
 import webbrowser
 from collections.abc import Mapping
@@ -254,16 +253,12 @@ def _searched(assignments: list[str]) -> dict[str, Any]:
 
 
 def _budget(text: str) -> dict[str, Any]:
-    number, unit = (text[:-1], text[-1]) if text[-1:].lower() in ("x", "k", "m", "b") else (text, "")
+    from sharpwise.train.config_file import amount
+
     try:
-        value = float(number.replace("_", ""))
-        if not math.isfinite(value):
-            raise ValueError
+        return {"ratio": amount(text[:-1])} if text[-1:].lower() == "x" else {"tokens": round(amount(text))}
     except ValueError:
         raise ValueError(f"--budget {text!r}: expected tokens, as 4000000 or 4M, or a ratio as 1x") from None
-    if unit.lower() == "x":
-        return {"ratio": value}
-    return {"tokens": round(value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit.lower()])}
 
 
 def _plan(log: Console, given: Mapping[str, Any] | None, folder: Path, jobs: int, trust_code: bool) -> None:

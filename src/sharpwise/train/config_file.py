@@ -1,8 +1,10 @@
 """Configurations as text: reading TOML and `a.b=c`, writing `config.toml`, and what may change when a run goes on."""
 
 import inspect
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -75,6 +77,19 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def amount(text: str) -> float:
+    """A number that may end in k, M or B: thousands, millions, billions. Raises ValueError for anything else.
+
+    >>> amount("8M"), amount("1_500"), amount("2.5k")
+    (8000000.0, 1500.0, 2500.0)
+    """
+    unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower(), 0)
+    number = float((text[:-1] if unit else text).replace("_", "")) * (unit or 1)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a number, got {text!r}")
+    return number
 
 
 def make_config(given: Given) -> Config:
@@ -179,6 +194,10 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if plain is not NoneType and isinstance(value, plain) and not (isinstance(value, bool) and plain is not bool):
             return dict(value) if plain is dict else value
+    if int in options and isinstance(value, str) and not value[-1:].isdigit():
+        with suppress(ValueError):
+            if (number := amount(value)).is_integer():
+                return int(number)
     names = [_SAID.get((get_origin(option) or option).__name__) for option in options if option is not NoneType]
     raise ValueError(f"{where}: expected {' or '.join(map(str, names))}, got {value!r}")
 
