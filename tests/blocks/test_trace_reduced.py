@@ -138,8 +138,32 @@ class FourInOne(nn.Module):
 
 
 def test_four_matrices_of_different_roles_in_one_parameter():
-    expected = {"attend.qkvo": "0: q 0:1, k 1:2, v 2:3, o 3:4"}
+    expected = {"attend.qkvo": "0: q 0:24 /4, k 24:48 /4, v 48:72 /4, o 72:96"}
     assert said(Encoder(FourInOne())) == AROUND | expected
+
+
+class ManyInOne(nn.Module):
+    """The same with the heads as a dimension of their own; `inner`: that of the matrices lies behind it."""
+
+    def __init__(self, inner: bool):
+        super().__init__()
+        self.qkv, self.o, self.inner = (
+            matrix(*((HEADS, 3) if inner else (3, HEADS)), HEAD, SIZE),
+            matrix(SIZE, SIZE),
+            inner,
+        )
+
+    def forward(self, x):
+        qkv = self.qkv.transpose(0, 1) if self.inner else self.qkv
+        return F.linear(attended(*(F.linear(x, one.flatten(end_dim=1)) for one in qkv)), self.o)
+
+
+def test_heads_of_several_matrices_in_one_parameter():
+    expected = AROUND | {"attend.o": "0: o all"}
+    one_by_one = {"attend.qkv": "0: q 0:24 /4, k 24:48 /4, v 48:72 /4"}
+    assert said(Encoder(ManyInOne(inner=False))) == expected | one_by_one
+    by_head = {"attend.qkv": ", ".join(f"{r} 4 x 6 from {6 * i} every 18 /4" for i, r in enumerate("qkv"))}
+    assert said(Encoder(ManyInOne(inner=True))) == expected | {"attend.qkv": f"0: {by_head['attend.qkv']}"}
 
 
 class WithBiasKV(nn.Module):

@@ -276,7 +276,7 @@ def map_for_elements(model: nn.Module, who: str) -> BlockMap:
     except Exception as error:  # whatever it is, the roles are not needed
         logger.info("%s: goes without the roles of this model, which are not clear: %s", who, error)
         return BlockMap.unknown(model.named_parameters())
-    inner = {s.name for s in found if s.dim not in (1 if s.stacked else 0, len(s.shape) - 1)}
+    inner = {s.name for s in found if s.first_dim not in (1 if s.stacked else 0, len(s.shape) - 1)}
     if not inner:
         return found
     plain = {name: Segment(name=name, shape=found[name][0].shape, source="trace") for name in inner}
@@ -292,10 +292,11 @@ def _unexplained(name: str, shape: tuple[int, ...]) -> Segment:
 def _check_partition(name: str, parts: list[Segment]) -> None:
     first = parts[0]
     for part in parts[1:]:
-        if (part.shape, part.dim, part.stacked) != (first.shape, first.dim, first.stacked):
+        if part.geometry != first.geometry:
             raise ValueError(
-                f"{name}: segments disagree: shape {first.shape} dim={first.dim} stacked={first.stacked}, "
-                f"and shape {part.shape} dim={part.dim} stacked={part.stacked}"
+                f"{name}: segments disagree: shape {first.shape} dim={first.dim} stacked={first.stacked} "
+                f"merged={first.merged}, and shape {part.shape} dim={part.dim} stacked={part.stacked} "
+                f"merged={part.merged}"
             )
         if bool(part.source) != bool(first.source):
             raise ValueError(f"{name}: some of its segments have a source and some do not; explain all or none")

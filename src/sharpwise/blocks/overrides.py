@@ -26,6 +26,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "count": (int,),
     "heads": (int, type(None)),
     "stacked": (bool,),
+    "merged": (bool,),
     "bias": (bool,),
 }
 
@@ -66,7 +67,13 @@ def apply(segments: Mapping[str, list[Segment]], overrides: Mapping[str, Overrid
 def _overridden(old: list[Segment], value: Override, what: str) -> list[Segment]:
     first = old[0]
     whole = Segment(
-        name=first.name, shape=first.shape, layer=first.layer, dim=first.dim, bias=first.bias, tied=first.tied
+        name=first.name,
+        shape=first.shape,
+        layer=first.layer,
+        dim=first.dim,
+        merged=first.merged,
+        bias=first.bias,
+        tied=first.tied,
     )
     if isinstance(value, str):
         role = as_role(value, what)
@@ -98,6 +105,7 @@ def _from_fields(whole: Segment, fields: Mapping[str, Any], what: str) -> Segmen
                 "shape": whole.shape,
                 "layer": whole.layer,
                 "dim": whole.dim,
+                "merged": whole.merged and not {"dim", "stacked"} & given.keys(),
                 "bias": whole.bias,
                 "tied": whole.tied,
                 **given,

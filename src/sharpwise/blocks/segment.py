@@ -33,6 +33,8 @@ class Segment:
             `length=-1` means all rows.
         heads: how many attention heads the rows hold (q, k, v), else None. Rows divide evenly among them, in order.
         stacked: the leading dimension counts stacked copies (experts), each cut on its own; then `dim` >= 1.
+        merged: all dimensions up to `dim` count the output rows, as of [4, width, width] with queries, keys, values
+            and output, which has 4 width of them.
         bias: a vector that is added; it has the role of its matrix.
         source: who says so: a family ("gpt2"), "override", or "" when no source explains the parameter.
         tied: other names of the same tensor.
@@ -50,6 +52,7 @@ class Segment:
     count: int = 1
     heads: int | None = None
     stacked: bool = False
+    merged: bool = False
     bias: bool = False
     source: str = ""
     tied: tuple[str, ...] = ()
@@ -66,6 +69,11 @@ class Segment:
         if self.stacked and self.dim == 0:
             raise ValueError(
                 f"{self.name}: a stacked parameter has its copies along dimension 0, got dim=0; say dim=1 or more"
+            )
+        if self.merged and (self.dim == 0 or self.stacked):
+            raise ValueError(
+                f"{self.name}: merged rows run over the dimensions up to dim, got dim={self.dim}, "
+                f"stacked={self.stacked}; say dim=1 or more, stacked=False"
             )
         end = self.start + (self.count - 1) * self.stride + self.length
         if self.start < 0 or self.count < 1 or end > out or (self.count > 1 and self.stride < self.length):
@@ -84,7 +92,17 @@ class Segment:
     @property
     def output_size(self) -> int:
         """Output rows of the whole parameter (of one copy, if stacked)."""
-        return self.shape[self.dim] if self.shape else 1
+        return math.prod(self.shape[self.first_dim : self.dim + 1])
+
+    @property
+    def first_dim(self) -> int:
+        """The first of the dimensions that count the output rows; `dim` is the last."""
+        return 0 if self.merged else self.dim
+
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """What all segments of a parameter have in common: its shape, and where its rows are."""
+        return self.shape, self.dim, self.stacked, self.merged
 
     @property
     def is_matrix(self) -> bool:
@@ -119,7 +137,7 @@ class Segment:
         return self.rows == self.output_size
 
     def row_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Indices of the rows along `dim`, in segment order: int64 tensor [rows]."""
+        """Indices of the rows along `first_dim` of `as_rows`, in segment order: int64 tensor [rows]."""
         begin = self.start + self.stride * torch.arange(self.count, device=device)
         return (begin[:, None] + torch.arange(self.length, device=device)[None, :]).reshape(-1)
 
@@ -128,22 +146,43 @@ class Segment:
     @property
     def inputs(self) -> list[int]:
         """Dimensions of the parameter that are neither output rows nor stacked copies."""
-        return [d for d in range(len(self.shape)) if d != self.dim and not (self.stacked and d == 0)]
+        own = range(self.first_dim, self.dim + 1)
+        return [d for d in range(len(self.shape)) if d not in own and not (self.stacked and d == 0)]
+
+    def as_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole parameter with all output rows along its dimension `first_dim`: itself unless `merged`."""
+        return tensor.flatten(0, self.dim) if self.merged else tensor
+
+    def rows_in(self, region: Sequence[slice]) -> slice:
+        """The output rows of the whole parameter that a region of it holds, or holds a part of.
+
+        Raises:
+            ValueError: rows that are `merged` do not lie together in it.
+        """
+        if not self.merged:
+            return region[self.dim]
+        outer, inner = region[0], self.shape[1 : self.dim + 1]
+        if any((part.start, part.stop) != (0, n) for part, n in zip(region[1:], inner, strict=False)):
+            raise ValueError(
+                f"{self.name}: a mesh cuts the matrices of shape {self.shape} inside; shard it along dimension 0"
+            )
+        return slice(outer.start * math.prod(inner), outer.stop * math.prod(inner))
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows of the segment out of the whole parameter, a view where they lie at equal distances."""
+        tensor = self.as_rows(tensor)
         if not self.shape or (self.whole and self.count == 1):
             return tensor
         if self.count == 1 or self.stride == self.length:
-            return tensor.narrow(self.dim, self.start, self.rows)
-        return tensor.index_select(self.dim, self.row_index(tensor.device))
+            return tensor.narrow(self.first_dim, self.start, self.rows)
+        return tensor.index_select(self.first_dim, self.row_index(tensor.device))
 
     def matrices(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The matrices [rows, inputs] of the segment, one for each stacked copy, out of the whole parameter."""
         rows = self.take(tensor)
         for i in range(self.copies):
             one = rows[i] if self.stacked else rows
-            yield one.movedim(self.dim - self.stacked, 0).flatten(1)
+            yield one.movedim(self.first_dim - self.stacked, 0).flatten(1)
 
     def row_sums(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums over everything but the output rows of the whole parameter: fp64 [copies, output rows]."""
@@ -189,6 +228,10 @@ class Segment:
     def describe_shape(self) -> str:
         """The shape of the whole parameter in words, `768 x 2304` or `scalar`."""
         return " x ".join(map(str, self.shape)) or "scalar"
+
+    def describe_dims(self) -> str:
+        """Along which dimensions the rows lie, in words."""
+        return f"rows along dimensions 0 to {self.dim}" if self.merged else f"rows along dimension {self.dim}"
 
     def describe_rows(self) -> str:
         """The rows in words, `all`, `0:768` or `12 x 64 from 64 every 192`."""

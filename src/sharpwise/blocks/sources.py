@@ -187,7 +187,7 @@ def agree(named: list[Segment], seen: list[Segment]) -> bool:
     a, b = _by_row(named), _by_row(seen)
     if named[0].bias != seen[0].bias and Role.OTHER not in (named[0].role, seen[0].role):
         return False
-    if (named[0].dim, named[0].stacked) != (seen[0].dim, seen[0].stacked):
+    if named[0].geometry != seen[0].geometry:
         # Nothing is cut by rows where all of them are alike.
         return len({*a, *b} - {(Role.OTHER, None)}) <= 1 and named[0].shape == seen[0].shape
     return all(
@@ -205,8 +205,8 @@ def in_words(parts: list[Segment], other: list[Segment] | None = None) -> list[s
     """The same one by one."""
     first, than = parts[0], parts[0] if other is None else other[0]
     words = [f"{s.role} {s.describe_rows()}{'' if s.heads is None else f' ({s.heads} heads)'}" for s in parts]
-    if first.dim != than.dim:
-        words.append(f"rows along dimension {first.dim}")
+    if (first.dim, first.merged) != (than.dim, than.merged):
+        words.append(first.describe_dims())
     if first.stacked != than.stacked:
         words.append(f"{first.copies} stacked copies" if first.stacked else "not stacked")
     if first.bias != than.bias:

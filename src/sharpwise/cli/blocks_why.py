@@ -132,7 +132,7 @@ def _about(segment: Segment) -> str:
     if segment.bias:
         words.append("a bias")
     if segment.dim:
-        words.append(f"rows along dimension {segment.dim}")
+        words.append(segment.describe_dims())
     if segment.stacked:
         words.append(f"{segment.copies} stacked copies")
     if segment.tied:

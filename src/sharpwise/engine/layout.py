@@ -171,6 +171,9 @@ def _as_rows(held: Tensor) -> Rows:
 def _local_rows(first: Segment, own: tuple[int, ...], shard: Shard) -> Tensor:
     """Which of all [copies * out] rows this process holds, or holds a part of."""
     copies, out, offset = first.copies, first.output_size, shard.offset
+    if first.merged:
+        held = tuple(slice(begin, begin + n) for begin, n in zip(offset, own, strict=True))[: first.dim + 1]
+        return torch.arange(out, device="cpu").view(first.shape[: first.dim + 1])[held].reshape(-1)
     everything = torch.arange(copies * out, device="cpu").view(copies, out)
     if not own:
         return everything.view(-1)

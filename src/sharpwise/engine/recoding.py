@@ -84,14 +84,15 @@ def _regroup(view: ParamView, saved: dict[str, Any]) -> list[str]:
         key, apart = view.state_key(name), f"{name}.{view.part}"
         if key == apart and apart not in saved and name in saved:
             whole = _whole(saved[name])
-            taken = whole.index_select(first.dim, rows.to(whole.device))
+            taken = first.as_rows(whole).index_select(first.first_dim, rows.to(whole.device))
             saved[apart] = taken.reshape(*view.own_shape[:-1], taken.shape[-1])
         elif key == name and apart in saved:
             own = _whole(saved.pop(apart))
             shape = (*view.param.shape[:-1], own.shape[-1] if view.by_row else view.param.shape[-1])
             whole = _whole(saved[name]) if name in saved else own.new_zeros(shape)
-            taken = whole.index_select(first.dim, rows.to(whole.device))
-            saved[name] = whole.index_copy(first.dim, rows.to(whole.device), own.view(taken.shape))
+            every, at = first.as_rows(whole), rows.to(whole.device)
+            taken = every.index_select(first.first_dim, at)
+            saved[name] = every.index_copy(first.first_dim, at, own.view(taken.shape)).view(whole.shape)
     return names
 
 

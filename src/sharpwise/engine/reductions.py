@@ -148,7 +148,8 @@ def part_of(view: ParamView) -> Part:
     if "part" not in view.kept:
         first, region = view.segments[0], view.shard.region
         rows = torch.cat([segment.row_index("cpu") for segment in view.segments])
-        begin, end = (int((rows < at).sum()) for at in (region[first.dim].start, region[first.dim].stop))
+        out = first.rows_in(region)
+        begin, end = (int((rows < at).sum()) for at in (out.start, out.stop))
         copies = region[0] if first.stacked else slice(0, 1)
         shape = first.copies, len(rows), view.shard.shape[first.inputs[0]]
         view.kept["part"] = Part(shape, (copies, slice(begin, end), region[first.inputs[0]]))

@@ -162,7 +162,8 @@ class ParamView:
     @cached_property
     def cuts_rows(self) -> bool:
         """Whether a mesh cuts its rows: a row has parts in several processes."""
-        lines = {self.segments[0].dim, 0} if self.segments[0].stacked else {self.segments[0].dim}
+        first = self.segments[0]
+        lines = {*range(first.first_dim, first.dim + 1), *([0] if first.stacked else [])}
         return any(self.shard.placements[d].dim not in lines for d in self.shard.cut)
 
     @cached_property
@@ -226,7 +227,8 @@ class ParamView:
         """The lines of one of its tensors of element state."""
         if self.state_key(name) != name:
             return Line(len(self.shape) - 1, 0, self.shape[-1], self.shape[-1])
-        lead = min(2 if self.segments[0].stacked else 1, self.param.ndim)
+        first = self.segments[0]
+        lead = first.dim + 1 if first.merged else min(2 if first.stacked else 1, self.param.ndim)
         whole, here = self.shard.shape[lead:], tuple(local(self.param).shape)[lead:]
         begin = 0
         for size, offset in zip(whole, self.shard.offset[lead:], strict=True):

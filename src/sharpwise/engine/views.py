@@ -76,7 +76,9 @@ def of_group(rule: Rule, group: Mapping[str, Any]) -> Rule:
 def _at_an_end(segment: Segment) -> bool:
     """Whether the output dimension is the first, or the last of a matrix; of stacked ones alike."""
     dims = len(segment.shape) - segment.stacked
-    return dims < 2 or segment.dim == int(segment.stacked) or (dims == 2 and segment.dim == len(segment.shape) - 1)
+    return (
+        dims < 2 or segment.first_dim == int(segment.stacked) or (dims == 2 and segment.dim == len(segment.shape) - 1)
+    )
 
 
 def _rowless(segments: Sequence[Segment], rule: Rule, cuts: Sequence[Cut]) -> bool:
@@ -98,7 +100,7 @@ def _see(view: ParamView, segments: Sequence[Segment], layouts: Layouts) -> None
     """Lay a view out: its rows, and its blocks."""
     inner, segments = local(view.param), view.segments if view.rowless else segments
     first, shape = segments[0], tuple(inner.shape)
-    if len({(s.dim, s.stacked) for s in segments}) > 1:
+    if len({s.geometry for s in segments}) > 1:
         raise ValueError(f"{view.name}: its segments disagree on the output dimension")
     if not _at_an_end(first):
         along = "blocks along it" if len(segments) == 1 else f"the roles {', '.join(str(s.role) for s in segments)}"
@@ -106,7 +108,7 @@ def _see(view: ParamView, segments: Sequence[Segment], layouts: Layouts) -> None
             f"{view.name}: output dimension {first.dim} of shape {shape} is neither the first nor the last, and has "
             f"{along}; give it one role and dim=0 in an override, and it is one block (AdamMini: cut='tensor')"
         )
-    by_row = len(shape) < 2 or first.dim == (1 if first.stacked else 0)
+    by_row = len(shape) < 2 or first.first_dim == (1 if first.stacked else 0)
     if not by_row:
         view.whole_shape, view.dim = shape, len(shape) - 2
     elif len(shape) < 2:

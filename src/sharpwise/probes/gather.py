@@ -46,7 +46,7 @@ class Selection:
                 continue
             own = whole.setdefault(name, flat.new_zeros(segment.shape))
             shape = segment.take(own).shape
-            own.index_copy_(segment.dim, segment.row_index(flat.device), piece.view(shape))
+            segment.as_rows(own).index_copy_(segment.first_dim, segment.row_index(flat.device), piece.view(shape))
         return whole
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -75,7 +75,8 @@ class Selection:
 
 def piece_shape(segment: Segment) -> tuple[int, ...]:
     """Of the rows of a segment: the parameter's shape with so many rows."""
-    return tuple(segment.rows if d == segment.dim else n for d, n in enumerate(segment.shape))
+    sizes = enumerate(segment.shape)
+    return tuple(segment.rows if d == segment.dim else n for d, n in sizes if not segment.first_dim <= d < segment.dim)
 
 
 def square_sums(tensors: Sequence[Tensor | None], parameters: Sequence[Sequence[Segment]]) -> np.ndarray:
@@ -88,7 +89,7 @@ def square_sums(tensors: Sequence[Tensor | None], parameters: Sequence[Sequence[
         if tensor is None:
             found += [torch.zeros((), dtype=torch.float64, device="cpu")] * len(segments)
             continue
-        rows = _row_norms(tensor, segments[0].dim).double().square_()
+        rows = _row_norms(segments[0].as_rows(tensor), segments[0].first_dim).double().square_()
         found += [rows.sum() if s.whole else rows[s.row_index(rows.device)].sum() for s in segments]
     device = next((f.device for f in reversed(found) if f.device.type != "cpu"), torch.device("cpu"))
     return torch.stack([f.to(device) for f in found]).cpu().numpy()

@@ -147,8 +147,9 @@ class _Use:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        dim = self.segments[0].dim
-        W, V = (t.to(torch.promote_types(t.dtype, torch.float32)).movedim(dim, 0) for t in (self.before, self.after))
+        first = self.segments[0]
+        both = (first.as_rows(t).movedim(first.first_dim, 0) for t in (self.before, self.after))
+        W, V = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in both)
         if not given or not isinstance(output, Tensor) or not given[0].numel():
             return
         X = given[0]

@@ -190,7 +190,7 @@ def _sums(before: Tensor, after: Tensor, segment: Segment) -> Tensor:
     """Sums of w^2, d^2, w'^2 for all output rows of the parameter, [3, copies, rows]; in fp64, a part at a time."""
     if not before.dim():
         before, after = before[None], after[None]
-    others, kept_first = segment.inputs, segment.stacked or segment.dim == 0
+    others, kept_first = segment.inputs, segment.stacked or segment.first_dim == 0
     size = max(CHUNK // max(before[:1].numel(), 1), 1)
     parts = []
     for b, a in zip(before.split(size), after.split(size), strict=True):

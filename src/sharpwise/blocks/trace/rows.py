@@ -93,23 +93,23 @@ class Ledger:
         }  # fmt: skip
         if self.whole is not None or not self._dims:
             return [Segment(role=self.whole or Role.OTHER, **base)]
-        roles, dim, stacked = self._roles, self._dims[0], self.stacked
+        roles, dim, stacked, merged = self._roles, self._dims[0], self.stacked, False
         heads = {role: self._separate_heads(role) for role in self._heads}
-        if len(self._dims) == 2 and self._dims[0] == 0:
-            seen = roles[(roles >= 0).any(1)]  # a copy that was never visited says nothing
-            if (seen == seen[0]).all():
-                dim, stacked = max(self._dims), True
+        if len(self._dims) > 1:
+            copies = roles.reshape(len(roles), -1)
+            seen = copies[(copies >= 0).any(1)]  # a copy that was never visited says nothing
+            if len(self._dims) == 2 and dim == 0 and (seen == seen[0]).all():
+                dim, stacked, roles = self._dims[1], True, seen[0]
                 heads = {role: _of_first_copy(found, self.shape[dim]) for role, found in heads.items()}
-                roles = seen[0]
-            else:  # matrices of several roles in one parameter
-                heads = {}
-                roles = np.where((roles == roles[:, :1]).all(1), roles[:, 0], -1)
-        elif len(self._dims) > 1:
-            heads = {role: _along_first(found, roles[0].size) for role, found in heads.items()}
-            roles = roles.reshape(len(roles), -1).max(1)
+            elif self._dims == [*range(len(self._dims))] and len(np.unique(roles)) > 1:
+                # Matrices of several roles in one parameter, one after the other.
+                dim, merged, roles = self._dims[-1], True, roles.reshape(-1)
+            else:
+                heads = {role: _along_first(found, copies.shape[1]) for role, found in heads.items()}
+                roles = np.where((copies == copies[:, :1]).all(1), copies[:, 0], -1)
         codes = np.where(roles < 0, ROLES.index(Role.OTHER), roles)
         return [
-            Segment(role=ROLES[code], dim=dim, stacked=stacked, heads=count, **base, **ranges)
+            Segment(role=ROLES[code], dim=dim, stacked=stacked, merged=merged, heads=count, **base, **ranges)
             for code in dict.fromkeys(codes.tolist())
             for ranges, count in _ranges(np.flatnonzero(codes == code), heads.get(ROLES[code], []))
         ]

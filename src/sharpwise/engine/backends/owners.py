@@ -43,6 +43,8 @@ class Part:
     def of(self, tensor: Tensor, view: ParamView) -> Tensor:
         """All rows of the matrix's copy in a local tensor of the parameter's shape, outputs first."""
         first = view.segments[0]
+        if first.merged:
+            return tensor.view(-1, tensor.shape[-1])
         one = tensor[self.copy] if first.stacked else tensor
         return one if first.dim == first.stacked else one.mT
 
@@ -184,7 +186,7 @@ def _regions(view: ParamView, group: ReduceGroup) -> dict[int, tuple[tuple[slice
 def _part(view: ParamView, rows: Tensor, copy: int, columns: int, region: Sequence[slice]) -> Part:
     """What lies in a region of the parameter of a matrix with these of its output rows."""
     first = view.segments[0]
-    out, inputs = region[first.dim], region[first.inputs[0]]
+    out, inputs = first.rows_in(region), region[first.inputs[0]]
     start, stop = (region[0].start, region[0].stop) if first.stacked else (0, 1)
     held = (rows >= out.start) & (rows < out.stop) & (start <= copy < stop)
     own = rows[held] - out.start
