@@ -58,6 +58,38 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize("bound", [Angular(), L2()], ids=str)
+@pytest.mark.parametrize("rule", ["lion", "adamw"])
+def test_vectors_are_bounded_as_they_move_segment_by_segment(rule, bound, monkeypatch):
+    """As by torch, to rounding, with multipliers of their own, and without any work of torch on one of them."""
+    named = {"norm": torch.randn(300), "fused": torch.randn(24) * 3}
+    segments = [Segment("norm", (300,), Role.NORM, bias=False, source="said")]
+    roles = zip((Role.Q, Role.K, Role.V), (2, 2, None), strict=True)
+    segments += [
+        Segment("fused", (24,), role, start=8 * i, length=8, heads=heads, bias=True, source="said")
+        for i, (role, heads) in enumerate(roles)
+    ]
+    found = []
+    for compiled in (True, False):
+        model = nn.Module()
+        for name, value in named.items():
+            model.register_parameter(name, nn.Parameter(value.clone()))
+        how = {"control": bound, "compile": compiled, "block_lr": make_block_lr("blockwise(qk=3, vo=2)")}
+        optimizer = BlockOptimizer(
+            model, RULES[rule], lr=0.02, weight_decay=0.1, options=Options(**how), blocks=BlockMap(tuple(segments))
+        )
+        with monkeypatch.context() as patched:
+            if compiled:
+                patched.setattr(control.Bounds, "_factors", _refused)
+            for t in range(3):
+                fill_gradients(model, t)
+                optimizer.step()
+        assert {row["backend"] for row in optimizer.explain()} == {"cpp (one pass)" if compiled else "reference"}
+        found.append(model)
+    for p, q in zip(*(model.parameters() for model in found), strict=True):
+        assert (p.double() - q.double()).norm() <= 1e-6 * q.double().norm()
+
+
 def _refused(*_):
     raise AssertionError("torch sums up rows")
 

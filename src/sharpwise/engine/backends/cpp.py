@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once, tensors_refused
 from sharpwise.engine.backends.cpp_print import Form
-from sharpwise.engine.backends.launch import LaunchTable, index_refused
+from sharpwise.engine.backends.launch import LaunchTable, has_small_units, index_refused
 from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
@@ -73,12 +73,13 @@ class Cpp(Backend):
 
     def bounds(self, spec: Spec) -> bool:
         view = spec.view
-        if view.unit != "row" or not spec.controlled or not view.by_row or view.cuts_rows or view.shape[1] < 2:
+        rows = view.unit == "row" and view.by_row and not view.cuts_rows and view.shape[1] > 1
+        if not spec.controlled or not (rows or has_small_units(view)):
             return False
         key = "bounds rows", spec.grad
         if key not in view.kept:  # asked at every step
             held = view.origin.own[HELD].dtype if view.holds else torch.float32
-            view.kept[key] = getattr(self._kernel_of(spec), "bounds", False) and held == torch.float32
+            view.kept[key] = getattr(self._kernel_of(spec), "control", None) is not None and held == torch.float32
         return bool(view.kept[key])
 
     def _one_pass(self, spec: Spec) -> Sequence[Rectangle]:
@@ -150,10 +151,10 @@ class Cpp(Backend):
         return tables
 
     def _kernel_of(self, spec: Spec) -> Any:
-        """The kernel of a view: one that bounds rows, if there is a control over these; why there is none, if so."""
+        """The kernel of a view: one that bounds rows and small units, under a control; why there is none, if so."""
         form, control = _form(spec), spec.options.control
         form = replace(form, aims=control is not None and form.rule.stage != "input")
-        if form.aims and control is not None and control.over == "row" and not control.scales_only:
+        if form.aims and not (control.scales_only and form.rule.has_blocks):  # type: ignore[union-attr]
             bounding = self._kernel(replace(form, control=control))
             if not isinstance(bounding, str):
                 return bounding

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sharpwise.controls import Control
-from sharpwise.engine.program import OF_UNIT, SETTINGS, Language, Program, bounding, encoding
+from sharpwise.engine.program import OF_UNIT, SETTINGS, Language, Program, bounding, encoding, overs_of
 from sharpwise.rules.base import Rule
 from sharpwise.storage import FP32, Dense, Format
 
@@ -69,8 +69,8 @@ class Form:
     Attributes:
         param, grad: dtypes; state: formats of state, by name. Without block state it takes rates by block alone.
         coupled, cautious: as a program's; stochastic: bf16 is rounded by hash.
-        aims: whether the sums of a control can be asked for; control: whose sums over a row are taken as the row is
-            moved; None for rows whose rates and decays are given.
+        aims: whether the sums of a control can be asked for; control: whose sums over a row, or over all of a small
+            tensor, are taken as that is moved; None for rows whose rates and decays are given.
     """
 
     rule: Rule
@@ -87,12 +87,14 @@ class Form:
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
     *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks", "line"),
+    "over",
 )
 """What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
 if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
 where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
 its factors of decay likewise; where the scalars are; the global number of its first element, from row to row; the key
-of its noise; blocks of columns; elements of a line, where blocks of state lie within those."""
+of its noise; blocks of columns; elements of a line, where blocks of state lie within those; which of `overs_of` a row
+is to a control."""
 TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
 """And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
 rates are; `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
@@ -241,9 +243,9 @@ def _bound(control: Control) -> str:
     """Rate and factor of decay of a row, from sums over it, while it is in the cache."""
     known = {name: name for name in OF_UNIT} | {name: f"told[{i}]" for i, name in enumerate(SETTINGS)}
     known |= {name: f"sums[{i}]" for i, name in enumerate(("uu", "pu", "pp"))}
-    known |= {"held": "m.held ? m.held[unit] : 0.0f", "elements": "m.columns"}
+    known |= {"held": "m.held ? m.held[unit] : 0.0f", "elements": "m.columns", "over": "m.over"}
     known |= {"snr_factor": "m.snr_factors ? m.snr_factors[unit] : 1.0"}
-    worked_out, given = bounding(control, ("row",)).printed(CPP, known)
+    worked_out, given = bounding(control, overs_of(control)).printed(CPP, known)
     return f"""
 constexpr bool CONTROLLED = true;
 inline void bound(const Scalars s, const Job& m, int64_t r, float& rate, float& decay) {{

@@ -15,6 +15,7 @@ from sharpwise.engine.backends.base import Found
 from sharpwise.engine.backends.cpp_print import BOUNDS, NUMBERS, TABLES
 from sharpwise.engine.backends.loops import SHARED, Kernel, threads_for
 from sharpwise.engine.layout import Rectangle
+from sharpwise.engine.program import overs_of
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
 from sharpwise.shards import local
@@ -52,19 +53,23 @@ class LaunchTable:
         self._places: list[tuple[int, int, int]] = []  # of their scalars, rates and decays among the values of a step
         self._kept: list[Tensor] = []
         self._found: list[tuple[int, str, ParamView, int]] = []  # rows, and from where on which numbers of a view
-        self._told: list[tuple[int, ParamView]] = []  # rows of views that a control bounds as they move
+        self._told: list[tuple[int, ParamView, int]] = []  # rows that a control bounds as they move, and their segments
         self._of_class: list[int] = []
         self._size = self.total = self.elements = self.widest = 0
         self._begun = 0  # rows of the view at hand whose sums have a place
         for number, view in views:
             own = self._class_of(view, scalars)
             given, bounds = _given(view, found), {} if sums else self._bounds(view, found)
-            by_row = sums or bool(bounds)
-            for row in self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic, by_row):
+            apart = sums or bool(bounds)
+            if bounds and has_small_units(view):
+                rows = [self._unit(view, own) for own in view.rectangles]
+            else:
+                rows = self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic, apart)
+            for row in rows:
                 if sums:
                     row |= self._summed(view)
                 elif bounds:
-                    self._told.append((len(self._rows), view))
+                    self._told.append((len(self._rows), view, row.get("segment", 0)))
                     row |= bounds
                 scalars_at, rates_at, decays_at = self._places[own]
                 segment = row.pop("segment", 0)
@@ -136,10 +141,14 @@ class LaunchTable:
 
     def _bounds(self, view: ParamView, found: Found) -> dict[str, int]:
         """Addresses by which a control bounds its rows; none where it does not, or has given its `lines`."""
-        if not self.kernel.bounds or view.unit != "row" or id(view) in found.lines or found.told is None:
+        if self.kernel.control is None or id(view) in found.lines or found.told is None:
             return {}
-        told = found.told(view)
-        return {name: self._address(getattr(told, name)) for name in ("setting_of", "held", "unit_of")}
+        small = has_small_units(view)
+        if view.unit != "row" and not small:
+            return {}
+        told, over = found.told(view), overs_of(self.kernel.control).index(view.unit)
+        names = () if small else ("setting_of", "held", "unit_of")
+        return {"over": over} | {name: self._address(getattr(told, name)) for name in names}
 
     def _summed(self, view: ParamView) -> dict[str, int]:
         """Where the sums of the next matrix of a view are."""
@@ -149,6 +158,11 @@ class LaunchTable:
             self._begun = 0
         start, self._begun = self._begun, self._begun + lines // (view.numel // (view.shape[-2] * view.shape[-1]))
         return {"sums": self._address(self.sums[id(view)], start), "apart": lines}
+
+    def _unit(self, view: ParamView, own: Rectangle) -> dict[str, int]:
+        """All of a segment as one row."""
+        row = self._row(view, own.own, (1, own.rows * own.columns), True)
+        return row | {"first": first_index(view)[0] + own.own, "segment": own.segment}
 
     def _by_line(self, view: ParamView, segments: Tensor | None, start: int = 0) -> dict[str, int]:
         """Rates and decays of rows or columns by their segments."""
@@ -213,12 +227,12 @@ class LaunchTable:
         for row, what, view, start in self._found:
             kept.append(_given(view, found)[what].float().contiguous())
             self.table[row, self._of_name[what]] = kept[-1].data_ptr() + 4 * start
-        for row, view in self._told:
+        for row, view, segment in self._told:
             assert found.told is not None
             told = found.told(view)
             for name in ("settings", "snr_factors"):
                 own = getattr(told, name)
-                self.table[row, self._of_name[name]] = 0 if own is None else own.data_ptr()
+                self.table[row, self._of_name[name]] = 0 if own is None else own[segment:].data_ptr()
                 kept.append(own)
         numbers = array("f", values)
         clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
@@ -233,6 +247,15 @@ def _given(view: ParamView, found: Found) -> dict[str, Tensor]:
 
 
 _OFF = {"clip": 1.0, "weight_decay": 0.0}
+
+
+def has_small_units(view: ParamView) -> bool:
+    """Whether it is one unit of a control for each segment, which is summed up and moved while it is in the cache."""
+    if view.unit != "matrix" or not view.by_row or view.numel > SHARED or view.holds or view.origin.has_snr:
+        return False
+    if view.rule.has_blocks or view.shard.cut or any(held.format.block for held in view.stored()):
+        return False
+    return all(s.copies == 1 for s in view.segments) and len(view.rectangles) == len(view.segments)
 
 
 def scattered(view: ParamView) -> bool:

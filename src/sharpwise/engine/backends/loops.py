@@ -80,14 +80,14 @@ class Kernel:
 
     Attributes:
         tensors: names of the tensors whose addresses it takes, `p` and `g` first; then come `NUMBERS`, `TABLES` and
-            `BOUNDS`. bounds: whether it bounds rows by a control.
+            `BOUNDS`. control: by which it bounds rows; None without.
         scalars: names of those that it takes.
     """
 
     def __init__(self, form: Form) -> None:
         program = Program.of(form.rule, coupled=form.coupled, cautious=form.cautious, aims=form.aims)
         self.tensors = ("p", "g", *(f"state.{name}" for name, _ in form.state), *absmax_of(form))
-        self.bounds = form.control is not None
+        self.control = form.control
         self.scalars = (*program.scalars, *OURS)
         self.width = len(self.tensors) + len(NUMBERS) + len(TABLES) + len(BOUNDS)
         self.source = _text("sums") + written(program, form) + _text("step")
