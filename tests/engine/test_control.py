@@ -12,7 +12,7 @@ from torch import nn
 
 from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap, Role, Segment
-from sharpwise.controls import Control
+from sharpwise.controls import Angular, Control
 from sharpwise.engine import BlockOptimizer
 from sharpwise.engine.backends.base import compiler_present
 from sharpwise.engine.options import Options, Storage
@@ -234,3 +234,18 @@ def test_a_control_is_of_the_options_and_survives_a_copy():
     model = tiny_model()
     optimizer = BlockOptimizer(model, RULES["adamw"], lr=0.1, weight_decay=0.0, options=Options(control=Sized(0.5)))
     assert copy.deepcopy(optimizer).options.control == Sized(0.5) == replace(Sized(), size=0.5)
+
+
+def test_angles_of_what_was_built_with_lr_0_follow_the_lr_of_the_step():
+    """There is no peak that they could refer to."""
+    found = []
+    for begin in (0.0, 0.02):
+        model = model_of()
+        optimizer = built(model, RULES["lion"], lr=begin, control=Angular(), compile=False)
+        optimizer.param_groups[0]["lr"] = 0.02
+        fill_gradients(model, 0)
+        optimizer.step()
+        found.append(model)
+    assert not torch.equal(found[0].rows, model_of().rows)
+    for p, q in zip(*(model.parameters() for model in found), strict=True):
+        assert torch.equal(p, q)

@@ -128,14 +128,15 @@ def test_a_large_model_asks_for_no_more(launches, name):
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adam-mini"])
 @pytest.mark.parametrize("model", ["tiny", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_control_launches_two_more(launches, name, control, model, monkeypatch):
-    """Of each rule what sums up, and what bounds; Adam-mini moves norms by another rule. Nothing is read back."""
-    rules = 2 if name == "adam-mini" else 1
+    """What sums up, and what bounds; nothing is read back. Adam-mini moves norms by another rule, which has both too,
+    and takes the steps of all blocks before: of a small model, where `rows` and `columns` do, it launches more."""
     monkeypatch.setitem(launches.OF_OPTIMIZER, "sgd", {"momentum": 0.9, "decoupled_weight_decay": True})
     monkeypatch.setitem(launches.OPTIONS, "control", {"control": control})
     monkeypatch.setitem(launches.OPTIONS, "all", launches.OPTIONS["everything"] | {"control": control})
-    for option, plain in (("control", "plain"), ("all", "everything")):
+    for option, plain, of_blocks in (("control", "plain", 9), ("all", "everything", 13)):
         counts = launches.counted(launches.Case(model, name, option), 3)[-1]
-        assert counts.launches.total() <= table(model)[name, plain] + 2 * rules, counts.launches
+        most = of_blocks if name == "adam-mini" else table(model)[name, plain] + 2
+        assert counts.launches.total() <= most, counts.launches
         assert not counts.reads + counts.blocking + counts.downloads
         assert counts.uploads.total() <= 2, counts.uploads
 

@@ -237,7 +237,7 @@ def bounding(control: Control, overs: Sequence[Over]) -> Arithmetic:
         known = {name: v[name] for name in (*SETTINGS, "held", "snr_factor")}
         sums, names = Sums(*(v[name] for name in Sums._fields)), ("a", "decay", "held")
         each = [bounded(control, sums, {**known, "over": over}, control.holds) for over in overs]
-        found = each[0]
+        found: tuple[Tensor, ...] = each[0]
         for number, other in enumerate(each[1:], start=1):
             found = tuple(torch.where(v["over"] == number, x, y) for x, y in zip(other, found, strict=True))
         return dict(zip(names, found, strict=True))

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from sharpwise.engine.backends import triton_launch, triton_print
+from sharpwise.engine.backends import triton_bounds, triton_launch, triton_print
 from sharpwise.engine.backends.base import Backend, Found, Prepared, Spec, built, say_once, tensors_refused
-from sharpwise.engine.backends.triton_bounds import TILE, UNITS, cells_of, is_bounded
+from sharpwise.engine.backends.triton_bounds import TILE, cells_of, is_bounded
 from sharpwise.engine.backends.triton_jobs import (
     BLOCK,
     SHORT_TILE,
@@ -298,7 +298,7 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
     if key == "phase":
         return "phase", {"BLOCK": BLOCK}
     if key[0] == "bound":
-        return "bound", {"BY": key[1], "U": UNITS[0], "W": UNITS[1]}
+        return "bound", {"BY": key[1], **dict(zip("UW", triton_bounds.UNITS, strict=True))}
     name, *how, aligned = key if isinstance(key[0], str) else ("squares", key[1])
     own: dict[str, Any] = {"ALIGN": 16 if aligned else 1, "G": granule if aligned else 1}
     if name == "rows":

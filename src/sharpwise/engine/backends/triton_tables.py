@@ -181,9 +181,9 @@ class Tables:
             both = torch.stack([torch.cat(own) for own in zip(*pairs, strict=True)], 1)
             self.cells[: len(both)] = both
         if self._bounded and found.snr_factors is not None:
-            pairs = [(self.snr[at], own) for view, at in self._bounded if (own := found.snr_factors(view)) is not None]
-            if pairs:
-                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            own = [(at, known) for view, at in self._bounded if (known := found.snr_factors(view)) is not None]
+            if own:
+                torch._foreach_copy_([self.snr[at] for at, _ in own], [known for _, known in own])
 
     def write_scalars(self, scalars: StepScalars) -> None:
         """The scalars of a step, from the host, or worked out on the device where only that knows the step."""
