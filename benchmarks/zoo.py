@@ -174,7 +174,7 @@ def step(model: nn.Module, example: Any, blocks: BlockMap) -> dict[str, str]:
     for name in sharpwise.list_optimizers():
         options = {"cut": "tensor"} if name == "adam-mini" and (blocks.unexplained or headless(blocks)) else {}
         try:
-            optimizer = sharpwise.create_optimizer(model, name, lr=1e-4, blocks=known, **options)
+            optimizer = sharpwise.create_optimizer(model, name, lr=1e-4, blocks=known, compile=False, **options)
             for _ in range(STEPS):
                 optimizer.zero_grad()
                 loss(model, example).backward()

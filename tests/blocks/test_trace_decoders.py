@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blocks.hand_made import BLOCK, IDS, LM, OUTSIDE, SIZE, VOCAB, Attention, Block, named, said, weights
+from blocks.hand_made import BLOCK, HEADS, IDS, LM, OUTSIDE, SIZE, VOCAB, Attention, Block, named, said, weights
 
 ONE_LAYER = OUTSIDE | named(BLOCK, "layers.0.", 0)
 
@@ -132,3 +132,23 @@ def test_what_scales_what_it_is_made_of_is_neither_an_mlp_nor_a_modulation() -> 
     found = said(LM(block))
     assert {found[f"layers.0.norm_1.{name}.weight"] for name in "ab"} == {"0: other all"}
     assert found["layers.0.norm_1.norm.weight"] == "0: norm all"
+
+
+class ScaledBySink(Attention):
+    """A key that is always there, as a factor of the output: how its score compares with what all keys sum up to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.zeros(HEADS))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+        scores = q @ k.mT
+        beside = (scores.logsumexp(-1) - self.sinks.view(1, -1, 1)).sigmoid()
+        return self.o((scores.softmax(-1) @ v * beside[..., None]).transpose(1, 2).flatten(2))
+
+
+def test_a_sink_beside_the_sum_of_all_keys() -> None:
+    roles = said(LM(Block(ScaledBySink())))
+    assert roles["layers.0.mixer.sinks"] == "0: k all"
+    assert [roles[f"layers.0.mixer.{name}.weight"].split()[1] for name in "qkvo"] == [*"qkvo"]

@@ -79,7 +79,10 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
         left, right = x.chunk(2, call.argument(1, "dim") or -1)
         return left * _through(right, right.sigmoid(), record.graph.factor, "sigmoid")
     if call.name in STATISTICS and _over_last(call, x):
-        return record.mark("statistic", map_tensors(Tensor.detach, call.run()))
+        result = record.mark("statistic", map_tensors(Tensor.detach, call.run()))
+        if call.name == "logsumexp" and record.graph.nearest(x, record.graph.scores) is not None:
+            record.mark("of_scores", result)
+        return result
     if call.name in _BENT and x.requires_grad:
         return _activation(record, call, x)
     if call.name in COMPARISONS:
@@ -87,6 +90,10 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
     result = _run(call)
     if call.name in CONVS and isinstance(result, Tensor) and weights and _by_channel(call, weights[0]):
         record.graph.by_channel.add(result.grad_fn)
+    if call.name in SCALES and isinstance(result, Tensor) and len(given) == 2:
+        left, right = given
+        if left.requires_grad and right.requires_grad and left.grad_fn is not result.grad_fn:
+            record.graph.factors[result.grad_fn] = left, right
     if call.name == "where" and record.is_marked("comparison", x):  # a function in pieces
         return _through(result, result, record.graph.factor, "where")
     if call.name in _MULTIPLIES and record.is_marked("statistic", *given):

@@ -84,6 +84,7 @@ class Graph:
         factor: what activations multiply gradients by. A gradient that it changes went through one.
         scores: products of data with data by their node, which may become attention scores.
         by_channel: nodes of convolutions that move every channel on its own.
+        factors: both sides of products of data with data, element by element, by their node.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -93,6 +94,7 @@ class Graph:
         self.factor = [1.0]
         self.scores: dict[Any, Product] = {}
         self.by_channel: set[Any] = set()
+        self.factors: dict[Any, tuple[Tensor, Tensor]] = {}
         self.time = 0
         self._random = torch.Generator("cpu").manual_seed(seed)
         self._known: dict[Any, list[Leaf]] = {}
@@ -193,6 +195,10 @@ class Graph:
                     if not a.isdisjoint(left) and not b.isdisjoint(right):
                         return True
         return False
+
+    def sides(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both sides of the products of data, element by element, behind a tensor, nearest first."""
+        return (self.factors[node] for node in _nodes(tensor) if node in self.factors)
 
     def chain(self, tensor: Tensor) -> Iterator[Any]:
         """The nodes behind a tensor as long as there is one way back, ways to weights left aside."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sharpwise.blocks.roles import Role
 from sharpwise.blocks.trace.graph import Leaf
 from sharpwise.blocks.trace.infer import MANY, QKV, Inference, source, width
+from sharpwise.blocks.trace.weights import Array
 
 # What the second factors of one low-rank product may make. The first factor has the first of their roles.
 _GROUPS = ({*QKV, Role.O_GATE}, {Role.GATE, Role.UP}, {Role.ROUTER}, {Role.HEAD})
@@ -46,8 +47,14 @@ def down(found: Inference, matrix: Leaf) -> None:
     if not found.paths.by_token(source(matrix)) or not _token_by_token(found, matrix, makers):
         return
     passing = found.graph.through_activations(source(matrix), makers)
-    bent = any(act.any() for _, _, act in passing)
-    straight = any((units & ~act).any() for _, units, act in passing)
+    bent, straight = _kinds(passing)
+    for sides in found.graph.sides(source(matrix)) if bent and not straight else ():
+        # What bends their product, a rounding say, tells nothing of the sides.
+        apart = [found.graph.through_activations(side, makers) for side in sides]
+        shared = any(a is b and (x & y).any() for a, x, _ in apart[0] for b, y, _ in apart[1])
+        if not shared and _kinds([*apart[0], *apart[1]]) == (True, True):
+            passing, straight = [*apart[0], *apart[1]], True
+            break
     # Without an activation that is known as one: a product of two, or more units than a linear map could use.
     wide = source(matrix).shape[-1] > min(source(maker).shape[-1] for maker in makers)
     if not (bent or wide or found.graph.multiplied(source(matrix), makers, makers)):
@@ -59,6 +66,11 @@ def down(found: Inference, matrix: Leaf) -> None:
             found.give(maker, units & ~act, Role.UP, "is multiplied by a gate")
         else:
             found.give(maker, units, Role.UP, "passes an activation")
+
+
+def _kinds(passing: Sequence[tuple[Leaf, Array, Array]]) -> tuple[bool, bool]:
+    """Whether units pass an activation, and whether units pass none."""
+    return any(act.any() for _, _, act in passing), any((units & ~act).any() for _, units, act in passing)
 
 
 def _token_by_token(found: Inference, matrix: Leaf, makers: Sequence[Leaf]) -> bool:

@@ -78,7 +78,7 @@ class Recorder(TorchFunctionMode):
         self.copies: dict[int, int] = {}  # numbers given by the example, viewed or copied -> which
         self.marked: dict[str, set[int]] = {"statistic": set(), "comparison": set(), "choice": set(), "input": set()}
         self.marked["held"] = set()  # made of buffers and other tensors that a model holds
-        self.marked |= {"one_hot": set(), "count": set()}
+        self.marked |= {"one_hot": set(), "count": set(), "of_scores": set()}
         self.marked["kind"] = set()  # made of comparisons of numbers that were given: kinds of tokens
         self._indexed = 0
         self._by_owner: dict[int, list[Use]] = {}

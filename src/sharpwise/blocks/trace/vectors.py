@@ -182,7 +182,10 @@ def _use(found: Inference, use: Use, number: int) -> None:
     elif (
         use.how in ("shift", "join")
         and use.weight.value.numel() > 1
-        and found.graph.nearest(use.beside, found.graph.scores) is not None
+        and (
+            found.graph.nearest(use.beside, found.graph.scores) is not None
+            or found.record.is_marked("of_scores", use.beside)  # and so is what all keys sum up to
+        )
     ):
         ledger.settle(Role.K, "the score of a key that is always there")
         ledger.bias = True
