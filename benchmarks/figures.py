@@ -29,7 +29,7 @@ from figures_docs import (
     storage,
 )
 from figures_rates import rates
-from figures_results import blocks, capped, choose, readme, speed, where
+from figures_results import blocks, capped, choose, fine_tuning, readme, speed, where
 
 ROOT = Path(__file__).parents[1]
 Load = Callable[[str], Any]
@@ -43,6 +43,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/guides/measure.md": measure,
     "docs/guides/memory.md": capped,
     "docs/methods/muon.md": muon,
+    "docs/results/fine_tuning.md": fine_tuning,
     "docs/results/rates.md": rates,
     "docs/results/speed.md": speed,
     "docs/results/where.md": where,

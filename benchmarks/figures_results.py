@@ -1,6 +1,7 @@
 """The sentences of the README, the first pages and the results whose figures are committed; see `figures.py`."""
 
 from collections.abc import Callable, Iterator
+from statistics import mean
 from typing import Any
 
 from figures_docs import by_name, compared, span
@@ -67,6 +68,20 @@ def where(load: Load) -> Iterator[str]:
     names = "adam_mini/result blockwise_lr/result int8/adamw int8/muon llr/result muon/result sgd_sai/gpt sgd_sai/vit"
     longest = max(load(f"recipes/{name}.json")["budget"]["tokens_per_parameter"] for name in names.split())
     yield f"Anything longer than {longest:.1f} tokens per parameter outside the embeddings."
+
+
+def fine_tuning(load: Load) -> Iterator[str]:
+    for name in ("full", "lora"):
+        study, texts = load(f"recipes/finetune/{name}.json"), load(f"recipes/finetune/{name}-texts.json")
+        arms = compared(study)
+        for arm in (one["name"] for one in study["arms"]):
+            own = [row for row in texts if row["arm"] == arm]
+            assert len(own) == len(study["seeds"])
+            cells = [f"{mean(row[key] for row in own):.3f}" for key in ("loss", "accuracy", "old_loss", "old_accuracy")]
+            to = f"{arms[arm]['mean']:+.3f} ({span(arms[arm], 3)}), {arms[arm]['verdict']}" if arm in arms else ""
+            yield f"| `{arm}` | {best(study, arm)} | {to} | {' | '.join(cells)} |"
+    base = next(row for row in texts if row["arm"] == "base")
+    yield f"at {base['loss']:.2f} on the new text and {base['old_loss']:.2f} on the old"
 
 
 def speed(load: Load) -> Iterator[str]:

@@ -29,7 +29,7 @@ def setting(study: dict[str, Any]) -> str:
     model, budget, where = study["model"], study["budget"], study["environment"]
     per = budget["tokens_per_parameter"]
     tried = sorted({len(arm["tuning"]) for arm in study["arms"]} - {0})
-    trials = f"{tried[0]} to {tried[-1]}" if len(tried) > 1 else f"{tried[0]}"
+    trials = " to ".join(f"{count}" for count in sorted({tried[0], tried[-1]})) if tried else "no"
     return (
         f"{model['name'].rpartition(':')[2]}, {model['parameters']:,} parameters, trained for {budget['steps']:,} "
         f"steps on {budget['tokens']:,} tokens ({per:.2g} per parameter outside the embeddings); "

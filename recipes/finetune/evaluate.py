@@ -1,12 +1,12 @@
 """What `sharpwise compare` does not say of these runs: next-token accuracy, and the loss on the text of the base.
 
-    python -m recipes.finetune.evaluate runs/finetune-base runs/full/runs/*/final-* > recipes/finetune/full-texts.csv
-    python -m recipes.finetune.evaluate runs/finetune-base runs/lora/runs/*/final-* > recipes/finetune/lora-texts.csv
+    python -m recipes.finetune.evaluate runs/finetune-base runs/full/runs/*/final-* > recipes/finetune/full-texts.json
+    python -m recipes.finetune.evaluate runs/finetune-base runs/lora/runs/*/final-* > recipes/finetune/lora-texts.json
 
-A row for each run that has ended: loss and accuracy on the new text, then on the old one, over 256 windows each.
+An object for each run that has ended: loss and accuracy on the new text, then on the old one, over 256 windows each.
 """
 
-import csv
+import json
 import sys
 from pathlib import Path
 
@@ -50,14 +50,15 @@ def main(runs: list[str]) -> None:
         text = open_tokens(folder).validation
         starts = even_starts(len(text), WINDOWS, CONTEXT)
         windows.append(torch.from_numpy(text.windows(starts, CONTEXT + 1)))
-    out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["arm", "run", "loss", "accuracy", "old_loss", "old_accuracy"])
+    found = []
     for run in map(Path, runs):
         if (run / "final").is_dir():
             model = trained(run).eval()
-            found = [number for text in windows for number in judged(model, text)]
+            numbers = [round(number, 4) for text in windows for number in judged(model, text)]
             arm = run.parent.name if run.name.startswith("final-") else "base"
-            out.writerow([arm, run.name, *(f"{number:.4f}" for number in found)])
+            named = dict(zip(("loss", "accuracy", "old_loss", "old_accuracy"), numbers, strict=True))
+            found.append({"arm": arm, "run": run.name, **named})
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
