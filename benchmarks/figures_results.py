@@ -134,11 +134,21 @@ def blocks(load: Load) -> Iterator[str]:
     seconds, decoders = found["seconds"], found["summary"]["by_kind"]["decoder"]
     version = found["environment"]["versions"]["transformers"].rpartition(".")[0]
     gpt2, llama = seconds["gpt2 on cpu"], seconds["llama-3-8b on meta"]
-    yield f"It takes {gpt2:.2f} s for GPT-2 124M and {llama:.1f} s for Llama-3-8B"
+    yield f"It takes {gpt2:.2f} s of CPU time for GPT-2 124M and {llama:.2f} s for Llama-3-8B"
     yield (
         f"Of the {decoders['types']} decoder-only architectures that transformers {version} lists as causal language "
         f"models it maps {decoders['complete']} completely and {decoders['with other']} with parameters of role "
         f"`other`; {decoders['not built']} cannot be built here"
+    )
+
+
+def evidence(load: Load) -> Iterator[str]:
+    found = load("benchmarks/results/zoo.json")
+    counts = found["summary"]["all"]
+    assert counts["wrong"] == counts["error"] == counts["skipped"] == 0
+    yield (
+        f"Of {counts['models']} tiny models {counts['complete']} are complete, and {counts['partly']} partly `other`; "
+        "no parameter has a role that its model's source contradicts"
     )
 
 

@@ -167,7 +167,10 @@ def headless(blocks: BlockMap) -> list[str]:
 
 
 def step(model: nn.Module, example: Any, blocks: BlockMap) -> dict[str, str]:
-    """Steps of every optimizer, one after the other on the same weights; what failed, by optimizer."""
+    """Steps of every optimizer, one after the other on the same weights; what failed, by optimizer.
+
+    By the reference, which takes every view: kernels would be built for each shape of block, and have their own tests.
+    """
     # What dataflow leaves open counts as said, and no block has to be a head then.
     known = BlockMap(replace(segment, source=segment.source or "override") for segment in blocks)
     failed = {}

@@ -43,7 +43,8 @@ def create_optimizer_v2(
     Raises:
         TypeError: for parameters in place of a model; else as `sharpwise.create_optimizer`.
     """
-    grouping = {"filter_bias_and_bn": filter_bias_and_bn, "layer_decay": layer_decay, "param_group_fn": param_group_fn}
+    grouping: dict[str, Any] = {"filter_bias_and_bn": filter_bias_and_bn, "layer_decay": layer_decay}
+    grouping["param_group_fn"] = param_group_fn
     if opt not in list_optimizers():
         return timms(model, opt, lr=lr, weight_decay=weight_decay, **grouping, **options)
     if not isinstance(model, nn.Module):
