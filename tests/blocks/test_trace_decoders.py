@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from blocks.hand_made import BLOCK, HEADS, IDS, LM, OUTSIDE, SIZE, VOCAB, Attention, Block, named, said, weights
 
@@ -152,3 +153,17 @@ def test_a_sink_beside_the_sum_of_all_keys() -> None:
     roles = said(LM(Block(ScaledBySink())))
     assert roles["layers.0.mixer.sinks"] == "0: k all"
     assert [roles[f"layers.0.mixer.{name}.weight"].split()[1] for name in "qkvo"] == [*"qkvo"]
+
+
+class ByAngle(Attention):
+    """Values are weighed by the angles of queries and keys, whose norms are left out of a trace."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        weights = (1 - cosines.acos() / torch.pi) ** 8
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_weights_by_angles() -> None:
+    assert said(LM(Block(ByAngle()))) == ONE_LAYER

@@ -58,7 +58,7 @@ PARTLY = models_named(
             deformable_detr deformable_detr_two_stage depth_anything detr detr_segmentation dinov2 dinov2_swiglu
             dinov2_with_registers dinov3_vit dpt electra encodec fastspeech2_conformer flava fnet funnel gemma3
             git glpn granite_speech grounding_dino groupvit hiera idefics idefics2 informer kosmos2 layoutlm
-            layoutlmv3 levit lilt llava longformer longt5 luke lw_detr lxmert markuplm mask2former maskformer
+            layoutlmv3 levit lilt llava longt5 luke lw_detr lxmert markuplm mask2former maskformer
             minimax mllama mobilebert mra nllb_moe nystromformer oneformer owlvit paligemma parakeet
             patchtsmixer patchtst perceiver perceiver_image pop2piano prophetnet pvt_v2 pvt_v2_linear qwen3_next
             reformer rembert roformer rt_detr rt_detr_v2 rwkv sam seamless_m4t segformer seggpt sew_d siglip

@@ -19,8 +19,8 @@ from sharpwise.blocks.trace.weights import Weight, map_tensors, tensors_in, word
 
 ACTIVATIONS = words(
     "relu relu_ relu6 gelu silu silu_ sigmoid sigmoid_ tanh tanh_ softplus erf mish hardswish hardsigmoid hardtanh elu "
-    "celu selu leaky_relu prelu rrelu logsigmoid softsign threshold exp expm1 square pow __pow__ abs sin cos log log1p "
-    "expit"
+    "celu selu leaky_relu prelu rrelu logsigmoid softsign threshold exp expm1 square pow __pow__ abs sin cos acos "
+    "arccos log log1p expit"
 )
 LIMITS = words("clamp clamp_ clamp_min clamp_max clip maximum minimum")  # no activation unless at 0
 COMPARISONS = words("gt ge lt le __gt__ __ge__ __lt__ __le__ greater less")
