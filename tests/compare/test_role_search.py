@@ -11,7 +11,7 @@ from sharpwise.block_lr import PerRole, make_block_lr
 from sharpwise.compare.role_search import Search, search
 from sharpwise.compare.roles import BLOCK_LR, SEEDS, Roles, factor
 from sharpwise.compare.trial import SETTINGS_OF, Trial, plain
-from sharpwise.compare.tuning import Space, chosen, count_trials, needed, searched, tried
+from sharpwise.compare.tuning import Space, Taken, chosen, count_trials, needed, searched, tried
 
 LRS = (1e-3, 3e-3, 1e-2)
 START = (("optimizer.lr", 3e-3),)
@@ -317,7 +317,8 @@ def plan(spaces, roles, loss, *, taken=None, order=None, seeds=(1, 2)) -> dict[T
     """Run a study in which `loss(trial)` is the result of a trial."""
     done: dict[Trial, float] = {}
     chance = random.Random(order)
-    while trials := needed(spaces, "base", seeds, done, (), taken or {}, roles):
+    taken = {arm: Taken(of) for arm, of in (taken or {}).items()}
+    while trials := needed(spaces, "base", seeds, done, (), taken, roles):
         assert not any(trial in done for trial in trials) and len(set(trials)) == len(trials)
         for trial in trials if order is None else chance.sample(trials, chance.randint(1, len(trials))):
             done[trial] = loss(trial)

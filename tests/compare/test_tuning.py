@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpwise.compare.trial import Trial
-from sharpwise.compare.tuning import HORIZONS, Space, at_edge, best, needed, tried, widened
+from sharpwise.compare.tuning import HORIZONS, Space, Taken, at_edge, best, needed, tried, widened
 
 LRS = (1e-3, 3e-3, 1e-2)
 
@@ -18,7 +18,7 @@ def play(spaces, loss, *, seeds=(1, 2, 3), order=None, limit=1000, taken=None):
     done: dict[Trial, float] = {}
     chance = random.Random(order)
     for _ in range(limit):
-        trials = needed(spaces, "base", seeds, done, taken=taken or {})
+        trials = needed(spaces, "base", seeds, done, taken={arm: Taken(of) for arm, of in (taken or {}).items()})
         if not trials:
             return done
         assert not any(trial in done for trial in trials)
