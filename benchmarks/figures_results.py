@@ -148,7 +148,7 @@ def evidence(load: Load) -> Iterator[str]:
     assert counts["wrong"] == counts["error"] == counts["skipped"] == 0
     yield (
         f"Of {counts['models']} tiny models {counts['complete']} are complete, and {counts['partly']} partly `other`; "
-        "no parameter has a role that its model's source contradicts"
+        f"none of their {counts['parameters']:,} parameters has a role that its model's source contradicts"
     )
 
 

@@ -207,13 +207,18 @@ def _plain(output: Any) -> Any:
 
 
 def summary(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """How many models of each package have which status."""
+    """How many models of each package have which status, and how many parameters were compared."""
     counts: dict[str, collections.Counter[str]] = {}
+    sizes: collections.Counter[str] = collections.Counter()
     for name, row in rows.items():
         for package in (name.partition("/")[0], "all"):
             counts.setdefault(package, collections.Counter())[row["status"]] += 1
+            sizes[package] += row.get("parameters", 0)
     counts["all"] = counts.pop("all")
-    return {name: {"models": found.total()} | {key: found[key] for key in STATUSES} for name, found in counts.items()}
+    return {
+        name: {"models": found.total(), "parameters": sizes[name]} | {key: found[key] for key in STATUSES}
+        for name, found in counts.items()
+    }
 
 
 def report(rows: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, int]]) -> None:
@@ -224,7 +229,11 @@ def report(rows: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[s
         if row["status"] in ("error", "skipped"):
             print(f"{name}: {row['status']}: {row['message']}")
     print()
-    print(Table(("package", "models", *STATUSES), [(name, *found.values()) for name, found in counts.items()]))
+    print(
+        Table(
+            ("package", "models", "parameters", *STATUSES), [(name, *found.values()) for name, found in counts.items()]
+        )
+    )
 
 
 def show(name: str, file: str) -> None:
