@@ -138,7 +138,7 @@ def test_a_device_works_out_what_the_host_does(decay: str, decoupled: bool) -> N
     stepper.scalars.begin(stepper.views)
     for view in stepper.views:
         pairs = zip(stepper.scalars.factors(view), stepper.scalars.rows(view), strict=True)
-        for (lr, of_rate, of_decay, wd), row in pairs:
+        for (lr, of_rate, of_decay, wd, _), row in pairs:
             assert row.rate == lr * of_rate
             if decoupled:
                 assert row.decay == pytest.approx(1 - lr * of_decay * wd, rel=1e-15)
