@@ -201,7 +201,7 @@ def test_arms_and_seeds_can_be_added_and_nothing_else(whole: Path, data: Path, t
         ({"arms": {"adamw": {"lrs": ["a", "b", "c"]}, "lion": {}}}, "lrs must be three or more learning rates"),
         ({"arms": {"adamw": {"lrs": [1e-3, 1.0001e-3, 2e-3]}, "lion": {}}}, "lrs must be three or more learning rates"),
         ({"sedes": 3}, r"a study has no 'sedes' \(did you mean 'seeds'\?\)"),
-        ({"arms": {"adamw": {"lrz": [1]}, "lion": {}}}, r"arm 'adamw' has no 'lrz' \(did you mean 'lrs'\?\)"),
+        ({"arms": {"adamw": {"lrz": [1]}, "lion": {}}}, r"arm 'adamw' has no 'lrz' \(did you mean 'lrs?'\?\)"),
         ({"arms": {"adamw": {"lrs": [1, 2]}, "lion": {}}}, "lrs must be three or more learning rates"),
         ({"search": {"optimizer.weight_decay": 0.1}}, "must be a list of values to try"),
         ({"settings": {"optimizer.betaz": [0.9]}}, r"optimizer.betaz: adamw has no such setting"),

@@ -18,24 +18,24 @@ OWN = ("environment", "fake_device", "launches", "shapes")
 BOUNDS = {
     "tiny": """
                        adamw  adam-mini  adapm  adasgd  blockwise-adam  lion  muon  sgd  sgd-sai
-plain                  2      4          1211   111     3               2     91    2    2
-clip                   5      7          1273   117     6               5     96    5    5
-clip-skip              6      9          1380   131     7               6     101   6    6
-raise                  4      6          1214   113     5               4     95    4    4
-bf16-weights           2      4          1247   111     3               2     91    2    2
-bf16-state-stochastic  2      4          1213   111     3               2     91    2    2
-bf16-all-stochastic    2      4          1249   111     3               2     91    2    2
-8-bit                  3      7          1211   112     6               3     92    3    3
+plain                  2      4          1212   111     3               2     91    2    2
+clip                   5      7          1274   117     6               5     96    5    5
+clip-skip              6      9          1381   131     7               6     101   6    6
+raise                  4      6          1215   113     5               4     95    4    4
+bf16-weights           2      4          1248   111     3               2     91    2    2
+bf16-state-stochastic  2      4          1214   111     3               2     91    2    2
+bf16-all-stochastic    2      4          1250   111     3               2     91    2    2
+8-bit                  3      7          1212   112     6               3     92    3    3
 fp64-weights           309    564        1702   796     779             253   358   169  169
 eager                  309    319        1498   333     326             253   619   169  169
-blockwise              2      4          1211   112     3               2     91    2    2
-blockwise-clip         5      7          1273   118     6               5     96    5    5
-everything             6      9          1380   176     7               6     101   6    6
-sharpness              2      4          1211   -       3               -     -     -    -
-sharpness-moving       2      4          1211   -       3               -     -     -    -
-llr                    2      4          1215   112     3               2     91    2    2
-llr-moving             2      4          1215   112     3               2     91    2    2
-gradient_snr           2      4          1211   112     3               2     91    2    -
+blockwise              2      4          1212   112     3               2     91    2    2
+blockwise-clip         5      7          1274   118     6               5     96    5    5
+everything             6      9          1381   176     7               6     101   6    6
+sharpness              2      4          1212   -       3               -     -     -    -
+sharpness-moving       2      4          1212   -       3               -     -     -    -
+llr                    2      4          1216   112     3               2     91    2    2
+llr-moving             2      4          1216   112     3               2     91    2    2
+gradient_snr           2      4          1212   112     3               2     91    2    -
 """,
     "gpt2": """
               adamw  adam-mini  lion  sgd
