@@ -29,7 +29,7 @@ from figures_docs import (
     storage,
 )
 from figures_rates import rates
-from figures_results import blocks, capped, choose, evidence, fine_tuning, readme, speed, where
+from figures_results import blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
 
 ROOT = Path(__file__).parents[1]
 Load = Callable[[str], Any]
@@ -39,6 +39,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/concepts/blocks.md": blocks,
     "docs/concepts/evidence.md": evidence,
     "docs/concepts/block_lr.md": block_lr,
+    "docs/concepts/controls.md": controls,
     "docs/concepts/storage.md": storage,
     "docs/guides/distributed.md": distributed,
     "docs/guides/measure.md": measure,

@@ -152,6 +152,14 @@ def evidence(load: Load) -> Iterator[str]:
     )
 
 
+def controls(load: Load) -> Iterator[str]:
+    layouts = load("benchmarks/results/step_time_further.json")["layouts"]
+    for name in ("angular", "hyperball", "l2"):
+        pair = f"sharpwise Lion {name} / sharpwise Lion"
+        linear, conv = (layouts[layout]["pairs"][pair]["ratio"] for layout in ("linear", "conv1d"))
+        yield f"{name} {linear:.1f} and {conv:.1f}"
+
+
 def of_steps(found: dict[str, Any]) -> Iterator[str]:
     where, conv, linear = found["environment"], found["layouts"]["conv1d"], found["layouts"]["linear"]
     assert "AVX512" not in where["capability"]
