@@ -72,14 +72,13 @@ class Cpp(Backend):
         return not (spec.options.guarded and columns) and bool(self._one_pass(spec))
 
     def bounds(self, spec: Spec) -> bool:
-        view = spec.view
-        rows = view.unit == "row" and view.by_row and not view.cuts_rows and view.shape[1] > 1
-        if not spec.controlled or not (rows or has_small_units(view)):
+        if not spec.controlled:
             return False
-        key = "bounds rows", spec.grad
+        view, key = spec.view, ("bounds", spec.grad)
         if key not in view.kept:  # asked at every step
-            held = view.origin.own[HELD].dtype if view.holds else torch.float32
-            view.kept[key] = getattr(self._kernel_of(spec), "control", None) is not None and held == torch.float32
+            rows = view.unit == "row" and view.by_row and not view.cuts_rows and view.shape[1] > 1
+            found = (rows or has_small_units(view)) and getattr(self._kernel_of(spec), "control", None) is not None
+            view.kept[key] = found and (not view.holds or view.origin.own[HELD].dtype == torch.float32)
         return bool(view.kept[key])
 
     def _one_pass(self, spec: Spec) -> Sequence[Rectangle]:
