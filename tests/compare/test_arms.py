@@ -114,6 +114,15 @@ def test_a_study_of_given_learning_rates_has_final_runs_alone(data: Path, tmp_pa
     ]
 
 
+def test_a_search_starts_at_a_learning_rate_that_is_given(data: Path) -> None:
+    searching = {"name": "adamw", "setting_of": "adamw", "tune": "roles", "types": ["Emb", "FFN"]}
+    found = make_study(study(data, arms={"adamw": {"lr": 1e-3}, "mine": searching}, horizons=[]))
+    wanted = found.needed({})
+    assert wanted and {(trial.arm, trial.stage, trial.lr) for trial in wanted} == {("mine", "roles", 1e-3)}
+    search = found.search("mine", {})
+    assert search is not None and not search.ended
+
+
 def test_runs_that_an_arm_does_not_have_are_not_counted(data: Path, tmp_path: Path) -> None:
     found = make_study(study(data, arms=ARMS))
     assert expected(found, {}) == {0.5: 2, 2.0: 2, 1.0: 2 * 3 + 4 * 2}

@@ -112,7 +112,7 @@ class Study:
     def search(self, name: str, done: Losses) -> Search | None:
         """How far the search of an arm is, None where it has none, or what it starts from is not tuned yet."""
         of = self.tuned(name)
-        if name not in self.roles or next_of_arm(of, self.spaces[of], done):
+        if name not in self.roles or (of in self.spaces and next_of_arm(of, self.spaces[of], done)):
             return None
         return searched(name, done, self.taken, self.roles)
 

@@ -138,7 +138,7 @@ def searched(arm: str, done: Losses, taken: Mapping[str, Taken], roles: Mapping[
     of = taken[arm].arm if arm in taken else arm
     start = chosen(of, done, taken, roles) if arm in taken else best(arm, done).setting
     tuned = tried(of, done)
-    if all(math.isinf(loss) for loss in tuned.values()):  # there is nothing to start from
+    if tuned and all(math.isinf(loss) for loss in tuned.values()):  # there is nothing to start from
         return Search(
             {of: dict.fromkeys(own, 1.0) for of, own in roles[arm].none.items()}, start, (), (), (), "nothing"
         )
