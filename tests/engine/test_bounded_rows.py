@@ -1,4 +1,6 @@
-"""Rows that a control bounds as they move: one kernel call, in which each is summed up and moved, and no other read."""
+"""Units that a control bounds as they move: one kernel call, each is summed up and moved, and no other read."""
+
+import math
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sharpwise.controls import L2, Angular, Hyperball
 from sharpwise.engine import BlockOptimizer, control
 from sharpwise.engine.backends.base import compiler_present
 from sharpwise.engine.backends.launch import LaunchTable
+from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.options import Options, Storage
 from sharpwise.storage import BF16, FP32, Int8
 from sharpwise.testing import fill_gradients
@@ -113,9 +116,8 @@ def test_a_step_is_one_call_and_makes_nothing_of_the_size_of_a_matrix(rule, monk
     assert {row["backend"] for row in optimizer.explain()} == {"cpp (one pass)"}
 
 
-@pytest.mark.parametrize("bound", [L2(), Hyperball()], ids=str)
-def test_matrices_are_read_twice_and_by_kernels(bound, monkeypatch):
-    """One call that sums up, and one that moves; rows that lie as columns (Conv1D) too."""
+@pytest.mark.parametrize("bound", [Angular(), L2(), Hyperball()], ids=str)
+def test_columns_and_matrices_are_bounded_in_the_call_that_moves_them(bound, monkeypatch):
     monkeypatch.setattr(control, "_row_sums", _refused)
     calls, launch = [], LaunchTable.launch
     monkeypatch.setattr(LaunchTable, "launch", lambda self, *more: (calls.append(self), launch(self, *more)))
@@ -129,8 +131,55 @@ def test_matrices_are_read_twice_and_by_kernels(bound, monkeypatch):
         held = [model.w, model.w.grad, *(t for own in optimizer.state.values() for t in own.values())]
         with Largest(held) as largest:
             optimizer.step()
-    assert len(calls) == 6 and len({id(table) for table in calls}) == 2
-    assert largest.elements <= 3 * 20
+    assert len(calls) == 3 and len({id(table) for table in calls}) == 1
+    assert largest.elements <= 60
+
+
+LARGE = {
+    "rows": [Segment("rows", (500, 200), Role.UP, dim=0, source="said")],
+    "columns": [Segment("columns", (302, 330), Role.UP, dim=1, source="said")],
+    "fused": [
+        Segment("fused", (260, 300), role, dim=1, start=100 * i, length=100, heads=2, source="said")
+        for i, role in enumerate((Role.Q, Role.K, Role.V))
+    ],
+    "experts": [Segment("experts", (3, 130, 200), Role.UP, dim=1, stacked=True, source="said")],
+    "expert_columns": [Segment("expert_columns", (3, 130, 200), Role.UP, dim=2, stacked=True, source="said")],
+    "norm": [Segment("norm", (70_000,), Role.NORM, bias=False, source="said")],
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bound", [CONTROL, L2(), Hyperball()], ids=lambda c: c.name)
+@pytest.mark.parametrize("storage", [FP32, BF16, Int8("dynamic")], ids=lambda s: s.name)
+def test_large_units_are_bounded_by_all_threads(bound, threads, storage):
+    """As the reference bounds them: matrices of more elements than one thread sums up, whichever way they lie, with
+    multipliers by segment."""
+    before, found = torch.get_num_threads(), []
+    assert all(math.prod(own[0].shape) > SHARED for own in LARGE.values())
+    for compiled in (None, False):
+        torch.manual_seed(0)
+        model = nn.Module()
+        for name, own in LARGE.items():
+            model.register_parameter(name, nn.Parameter(torch.randn(own[0].shape)))
+        blocks = BlockMap(tuple(segment for own in LARGE.values() for segment in own))
+        how = {"block_lr": make_block_lr("blockwise(qk=3, vo=2)"), "compile": compiled, "storage": Storage(storage)}
+        options = Options(control=bound, **how)
+        optimizer = BlockOptimizer(model, RULES["lion"], lr=0.02, weight_decay=0.1, options=options, blocks=blocks)
+        try:
+            torch.set_num_threads(threads)
+            for t in range(3):
+                fill_gradients(model, t)
+                optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        if compiled is None and not storage.block:
+            inside = {row["backend"] for row in optimizer.explain() if row["control"]}
+            assert inside == {"cpp (one pass)"}
+        found.append((model, optimizer))
+    for (name, p), q in zip(found[0][0].named_parameters(), found[1][0].parameters(), strict=True):
+        assert (p.double() - q.double()).norm() <= 2e-6 * q.double().norm(), name
+        held, other = (one.state[x].get("held_norm") for (_, one), x in zip(found, (p, q), strict=True))
+        assert held is None or torch.allclose(held, other, rtol=1e-6), name
 
 
 @pytest.mark.parametrize("storage", [FP32, BF16, Int8("dynamic")], ids=lambda s: s.name)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once, tensors_refused
 from sharpwise.engine.backends.cpp_print import Form
-from sharpwise.engine.backends.launch import LaunchTable, has_small_units, index_refused
+from sharpwise.engine.backends.launch import LaunchTable, index_refused, units_of
 from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
@@ -76,8 +76,9 @@ class Cpp(Backend):
             return False
         view, key = spec.view, ("bounds", spec.grad)
         if key not in view.kept:  # asked at every step
-            rows = view.unit == "row" and view.by_row and not view.cuts_rows and view.shape[1] > 1
-            found = (rows or has_small_units(view)) and getattr(self._kernel_of(spec), "control", None) is not None
+            by_row = view.by_row and view.shape[1] > 1
+            rows = view.unit == "row" and not view.cuts_rows and (by_row or not (view.by_row or view.rule.has_blocks))
+            found = (rows or bool(units_of(view))) and getattr(self._kernel_of(spec), "control", None) is not None
             view.kept[key] = found and (not view.holds or view.origin.own[HELD].dtype == torch.float32)
         return bool(view.kept[key])
 

@@ -87,14 +87,14 @@ class Form:
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
     *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks", "line"),
-    "over",
+    *("over", "pitch", "unit"),
 )
 """What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
 if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
 where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
 its factors of decay likewise; where the scalars are; the global number of its first element, from row to row; the key
-of its noise; blocks of columns; elements of a line, where blocks of state lie within those; which of `overs_of` a row
-is to a control."""
+of its noise; blocks of columns; elements of a line, where blocks of state lie within those; of what a control bounds,
+which of `overs_of` it is, how far its rows are apart, and 1 if all of it is one unit."""
 TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
 """And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
 rates are; `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
@@ -196,63 +196,51 @@ def _by_block(loop: str, after: str, read: Mapping[str, Format]) -> str:
         loop = f"  const float {own}old = *{absmax};\n{loop}"
     each = "  for (int64_t begin = 0, end = 0, last = 0; begin < n; begin = end) {\n"
     each += "  last += begin == last ? m.line : 0;\n"
-    return f"{before}{each}  end = std::min(begin + {size}, last);\n{loop}{after}  }}\n"
+    return f"{before}{each}  end = std::min(std::min(begin + {size}, last), n);\n{loop}{after}  }}\n"
 
 
 _NO_AIM = """
-constexpr bool AIMS = false, CODED = false;
-inline void aim_row(const Scalars, const Job&, int64_t, int64_t, float, double*) {}
-inline void aim_columns(const Scalars, const Job&, int64_t, int64_t, const float*, double*, double*, double*) {}
+constexpr bool AIMS = false;
+constexpr int64_t CODED = 0;
+template <typename Rates> inline void aim(const Scalars, const Job&, int64_t, int64_t, Rates, float*) {}
 """
 _NO_BOUND = """
-constexpr bool CONTROLLED = false;
-inline void bound(const Scalars, const Job&, int64_t, float&, float&) {}
+constexpr bool CONTROLLED = false, SCALES = false;
+inline void bound(const Job&, int64_t, double, const double*, float&, float&) {}
 """
 
 
 def _aims(program: Program, read: Mapping[str, Format]) -> str:
-    """The sums of a control over n elements from `at` on, as they would move without it."""
+    """What would be subtracted of n elements from `at` on; where elements have codes by block, of one block alone."""
     assert program.aim is not None
     blocked = [name for name, own in read.items() if own.block]
     pointers = "".join(_pointer(name, own, "at", "const ") for name, own in read.items())
     after = "".join(f"  ++{_named(f'absmax.{name}')};\n" for name in blocked)
-
-    def looped(pragma: str, rate: str, added: str) -> str:
-        inputs = {name: f"{_named(name)}[i]" for name in read} | {"rate": rate, "clip": "s.clip"}
-        inputs |= {f"absmax.{name}": f"{_named(name)}old" for name in blocked} | _scalars(program)
-        aimed, values = program.aim.in_memory(read, (), False).printed(CPP, inputs, "    ")  # type: ignore[union-attr]
-        body = f"{aimed}\n    const double u = {values['u']}, x = {values['p']};\n    {added}\n"
-        loop = f"  #pragma omp simd{pragma}\n  for (int64_t i = begin; i < end; ++i) {{\n{body}  }}\n"
-        return pointers + _by_block(loop, after, read)
-
-    of_row = looped(" reduction(+ : uu, pu, pp)", "rate", "uu += u * u, pu += x * u, pp += x * x;")
-    of_columns = looped("", "rates[i]", "uu[i] += u * u, pu[i] += x * u, pp[i] += x * x;")
+    inputs = {name: f"{_named(name)}[i]" for name in read} | {"rate": "rates[i]", "clip": "s.clip"}
+    inputs |= {f"absmax.{name}": f"{_named(name)}old" for name in blocked} | _scalars(program)
+    aimed, values = program.aim.in_memory(read, (), False).printed(CPP, inputs, "    ")
+    loop = f"  #pragma omp simd\n  for (int64_t i = begin; i < end; ++i) {{\n{aimed}\n    u[i] = {values['u']};\n  }}\n"
     return f"""
-constexpr bool AIMS = true, CODED = {str(bool(blocked)).lower()};
-inline void aim_row(const Scalars s, const Job& m, int64_t at, int64_t n, float rate, double* sums) {{
-  double uu = 0, pu = 0, pp = 0;
-{of_row}  sums[0] = uu, sums[1] = pu, sums[2] = pp;
-}}
-inline void aim_columns(const Scalars s, const Job& m, int64_t at, int64_t n, const float* rates,
-                        double* __restrict__ uu, double* __restrict__ pu, double* __restrict__ pp) {{
-{of_columns}}}
+constexpr bool AIMS = true;
+constexpr int64_t CODED = {max((read[name].block for name in blocked), default=0)};
+template <typename Rates>
+inline void aim(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, float* __restrict__ u) {{
+{pointers}{_by_block(loop, after, read)}}}
 """
 
 
 def _bound(control: Control) -> str:
-    """Rate and factor of decay of a row, from sums over it, while it is in the cache."""
+    """Rate and factor of decay of a unit from sums over it."""
     known = {name: name for name in OF_UNIT} | {name: f"told[{i}]" for i, name in enumerate(SETTINGS)}
     known |= {name: f"sums[{i}]" for i, name in enumerate(("uu", "pu", "pp"))}
-    known |= {"held": "m.held ? m.held[unit] : 0.0f", "elements": "m.columns", "over": "m.over"}
+    known |= {"held": "m.held ? m.held[unit] : 0.0f", "over": "m.over"}
     known |= {"snr_factor": "m.snr_factors ? m.snr_factors[unit] : 1.0"}
     worked_out, given = bounding(control, overs_of(control)).printed(CPP, known)
     return f"""
-constexpr bool CONTROLLED = true;
-inline void bound(const Scalars s, const Job& m, int64_t r, float& rate, float& decay) {{
+constexpr bool CONTROLLED = true, SCALES = {str("sums[1]" not in worked_out and "sums[2]" not in worked_out).lower()};
+inline void bound(const Job& m, int64_t r, double elements, const double* sums, float& rate, float& decay) {{
   const int64_t unit = m.unit_of ? m.unit_of[r] : r;
   const double* told = m.settings + (m.setting_of ? m.setting_of[r] : 0) * {len(SETTINGS)};
-  double sums[3];
-  aim_row(s, m, r * m.columns, m.columns, rate, sums);
 {worked_out}
   if (m.held) m.held[unit] = float({given["held"]});
   rate = float({given["a"]} * rate), decay = float({given["decay"]});

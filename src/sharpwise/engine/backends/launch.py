@@ -6,7 +6,8 @@ Only addresses of gradients, the scalars of the step and what sums over blocks g
 import math
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,26 +54,25 @@ class LaunchTable:
         self._places: list[tuple[int, int, int]] = []  # of their scalars, rates and decays among the values of a step
         self._kept: list[Tensor] = []
         self._found: list[tuple[int, str, ParamView, int]] = []  # rows, and from where on which numbers of a view
-        self._told: list[tuple[int, ParamView, int]] = []  # rows that a control bounds as they move, and their segments
+        self._told: list[tuple[int, ParamView, int, int]] = []  # rows bounded as they move, with segment and first unit
         self._of_class: list[int] = []
         self._size = self.total = self.elements = self.widest = 0
         self._begun = 0  # rows of the view at hand whose sums have a place
         for number, view in views:
             own = self._class_of(view, scalars)
-            given, bounds = _given(view, found), {} if sums else self._bounds(view, found)
-            apart = sums or bool(bounds)
-            if bounds and has_small_units(view):
-                rows = [self._unit(view, own) for own in view.rectangles]
+            given, bounded = _given(view, found), not sums and self._bounds(view, found)
+            if bounded and view.unit == "matrix":
+                rows = [self._unit(view, unit) for unit in units_of(view)]
             else:
-                rows = self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic, apart)
+                rows = self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic, bounded, sums or bounded)
             for row in rows:
+                segment, first_unit = row.pop("segment", 0), row.pop("first unit", 0)
                 if sums:
                     row |= self._summed(view)
-                elif bounds:
-                    self._told.append((len(self._rows), view, row.get("segment", 0)))
-                    row |= bounds
+                elif bounded:
+                    self._told.append((len(self._rows), view, segment, first_unit))
+                    row |= self._by_unit(view, found, first_unit)
                 scalars_at, rates_at, decays_at = self._places[own]
-                segment = row.pop("segment", 0)
                 row |= {"scalars_at": scalars_at, "rates_at": rates_at + segment, "decays_at": decays_at + segment}
                 for what in given:
                     self._found.append((len(self._rows), what, view, row[what]))
@@ -95,12 +95,19 @@ class LaunchTable:
         return self._class[key]
 
     def _matrices(
-        self, view: ParamView, runs: Sequence[Rectangle], given: Collection[str], stochastic: bool, lines: bool
+        self,
+        view: ParamView,
+        runs: Sequence[Rectangle],
+        given: Collection[str],
+        stochastic: bool,
+        bounded: bool,
+        lines: bool,
     ) -> list[dict[str, int]]:
         """A view as matrices, in the words of the kernel.
 
         Args:
-            given: see `_given`; lines: whether rows or columns are told apart where all are alike.
+            given: see `_given`; bounded: whether a control bounds them as they move; lines: whether rows or columns are told
+                apart where all are alike.
         """
         layout, by_row = view.layout, view.by_row
         first, stride = first_index(view)
@@ -126,10 +133,11 @@ class LaunchTable:
             shape, by_row = (1, shape[0]), False  # numbers with rates of their own
         found = []
         for copy in range(view.numel // (shape[0] * shape[1])):
-            row = self._row(view, copy * shape[0] * shape[1], shape, by_row)
+            together = bounded and not by_row and view.numel >= SHARED
+            row = self._row(view, copy * shape[0] * shape[1], shape, by_row, together)
             row |= {"first": first + copy * shape[0] * stride, "stride": stride}
-            row |= self._by_line(view, segments, copy * shape[1])
             start = copy * shape[1]
+            row |= {**self._by_line(view, segments, start), "first unit": start}
             if "decays" in given:
                 row |= {"rate_of": 0, "rate_stride": 1, "rates": start}
                 row |= {"decay_of": 0, "decay_stride": 1, "decays": start}
@@ -139,16 +147,19 @@ class LaunchTable:
             found.append(row)
         return found
 
-    def _bounds(self, view: ParamView, found: Found) -> dict[str, int]:
-        """Addresses by which a control bounds its rows; none where it does not, or has given its `lines`."""
-        if self.kernel.control is None or id(view) in found.lines or found.told is None:
-            return {}
-        small = has_small_units(view)
-        if view.unit != "row" and not small:
-            return {}
+    def _bounds(self, view: ParamView, found: Found) -> bool:
+        """Whether a control bounds a view as it moves: it has not given its `lines`."""
+        told = view.unit is not None and found.told is not None
+        return told and self.kernel.control is not None and id(view) not in found.lines
+
+    def _by_unit(self, view: ParamView, found: Found, first: int) -> dict[str, int]:
+        """What a control is told of units from one on: `BOUNDS` that are the same at every step."""
+        assert found.told is not None and self.kernel.control is not None
         told, over = found.told(view), overs_of(self.kernel.control).index(view.unit)
-        names = () if small else ("setting_of", "held", "unit_of")
-        return {"over": over} | {name: self._address(getattr(told, name)) for name in names}
+        if view.unit == "matrix":
+            return {"over": over, "held": self._address(told.held, first)}
+        lines = {name: self._address(getattr(told, name), first) for name in ("setting_of", "unit_of")}
+        return {"over": over, **lines, "held": self._address(told.held, 0 if lines["unit_of"] else first)}
 
     def _summed(self, view: ParamView) -> dict[str, int]:
         """Where the sums of the next matrix of a view are."""
@@ -159,10 +170,11 @@ class LaunchTable:
         start, self._begun = self._begun, self._begun + lines // (view.numel // (view.shape[-2] * view.shape[-1]))
         return {"sums": self._address(self.sums[id(view)], start), "apart": lines}
 
-    def _unit(self, view: ParamView, own: Rectangle) -> dict[str, int]:
-        """All of a segment as one row."""
-        row = self._row(view, own.own, (1, own.rows * own.columns), True)
-        return row | {"first": first_index(view)[0] + own.own, "segment": own.segment}
+    def _unit(self, view: ParamView, own: "Unit") -> dict[str, int]:
+        """A unit that is bounded as a whole, by all threads if it is large."""
+        row = self._row(view, own.start, (own.rows, own.columns), False, together=view.numel >= SHARED)
+        row |= {"first": first_index(view)[0] + own.start, "stride": own.pitch, "pitch": own.pitch}
+        return row | {"unit": 1, "segment": own.segment, "first unit": own.number}
 
     def _by_line(self, view: ParamView, segments: Tensor | None, start: int = 0) -> dict[str, int]:
         """Rates and decays of rows or columns by their segments."""
@@ -227,12 +239,11 @@ class LaunchTable:
         for row, what, view, start in self._found:
             kept.append(_given(view, found)[what].float().contiguous())
             self.table[row, self._of_name[what]] = kept[-1].data_ptr() + 4 * start
-        for row, view, segment in self._told:
+        for row, view, segment, unit in self._told:
             assert found.told is not None
             told = found.told(view)
-            for name in ("settings", "snr_factors"):
-                own = getattr(told, name)
-                self.table[row, self._of_name[name]] = 0 if own is None else own[segment:].data_ptr()
+            for name, own, start in (("settings", told.settings, segment), ("snr_factors", told.snr_factors, unit)):
+                self.table[row, self._of_name[name]] = 0 if own is None else own[start:].data_ptr()
                 kept.append(own)
         numbers = array("f", values)
         clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
@@ -249,13 +260,40 @@ def _given(view: ParamView, found: Found) -> dict[str, Tensor]:
 _OFF = {"clip": 1.0, "weight_decay": 0.0}
 
 
-def has_small_units(view: ParamView) -> bool:
-    """Whether it is one unit of a control for each segment, which is summed up and moved while it is in the cache."""
-    if view.unit != "matrix" or not view.by_row or view.numel > SHARED or view.holds or view.origin.has_snr:
-        return False
-    if view.rule.has_blocks or view.shard.cut or any(held.format.block for held in view.stored()):
-        return False
-    return all(s.copies == 1 for s in view.segments) and len(view.rectangles) == len(view.segments)
+class Unit(NamedTuple):
+    """A unit of a control as a rectangle of what a view has here.
+
+    Attributes:
+        start, rows, columns, pitch: of the rectangle; segment: its number; number: of the unit.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    pitch: int
+    segment: int
+    number: int
+
+
+def units_of(view: ParamView) -> list[Unit]:
+    """The units of a view that is bounded by whole matrices, or by vectors; none if not each is one rectangle here."""
+    coded = any(held.format.block for held in view.stored())
+    if view.unit != "matrix" or view.shard.cut or view.rule.has_blocks or coded:
+        return []
+    counts = [view.units_of(segment) for segment in view.segments]
+    numbers = list(accumulate(counts, initial=0))
+    found = []
+    for own in view.rectangles:
+        size, elements = view.segments[own.segment].numel // counts[own.segment], own.rows * own.columns
+        if not size or elements % size or (elements > size and own.rows > 1):
+            return []
+        width = view.shape[-1] if own.rows == 1 and view.is_matrix else min(own.columns, size)
+        starts = range(own.own, own.own + elements, size) if own.rows == 1 else (own.own,)
+        for start in starts:
+            shape = (own.rows, width) if own.rows > 1 else (size // width, width)
+            found.append(Unit(start, *shape, own.pitch if own.rows > 1 else width, own.segment, numbers[own.segment]))
+            numbers[own.segment] += 1
+    return found if len(found) == sum(counts) else []
 
 
 def scattered(view: ParamView) -> bool:

@@ -90,7 +90,7 @@ class Kernel:
         self.control = form.control
         self.scalars = (*program.scalars, *OURS)
         self.width = len(self.tensors) + len(NUMBERS) + len(TABLES) + len(BOUNDS)
-        self.source = _text("sums") + written(program, form) + _text("step")
+        self.source = _text("sums") + written(program, form) + _text("units") + _text("step")
         self._library = _built(self.source)
 
     def call(
@@ -105,7 +105,8 @@ class Kernel:
             widest: the most columns, or blocks of columns, of any whose columns have rates.
             sums: what gives the sums of a control instead, and moves nothing.
         """
-        scratch = [empty(widest * threads, torch.float64), empty(widest * threads, torch.float64)]
+        parts = (3 if self.control is not None else 1) * widest  # a control has three sums of each column or unit
+        scratch = [empty(widest * threads, torch.float64), empty(parts * threads, torch.float64)]
         scratch += [empty(2 * widest * (threads + 1), torch.float32), empty(widest * (threads + 1), torch.float64)]
         fixed = (_at(table), ctypes.c_int64(len(table)), ctypes.c_int64(total), *map(_at, scratch))
         sizes, function = (ctypes.c_int64(widest), ctypes.c_int(threads)), self._library["sums" if sums else "step"]

@@ -2,14 +2,11 @@
 // moved while it is in the cache; a matrix of columns is summed up whole and then moved, while what the last cache holds
 // of it is there: by all threads together, or by one if it is small. Else all is known but the elements themselves.
 //
-// Comes after sums.cpp and what loops.py writes: the types P, G, Scalars and Job, and out of the rule
+// Comes after sums.cpp, what loops.py writes: the types P, G, Scalars and Job, and out of the rule
 //   BLOCKS                                     whether it has block state, and then
 //   denominator(s, m, b, mean)                 moves the state of a block on and returns its denominator
 //   move(s, m, at, n, rates, decays, index)    moves n elements from `at` on, each by its rate; `index` is the first's
-//   AIMS, CODED                                whether a control may ask for sums, and whether elements have codes by block
-//   aim_row(s, m, at, n, rate, sums)           sums over n elements from `at` on; aim_columns adds to those of columns
-//   CONTROLLED                                 whether a control bounds rows as they move, and then
-//   bound(s, m, r, rate, decay)                what it makes of rate and factor of decay of a row
+// and units.cpp.
 
 namespace {
 
@@ -20,7 +17,6 @@ void step_flat(const Job& m, const Range& part) {
 
 // False at once for rules without: nothing is compiled for what they do not have.
 inline bool has_blocks(const Job& m) { return BLOCKS && m.counts; }
-inline bool is_bounded(const Job& m) { return CONTROLLED && m.settings; }
 
 inline double mean_square(const Job& m, int64_t b, double squares, double clip) {
   return squares / m.counts[b] * clip * clip;
@@ -34,7 +30,7 @@ void step_rows(const Job& m, const Range& part, double clip) {
       const double squares = row_squares<float>(static_cast<const G*>(m.g) + r * m.columns, m.columns);
       own = float(own / denominator(s, m, r, mean_square(m, r, squares, clip)));
     }
-    if (is_bounded(m)) bound(s, m, r, own, shrunk);
+    if (is_bounded(m)) bound_row(s, m, r, own, shrunk);
     move(s, m, r * m.columns, m.columns, Same{own}, Same{shrunk}, m.first + r * m.stride);
   }
 }
@@ -65,23 +61,17 @@ void step_columns_of_blocks(const Team& team, const Job& m, double clip, double*
   step_columns(m, team.begin(m.rows, STREAMS), team.end(m.rows, STREAMS), rates, decays);
 }
 
-// Sums of a matrix for a control: threads share rows, or stripes of columns, all of them where codes go by block.
-void sums_of(const Team& team, const Job& m, float* rates) {
+// What a control bounds as a whole, or by its columns: summed up, by all of a team, then moved.
+void step_units(const Team& team, const Job& m, double* parts, float* own, float* rates, float* decays) {
   const Scalars s = *m.scalars;
-  if (m.by_row) {
-    for (int64_t r = team.begin(m.rows, 1), end = team.end(m.rows, 1); r < end; ++r) {
-      double found[3];
-      aim_row(s, m, r * m.columns, m.columns, rate(m, r), found);
-      for (int64_t k = 0; k < 3; ++k) m.sums[k * m.apart + r] = found[k];
-    }
+  if (!m.unit) {
+    bound_columns(team, s, m, parts, own, rates, decays);
+    step_columns(m, team.begin(m.rows, STREAMS), team.end(m.rows, STREAMS), rates, decays);
     return;
   }
-  const int64_t unit = CODED ? m.columns : 16, begin = team.begin(m.columns, unit), n = team.end(m.columns, unit) - begin;
-  for (int64_t k = 0; k < 3; ++k) std::fill(m.sums + k * m.apart + begin, m.sums + k * m.apart + begin + n, 0.0);
-  for (int64_t c = begin; c < begin + n; ++c) rates[c] = rate(m, c);
-  double* sums = m.sums + begin;
-  for (int64_t r = 0; r < m.rows; ++r)
-    aim_columns(s, m, r * m.columns + begin, n, rates + begin, sums, sums + m.apart, sums + 2 * m.apart);
+  bound_unit(team, s, m, parts, rates, decays);
+  for (int64_t r = team.begin(m.rows, 1), end = team.end(m.rows, 1); r < end; ++r)
+    move(s, m, r * m.pitch, m.columns, Same{*rates}, Same{*decays}, m.first + r * m.stride);
 }
 
 }  // namespace
@@ -95,18 +85,25 @@ extern "C" void step(const int64_t* gradients, const float* values, double clip,
   {
     const Team team = all_threads(), alone{0, 1};
     float* common = rates + 2 * widest * team.threads;
-    for (const Job* m = matrices; m < matrices + count; ++m)
-      if (BLOCKS && m->before < 0)
-        step_columns_of_blocks(team, *m, clip, groups, parts, common, common + widest, sums + widest * team.threads);
     const int64_t at = widest * team.thread;
     float *own = rates + 2 * at, *decays = own + widest;
     for (const Job* m = matrices; m < matrices + count; ++m) {
+      if (m->before >= 0) continue;
+      if (is_bounded(*m))
+        step_units(team, *m, parts, own, common, common + widest);
+      else if (BLOCKS)
+        step_columns_of_blocks(team, *m, clip, groups, parts, common, common + widest, sums + widest * team.threads);
+    }
+    for (const Job* m = matrices; m < matrices + count; ++m) {
       const int64_t n = m->rows * m->columns;
       if (m->before < 0) continue;
-      const bool whole = has_blocks(*m) && !m->by_row, flat = m->by_row && m->rows == 1 && !has_blocks(*m) && !is_bounded(*m);
+      const bool units = is_bounded(*m) && (m->unit || !m->by_row), whole = units || (has_blocks(*m) && !m->by_row);
+      const bool flat = m->by_row && m->rows == 1 && !has_blocks(*m) && !is_bounded(*m);
       const Range part(team, total, m->before, n, whole ? n : flat ? 64 : m->columns);
       if (part.begin >= part.end) continue;
-      if (whole) {
+      if (units) {
+        step_units(alone, *m, parts + 3 * at, own, own, decays);
+      } else if (whole) {
         step_columns_of_blocks(alone, *m, clip, groups + at, parts + at, own, decays, sums + at);
       } else if (flat) {
         step_flat(*m, part);

@@ -43,7 +43,7 @@ inline float most(const float* x, int64_t n) {
 }
 // What the blocks of a line of n elements share, of that which begins at an element.
 inline float* line(void* blocks, int64_t at, int64_t n, int64_t size) {
-  return static_cast<float*>(blocks) + at / n * ((n + size - 1) / size);
+  return static_cast<float*>(blocks) + at / n * ((n + size - 1) / size) + at % n / size;
 }
 
 constexpr int64_t LANES = 8;
