@@ -106,8 +106,8 @@ class LaunchTable:
         """A view as matrices, in the words of the kernel.
 
         Args:
-            given: see `_given`; bounded: whether a control bounds them as they move; lines: whether rows or columns are told
-                apart where all are alike.
+            given: see `_given`; bounded: whether a control bounds them as they move; lines: whether rows or columns are
+                told apart where all are alike.
         """
         layout, by_row = view.layout, view.by_row
         first, stride = first_index(view)
@@ -242,9 +242,10 @@ class LaunchTable:
         for row, view, segment, unit in self._told:
             assert found.told is not None
             told = found.told(view)
-            for name, own, start in (("settings", told.settings, segment), ("snr_factors", told.snr_factors, unit)):
-                self.table[row, self._of_name[name]] = 0 if own is None else own[start:].data_ptr()
-                kept.append(own)
+            for name, start in (("settings", segment), ("snr_factors", unit)):
+                values_of = getattr(told, name)
+                self.table[row, self._of_name[name]] = 0 if values_of is None else values_of[start:].data_ptr()
+                kept.append(values_of)
         numbers = array("f", values)
         clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
         self._move(gradients.buffer_info()[0], numbers.buffer_info()[0], clip)
