@@ -39,7 +39,7 @@ def set_optimizer(trainer: Any, name: str, **options: Any) -> None:
 
     Raises:
         TypeError: for something that is no Trainer, and a class in place of the name.
-        ValueError: for a trainer that has an optimizer, one that uses DeepSpeed, and as `sharpwise.create_optimizer`.
+        ValueError: for a trainer that has an optimizer, one that uses ZeRO, and as `sharpwise.create_optimizer`.
     """
     if not hasattr(trainer, "optimizer_cls_and_kwargs"):
         raise TypeError(f"set_optimizer: expected a transformers.Trainer, or one made of it, got {kind_of(trainer)}")
@@ -68,19 +68,26 @@ class Factory:
     """
 
     def __call__(
-        self, model: nn.Module, *training_args: Any, args: Any = None, name: str, **options: Any
-    ) -> BlockOptimizer:
+        self, model: nn.Module | None = None, *training_args: Any, args: Any = None, name: str = "", **options: Any
+    ) -> "BlockOptimizer | Factory":
         """The optimizer of `model`.
 
         Args:
-            model: the model that the Trainer trains.
+            model: the model that the Trainer trains; without one the factory itself, so that `Factory()` serves too.
             training_args: what axolotl puts behind the model; `args` goes before it.
             args: the `TrainingArguments`; without them `lr` is needed, and no other number there has an effect.
             name, options: as `set_optimizer` takes them.
 
         Raises:
-            TypeError: with neither `args` nor `lr`; else as `sharpwise.create_optimizer`.
+            TypeError: without a name, or with neither `args` nor `lr`; else as `sharpwise.create_optimizer`.
         """
+        if model is None:
+            return self
+        if not isinstance(name, str) or not name:
+            raise TypeError(
+                f"Factory: name must be that of an optimizer, got {kind_of(name) if name else 'none'}; pass it: "
+                f"optimizer_cls_and_kwargs=(Factory, {{'args': args, 'name': 'adam-mini'}})"
+            )
         args = args if args is not None or not training_args else training_args[0]
         if args is not None:
             return create_optimizer(model, name, args, **options)
@@ -111,7 +118,7 @@ def create_optimizer(model: nn.Module, name: str, args: Any, **options: Any) -> 
         args: the `TrainingArguments`.
 
     Raises:
-        ValueError: for DeepSpeed; else as `sharpwise.create_optimizer`.
+        ValueError: for DeepSpeed's ZeRO; else as `sharpwise.create_optimizer`.
     """
     _refuse_deepspeed(args)
     arm, given = split_arm({"name": name}), split_arm({**options, "name": name})
@@ -123,7 +130,7 @@ def create_optimizer(model: nn.Module, name: str, args: Any, **options: Any) -> 
         settings["block_lr"] = given["block_lr"]
     if settings.get("block_lr") and args.max_steps > 0:
         settings.setdefault("total_steps", args.max_steps)
-    if "no_decay" in options or not settings["weight_decay"]:
+    if "no_decay" in options:
         return build(model, **settings)
     return build(_groups(model), model=model, **settings)
 
@@ -168,5 +175,8 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _refuse_deepspeed(args: Any) -> None:
-    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
-        raise ValueError(f"the Trainer is set to use DeepSpeed, got deepspeed={args.deepspeed!r}. {KEEP_SHAPES}")
+    given, plugin = getattr(args, "deepspeed", None), getattr(args, "deepspeed_plugin", None)
+    stage = getattr(plugin, "zero_stage", None)
+    if (given or plugin) and stage != 0:  # which shards nothing
+        got = f"deepspeed={given!r}" if given else f"stage {stage} of ZeRO from `accelerate launch`"
+        raise ValueError(f"the Trainer is set to use DeepSpeed, got {got}. {KEEP_SHAPES}")
