@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+IN_A_TRAINER = "sharpwise.integrations.hf.set_optimizer(trainer, name), before trainer.train()"
+
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A hint for the message about a name that is not known, empty where nothing is near.
@@ -35,3 +37,8 @@ def kind_of(value: Any) -> str:
     if hasattr(value, "__self__") and hasattr(value, "__name__"):
         return f"the method {value.__name__}, not called"
     return f"the function {value.__name__}" if type(value).__name__ == "function" else type(value).__name__
+
+
+def without_model(who: str) -> str:
+    """The message where an optimizer was called without a model, as a Trainer calls what it takes for a factory."""
+    return f"{who}: no model was given; call {who}(model, lr=...). In a Trainer: {IN_A_TRAINER}"

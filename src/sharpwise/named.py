@@ -1,14 +1,16 @@
 """Optimizers with options, under names of their own: those of `combinations.PRESETS`."""
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack, cast
 
 from torch import Tensor
 
 from sharpwise.combinations import AUX_LR, CommonOptions
 from sharpwise.controls import L2, Angular
+from sharpwise.hints import without_model
 from sharpwise.optim import AdamW, Lion, Muon
 from sharpwise.rules.muon import Method, Scale
 from sharpwise.storage import Format
@@ -45,10 +47,17 @@ def _options_of(kind: type, **defaults: Any) -> Callable[[Function], Function]:
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [p for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
         more = [p.replace(default=defaults.get(p.name, p.default)) for p in more if p.name not in own.parameters]
-        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+
+        @functools.wraps(function)
+        def called(*given: Any, **options: Any) -> Any:
+            if not given and next(iter(own.parameters)) not in options:
+                raise TypeError(without_model(function.__name__))
+            return function(*given, **options)
+
         told = [re.search(rf"^ {{8}}{p.name}: .*(?:\n {{12}}.*)*", kind.__doc__ or "", re.MULTILINE) for p in more]
-        function.__doc__ = "\n".join([(function.__doc__ or "").rstrip(), *(text[0] for text in told if text), "    "])
-        return function
+        called.__doc__ = "\n".join([(function.__doc__ or "").rstrip(), *(text[0] for text in told if text), "    "])
+        called.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return cast(Function, called)
 
     return written
 

@@ -17,7 +17,7 @@ from sharpwise.blocks.names import canonical_path, collapse
 from sharpwise.blocks.roles import meant
 from sharpwise.blocks.unclear import A_MAP, BLOCKS, Unclear, example_of
 from sharpwise.engine.live_model import model_behind
-from sharpwise.hints import kind_of
+from sharpwise.hints import IN_A_TRAINER, kind_of
 from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor
 
@@ -31,7 +31,10 @@ KEEP_SHAPES = (
     "FSDP1 and DeepSpeed ZeRO-1, 2 and 3 are not supported"
 )
 
-IN_A_TRAINER = "sharpwise.integrations.hf.set_optimizer(trainer, name), before trainer.train()"
+IDLE = (
+    "%s: none of its parameters has a gradient, so that this step changes nothing; call backward() before, and build "
+    "the optimizer of the very model that is trained, not of a copy"
+)
 RESIZED = (
     "Resize the model (resize_token_embeddings, pruning) before the optimizer is built, or after that build another one"
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.blocks import canonical_name
-from sharpwise.engine.foreign import ANEW, of_another_rule, of_other_keys, of_other_shape
+from sharpwise.engine.foreign import ANEW, filled, of_another_rule, of_other_keys, of_other_shape
 from sharpwise.engine.recoding import renamed
 from sharpwise.engine.state import (
     FIXED,
@@ -83,7 +83,7 @@ def read(
         "param_groups": [renamed(group) for group in state_dict["param_groups"]],
     }
     current = [(n, p) for group in groups for n, p in zip(group["param_names"], group["params"], strict=True)]
-    ids = _saved_names(state_dict, current, who)
+    ids = _saved_names(state_dict, current, [len(group["params"]) for group in groups], who)
     state = {name: _begun(state_dict["state"].get(ids[name], {})) for name, _ in current}
     new = [_group_of_saved(group, group["param_names"], state_dict, ids, who) for group in groups]
     ours = all(group.get("rule") == rule for group in state_dict["param_groups"])
@@ -135,11 +135,16 @@ def begin_block_lr(state: Any, groups: Sequence[dict[str, Any]], defaults: Mappi
             group |= {"block_lr_step": taken, "multiplier_ramp": defaults["multiplier_ramp"]}
 
 
-def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]], who: str) -> dict[str, Any]:
+def _saved_names(
+    saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]], sizes: Sequence[int], who: str
+) -> dict[str, Any]:
     """Name -> id of a saved state dict; by position only where it carries no names (plain torch).
 
+    Args:
+        sizes: numbers of parameters in the groups here.
+
     Raises:
-        ValueError: if names are missing or unknown, or there are no names and the counts differ.
+        ValueError: if names are missing or unknown, or there are no names and the groups differ in size.
     """
     groups = saved["param_groups"]
     ids = [i for group in groups for i in group["params"]]
@@ -154,6 +159,13 @@ def _saved_names(saved: Mapping[str, Any], current: Sequence[tuple[str, Tensor]]
             raise ValueError(
                 f"{who}: the state dict holds {len(ids)} parameters without names, this optimizer {len(current)}: "
                 f"it is of another model, or other parameters were frozen when the optimizer was built"
+            )
+        theirs = [len(group["params"]) for group in groups]
+        if theirs != list(sizes):
+            raise ValueError(
+                f"{who}: the state dict holds parameters without names, in groups of {', '.join(map(str, theirs))}; "
+                f"here they are in groups of {', '.join(map(str, sizes))}, so that nothing says which is which. Build "
+                f"this optimizer with the groups, in the order, that it was saved with"
             )
         names = [name for name, _ in current]
     for what, given in (("names", list(map(canonical_name, names))), ("numbers", ids)):
@@ -188,7 +200,7 @@ def _apart(missing: list[str], unknown: list[str], shared: int, who: str) -> str
 
 def _begun(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Saved state of one parameter; torch's SGD counts no steps, and holds None where momentum has not begun."""
-    held = {key: value for key, value in saved.items() if value is not None}
+    held = filled(saved)
     return {"step": 1.0, **held} if set(held) == {"momentum_buffer"} else held
 
 
@@ -211,13 +223,13 @@ def _check_fits(view: ParamView, own: Mapping[str, Any], saved: Mapping[str, Any
     if needed - set(saved):
         raise ValueError(
             f"{who}: the saved state of {name} has {sorted(saved)}, this rule needs {sorted(needed)}: "
-            f"{of_other_keys(saved, own)}"
+            f"{of_other_keys(saved, view.rule.name)}"
         )
     extra = set(saved) - set(variants) - block_lr_keys(view)
     if extra and not ours:
         raise ValueError(
             f"{who}: the saved state of {name} also has {sorted(extra)}, which this rule does not keep: "
-            f"{of_other_keys(saved, own)}"
+            f"{of_other_keys(saved, view.rule.name)}"
         )
     for key in set(own) & set(saved) - extra:
         value = saved[key]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sharpwise.block_lr import BlockLR, MeasuredLR
 from sharpwise.blocks import BlockMap
-from sharpwise.engine import binding, checks, loading
+from sharpwise.engine import binding, checks, foreign, loading
 from sharpwise.engine import state as states
 from sharpwise.engine.agreement import check_ranks_agree
 from sharpwise.engine.backends import Backends
@@ -251,6 +251,12 @@ class BlockOptimizer(KnownOptions, Optimizer):
         if "frozen" not in self._said and binding.warn_if_frozen(self.param_groups, self.who):
             self._said.add("frozen")
 
+    def _warn_if_idle(self) -> None:
+        """Say once that no gradient arrived, which torch's optimizers pass over."""
+        if not self._said & {"frozen", "idle"}:
+            self._said.add("idle")
+            logger.warning(binding.IDLE, self.who)
+
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
             binding.check_group(group["param_names"], group["params"], self.who)
@@ -282,8 +288,10 @@ class BlockOptimizer(KnownOptions, Optimizer):
         self._bind()
         self._note_skipped()
         saved = loading.read(state_dict, self.param_groups, self.rule.name, self.options.block_lr, self.who)
-        for group, new in zip(self.param_groups, saved.groups, strict=True):
-            checks.check_settings({**group, **new}, self.defaults, self.rule, self.who)
+        merged = [{**group, **new} for group, new in zip(self.param_groups, saved.groups, strict=True)]
+        foreign.check_settings(state_dict, merged, self.rule, self.who)
+        for group in merged:
+            checks.check_settings(group, self.defaults, self.rule, self.who)
         with loading.undone_on_error(self):
             for group, new in zip(self.param_groups, saved.groups, strict=True):
                 group.update(new)
@@ -359,6 +367,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
                 check_adapted([p for _, p, _ in self._parameters()], self._model(), self._known.names(), self.who)
             self._warn_if_frozen()
             binding.check_followed(stepper.named, self._model(), self.who)
+            self._warn_if_idle()
             return loss
         if stepper.counter.begun or not checks.is_empty_step(self.param_groups, grads, stepper.group, before is None):
             self._move(stepper, grads)

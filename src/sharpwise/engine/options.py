@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sharpwise.block_lr import BlockLR
 from sharpwise.controls import Control
-from sharpwise.hints import nearest
+from sharpwise.hints import IN_A_TRAINER, nearest, without_model
 from sharpwise.storage import FP32, Format
 
 ModelProbe = Callable[..., dict[str, list[float]]]
@@ -91,12 +91,34 @@ class Options:
         return self.max_grad_norm is not None or self.on_nonfinite != "ignore"
 
 
+class _OfInstances:
+    """What a class is asked for by hosts that take it for an optimizer; instances have their own."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        who = owner.__name__
+        if instance is None:
+            raise AttributeError(
+                f"{who}: an optimizer is needed here, got the class, which has no {self.name}; build one: "
+                f"{who}(model, lr=...). In a Trainer: {IN_A_TRAINER}"
+            )
+        raise AttributeError(f"{who!r} object has no attribute {self.name!r}")
+
+
 class KnownOptions:
     """Refuses options that the signature lacks, and says which it has, before Python names the first of them alone."""
 
+    if not TYPE_CHECKING:
+        param_groups = _OfInstances()
+        state = _OfInstances()
+
     # A base of its own: `inspect.signature` takes the first of __new__ and __init__ in the order of classes.
-    def __new__(cls, *_: Any, **options: Any) -> Self:
+    def __new__(cls, *given: Any, **options: Any) -> Self:
         parameters = inspect.signature(cls).parameters
+        if options and not given and next(iter(parameters)) not in options:  # without any: a copy, or out of a pickle
+            raise TypeError(without_model(cls.__name__))
         unknown = sorted(set(options) - set(parameters))
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise TypeError(f"{cls.__name__}: {_unknown(unknown, [*parameters][1:])}")
