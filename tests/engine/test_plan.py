@@ -1,5 +1,6 @@
 """The plan of a step: which back end takes what, and what explain() says of it."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 
@@ -60,11 +61,13 @@ def test_each_takes_what_is_its_own(build: Callable[..., sharpwise.AdamW], optio
 
 
 def printed(optimizer: torch.optim.Optimizer, **how: bool) -> list[dict[str, str]]:
-    """The printed table: its rows by the titles of its columns, by where these begin."""
-    head, *lines = str(optimizer.explain(**how)).splitlines()
-    begins = [i for i in range(len(head)) if head[i] != " " and (i == 0 or head[i - 1] == " ")]
-    ends = [*begins[1:], None]
-    return [{head[a:b].strip(): line[a:b].strip() for a, b in zip(begins, ends, strict=True)} for line in lines]
+    """The printed table: its rows by the titles of its columns, between which all lines have two spaces."""
+    text = str(optimizer.explain(**how)).splitlines()
+    blank = ["".join(column).isspace() for column in itertools.zip_longest(*text, fillvalue=" ")]
+    begins = [i for i in range(len(blank)) if not blank[i] and (i == 0 or blank[i - 2 : i] == [True, True])]
+    columns = list(zip(begins, [*begins[1:], None], strict=True))
+    head, *lines = text
+    return [{head[a:b].strip(): line[a:b].strip().replace(",", "") for a, b in columns} for line in lines]
 
 
 def test_equal_layers_share_a_printed_line_and_the_last_has_the_sums() -> None:
