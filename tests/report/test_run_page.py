@@ -274,3 +274,14 @@ def test_throughput_counts_whole_steps(tmp_path: Path) -> None:
     traces = _traces(run_charts.throughput(run))
     assert traces["tokens/s"].y == pytest.approx(2048 / run.seconds, rel=1e-3)
     assert _traces(run_charts.memory(run))["MiB"].y[-1] == 760
+
+
+def test_one_rate_for_all_stands_in_the_block_map_too(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    kept = [{key: value for key, value in line.items() if key != "multipliers"} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(own) + "\n" for own in kept))
+    table = render(read_run(folder)).partition("<h2>Block map</h2>")[2].partition("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")[1:]]
+    assert [re.sub("<.*?>", "", cell) for cell in rows[0]][-2:] == ["state, bytes", "peak lr"]
+    assert {row[-1] for row in rows[1:-1]} == {"0.003"}

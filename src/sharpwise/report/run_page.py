@@ -152,14 +152,18 @@ def _blocks(run: RunData) -> str:
     if run.blocks is None:
         return ""
     found, moved, peak = factors(run), explained(run), run.setting("optimizer", "lr")
+    varied = any(factor["now"] not in (None, 1.0) for factor in found)
+    found = found if varied else [{"now": 1.0}] * len(found)
     rows = [
         {**describe(s), **moving(moved.get((s.name, s.describe_rows()), {})), "multipliers": _rates(factor, peak)}
         for s, factor in zip(run.blocks, found, strict=True)
     ]
-    varied = any(factor["now"] not in (None, 1.0) for factor in found)
     hint = "What each parameter is taken for, " + ("how it is moved, " if moved else "")
-    hint += "the latest mean factor on the lr of its role in its layer, and their product" if varied else "its size"
-    content = block_table(rows, {"now": "lr factor", "peak": "peak lr"} if varied else {})
+    hint += (
+        "the latest mean factor on the lr of its role in its layer, and their product" if varied else "its size, its lr"
+    )
+    shown = {"now": "lr factor", "peak": "peak lr"} if varied else {"peak": "peak lr"} if moved else {}
+    content = block_table(rows, shown)
     return card("Block map", f"{hint}. Equal layers share one row.", content, wide=True)
 
 
