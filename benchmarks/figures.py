@@ -30,6 +30,7 @@ from figures_docs import (
 )
 from figures_rates import rates
 from figures_results import blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
+from figures_updates import update_size
 
 ROOT = Path(__file__).parents[1]
 Load = Callable[[str], Any]
@@ -48,6 +49,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/results/fine_tuning.md": fine_tuning,
     "docs/results/rates.md": rates,
     "docs/results/speed.md": speed,
+    "docs/results/update_size.md": update_size,
     "docs/results/where.md": where,
     "src/sharpwise/compare/speedup.py": coverage_of_speedup,
     "src/sharpwise/probes/monte_carlo.py": coverage_of_draws,

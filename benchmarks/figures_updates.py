@@ -1,0 +1,40 @@
+"""The sentences of the studies of update sizes (`recipes/update_size`); see `figures.py`."""
+
+from collections.abc import Callable, Iterator
+from statistics import mean
+from typing import Any
+
+from figures_docs import compared, losses, seeds_apart, span
+from figures_results import best
+
+Load = Callable[[str], Any]
+WARMED = ("adamw", "lion", "liona", "lionar", "lionar, momentum")
+
+
+def update_size(load: Load) -> Iterator[str]:
+    study = load("recipes/update_size/warmup.json")
+    for arm in WARMED:
+        cells = [f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm)]
+        for other in (f"{unwarmed(arm)}", f"{unwarmed(arm)}, lr/2"):
+            gap = seeds_apart(study, other, arm)
+            cells.append(f"{gap.mean:+.3f} ({span((gap.low, gap.high), 3)})")
+        yield f"| `{arm}` | {best(study, arm)} | {' | '.join(cells)} |"
+    budget = study["budget"]
+    yield f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
+
+
+def hyperball(load: Load) -> Iterator[str]:
+    studies = [load(f"recipes/update_size/{name}.json") for name in ("hyperball-quarter", "hyperball")]
+    for arm in (one["name"] for one in studies[1]["arms"]):
+        cells = [f"{best(s, arm)} | {mean(losses(s, arm)):.3f} | {to_baseline(s, arm)}" for s in studies]
+        yield f"| `{arm}` | {' | '.join(cells)} |"
+
+
+def unwarmed(arm: str) -> str:
+    """The arm without warm-up at the same learning rate."""
+    return f"{arm}, 0%" if "," in arm else f"{arm} 0%"
+
+
+def to_baseline(study: dict[str, Any], arm: str) -> str:
+    found = compared(study).get(arm)
+    return f"{found['mean']:+.3f} ({span(found, 3)}), {found['verdict']}" if found else ""
