@@ -55,6 +55,8 @@ OWN_NAMES: dict[str, tuple[str, ...]] = {
 }
 # Timed in their full size: the device that they are built on; a trace multiplies no matrix, and needs none.
 TIMED = (("gpt2", "cpu"), ("gpt2", "meta"), ("llama-3-8b", "meta"))
+# Timed as deep as it takes for 10,000 tensors, and narrow: the cost of a tensor.
+DEEP = {"gpt2": 833, "llama": 1111}
 # State space, linear attention or convolution, by the names that transformers gives to kinds of layers.
 RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
@@ -74,7 +76,8 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment()}
     result["architectures"] = rows = {name: walk(name) for name in args.only or known}
     result["summary"] = summary(rows)
-    result["seconds"] = {f"{name} on {device}": seconds(name, device) for name, device in TIMED}
+    result["seconds"] = {f"{name} on {device}": seconds(load_model(name, device=device)) for name, device in TIMED}
+    result["seconds"] |= {f"{name} of 10,000 tensors": seconds(deep(name, layers)) for name, layers in DEEP.items()}
     show(rows, result["summary"])
     print("\nSeconds:", ", ".join(f"{what} {took}" for what, took in result["seconds"].items()))
     if args.only:
@@ -86,14 +89,21 @@ def main() -> None:
     print(f"\nSaved {path.relative_to(HERE.parent)}")
 
 
-def seconds(preset: str, device: str) -> float:
+def seconds(model: nn.Module) -> float:
     """The median of five traces, in seconds of one thread's CPU time: a loaded machine waits, and does not count."""
-    model, times = load_model(preset, device=device), []
+    times = []
     for _ in range(5):
         began = time.process_time()
         trace(model)
         times.append(time.process_time() - began)
     return round(statistics.median(times), 3)
+
+
+def deep(model_type: str, layers: int) -> nn.Module:
+    """A small model of many layers."""
+    config: Any = tiny_model(model_type).config
+    config.num_hidden_layers = layers
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def walk(model_type: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A trace leaves the model and the random numbers as they were, and says what is wrong with what it was given."""
 
+import gc
 import random
 import warnings
 from typing import Any
@@ -142,6 +143,18 @@ def test_random_numbers_of_python_and_numpy_are_left_as_they_were():
     trace(DrawsElsewhere(), torch.rand(2, 5, SIZE))
     assert random.getstate() == plain
     assert np.random.get_state()[1].tolist() == of_numpy
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        trace(two_layers())
+        with pytest.raises(TypeError, match="example is a str"):
+            trace(two_layers(), "no example")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_the_example_is_left_as_it_was():

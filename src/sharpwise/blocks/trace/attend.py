@@ -1,5 +1,8 @@
 """Roles in and around attentions: queries, keys, values, their norms and biases, outputs, gates, and choices."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 from torch import Tensor
 
@@ -12,17 +15,21 @@ from sharpwise.blocks.trace.weights import Array
 _NAMES = {Role.Q: "queries", Role.K: "keys", Role.V: "values"}
 
 
-def attention(found: Inference, order: int, attention: Attention) -> None:
-    found.queries[order] = found.matrices_in(found.paths.straight(attention.q)[0])[:MANY]
-    parts = []
-    for role, tensor in zip(QKV, (attention.q, attention.k, attention.v), strict=True):
-        proven = _proven(found, tensor, order)
-        leaves = [leaf for leaf in found.graph.behind(tensor) if leaf.kind == "weight" or leaf in proven]
-        if leaves and tensor.requires_grad:
-            parts.append((role, proven, tensor, leaves))
-    by_head = found.graph.per_head([(tensor, leaves) for _, _, tensor, leaves in parts]) if parts else []
-    for (role, proven, _, leaves), heads_of in zip(parts, by_head, strict=True):
-        found.unsure |= {leaf.weight.number for leaf in leaves if leaf.kind == "weight" and leaf.weight is not None}
+class _Part(NamedTuple):
+    """Queries, keys or values of an attention, the products that are proven to make them, and all leaves behind."""
+
+    order: int
+    role: Role
+    tensor: Tensor
+    proven: dict[Leaf, Array]
+    leaves: list[Leaf]
+
+
+def attentions(found: Inference) -> None:
+    """What makes queries, keys and values."""
+    parts = [part for order, attended in enumerate(found.record.attentions) for part in _parts(found, order, attended)]
+    by_head = found.graph.per_head([(part.tensor, part.leaves) for part in parts])
+    for (order, role, _, proven, leaves), heads_of in zip(parts, by_head, strict=True):
         why = f"{_NAMES[role]} of attention {order}"
         for leaf, heads in zip(leaves, heads_of, strict=True):
             if leaf.kind == "weight":
@@ -34,7 +41,18 @@ def attention(found: Inference, order: int, attention: Attention) -> None:
                 found.give(leaf, chosen, role, f"makes {why}", own)
                 for biases in leaf.biases:
                     found.assign(biases, chosen, role, f"added to {why}", own, bias=True)
-            found.belongs(leaf, order)
+
+
+def _parts(found: Inference, order: int, attention: Attention) -> Iterator[_Part]:
+    found.queries[order] = found.matrices_in(found.paths.straight(attention.q)[0])[:MANY]
+    for role, tensor in zip(QKV, (attention.q, attention.k, attention.v), strict=True):
+        proven = _proven(found, tensor, order)
+        leaves = [leaf for leaf in found.graph.behind(tensor) if leaf.kind == "weight" or leaf in proven]
+        if leaves and tensor.requires_grad:
+            found.unsure |= {leaf.weight.number for leaf in leaves if leaf.kind == "weight" and leaf.weight is not None}
+            for leaf in leaves:
+                found.belongs(leaf, order)
+            yield _Part(order, role, tensor, proven, leaves)
 
 
 def _proven(found: Inference, tensor: Tensor, order: int) -> dict[Leaf, Array]:

@@ -25,7 +25,7 @@ Roles of parameters that no product uses: `vectors`.
 
 from sharpwise.blocks.roles import Role
 from sharpwise.blocks.trace.around import settle_around
-from sharpwise.blocks.trace.attend import attention, choice, output
+from sharpwise.blocks.trace.attend import attentions, choice, output
 from sharpwise.blocks.trace.infer import Inference
 from sharpwise.blocks.trace.mlp import chain, down, factors, head, hidden_of_head
 from sharpwise.blocks.trace.vectors import infer_vectors
@@ -33,8 +33,7 @@ from sharpwise.blocks.trace.vectors import infer_vectors
 
 def weigh(found: Inference) -> None:
     """Write what is proven into the ledgers."""
-    for order, attended in enumerate(found.record.attentions):
-        attention(found, order, attended)
+    attentions(found)
     for x, how in found.record.choices:
         choice(found, x, how)
     found.note_routers()

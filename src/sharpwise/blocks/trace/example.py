@@ -143,7 +143,12 @@ def untouched(model: nn.Module) -> Iterator[list[Tensor]]:
     attributes = [dict(vars(m)) for m in modules]
     kinds: list[Any] = [kind for m in modules for kind in (m._buffers, m._parameters, m._modules)]
     members = [dict(kind) for kind in kinds]
-    containers = [(held, held.copy()) for before in attributes for held in before.values() if type(held) in _CONTAINERS]
+    containers = [
+        (held, held.copy() if held else ())  # most are empty: hooks that no module has
+        for before in attributes
+        for held in before.values()
+        if type(held) in _CONTAINERS
+    ]
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     on_devices = [(device, torch.cuda.get_rng_state(device)) for device in cuda]
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -153,11 +158,11 @@ def untouched(model: nn.Module) -> Iterator[list[Tensor]]:
         for module in modules:
             module.training = False  # not eval(): a train() of one's own may merge weights
             for held in (vars(module), module._buffers):
-                for name, value in list(held.items()):
-                    if isinstance(value, Tensor) and value.device.type != "meta":
-                        held[name] = copies.setdefault(id(value), value.detach().clone())
-                    if isinstance(value, Tensor):
-                        held_by_model += [t for t in [held[name]] if t is not None]
+                for name, value in [(n, v) for n, v in held.items() if isinstance(v, Tensor)]:
+                    copy = value
+                    if value.device.type != "meta":
+                        copy = held[name] = copies.setdefault(id(value), value.detach().clone())
+                    held_by_model.append(copy)
         yield held_by_model
     finally:
         for module, before in zip(modules, attributes, strict=True):
@@ -169,7 +174,7 @@ def untouched(model: nn.Module) -> Iterator[list[Tensor]]:
         for held, content in containers:
             if type(held) is list:
                 held[:] = content
-            else:
+            elif held or content:
                 held.clear()
                 held.update(content)
         torch.set_rng_state(numbers[0])

@@ -4,11 +4,9 @@ Autograd keeps the graph. It ends at *leaves*, which the recorder puts in the pl
 a weight, every lookup and every attention. Their gradients are not zero exactly where a number went through.
 """
 
-import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import or_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +17,8 @@ from sharpwise.blocks.trace.products import Product
 from sharpwise.blocks.trace.weights import Array, Units, Weight
 
 T = TypeVar("T")
+TOGETHER = 24
+"""Queries, keys and values of eight attentions go back through the graph together; more would be kept for long."""
 
 
 @dataclass(eq=False)
@@ -98,6 +98,7 @@ class Graph:
         self.time = 0
         self._random = torch.Generator("cpu").manual_seed(seed)
         self._known: dict[Any, list[Leaf]] = {}
+        self._numbers: dict[Any, Tensor] = {}
         self._own: set[Any] = set()
 
     def tick(self) -> int:
@@ -107,7 +108,9 @@ class Graph:
 
     def positive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Random differentiable numbers, 0.5 to 1.5: what they multiply is never hidden by a zero."""
-        numbers = torch.rand(tuple(shape), dtype=torch.float32, device="cpu", generator=self._random).add_(0.5)
+        numbers = torch.empty(tuple(shape), dtype=torch.float32, device="cpu").uniform_(
+            0.5, 1.5, generator=self._random
+        )
         return numbers.to(device, dtype).requires_grad_()
 
     def add(self, leaf: Leaf) -> Leaf:
@@ -150,7 +153,9 @@ class Graph:
 
     def mask_at(self, first: Any) -> int:
         """The same of a node."""
-        known, stack = self._masks, [first]
+        known, stack = self._masks, []
+        if first not in known:
+            stack.append(first)
         while stack:
             node = stack[-1]
             if node in known:
@@ -254,20 +259,37 @@ class Graph:
     def _gradients(
         self, of: Sequence[tuple[Tensor, Sequence[Leaf]]], times: Sequence[Tensor | None]
     ) -> list[list[Tensor | None]]:
-        """The same of several tensors. Those that share no leaf need one way back."""
-        if (
-            sum(self.mask(t).bit_count() for t, _ in of)
-            > functools.reduce(or_, (self.mask(t) for t, _ in of)).bit_count()
-        ):
-            return [self._gradients([pair], [weighing])[0] for pair, weighing in zip(of, times, strict=True)]
+        """The same of several tensors. Those that share no leaf go back together."""
+        groups: list[tuple[int, list[int]]] = []
+        for i, (tensor, _) in enumerate(of):
+            mask = self.mask(tensor)
+            at = next((at for at, (others, _) in enumerate(groups) if not others & mask), len(groups))
+            others, group = groups[at] if at < len(groups) else (0, [])
+            groups[at : at + 1] = [(others | mask, [*group, i])]
+        found: dict[int, list[Tensor | None]] = {}
+        for _, group in groups:
+            found |= zip(group, self._at_once([of[i] for i in group], [times[i] for i in group]), strict=True)
+        return [found[i] for i in range(len(of))]
+
+    def _at_once(
+        self, of: Sequence[tuple[Tensor, Sequence[Leaf]]], times: Sequence[Tensor | None]
+    ) -> list[list[Tensor | None]]:
         cotangents = []
         for (tensor, _), weighing in zip(of, times, strict=True):
-            random = torch.Generator("cpu").manual_seed(1)
-            numbers = torch.rand(tensor.shape, dtype=torch.float32, device="cpu", generator=random).to(tensor) + 0.5
+            numbers = self._random_like(tensor)
             cotangents.append(numbers if weighing is None else numbers * weighing)
         inputs = [leaf.tensor for _, leaves in of for leaf in leaves]
         found = iter(torch.autograd.grad([t for t, _ in of], inputs, cotangents, retain_graph=True, allow_unused=True))
         return [[next(found) for _ in leaves] for _, leaves in of]
+
+    def _random_like(self, tensor: Tensor) -> Tensor:
+        """Positive numbers of the shape of a tensor, the same for each of this shape."""
+        key = tensor.shape, tensor.dtype, tensor.device
+        if key not in self._numbers:
+            random = torch.Generator("cpu").manual_seed(1)
+            numbers = torch.rand(tensor.shape, dtype=torch.float32, device="cpu", generator=random)
+            self._numbers[key] = numbers.to(tensor) + 0.5
+        return self._numbers[key]
 
     def units(self, leaf: Leaf, hit: Tensor) -> Array:
         """Per unit of a leaf (of a stand-in: per element) whether any of its numbers is hit."""
@@ -287,16 +309,18 @@ class Graph:
             if a is not None and b is not None
         ]
 
-    def per_head(self, of: Sequence[tuple[Tensor, Sequence[Leaf]]]) -> list[list[list[Array]]]:
+    def per_head(self, of: Sequence[tuple[Tensor, Sequence[Leaf]]]) -> Iterator[list[list[Array]]]:
         """Per tensor [heads, rest], per leaf the units that make each head; heads that it does not make are left out.
 
         If every unit makes one head only, two gradients tell which: weighing the heads by their numbers multiplies the
         gradient of a unit by the number of its head. Where units make several heads, every head is asked.
         """
-        plain = self._gradients(of, [None] * len(of))
-        heads = (torch.arange(1, len(t) + 1, device=t.device).view(-1, *[1] * (t.ndim - 1)) for t, _ in of)
-        weighed = self._gradients(of, list(heads))
-        return [self._by_head(*pair, a, b) for pair, a, b in zip(of, plain, weighed, strict=True)]
+        for i in range(0, len(of), TOGETHER):
+            some = of[i : i + TOGETHER]
+            plain = self._gradients(some, [None] * len(some))
+            heads = (torch.arange(1, len(t) + 1, device=t.device).view(-1, *[1] * (t.ndim - 1)) for t, _ in some)
+            weighed = self._gradients(some, list(heads))
+            yield from (self._by_head(*pair, a, b) for pair, a, b in zip(some, plain, weighed, strict=True))
 
     def _by_head(
         self, tensor: Tensor, leaves: Sequence[Leaf], plain: Sequence[Tensor | None], weighed: Sequence[Tensor | None]
@@ -322,18 +346,16 @@ class Graph:
 
         None where a unit makes several. Numbers near zero, of a rotation say, tell only that they do not contradict.
         """
-        plain, weighed = (x.reshape(1, -1) if leaf.kind == "weight" else leaf.over_units(x) for x in (a, b))
-        if not plain.numel():
+        flat = (x.reshape(1, -1) if leaf.kind == "weight" else leaf.over_units(x) for x in (a, b))
+        plain, weighed = (x.float().cpu().numpy() for x in flat)
+        if not plain.size:
             return None
-        size = plain.abs()
+        size = np.abs(plain)
         tells = size > 1e-3 * size.max()
-        number = torch.where(tells, weighed / plain, 0.0).round().amax(0)
+        number: Array = np.divide(weighed, plain, out=np.zeros_like(plain), where=tells).round().max(0)
         noise = 1e-6 * number * size.max()  # of float32; in 16 bits every head is asked
-        fits = (weighed - number * plain).abs() <= torch.where(tells, 1e-3 * size, noise)
-        if not bool(fits.all()) or bool(((size > 0).any(0) & (number < 1)).any()):
-            return None
-        found: Array = number.cpu().float().numpy()
-        return found
+        fits = np.abs(weighed - number * plain) <= np.where(tells, 1e-3 * size, noise)
+        return number if fits.all() and not ((size > 0).any(0) & (number < 1)).any() else None
 
 
 def _nodes(tensor: Tensor, end: Any = ()) -> Iterator[Any]:

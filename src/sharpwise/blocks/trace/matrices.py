@@ -37,7 +37,7 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | No
         weight,
         data,
         tuple(product.out_axes.index(own[a]) for a in axes),
-        units_of(weight, axes, product.stacked, record.coords),
+        units_of(weight, axes, product.stacked, record.units),
         kernel=tuple(n for n, label in zip(sizes, own, strict=True) if label[:1] == ("kernel",)),
     )
     if (bias := record.weight(product.bias)) is not None:
@@ -52,6 +52,11 @@ def add_bias(record: Recorder, leaf: Leaf, bias: Weight, trailing: int = 0) -> N
     if 0 in shape or 0 in bias.value.shape:
         return
     rest = [axis for axis in range(len(shape)) if axis not in leaf.axes]
+    experts = leaf.weight is not None and leaf.weight.value.ndim > 2  # each token gets that of its expert
+    key = ("bias", bias.value.shape, shape, leaf.axes, trailing, experts)
+    if bias.number >= 0 and key in record.units:
+        leaf.biases.append(record.units[key].of_twin(bias.number))
+        return
     try:
         sides = [side[(..., *[None] * trailing)].expand(shape) for side in bias.labels or ()]
     except RuntimeError:
@@ -60,9 +65,11 @@ def add_bias(record: Recorder, leaf: Leaf, bias: Weight, trailing: int = 0) -> N
         moved = [side.permute(*rest, *leaf.axes) for side in sides]
         flat, last = ([side[tuple(at for _ in rest)].reshape(-1).numpy() for side in moved] for at in (0, -1))
         differ = [i for i, (a, b) in enumerate(zip(flat, last, strict=True)) if not np.array_equal(a, b)]
-        experts = leaf.weight is not None and leaf.weight.value.ndim > 2  # each token gets that of its expert
         if not differ or (differ == [1] and experts):  # else it differs from place to place
-            leaf.biases.append(Units(flat[0], (None, *flat[2:]) if differ else tuple(flat[1:]), bool(differ)))
+            units = Units(flat[0], (None, *flat[2:]) if differ else tuple(flat[1:]), bool(differ))
+            leaf.biases.append(units)
+            if bias.number >= 0:
+                record.units[key] = units
 
 
 def _shape(product: Product, call: Call) -> tuple[int, ...]:

@@ -75,6 +75,8 @@ def _kinds(passing: Sequence[tuple[Leaf, Array, Array]]) -> tuple[bool, bool]:
 
 def _token_by_token(found: Inference, matrix: Leaf, makers: Sequence[Leaf]) -> bool:
     """Whether one token of the input is made of one token of each maker, as in an MLP: no convolution, no scan."""
+    if found.paths.one_by_one(source(matrix)):
+        return True
     last = source(matrix).reshape(-1, source(matrix).shape[-1])[-1]
     sizes = zip(makers, found.graph.gradients(last, makers), strict=True)
     return all(size is None or int(maker.over_units(size != 0).any(1).sum()) <= 1 for maker, size in sizes)

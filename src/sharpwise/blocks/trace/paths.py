@@ -21,6 +21,7 @@ _MOVES = words(
     "MaskedFill Where SliceScatter SelectScatter Scatter IndexAdd Normed ScatterAdd PixelShuffle PixelUnshuffle"
 )
 _SCALES = words("Mul Div Neg")
+_ONE_BY_ONE = words("AccumulateGrad Clone ToCopy Mul Div Neg Add Sub Rsub Through Normed")
 _SUMS = words("Add Sub Rsub")
 _MIXES = ("Convolution", "GridSampler", "Upsample", "Mean", "Sum", "Cumsum", "Fft")
 
@@ -166,6 +167,15 @@ class Paths:
             following = [n for n in self.inputs(node) if n not in seen]
             seen.update(following)
             queue += following
+        return True
+
+    def one_by_one(self, tensor: Tensor) -> bool:
+        """Whether every number of a tensor is made of numbers that stood in its place in what it is made of."""
+        queue = [] if tensor.grad_fn is None else [tensor.grad_fn]
+        for node in queue:
+            if kind_of_node(node) not in _ONE_BY_ONE or len(queue) > 32:
+                return False
+            queue += self.inputs(node)
         return True
 
     def _keeps(self, node: Any, name: str, inputs: list[Any], called: Collection[str] | None, products: bool) -> bool:

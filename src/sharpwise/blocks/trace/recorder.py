@@ -20,7 +20,7 @@ from sharpwise.blocks.trace.calls import Attention, Call, Use
 from sharpwise.blocks.trace.example import device_of
 from sharpwise.blocks.trace.graph import Graph, Leaf
 from sharpwise.blocks.trace.products import Product, as_product
-from sharpwise.blocks.trace.weights import Weight, derived, tensors_in, words
+from sharpwise.blocks.trace.weights import Units, Weight, derived, tensors_in, words
 
 # Of a weight these are asked as they are; these of weights only, whatever data stands beside them.
 _QUESTIONS = words(
@@ -84,7 +84,7 @@ class Recorder(TorchFunctionMode):
         self._by_owner: dict[int, list[Use]] = {}
         self._keep: list[Any] = []
         self._stand_ins: dict[int, Tensor] = {}
-        self.coords: dict[Any, Any] = {}  # of the units of products, by the shape of a parameter
+        self.units: dict[Any, Units] = {}  # of products and biases, by the shape of a parameter
         self._meta = any(p.device.type == "meta" for p in self.parameters)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

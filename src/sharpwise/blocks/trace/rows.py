@@ -110,7 +110,7 @@ class Ledger:
         codes = np.where(roles < 0, ROLES.index(Role.OTHER), roles)
         return [
             Segment(role=ROLES[code], dim=dim, stacked=stacked, merged=merged, heads=count, **base, **ranges)
-            for code in dict.fromkeys(codes.tolist())
+            for code in dict.fromkeys(codes[np.flatnonzero(np.diff(codes, prepend=-1))].tolist())
             for ranges, count in _ranges(np.flatnonzero(codes == code), heads.get(ROLES[code], []))
         ]
 
@@ -158,10 +158,11 @@ def _ranges(rows: Array, heads: list[Array]) -> list[tuple[dict[str, Any], int |
 
 def _spaced(rows: Array) -> dict[str, Any] | None:
     """The rows as one set of equally spaced ranges of equal length, None if they are not."""
+    start = int(rows[0])
+    if rows[-1] - start + 1 == len(rows):
+        return {"start": start, "length": len(rows)}
     runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    start, length = int(rows[0]), len(runs[0])
-    if len(runs) == 1:
-        return {"start": start, "length": length}
+    length = len(runs[0])
     stride = int(runs[1][0]) - start
     even = all(len(run) == length and int(run[0]) == start + i * stride for i, run in enumerate(runs))
     return {"start": start, "length": length, "stride": stride, "count": len(runs)} if even else None

@@ -9,9 +9,8 @@ of parameters alone is a `Weight`. It remembers the call that made it, and repla
   ways than by a matrix product.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any
@@ -235,6 +234,10 @@ class Units:
         here = chosen & (self.numbers == number) if self._mixed else chosen
         return tuple(None if c is None else c[here] for c in self.coords) if here.any() else None
 
+    def of_twin(self, number: int) -> "Units":
+        """The same of another parameter."""
+        return replace(self, numbers=np.full(len(self.numbers), number))
+
     @cached_property
     def owners(self) -> list[int]:
         """The numbers of all parameters."""
@@ -247,19 +250,15 @@ class Units:
 
 
 def units_of(
-    weight: Weight,
-    unit_axes: Sequence[int],
-    stacked: bool = False,
-    known: "dict[Any, tuple[Array | None, ...]] | None" = None,
+    weight: Weight, unit_axes: Sequence[int], stacked: bool = False, known: dict[Any, Units] | None = None
 ) -> Units | None:
     """The units of a product, which run along `unit_axes` of the weight. None if its labels are mixed up.
 
-    `known` keeps the coordinates of parameters by shape: those of a twin are the same.
+    `known` keeps those of parameters by shape: those of a twin lie at the same coordinates.
     """
-    shape, key = weight.value.shape, (weight.value.shape, *unit_axes)
+    shape, key = weight.value.shape, (weight.value.shape, *unit_axes, stacked)
     if weight.number >= 0 and known is not None and key in known:
-        size = math.prod(shape[axis] for axis in unit_axes)
-        return Units(np.full(size, weight.number), known[key], stacked)
+        return known[key].of_twin(weight.number)
     labels = weight.labels
     if labels is None or 0 in shape:
         return None
@@ -272,6 +271,6 @@ def units_of(
     # What is the same at both ends of the axes that are summed over does not vary along them.
     first, last = [along(s, 0) for s in labels], [along(s, -1) for s in labels]
     coords = tuple(a if np.array_equal(a, b) else None for a, b in zip(first[1:], last[1:], strict=True))
-    if weight.number >= 0 and known is not None:
-        coords = known[key] = coords[: len(shape)]
-    return Units(first[0], coords, stacked)
+    if weight.number < 0 or known is None:
+        return Units(first[0], coords, stacked)
+    return known.setdefault(key, Units(first[0], coords[: len(shape)], stacked))
