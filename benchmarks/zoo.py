@@ -3,10 +3,12 @@
     python benchmarks/zoo.py                                 all, result in benchmarks/results/zoo.json
     python benchmarks/zoo.py --only timm/ --only bert        some; saves nothing
     python benchmarks/zoo.py --steps                         also three steps of every optimizer
+    python benchmarks/zoo.py --steps missing                 the same, of models of which no such record is saved
     python benchmarks/zoo.py --show timm/vit                 one map beside the truth
 
 Models are in `zoo_models`, truths in `zoo_truths` (`zoo_truth.py` has their format). Those whose package is absent are
-skipped: `pip install -e '.[zoo]'`. Ends with 1 where a role is wrong or a model cannot be mapped.
+skipped: `pip install -e '.[zoo]'`. All are mapped anew each time; the record of steps that are not taken again stays,
+with the commit whose code took them (`stepped`). Ends with 1 where a role is wrong or a model cannot be mapped.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from sharpwise.blocks.names import collapse
 from sharpwise.table import Table
 
 HERE = Path(__file__).parent
+RESULT = HERE / "results" / "zoo.json"
 STATUSES = ("complete", "partly", "wrong", "error", "skipped")
 PACKAGES = ("diffusers", "einops", "timm", "torchvision", "transformers", "x-transformers")
 STEPS = 3
@@ -49,7 +52,9 @@ Build = Callable[[], tuple[nn.Module, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", metavar="TEXT", help="models whose name has it; saves nothing")
-    parser.add_argument("--steps", action="store_true", help=f"also {STEPS} steps of every optimizer")
+    parser.add_argument(
+        "--steps", nargs="?", const="all", choices=("all", "missing"), help=f"also {STEPS} steps of every optimizer"
+    )
     parser.add_argument("--show", metavar="NAME", help="one model's map beside the truth")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time (1)")
     args = parser.parse_args()
@@ -65,9 +70,13 @@ def main() -> int:
         parser.error(f"no model has {args.only} in its name; they are: {', '.join(known)}")
 
     result: dict[str, Any] = {"environment": environment() | {"packages": versions()}}
+    before = steps_before() if args.steps != "all" else {}
+    stepping = {name for name in chosen if args.steps and name not in before}
     result["models"] = rows = {}
-    for name, row in walked(chosen, args.steps, args.jobs):
-        rows[name] = row
+    for name, row in walked(chosen, stepping, args.jobs):
+        rows[name] = row = row | (
+            {"stepped": result["environment"]["commit"]} if "failed" in row else before.get(name, {})
+        )
         print(f"{name}: {row['status']}", file=sys.stderr)
     result["summary"] = summary(rows)
     report(rows, result["summary"])
@@ -77,10 +86,17 @@ def main() -> int:
     if args.only:
         print("\nNothing saved: these were not all.")
     else:
-        path = HERE / "results" / "zoo.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nSaved {path.relative_to(HERE.parent)}")
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\nSaved {RESULT.relative_to(HERE.parent)}")
     return int(bool(strays) or any(row["status"] in ("wrong", "error") for row in rows.values()))
+
+
+def steps_before() -> dict[str, dict[str, Any]]:
+    """By model the saved record of steps of which none failed."""
+    rows = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
+    return {
+        name: {key: row[key] for key in ("failed", "stepped")} for name, row in rows.items() if row.get("failed") == {}
+    }
 
 
 def quiet() -> None:
@@ -114,16 +130,18 @@ def build(name: str, file: str) -> tuple[nn.Module, Any]:
         return models[name]()
 
 
-def walked(chosen: Mapping[str, str], steps: bool, jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What becomes of each model, in order."""
+def walked(chosen: Mapping[str, str], stepping: Container[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What becomes of each model, in order; some take steps."""
     if jobs < 2:
         for name, file in chosen.items():
-            yield name, walk(name, file, steps)
+            yield name, walk(name, file, name in stepping)
             gc.collect()
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, initializer=quiet) as pool:
-        yield from zip(chosen, pool.map(walk, chosen, chosen.values(), [steps] * len(chosen)), strict=True)
+        yield from zip(
+            chosen, pool.map(walk, chosen, chosen.values(), [name in stepping for name in chosen]), strict=True
+        )
 
 
 def walk(name: str, file: str, steps: bool = False) -> dict[str, Any]:
@@ -170,7 +188,12 @@ def step(model: nn.Module, example: Any, blocks: BlockMap) -> dict[str, str]:
     """Steps of every optimizer, one after the other on the same weights; what failed, by optimizer.
 
     By the reference, which takes every view: kernels would be built for each shape of block, and have their own tests.
+    In evaluation mode, or that of training where nothing goes backward in the other: RWKV scales its weights in it.
     """
+    try:
+        loss(model, example).backward()
+    except Exception:
+        model.train()
     # What dataflow leaves open counts as said, and no block has to be a head then.
     known = BlockMap(replace(segment, source=segment.source or "override") for segment in blocks)
     failed = {}

@@ -260,3 +260,43 @@ def test_an_optimizer_that_fails_shows(path, monkeypatch):
     monkeypatch.setattr(zoo.sharpwise, "list_optimizers", lambda: ["none"])
     row = zoo.walk("hand-written/interleaved", "hand_written", steps=True)
     assert row["status"] == "error" and "none" in row["message"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "taken"), [([], []), (["--steps"], ["a", "b", "c"]), (["--steps", "missing"], ["b", "c"])]
+)
+def test_steps_that_are_not_taken_again_keep_their_record(monkeypatch, tmp_path, steps, taken):
+    saved = tmp_path / "zoo.json"
+    rows = {"a": {"failed": {}, "stepped": "before"}, "b": {"failed": {"lion": "no"}, "stepped": "before"}, "c": {}}
+    saved.write_text(json.dumps({"models": rows}))
+    row = {"status": "complete", "wrong": []}
+    monkeypatch.setattr(zoo, "RESULT", saved)
+    monkeypatch.setattr(zoo, "HERE", tmp_path)
+    monkeypatch.setattr(zoo, "names", lambda: dict.fromkeys("abc", "file"))
+    monkeypatch.setattr(zoo, "walk", lambda name, file, stepped: row | ({"failed": {}} if stepped else {}))
+    monkeypatch.setattr(zoo, "environment", lambda: {"commit": "now"})
+    monkeypatch.setattr(zoo, "without_truth", lambda files: [])
+    monkeypatch.setattr(zoo, "quiet", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["zoo.py", *steps])
+    assert zoo.main() == 0
+    found = json.loads(saved.read_text())["models"]
+    assert [name for name in found if found[name].get("stepped") == "now"] == taken
+    assert (found["a"]["stepped"] == "before") == ("a" not in taken)
+    assert ("failed" in found["b"]) == ("b" in taken)
+
+
+def test_steps_of_a_model_that_goes_backward_in_training_mode_alone(monkeypatch):
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(12, 4))
+
+        def forward(self, x):
+            out = x * self.w**2
+            if not self.training:
+                with torch.no_grad():
+                    self.w /= 2  # what autograd has saved is gone
+            return out
+
+    monkeypatch.setattr(zoo.sharpwise, "list_optimizers", lambda: ["adamw"])
+    assert zoo.step(Scales().eval(), torch.ones(4), BlockMap(parts("other"))) == {}
