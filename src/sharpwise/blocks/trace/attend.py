@@ -143,13 +143,13 @@ def choice(found: Inference, x: Tensor, how: str) -> None:
 
 
 def weighs(found: Inference, leaf: Leaf, role: Role | None = None) -> bool:
-    """Whether what a product makes multiplies something else before anything reads it."""
-    meetings = [(name, rest) for _, name, rest, _ in found.paths.meets(leaf, straight=False) if rest]
-    return any(
-        name in ("Mul", "Bmm", "Mm")
-        and (role is None or any(role in found.roles(m) for m in found.matrices_in(rest)[:MANY]))
-        for name, rest in meetings
-    )
+    """Whether what a product makes multiplies something else, of matrices of this role, before anything reads it."""
+    for _, name, rest, _ in found.paths.meets(leaf, straight=False):
+        if rest and name in ("Mul", "Bmm", "Mm"):
+            others = found.free_of_routers(found.matrices_in(rest)[:MANY])
+            if role is None or (others and all(found.roles(other) == {role} for other in others)):
+                return True
+    return False
 
 
 def output(found: Inference, matrix: Leaf) -> None:

@@ -125,7 +125,11 @@ def _product_of_data(record: Recorder, call: Call, product: Product) -> Tensor |
     for weights, values in ((product.left, product.right), (product.right, product.left)):
         if not values.requires_grad:
             continue
-        scores = record.graph.nearest(weights, record.weightings) or record.graph.bent_scores(weights)
+        scores = record.graph.nearest(weights, record.weightings)
+        if scores is None:
+            scores = record.graph.bent_scores(weights)
+            if scores is not None and _made_apart(record, scores):
+                continue
         if scores is None:
             continue
         if not _over_keys(scores, product, weights):
@@ -142,6 +146,12 @@ def _queries_and_keys(scores: Product) -> tuple[tuple[Tensor, Axes], tuple[Tenso
     """Both with their axes. The last axis of the scores runs along the keys."""
     left, right = (scores.left, scores.left_axes), (scores.right, scores.right_axes)
     return (left, right) if scores.out_axes[-1] in scores.right_axes else (right, left)
+
+
+def _made_apart(record: Recorder, scores: Product) -> bool:
+    """Whether other units make each key: then this is a layer whose weights are computed, and its hidden units."""
+    _, (k, k_axes) = _queries_and_keys(scores)
+    return _differ_along(record, k, k_axes.index(scores.out_axes[-1]))
 
 
 def _over_keys(scores: Product, product: Product, weights: Tensor) -> bool:

@@ -96,9 +96,14 @@ def handle(record: Recorder, call: Call, weights: list[Weight]) -> Any:
             record.graph.factors[result.grad_fn] = left, right
     if call.name == "where" and record.is_marked("comparison", x):  # a function in pieces
         return _through(result, result, record.graph.factor, "where")
-    if call.name in _MULTIPLIES and record.is_marked("statistic", *given):
+    if call.name in _MULTIPLIES and record.is_marked("statistic", *given) and _is_data(record, result):
         return _normed(result)
     return result
+
+
+def _is_data(record: Recorder, result: Any) -> bool:
+    """Whether anything but parameters made it; a gain of a statistic normalizes nothing."""
+    return isinstance(result, Tensor) and any(leaf.kind != "weight" for leaf in record.graph.behind(result))
 
 
 def _copied(record: Recorder, call: Call, result: Any) -> None:

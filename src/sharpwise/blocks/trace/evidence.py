@@ -10,7 +10,7 @@ holds for these rows.
 |---|---|---|
 | q, k, v | any stream; a product token by token | a straight path to an attention; nothing reads these rows as a \
 stream is read; parts that are summed are made of the same stream |
-| router | a stream | a choice, and a product with what was chosen |
+| router | a stream | a choice, and a product with what was chosen; one number, and a product with what MLPs make |
 | o | an attention, by a straight path; what is beside it multiplies it (o_gate) or is joined to it (up, gate) | |
 | up, gate, down | makers that read one stream, token by token, for nothing else; an activation or a product \
 between | what down makes is added to that stream before anything reads it |

@@ -3,11 +3,11 @@
 | role | proof |
 |---|---|
 | tok_emb | looked up by integers that the model was given |
-| pos_emb | looked up by numbers that the model counts, added to the stream, or by kinds of tokens, added to the \
-tokens; added place by place where the stream begins; joined to it; a stream that begins with a parameter (learned \
-queries, class tokens) |
+| pos_emb | looked up by places that the model counts, or is given and begins the stream with; by kinds of tokens, \
+added to the tokens; added place by place where the stream begins; joined to it; a stream that begins with a parameter \
+(learned queries, class tokens) |
 | rel_pos | looked up or computed without data, added to the scores of an attention |
-| norm | scales or shifts what was normalized |
+| norm | all that it scales or shifts was normalized |
 | conv | the kernel of a convolution |
 | a bias | added to the output of a matrix, along its rows: the role of that matrix |
 """
@@ -89,7 +89,8 @@ def _lookup(found: Inference, leaf: Leaf, tables: list[Leaf], on_mask: bool) -> 
         elif on_mask or scores:
             ledger.settle(Role.REL_POS, "looked up, and added to the scores of an attention")
         elif _are_places(leaf.source) and _alike(leaf.source):
-            ledger.settle(Role.POS_EMB, "looked up by places")
+            if id(leaf.source) not in found.record.copies or begins(found, leaf):  # what is given may be anything
+                ledger.settle(Role.POS_EMB, "looked up by places")
         elif found.record.is_marked("kind", leaf.source) and begins(found, leaf) and _with(found, meetings, tables):
             ledger.settle(Role.POS_EMB, "looked up by kinds of tokens, and added to the tokens")
 
@@ -169,7 +170,7 @@ def _use(found: Inference, use: Use, number: int) -> None:
     elif (
         (use.how == "scale" or (use.how == "shift" and vector))
         and use.weight.value.numel() > 1
-        and found.graph.normed(use.beside, use.how)
+        and _always_normed(found, number)
     ):
         if number not in found.unsure:
             ledger.settle(Role.NORM, "scales or shifts what was normalized")
@@ -183,7 +184,7 @@ def _use(found: Inference, use: Use, number: int) -> None:
         use.how in ("shift", "join")
         and use.weight.value.numel() > 1
         and (
-            found.graph.nearest(use.beside, found.graph.scores) is not None
+            found.graph.nearest(use.beside, found.graph.scores) in found.record.weightings.values()
             or found.record.is_marked("of_scores", use.beside)  # and so is what all keys sum up to
         )
     ):
@@ -191,6 +192,13 @@ def _use(found: Inference, use: Use, number: int) -> None:
         ledger.bias = True
     elif use.how == "shift":
         _bias(found, use, number)
+
+
+def _always_normed(found: Inference, number: int) -> bool:
+    """Whether all that a parameter scales or shifts was normalized."""
+    return all(
+        use.beside is not None and found.graph.normed(use.beside, use.how) for use in found.record.uses_of(number)
+    )
 
 
 def _begins_with(found: Inference, here: int, number: int) -> bool:
@@ -220,8 +228,10 @@ def _place_by_place(found: Inference, use: Use, number: int, vector: bool) -> No
 def _bias(found: Inference, use: Use, number: int) -> None:
     assert use.beside is not None
     ledger = found.ledgers[number]
-    if _begins_with(found, found.graph.mask(use.beside) & found.paths.data, number):
-        ledger.settle(Role.POS_EMB, "the stream begins with it")
+    added = [u.beside for u in found.record.uses_of(number) if u.how in ("shift", "join") and u.beside is not None]
+    if any(_begins_with(found, found.graph.mask(beside) & found.paths.data, number) for beside in added):
+        if all(_begins_with(found, found.graph.mask(beside) & found.paths.data, number) for beside in added):
+            ledger.settle(Role.POS_EMB, "the stream begins with it")
         return
     good, _ = found.paths.straight(use.beside, products=True)
     mask = found.graph.mask(use.beside) & found.paths.data & ~found.routers
