@@ -147,3 +147,57 @@ def test_what_weighs_the_stream_routes_nothing() -> None:
     assert alone(roles, "halt.weight", "halt.bias", "block.mlp.down.weight", "head.weight") == [
         "other", "other", "down", "head",
     ]  # fmt: skip
+
+
+class Shortened(Attention):
+    """Linformer: keys and values of fewer places, each a learned sum of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fewer_k, self.fewer_v = nn.Parameter(torch.rand(3, 5)), nn.Parameter(torch.rand(3, 5))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        k, v = torch.einsum("st,btd->bsd", self.fewer_k, self.k(x)), self.fewer_v @ self.v(x)
+        q, k, v = self.heads(self.q(x)), self.heads(k), self.heads(v)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_sums_over_tokens_are_no_keys() -> None:
+    roles = said(LM(Block(Shortened()), Block(Shortened())), IDS)
+    names = [f"layers.1.mixer.{name}" for name in ("fewer_k", "fewer_v", "k.weight", "q.weight", "o.weight")]
+    assert alone(roles, *names) == ["other", "other", "other", "q", "o"]
+
+
+class Synthesized(nn.Module):
+    """Synthesizer: an MLP makes the weights of the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scores = nn.Linear(SIZE, 30), nn.Linear(30, IDS.shape[1])
+        self.v, self.o = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.scores(F.relu(self.up(x))).softmax(-1) @ self.v(x))
+
+
+def test_what_makes_weights_of_values_is_no_mlp() -> None:
+    roles = said(LM(Block(Synthesized())), IDS)
+    names = [f"layers.0.mixer.{name}.weight" for name in ("up", "scores", "v", "o")]
+    assert alone(roles, *names, "layers.0.mlp.up.weight") == ["other"] * 4 + ["up"]
+
+
+class Pooled(nn.Module):
+    """Latents made of the mean of the stream read it, and are read by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.read, self.back = nn.Linear(SIZE, 3 * SIZE), Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.pool(x.mean(1)).unflatten(-1, (3, SIZE))
+        return self.back(x, latents + self.read(latents, x))
+
+
+def test_a_second_stream_made_of_the_first_is_no_embedding() -> None:
+    roles = said(LM(Block(Pooled()), Block(Pooled())), IDS)
+    assert alone(roles, "layers.0.mixer.pool.weight", "layers.0.mixer.read.q.weight") == ["other", "q"]

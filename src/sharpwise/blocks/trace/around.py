@@ -34,7 +34,8 @@ def _role(found: Inference, matrix: Leaf) -> tuple[Role | None, str]:
             return Role.TOK_EMB, "looks up one-hot vectors"
         return (Role.PATCH_EMB, "turns inputs into the stream") if begins(found, matrix) else (None, "")
     if matrix.pointwise and behind and not behind & ~found.paths.of_kind["lookup"] and begins(found, matrix):
-        return Role.TOK_EMB, "turns embeddings into the stream"
+        own = any(begins(found, leaf) for leaf in found.graph.listed(behind)[:MANY])  # they are a stream already
+        return (None, "") if own else (Role.TOK_EMB, "turns embeddings into the stream")
     if matrix.units is not None and len(matrix.units.numbers) == 1 and weighs(found, matrix, Role.DOWN):
         return Role.ROUTER, "weighs what is added to the stream"
     if not matrix.kernel and _modulates(found, matrix):

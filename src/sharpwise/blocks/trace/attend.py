@@ -69,9 +69,23 @@ def _proven(found: Inference, tensor: Tensor, order: int) -> dict[Leaf, Array]:
             good &= ~(sides[0] | sides[1])
     units = {}
     for leaf in found.matrices_in(good):
-        if leaf.pointwise:
+        if leaf.pointwise and not _over_tokens(found, leaf):
             units[leaf] = _read_elsewhere(found, leaf)
     return units
+
+
+def _over_tokens(found: Inference, leaf: Leaf) -> bool:
+    """Whether a product sums over tokens, as Linformer's do: the same units make all that it sums up."""
+    data = source(leaf)
+    if leaf.summed == (data.ndim - 1,) and data.stride(-1) == 1:
+        return False  # features lie there
+    behind = found.matrices_in(found.graph.mask(data))[:MANY]
+    rest = [axis for axis in range(data.ndim) if axis not in leaf.summed]
+    summands = data.permute(*leaf.summed, *rest).flatten(0, len(leaf.summed) - 1)
+    first, last = (found.graph.gradients(summands[i], behind) for i in (0, -1))
+    made = [(m, a, b) for m, a, b in zip(behind, first, last, strict=True) if a is not None and b is not None]
+    units = found.graph.units
+    return bool(made) and all(np.array_equal(units(m, a != 0), units(m, b != 0)) for m, a, b in made)
 
 
 def _of_another(found: Inference, leaf: Leaf, order: int) -> bool:

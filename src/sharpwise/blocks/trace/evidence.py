@@ -8,12 +8,12 @@ holds for these rows.
 
 | role | what is seen behind it | what is seen before it |
 |---|---|---|
-| q, k, v | any stream; a product token by token | a straight path to an attention; nothing reads these rows as a \
-stream is read; parts that are summed are made of the same stream |
+| q, k, v | any stream; a product over features, token by token | a straight path to an attention; nothing reads these \
+rows as a stream is read; parts that are summed are made of the same stream |
 | router | a stream | a choice, and a product with what was chosen; one number, and a product with what MLPs make |
 | o | an attention, by a straight path; what is beside it multiplies it (o_gate) or is joined to it (up, gate) | |
 | up, gate, down | makers that read one stream, token by token, for nothing else; an activation or a product \
-between | what down makes is added to that stream before anything reads it |
+between | what down makes is added to that stream before anything reads it or weighs by its softmax |
 | head | | the model's output, made of nothing else |
 | the same role | a stream | a straight path to a matrix that alone reads it: the factors of a low-rank product |
 | patch_emb | inputs that are numbers; patches side by side | a straight path into a stream that is added to |

@@ -35,6 +35,7 @@ class Leaf:
         units: where each of them comes from, None if that cannot be told.
         biases: where the numbers added to the units come from.
         kernel: sizes of the window of a convolution.
+        summed: axes of `source` that the product sums over.
         index: place among all leaves; bit of a mask.
     """
 
@@ -47,6 +48,7 @@ class Leaf:
     units: Units | None = None
     biases: list[Units] = field(default_factory=list)
     kernel: tuple[int, ...] = ()
+    summed: tuple[int, ...] = ()
     index: int = -1
 
     @property

@@ -23,7 +23,9 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | No
         return None
     weight = right if left is None else left
     assert weight is not None
-    data, own = (product.left, product.right_axes) if left is None else (product.right, product.left_axes)
+    data, theirs, own = product.left, product.left_axes, product.right_axes
+    if left is not None:
+        data, theirs, own = product.right, product.right_axes, product.left_axes
     if not (data.requires_grad or (data.is_floating_point() and record.is_marked("input", data))):
         return None
     sizes = weight.value.shape
@@ -39,6 +41,7 @@ def handle(record: Recorder, call: Call, product: Product | None) -> Tensor | No
         tuple(product.out_axes.index(own[a]) for a in axes),
         units_of(weight, axes, product.stacked, record.units),
         kernel=tuple(n for n, label in zip(sizes, own, strict=True) if label[:1] == ("kernel",)),
+        summed=tuple(axis for axis, label in enumerate(theirs) if label not in product.out_axes),
     )
     if (bias := record.weight(product.bias)) is not None:
         add_bias(record, leaf, bias, trailing=sum(label[:1] == ("space",) for label in product.out_axes))

@@ -32,6 +32,11 @@ def kind_of_node(node: Any) -> str:
     return name.rstrip("0123456789").removesuffix("Backward")
 
 
+def _weighs(node: Any) -> bool:
+    """Whether what a node makes weighs something."""
+    return kind_of_node(node) == "Through" and node.called in ("softmax", "log_softmax")
+
+
 def only_moves(results: Collection[Tensor], given: Collection[Tensor]) -> bool:
     """Whether the results are numbers of those given, moved and nothing else. None may lose its gradient."""
     made, ends = ([t.grad_fn for t in tensors if t.is_floating_point()] for tensors in (results, given))
@@ -161,8 +166,7 @@ class Paths:
         seen = set(queue)
         for node in queue:
             name = kind_of_node(node)
-            weighs = name == "Through" and getattr(node, "called", "") in ("softmax", "log_softmax")
-            if name.startswith(_MIXES) or "Pool" in name or weighs or node in self.graph.scores:
+            if name.startswith(_MIXES) or "Pool" in name or _weighs(node) or node in self.graph.scores:
                 return False
             following = [n for n in self.inputs(node) if n not in seen]
             seen.update(following)
@@ -206,7 +210,7 @@ class Paths:
                     return False
                 found = True
                 continue
-            if node in self._outputs or node in self._ended:
+            if node in self._outputs or node in self._ended or _weighs(node):
                 return False
             for reader in self._readers.get(node, ()):
                 if mask != 1 << leaf.index and not self._alone(reader, mask):
