@@ -59,6 +59,25 @@ def test_a_bias_behind_weighted_values_is_no_score() -> None:
     assert alone(roles, "layers.0.mixer.bias", "layers.0.mixer.values.weight") == ["other", "other"]
 
 
+class Sinks(Attention):
+    """gpt-oss: one more score per head, of a key that is always there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.zeros(HEADS))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        scores = q @ k.mT
+        sinks = self.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_score_of_a_key_that_is_always_there_is() -> None:
+    assert alone(said(LM(Block(Sinks()), Block(Sinks())), IDS), "layers.1.mixer.sinks") == ["k"]
+
+
 class Computed(nn.Module):
     """An MLP whose weights a matrix makes, of learned numbers or of the mean of the stream."""
 

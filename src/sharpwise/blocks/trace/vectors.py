@@ -184,7 +184,7 @@ def _use(found: Inference, use: Use, number: int) -> None:
         use.how in ("shift", "join")
         and use.weight.value.numel() > 1
         and (
-            found.graph.nearest(use.beside, found.graph.scores) in found.record.weightings.values()
+            _on_weights(found, use.beside)
             or found.record.is_marked("of_scores", use.beside)  # and so is what all keys sum up to
         )
     ):
@@ -199,6 +199,12 @@ def _always_normed(found: Inference, number: int) -> bool:
     return all(
         use.beside is not None and found.graph.normed(use.beside, use.how) for use in found.record.uses_of(number)
     )
+
+
+def _on_weights(found: Inference, tensor: Tensor) -> bool:
+    """Whether a tensor is made of scores of which a softmax makes weights."""
+    scores = found.graph.nearest(tensor, found.graph.scores)
+    return scores is not None and any(scores is one for one in found.record.weightings.values())
 
 
 def _begins_with(found: Inference, here: int, number: int) -> bool:
