@@ -80,6 +80,8 @@ def _over_tokens(found: Inference, leaf: Leaf) -> bool:
     if leaf.summed == (data.ndim - 1,) and data.stride(-1) == 1:
         return False  # features lie there
     behind = found.matrices_in(found.graph.mask(data))[:MANY]
+    if not leaf.summed or not behind:
+        return False
     rest = [axis for axis in range(data.ndim) if axis not in leaf.summed]
     summands = data.permute(*leaf.summed, *rest).flatten(0, len(leaf.summed) - 1)
     first, last = (found.graph.gradients(summands[i], behind) for i in (0, -1))
