@@ -10,6 +10,7 @@ import pytest
 
 from compare.test_results import fill, result_of
 from compare.test_runner import study
+from sharpwise.compare.arms import definitions
 from sharpwise.compare.budget import expected, work_out
 from sharpwise.compare.report.page import render
 from sharpwise.compare.report.runs import csv_text
@@ -242,3 +243,12 @@ def test_rates_begin_where_the_control_has_updates_begin(data: Path) -> None:
     arms: dict[str, Any] = {"lion": {}, "liona": {}, "lionar": {}, "muonh": {}, "adamw": own}
     middles = {arm.name: arm.space.lrs[1] for arm in make_study(study(data, arms=arms)).arms}
     assert middles == {"lion": 5e-4, "liona": 3e-3, "lionar": 3e-3, "muonh": 1e-2, "adamw": 1e-2}
+
+
+def test_what_bounds_updates_is_said(data: Path) -> None:
+    """The presets that have a control, and an arm of another one."""
+    arms = {"adamw": {}, "liona": {}, "lionar": {}, "mine": {"name": "lion", "settings": {"optimizer.control": "l2"}}}
+    said = definitions(make_study(study(data, arms=arms)), [])
+    assert "with" not in said["adamw"].partition(", as")[2]
+    assert "with updates of one l2 norm" in said["liona"] and "with updates of one l2 norm" in said["mine"]
+    assert "with rows that turn by a set angle" in said["lionar"]

@@ -18,6 +18,7 @@ from sharpwise.compare.rates import RULES
 from sharpwise.compare.report.arms import setting_words
 from sharpwise.compare.roles import LR, OF
 from sharpwise.compare.study import Arm, Study
+from sharpwise.controls import make_control
 from sharpwise.report.blocks import names_of_roles
 
 # Per-block learning rates that belong to an optimizer.
@@ -96,6 +97,8 @@ def definitions(study: Study, blocks: Sequence[Mapping[str, Any]]) -> dict[str, 
         text += ", of another library" * (optimizer not in RULES)
         if optimizer in OWN and not known:
             text += f", with {_lower(first_line(OWN[optimizer]))}"
+        if control := make_control(arm.settings.get("optimizer.control", arm.optimizer.get("control"))):
+            text += f", with {_lower(first_line(type(control))).replace('`', '')}"
         if block_lr is not None:
             text += f"{' with' if known else ', with'} {_block_lr(block_lr)}"
             if not block_lr.sources:  # else they are measured on the way
