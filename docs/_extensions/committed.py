@@ -49,9 +49,13 @@ def rows(study: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def losses(study: dict[str, Any]) -> str:
-    """Validation loss of every arm: the mean over the seeds, and all of them as a band."""
+    """Validation loss of every arm, or, if they are too many, of those with a setting of their own: the mean over the
+    seeds, and all of them as a band."""
     drawn, base = [], []
+    many = len(study["arms"]) > len(COLOURS)
     for arm in study["arms"]:
+        if many and arm["setting_of"]:
+            continue
         ended = [run for run in arm["final"] if run["stopped_at"] is None]
         if not ended:
             continue

@@ -145,7 +145,9 @@ def test_numbers_that_an_optimizer_does_not_have_are_named(
 ) -> None:
     with caplog.at_level(logging.WARNING, "sharpwise.integrations.hf"):
         create_optimizer(gpt2(), name, arguments(tmp_path, **NUMBERS, optim="adafactor"))
-    assert f"{lost}, optim of TrainingArguments not used: the optimizer is {name}" in caplog.text
+    assert f"{lost} of TrainingArguments not used: the optimizer is {name}, which has " in caplog.text
+    assert f"optim=adafactor of TrainingArguments not used: the optimizer is {name}" in caplog.text
+    assert "total_steps" not in caplog.text
     caplog.clear()
     create_optimizer(gpt2(), name, arguments(tmp_path))
     assert not caplog.records

@@ -104,6 +104,9 @@ def without_options(model: str) -> Iterator[None]:
         ) from None
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 def example_of(segments: Sequence[Segment], modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """The name of one of these that nothing explains, and a role that fits it: what a message shows.
 
@@ -115,11 +118,16 @@ def example_of(segments: Sequence[Segment], modules: Mapping[str, nn.Module]) ->
 
 
 def _likely(segment: Segment, modules: Mapping[str, nn.Module]) -> str:
-    table = isinstance(modules.get(segment.name.rpartition(".")[0]), (nn.Embedding, nn.EmbeddingBag))
+    module = modules.get(segment.name.rpartition(".")[0])
     if len(segment.shape) < 2:
-        return "other" if segment.bias or not segment.shape else "norm"
+        norm = re.search(r"norm|(^|[._])ln", f"{segment.name} {type(module).__name__.lower()}")
+        return "norm" if norm and not segment.bias and segment.shape else "other"
+    if isinstance(module, CONVOLUTIONS):
+        return "other"
     if re.search(r"(^|[._])pos|wpe", segment.name):
         return "pos_emb"
-    if table or re.search(r"wte|(^|[._])(emb|embed|embeds|embeddings?|tokens)([._]|$)", segment.name):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or re.search(
+        r"wte|(^|[._])(emb|embed|embeds|embeddings?|tokens)([._]|$)", segment.name
+    ):
         return "tok_emb"
     return "head" if re.search(r"(^|[._])(lm_head|unembed|head([._]|$))", segment.name) else "up"

@@ -1,5 +1,6 @@
 """`sharpwise memory MODEL`: what each optimizer's state will weigh, before a GPU is rented."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from sharpwise.blocks import BLOCK_TYPE
 from sharpwise.cli.errors import user_errors
+from sharpwise.hints import nearest
 from sharpwise.memory import PRECISIONS, SHARDS, MemoryPlan, parse_size, size_text
 from sharpwise.memory import plan as planned_for
 from sharpwise.memory.text import estimates, refusals, title
@@ -82,9 +84,10 @@ def memory(
             micro_batch=micro_batch,
             attention=attention,
         )
+        planned = sorted({own.optimizer for own in found.combinations})
         found = found.only(lambda own: not optimizer or any(fnmatchcase(own.optimizer, glob) for glob in optimizer))
         if not found.combinations:
-            raise ValueError(f"--optimizer {' '.join(optimizer or ())}: no optimizer is called so")
+            raise ValueError(_none_called(optimizer or (), planned))
         if page is not None:
             from sharpwise.report.memory_page import write_memory_page
 
@@ -103,6 +106,11 @@ def memory(
         console.print(Text(line, style="yellow"))
     if page is not None:
         typer.echo(page)
+
+
+def _none_called(globs: Sequence[str], names: Sequence[str]) -> str:
+    said = " ".join(globs)
+    return f"--optimizer {said}: no optimizer is called so{nearest(said, names)}; there are {', '.join(names)}"
 
 
 def _table(*columns: str, left: int) -> Table:

@@ -60,7 +60,10 @@ def recoded(
             if not isinstance(found.get(key), Tensor):
                 continue
             before = _format_saved(own, name, found[key], absmax in found, theirs, who)
-            same = before == format or not (before.block or format.block)
+            dense = not (before.block or format.block)
+            if dense and found[key].dtype != format.dtype_for(own.dtype):
+                changed[before.name, format.name] += 1  # as it is copied
+            same = before == format or dense
             if same and (not format.block or found[absmax].shape[-1] == own.line(name).blocks(format.block)):
                 continue
             changed[before.name, format.name] += 1

@@ -148,11 +148,15 @@ def _numbers(args: Any, name: str) -> dict[str, Any]:
         elif changed:
             lost += changed
     if getattr(args, "optim", None) != _default(args, "optim"):
-        lost.append("optim")
+        given = getattr(args.optim, "value", args.optim)
+        logger.warning("optim=%s of TrainingArguments not used: the optimizer is %s", given, name)
     if lost:
-        own = [key for key in known if key.endswith(("betas", "beta2", "eps", "momentum")) and key != "ns_steps"]
+        own = [key for key in known if key == "eps" or key.endswith(("betas", "beta2", "_eps", "momentum"))]
         logger.warning(
-            "%s of TrainingArguments not used: the optimizer is %s, which has %s", ", ".join(lost), name, ", ".join(own)
+            "%s of TrainingArguments not used: the optimizer is %s, which has %s; give these to set_optimizer",
+            ", ".join(lost),
+            name,
+            ", ".join(own),
         )
     return found
 
