@@ -21,13 +21,17 @@ def update_size(load: Load) -> Iterator[str]:
         yield f"| `{arm}` | {best(study, arm)} | {' | '.join(cells)} |"
     budget = study["budget"]
     yield f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
+    yield from hyperball(load)
 
 
 def hyperball(load: Load) -> Iterator[str]:
-    studies = [load(f"recipes/update_size/{name}.json") for name in ("hyperball-quarter", "hyperball")]
-    for arm in (one["name"] for one in studies[1]["arms"]):
-        cells = [f"{best(s, arm)} | {mean(losses(s, arm)):.3f} | {to_baseline(s, arm)}" for s in studies]
+    quarter, full = (load(f"recipes/update_size/{name}.json") for name in ("hyperball-quarter", "hyperball"))
+    for arm in (one["name"] for one in full["arms"]):
+        cells = [f"{best(s, arm)} | {mean(losses(s, arm)):.3f} | {to_baseline(s, arm)}" for s in (quarter, full)]
         yield f"| `{arm}` | {' | '.join(cells)} |"
+    tried = {arm["name"]: {f"{one['lr']:g}": one["final_loss"] for one in arm["tuning"]} for arm in full["arms"]}
+    for arm, lr in (("adamh", "0.032"), ("muonh", "0.1")):
+        yield f"{lr} costs {tried[arm][lr] - min(tried[arm].values()):.3f} nats"
 
 
 def unwarmed(arm: str) -> str:

@@ -50,7 +50,7 @@ def rows(study: dict[str, Any]) -> Iterator[list[str]]:
 
 def losses(study: dict[str, Any]) -> str:
     """Validation loss of every arm, or, if they are too many, of those with a setting of their own: the mean over the
-    seeds, and all of them as a band."""
+    seeds, and all of them as a band. "" where losses were measured at the end alone."""
     drawn, base = [], []
     many = len(study["arms"]) > len(COLOURS)
     for arm in study["arms"]:
@@ -64,6 +64,8 @@ def losses(study: dict[str, Any]) -> str:
         tokens = ended[0]["validation_tokens"]
         drawn.append(Curve(arm["name"], tokens, mean, [*map(min, by_step)], [*map(max, by_step)]))
         base = base or mean
+    if all(len(curve.low) < 2 for curve in drawn):
+        return ""
     lowest = min(min(curve.low) for curve in drawn)
     scale = {"lowest": 0.98 * lowest, "highest": 1.02 * base[0]}
     parts = curves(drawn, "tokens", "validation loss, all seeds", height=300, width=560, spelled=short, **scale)

@@ -26,10 +26,11 @@ class Study(SphinxDirective):
         self.env.note_dependency(str(ROOT / path))
         said(self.env).add(path)
         study = load(path)
+        drawn = losses(study)
         return [
             nodes.paragraph("", setting(study)),
             table(HEAD, rows(study)),
-            nodes.raw("", f'<div class="picture">{losses(study)}</div>', format="html"),
+            *([nodes.raw("", f'<div class="picture">{drawn}</div>', format="html")] if drawn else []),
             *listed("What to know before believing it:", study["caveats"]),
             *listed("Not tested:", study["not_tested"]),
         ]
