@@ -150,7 +150,7 @@ LARGE = {
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bound", [CONTROL, L2(), Hyperball()], ids=lambda c: c.name)
-@pytest.mark.parametrize("storage", [FP32, BF16, Int8("dynamic")], ids=lambda s: s.name)
+@pytest.mark.parametrize("storage", [FP32, BF16, Int8("dynamic"), Int8("dynamic", 300)], ids=lambda s: s.name)
 def test_large_units_are_bounded_by_all_threads(bound, threads, storage):
     """As the reference bounds them: matrices of more elements than one thread sums up, whichever way they lie, with
     multipliers by segment."""

@@ -11,7 +11,10 @@ namespace {
 
 inline bool is_bounded(const Job& m) { return CONTROLLED && m.settings; }
 
-constexpr int64_t CHUNK = CODED ? CODED : 256;
+constexpr int64_t CHUNK = CODED && CODED < 256 ? CODED : 256;
+
+// How many of n elements are taken from the c-th of a line on: no more than a block has.
+inline int64_t chunk(int64_t c, int64_t n) { return std::min(std::min(CHUNK, n), CODED ? CODED - c % CODED : n); }
 
 template <typename T> Lanes<double> wide(const T* x) { return __builtin_convertvector(lanes(x), Lanes<double>); }
 inline void add_to(double* at, const Lanes<double>& x) { *reinterpret_cast<Lanes<double>*>(at) += x; }
@@ -48,8 +51,8 @@ template <bool SCALES> struct Products {
 template <bool SCALES>
 void add_row(const Scalars s, const Job& m, int64_t at, int64_t n, float rate, Products<SCALES>& sums) {
   float u[CHUNK];
-  for (int64_t c = 0; c < n; c += CHUNK) {
-    const int64_t size = std::min(CHUNK, n - c);
+  for (int64_t c = 0, size; c < n; c += size) {
+    size = chunk(c, n - c);
     aim(s, m, at + c, size, Same{rate}, u);
     sums.add(u, static_cast<const P*>(m.p) + at + c, size);
   }
@@ -71,8 +74,9 @@ void column_sums(const Scalars s, const Job& m, int64_t begin, int64_t end, int6
   float u[STREAMS][CHUNK];
   for (int64_t r = begin; r < end; r += STREAMS) {
     const int64_t rows = std::min(STREAMS, end - r);
-    for (int64_t c = 0; c < n; c += CHUNK) {
-      const int64_t size = std::min(CHUNK, n - c), at = r * m.columns + first + c;
+    for (int64_t c = 0, size; c < n; c += size) {
+      size = chunk(first + c, n - c);
+      const int64_t at = r * m.columns + first + c;
       for (int64_t k = 0; k < rows; ++k) aim(s, m, at + k * m.columns, size, rates + c, u[k]);
       const P* p = static_cast<const P*>(m.p) + at;
       int64_t i = 0;
