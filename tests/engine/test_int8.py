@@ -307,3 +307,13 @@ def test_a_parameter_in_fp64_keeps_its_state_in_fp64():
     optimizer = sharpwise.AdamW8bit(model, lr=1e-3)
     run(model, optimizer, range(2))
     assert optimizer.state[model["w"]]["exp_avg"].dtype == torch.float64
+
+
+@pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
+def test_blocks_that_no_stack_holds_are_left_to_the_reference():
+    model = torch.nn.Linear(2**18 + 8, 2, bias=False)
+    model.weight.grad = torch.randn_like(model.weight)
+    for block, backend in ((2**18, "cpp"), (2**22, "reference")):
+        optimizer = sharpwise.Lion(model, lr=1e-3, storage=Int8("dynamic", block), keep_fp32=())
+        optimizer.step()
+        assert [row["backend"] for row in optimizer.explain()] == [backend]

@@ -84,6 +84,8 @@ class Form:
     control: Control | None = None
 
 
+LONGEST = 1 << 18
+"""Elements of a block of codes, at the most: a thread holds one while it works out what they share."""
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
     *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks", "line"),
@@ -109,8 +111,14 @@ def absmax_of(form: Form) -> tuple[str, ...]:
 
 
 def written(program: Program, form: Form) -> str:
-    """What step.cpp needs to know of a rule."""
+    """What step.cpp needs to know of a rule.
+
+    Raises:
+        NotImplementedError: for blocks of codes that are too long.
+    """
     state = {f"state.{name}": format for name, format in form.state}
+    if long := [own.name for own in state.values() if own.block > LONGEST]:
+        raise NotImplementedError(f"{long[0]}: more than {LONGEST:,} elements of a block are not for a thread's stack")
     blocks = {name: own for name, own in state.items() if name.removeprefix("state.") in program.blocks}
     stored = {"p": Dense.of(form.param), **{name: own for name, own in state.items() if name not in blocks}}
     read = {**stored, "g": Dense.of(form.grad)}
