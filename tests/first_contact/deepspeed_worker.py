@@ -7,9 +7,6 @@ import os
 import sys
 from typing import Any
 
-os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": os.environ["RANK"]}
-
-import deepspeed
 import torch.distributed as dist
 from distributed.serving import serve
 from first_contact.tiny import batches, gpt2, loss_of
@@ -21,6 +18,8 @@ STEPS = 10
 
 def trained(name: str, stage: int) -> dict[str, Any]:
     """Each process sees half of every batch, one process alone sees all of it."""
+    import deepspeed
+
     model, alone = gpt2(), gpt2()
     # With this eps a key's bias, whose gradient is 0 but for rounding, stays where it is.
     optimizer, reference = (sharpwise.create_optimizer(m, name, lr=1e-2, eps=1e-4) for m in (model, alone))
@@ -52,5 +51,6 @@ def trained(name: str, stage: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": os.environ["RANK"]}
     names, stages = ("adamw", "adam-mini"), range(4)
     serve({f"{n}, {s}": lambda n=n, s=s: trained(n, s) for n in names for s in stages}, sys.argv[1])

@@ -120,7 +120,7 @@ def example_of(segments: Sequence[Segment], modules: Mapping[str, nn.Module]) ->
 def _likely(segment: Segment, modules: Mapping[str, nn.Module]) -> str:
     module = modules.get(segment.name.rpartition(".")[0])
     if len(segment.shape) < 2:
-        norm = re.search(r"norm|(^|[._])ln", f"{segment.name} {type(module).__name__.lower()}")
+        norm = re.search(r"norm|gain|scale|(^|[._])ln", f"{segment.name} {type(module).__name__.lower()}")
         return "norm" if norm and not segment.bias and segment.shape else "other"
     if isinstance(module, CONVOLUTIONS):
         return "other"
