@@ -92,11 +92,13 @@ def test_a_control_is_the_reference(control, rule, guard, format, monkeypatch):
     check(control, rule, guard, format, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("control", "rule"), [("snr", "lion"), ("angular", "muon")])
 def test_so_it_is_of_gradient_snr_and_of_whole_matrices(control, rule, monkeypatch):
     check(control, rule, "clip", "fp32", monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["l2", "angular"])
 def test_rows_move_by_what_torch_found(control, monkeypatch):
     """As where a mesh cuts units: their sums come from elsewhere."""
