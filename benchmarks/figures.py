@@ -29,7 +29,7 @@ from figures_docs import (
     storage,
 )
 from figures_rates import rates
-from figures_results import blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
+from figures_results import adapm, blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
 from figures_updates import update_size
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/guides/distributed.md": distributed,
     "docs/guides/measure.md": measure,
     "docs/guides/memory.md": capped,
+    "docs/methods/adapm.md": adapm,
     "docs/methods/muon.md": muon,
     "docs/results/fine_tuning.md": fine_tuning,
     "docs/results/rates.md": rates,

@@ -140,6 +140,9 @@ class Graph:
     def listed(self, mask: int) -> list[Leaf]:
         """The leaves of a mask, in order."""
         found = []
+        if mask.bit_count() > 32:  # one by one each would take as long as the mask has bits
+            held = np.frombuffer(mask.to_bytes(-(-mask.bit_length() // 8), "little"), np.uint8)
+            return [self.order[i] for i in np.flatnonzero(np.unpackbits(held, bitorder="little")).tolist()]
         while mask:
             low = mask & -mask
             found.append(self.order[low.bit_length() - 1])
