@@ -22,8 +22,8 @@ from distributed.serving import of
 from distributed.travel import KINDS, STOPS, WAYS, WAYS_BACK, arrive, arrived, load, run, start
 
 LATER = {"adamw, blockwise", "adamw, stochastic", "adamw, int8", "muon, heads"}
-"""For `make test-all`: Adam-mini's twins of the first two have all their state and a block's besides, and Muon in 8 bits
-has that of the others, but for heads."""
+"""For `make test-all`: Adam-mini's twins of the first two have all their state and a block's besides, and Muon in 8
+bits has that of the others, but for heads."""
 every_kind = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in LATER)) for kind in KINDS]
 )
