@@ -7,12 +7,24 @@ from typing import Any
 IN_A_TRAINER = "sharpwise.integrations.hf.set_optimizer(trainer, name), before trainer.train()"
 
 
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "epsilon": "eps",
+    "wd": "weight_decay",
+    "beta1": "betas",
+    "max_norm": "max_grad_norm",
+}
+"""Options as other libraries call them."""
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A hint for the message about a name that is not known, empty where nothing is near.
 
-    >>> nearest("adamv", ["lion", "adamw"])
-    " (did you mean 'adamw'?)"
+    >>> nearest("adamv", ["lion", "adamw"]), nearest("learning_rate", ["lr", "eps"])
+    (" (did you mean 'adamw'?)", " (did you mean 'lr'?)")
     """
+    if ELSEWHERE.get(word) in (known := [*known]):
+        return f" (did you mean {ELSEWHERE[word]!r}?)"
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
