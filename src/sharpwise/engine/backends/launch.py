@@ -54,7 +54,7 @@ class LaunchTable:
         self._places: list[tuple[int, int, int]] = []  # of their scalars, rates and decays among the values of a step
         self._kept: list[Tensor] = []
         self._found: list[tuple[int, str, ParamView, int]] = []  # rows, and from where on which numbers of a view
-        self._told: list[tuple[int, ParamView, int, int]] = []  # rows bounded as they move, with segment and first unit
+        self._told: list[tuple[ParamView, list[tuple[int, int, int]]]] = []  # bounded as they move: segment, first unit
         self._of_class: list[int] = []
         self._size = self.total = self.elements = self.widest = 0
         self._begun = 0  # rows of the view at hand whose sums have a place
@@ -65,12 +65,14 @@ class LaunchTable:
                 rows = [self._unit(view, unit) for unit in units_of(view)]
             else:
                 rows = self._matrices(view, runs.get(id(view), ()), given, scalars.stochastic, bounded, sums or bounded)
+            if bounded:
+                self._told.append((view, []))
             for row in rows:
                 segment, first_unit = row.pop("segment", 0), row.pop("first unit", 0)
                 if sums:
                     row |= self._summed(view)
                 elif bounded:
-                    self._told.append((len(self._rows), view, segment, first_unit))
+                    self._told[-1][1].append((len(self._rows), segment, first_unit))
                     row |= self._by_unit(view, found, first_unit)
                 scalars_at, rates_at, decays_at = self._places[own]
                 row |= {"scalars_at": scalars_at, "rates_at": rates_at + segment, "decays_at": decays_at + segment}
@@ -235,17 +237,18 @@ class LaunchTable:
             keys = [step_key(int(scalars.t(view)), view.group["seed"]) for view in self._classes]
             own = torch.tensor(keys, dtype=torch.int64, device="cpu")[self._class_of_row]
             self.table[:, self._of_name["key"]] = (self._names + own) & 0xFFFFFFFF
-        kept = []
+        kept: list[Any] = []
         for row, what, view, start in self._found:
             kept.append(_given(view, found)[what].float().contiguous())
             self.table[row, self._of_name[what]] = kept[-1].data_ptr() + 4 * start
-        for row, view, segment, unit in self._told:
+        for view, places in self._told:
             assert found.told is not None
             told = found.told(view)
-            for name, start in (("settings", segment), ("snr_factors", unit)):
-                values_of = getattr(told, name)
-                self.table[row, self._of_name[name]] = 0 if values_of is None else values_of[start:].data_ptr()
-                kept.append(values_of)
+            kept.append(told)
+            for row, segment, unit in places:
+                for name, start in (("settings", segment), ("snr_factors", unit)):
+                    own_values = getattr(told, name)
+                    self.table[row, self._of_name[name]] = 0 if own_values is None else own_values[start:].data_ptr()
         numbers = array("f", values)
         clip = 1.0 if scalars.clip is None else float(scalars.clip_of(self._classes[0]))
         self._move(gradients.buffer_info()[0], numbers.buffer_info()[0], clip)

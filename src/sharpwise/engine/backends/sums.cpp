@@ -61,6 +61,7 @@ template <typename A, typename T> void add_square(Lanes<A>& sum, const T* x) {
   const Lanes<A> value = __builtin_convertvector(lanes(x), Lanes<A>);
   sum += value * value;
 }
+template <typename V> auto sum_of(const V& x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 // Squares are added in groups, in the type A, and the groups in fp64: with A = float in half the time of A = double.
 // Floats overflow at |x| = 1.8e19: what is not finite then is added up again in double.
@@ -80,7 +81,7 @@ template <typename A, typename T> double row_squares(const T* x, int64_t n) {
       add_square<A>(d, x + i + 3 * LANES);
     }
     a = (a + b) + (c + d);
-    total += ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7]));
+    total += sum_of(a);
     for (; i < end; ++i) total += double(to<float>(x[i])) * to<float>(x[i]);
   }
   if constexpr (OVERFLOWS<A>)

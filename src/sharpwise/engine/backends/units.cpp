@@ -18,7 +18,6 @@ inline int64_t chunk(int64_t c, int64_t n) { return std::min(std::min(CHUNK, n),
 
 template <typename T> Lanes<double> wide(const T* x) { return __builtin_convertvector(lanes(x), Lanes<double>); }
 inline void add_to(double* at, const Lanes<double>& x) { *reinterpret_cast<Lanes<double>*>(at) += x; }
-inline double sum_of(const Lanes<double>& x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 // Sums of u u and, if it has to be, of p u and p p. With vectors in so many words: of a loop over numbers of two types
 // GCC makes one that takes four times as long.
@@ -108,10 +107,9 @@ void bound_columns(const Team& team, const Scalars s, const Job& m, double* part
   column_sums<SCALES>(s, m, team.begin(m.rows, STREAMS), team.end(m.rows, STREAMS), 0, n, own, parts + 3 * n * team.thread, n);
   team.meet();
   for (int64_t c = team.begin(n, 16), end = team.end(n, 16); c < end; ++c) {
-    double sums[3] = {};
-    for (int64_t t = 0; t < team.threads; ++t)
-      for (int64_t k = 0; k < 3; ++k) sums[k] += parts[(3 * t + k) * n + c];
-    rates[c] = rate(m, c), decays[c] = decay(m, c);
+    double sums[3];
+    for (int64_t k = 0; k < 3; ++k) sums[k] = added(team, parts, 3 * n, k * n + c);
+    rates[c] = own[c], decays[c] = decay(m, c);
     bound(m, c, m.rows, sums, rates[c], decays[c]);
   }
   team.meet();
@@ -125,9 +123,8 @@ void bound_unit(const Team& team, const Scalars s, const Job& m, double* parts, 
   found.store(parts + 3 * team.thread);
   team.meet();
   if (team.thread == 0) {
-    double sums[3] = {};
-    for (int64_t t = 0; t < team.threads; ++t)
-      for (int64_t k = 0; k < 3; ++k) sums[k] += parts[3 * t + k];
+    double sums[3];
+    for (int64_t k = 0; k < 3; ++k) sums[k] = added(team, parts, 3, k);
     *rates = rate(m, 0), *decays = decay(m, 0);
     bound(m, 0, double(m.rows) * m.columns, sums, *rates, *decays);
   }
