@@ -32,14 +32,15 @@ def of_another_rule(saved: str, own: str) -> str:
 
 
 def check_settings(state_dict: Mapping[str, Any], new: Iterable[Mapping[str, Any]], rule: Rule, who: str) -> None:
-    """Raise TypeError or ValueError where groups, as they were saved, have settings that no step can use.
+    """Raise TypeError or ValueError where groups that another optimizer saved have settings that no step can use.
 
     Only torch's optimizers, and those of others, name no rule in their groups; without state, their settings are all
     that tells one from another.
     """
-    of_others = not any("rule" in group for group in state_dict["param_groups"])
+    if any("rule" in group for group in state_dict["param_groups"]):
+        return
     lacks = sorted({key for group in state_dict["param_groups"] for key in set(rule.defaults) - set(group)})
-    if of_others and lacks and not any(filled(own) for own in state_dict["state"].values()):
+    if lacks and not any(filled(own) for own in state_dict["state"].values()):
         raise ValueError(
             f"{who}: the state dict has no state, and its groups lack {', '.join(lacks)}: it is of another optimizer; "
             f"{ANEW}"
@@ -48,8 +49,6 @@ def check_settings(state_dict: Mapping[str, Any], new: Iterable[Mapping[str, Any
         try:
             rule.validate(group)
         except (TypeError, ValueError) as error:
-            if not of_others:
-                raise
             raise type(error)(f"{who}: the state dict may be of another optimizer: {error}; {ANEW}") from None
 
 
