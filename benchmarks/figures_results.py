@@ -70,16 +70,20 @@ def where(load: Load) -> Iterator[str]:
     yield f"Anything longer than {longest:.1f} tokens per parameter outside the embeddings."
 
 
+def to_baseline(study: dict[str, Any], arm: str) -> str:
+    """How far an arm ended from the baseline, with the verdict; "" of the baseline itself."""
+    found = compared(study).get(arm)
+    return f"{found['mean']:+.3f} ({span(found, 3)}), {found['verdict']}" if found else ""
+
+
 def fine_tuning(load: Load) -> Iterator[str]:
     for name in ("full", "lora"):
         study, texts = load(f"recipes/finetune/{name}.json"), load(f"recipes/finetune/{name}-texts.json")
-        arms = compared(study)
         for arm in (one["name"] for one in study["arms"]):
             own = [row for row in texts if row["arm"] == arm]
             assert len(own) == len(study["seeds"])
             cells = [f"{mean(row[key] for row in own):.3f}" for key in ("loss", "accuracy", "old_loss", "old_accuracy")]
-            to = f"{arms[arm]['mean']:+.3f} ({span(arms[arm], 3)}), {arms[arm]['verdict']}" if arm in arms else ""
-            yield f"| `{arm}` | {best(study, arm)} | {to} | {' | '.join(cells)} |"
+            yield f"| `{arm}` | {best(study, arm)} | {to_baseline(study, arm)} | {' | '.join(cells)} |"
     base = next(row for row in texts if row["arm"] == "base")
     yield f"at {base['loss']:.2f} on the new text and {base['old_loss']:.2f} on the old"
 

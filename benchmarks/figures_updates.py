@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
-from figures_docs import compared, losses, seeds_apart, span
-from figures_results import best
+from figures_docs import losses, seeds_apart, span
+from figures_results import best, to_baseline
 
 Load = Callable[[str], Any]
 WARMED = ("adamw", "lion", "liona", "lionar", "lionar, momentum")
@@ -15,7 +15,7 @@ def update_size(load: Load) -> Iterator[str]:
     study = load("recipes/update_size/warmup.json")
     for arm in WARMED:
         cells = [f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm)]
-        for other in (f"{unwarmed(arm)}", f"{unwarmed(arm)}, lr/2"):
+        for other in (unwarmed(arm), f"{unwarmed(arm)}, lr/2"):
             gap = seeds_apart(study, other, arm)
             cells.append(f"{gap.mean:+.3f} ({span((gap.low, gap.high), 3)})")
         yield f"| `{arm}` | {best(study, arm)} | {' | '.join(cells)} |"
@@ -37,8 +37,3 @@ def hyperball(load: Load) -> Iterator[str]:
 def unwarmed(arm: str) -> str:
     """The arm without warm-up at the same learning rate."""
     return f"{arm}, 0%" if "," in arm else f"{arm} 0%"
-
-
-def to_baseline(study: dict[str, Any], arm: str) -> str:
-    found = compared(study).get(arm)
-    return f"{found['mean']:+.3f} ({span(found, 3)}), {found['verdict']}" if found else ""
