@@ -87,10 +87,10 @@ def loop(name, own, kinds):
 @pytest.mark.skipif(not compiler_present(), reason="needs a C++ compiler")
 def test_printed_as_cpp_it_is_the_format():
     encode, decode = traced()
-    source = loops._text("sums")
+    source = loops.text("sums")
     source += loop("encode", encode, {"x": "const float", "absmax": "float", "out": "uint8_t"})
     source += loop("decode", decode, {"codes": "const uint8_t", "absmax": "float", "out": "float"})
-    library = loops._built(source)
+    library = loops.library(source)
 
     def at(tensor):
         return ctypes.c_void_p(tensor.data_ptr())

@@ -55,9 +55,9 @@ def test_as_cpp(own):
         pytest.skip("needs a C++ compiler")
     encode, decode = traced(own)
     kind = CPP.types[own.dtype_for(torch.float32)]
-    source = loops._text("sums") + loop("encode", encode, {"x": "const float", "absmax": "float", "out": kind})
+    source = loops.text("sums") + loop("encode", encode, {"x": "const float", "absmax": "float", "out": kind})
     source += loop("decode", decode, {"codes": f"const {kind}", "absmax": "float", "out": "float"})
-    library = loops._built(source)
+    library = loops.library(source)
     x, absmax = blocks(own)
     expected = own.encode(x, absmax)
     codes, back = torch.empty_like(expected), torch.empty_like(x)

@@ -64,8 +64,8 @@ class Bounds:
         def bound(some: Sequence[ParamView], updates: Sequence[Tensor]) -> Mapping[int, Lines]:
             return self._bound(some, updates, [None] * len(some), scalars, found, Bucket(group)).lines
 
-        def rates_of(view: ParamView, x: Tensor, rates: Tensor) -> Tensor:
-            return self._of_numerators(view, x, scalars, rates)
+        def rates_of(view: ParamView, x: Tensor, squares: Tensor | None, rates: Tensor) -> Tensor:
+            return self._of_numerators(view, x, squares, scalars, rates)
 
         bounded = self._bound(views, grads, squares, scalars, found, Bucket(group))
         bounded = bounded._replace(bound=bound, rates_of=rates_of, snr_factors=self._snr_factor)
@@ -143,9 +143,12 @@ class Bounds:
         """Whether other rates per block suffice."""
         return self.control.scales_only and view.unit == "matrix" and id(view) in found.rates
 
-    def _of_numerators(self, view: ParamView, x: Tensor, scalars: StepScalars, rates: Tensor) -> Tensor:
-        """Rates per block of a view that no mesh cuts, from the numerators of its elements, which lie as it does."""
-        (rows,) = squares_of([x], [view.dim], self._kernel(view))
+    def _of_numerators(
+        self, view: ParamView, x: Tensor, squares: Tensor | None, scalars: StepScalars, rates: Tensor
+    ) -> Tensor:
+        """Rates per block of a view that no mesh cuts, from the numerators of its elements, which lie as it does, and
+        the sums of their squares per row, if they are known."""
+        rows = self._squares(view, x, squares)
         step = view.spread(rates).double().view(-1)
         return self._bounded(view, self._units(view).gather(rows * step * step)[None], scalars, rates)
 
@@ -153,6 +156,9 @@ class Bounds:
         """Rates per block, times what a control that scales only makes of these sums over matrices."""
         a, _ = self._factors(view, sums, scalars)
         return (a[self._unit_of_block(view)] * rates).to(view.dtype)
+
+    def _squares(self, view: ParamView, x: Tensor, known: Tensor | None) -> Tensor:
+        return squares_of([x], [view.dim], self._kernel(view))[0] if known is None else known
 
     def _kernel(self, view: ParamView) -> Any:
         return self.backends.cpp.of_squares if self.backends is not None and view.device.type == "cpu" else None
@@ -170,7 +176,7 @@ class Bounds:
         rule, kernel = found.rules.get(id(view), view.rule), self._kernel(view)
         if isinstance(view.rule, ThinRule) and view.rule.has_blocks and view.numel:
             room = self.scratch.of(view, view.numel)[: view.numel].view(view.shape)
-            parts = squares_of([rule.fill(room, view.rows_of(g), s, clip)], [view.dim], kernel)
+            parts = [self._squares(view, room, rule.fill(room, view.rows_of(g), clip))]
         else:
             p, g, stored = view.parameter(), view.rows_of(g), view.stored()
             parts = [torch.zeros(p[:0].sum(view.dim).numel(), dtype=torch.float64, device=p.device)]

@@ -1,51 +1,109 @@
 """Reductions: what rules have to know of whole matrices in a step, completed over the processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sharpwise.engine.backends.products import Products
 from sharpwise.engine.mesh import Bucket, Partial, ReduceGroup
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
-from sharpwise.rules.base import Reduction, Rule, Scalars, State, ThinRule
+from sharpwise.rules.base import Product, Reduction, Scalars, State, ThinRule
 from sharpwise.shards import Part
+
+DOWN = 2.0**-20
+"""A factor on thin matrices, so that products with gradients that are yet to be clipped do not overflow."""
 
 
 @dataclass(eq=False)
-class _Pending:
-    """A view whose rule has reductions: its gradient, its hyperparameters, and what has been found so far.
-
-    `kept` is its whole state, `whole` a copy of what that was before the step.
-    """
+class _Member:
+    """A view in a batch: its gradient, its whole state, and where among the matrices of the batch its own are."""
 
     view: ParamView
     g: Tensor
-    kept: dict[str, Tensor]
-    whole: dict[str, Tensor]
-    hyper: Mapping[str, Any]
-    found: dict[str, Tensor] = field(default_factory=dict)
-    first: Partial | None = None
+    kept: Mapping[str, Tensor]
+    span: slice
 
     @property
-    def rule(self) -> Rule:
-        return self.view.rule
+    def matrices(self) -> Tensor:
+        return as_matrices(self.view, self.g.to(self.view.dtype))
 
-    def term(self, asked: Reduction, clip: Any = None) -> Tensor:
-        """The contribution of the part at hand."""
-        dtype = self.view.dtype
-        own = {n: held.decode(dtype) for n, held in zip(self.view.elements, self.view.stored(), strict=True)}
-        g = self.g.to(dtype) if clip is None else self.g.to(dtype) * clip
-        known = {**own, **self.whole, **self.found}
-        return asked.local_term(as_matrices(self.view, g), known, self.hyper, part_of(self.view))
 
-    def complete(self, asked: Reduction, value: Tensor) -> None:
+class _Batch:
+    """Views with equal rules and hyperparameters whose matrices are of one shape: what is thin is worked out for all at
+    once. Rules that are asked for more than products are in batches of one view, and their state has its own shape.
+
+    Attributes:
+        known: whole state as it was before the step, a copy, and what has been found so far: [matrices, ...].
+        first: the terms of the first reduction, which share a collective with others.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[ParamView, Tensor]], scalars: StepScalars, products: Products) -> None:
+        self.rule, self.scalars, self.products = pairs[0][0].rule, scalars, products
+        self.hyper = scalars.hyper(pairs[0][0])
+        self.members: list[_Member] = []
+        self.first: list[Partial] = []
+        end = 0
+        for view, g in pairs:
+            start, end = end, end + part_of(view).shape[0]
+            self.members.append(_Member(view, view.rows_of(g), view.state_of("whole"), slice(start, end)))
+        self.cut, dtype = pairs[0][0].shard.cut, pairs[0][0].dtype
+        own = [one.kept for one in self.members]
+        if isinstance(self.rule, ThinRule):
+            self.known = {name: torch.cat([_three(kept[name]).to(dtype) for kept in own]) for name in own[0]}
+        else:
+            self.known = {name: tensor.to(dtype, copy=True) for name, tensor in own[0].items()}
+        self._thin: tuple[Tensor, Tensor, Any] | None = None
+
+    def terms(self, asked: Reduction | Product, clip: Any = None) -> list[Tensor]:
+        """The contributions of the parts at hand."""
+        if isinstance(asked, Product):
+            factor = asked.factor(self.known)
+            factor = (factor if clip is None else factor * DOWN).to(self.members[0].view.dtype)
+            terms = [self._product(asked, one, factor[one.span]) for one in self.members]
+            return terms if clip is None else [term * (clip / DOWN) for term in terms]
+        (one,) = self.members
+        view, dtype = one.view, one.view.dtype
+        own = {n: held.decode(dtype) for n, held in zip(view.elements, view.stored(), strict=True)}
+        g = one.matrices if clip is None else one.matrices * clip
+        return [asked.local_term(g, {**own, **self.known}, self.hyper, part_of(view))]
+
+    def _product(self, asked: Product, one: _Member, factor: Tensor) -> Tensor:
+        part = part_of(one.view)
+        (copies, rows, columns), whole, wide = part.region, part.shape, factor.shape[2]
+        if asked.side == "right":
+            found = self.products.right(one.matrices, factor[copies, columns])
+            return _placed(found, (*whole[:2], wide), (copies, rows))
+        found = self.products.left(factor[copies, rows], one.matrices)
+        return _placed(found, (whole[0], wide, whole[2]), (copies, slice(None), columns))
+
+    def complete(self, asked: Reduction | Product, values: Sequence[Tensor]) -> None:
         """Take over what a reduction gave, and what follows from it."""
-        self.found[asked.name] = value
+        self.known[asked.name] = values[0] if len(values) == 1 else torch.cat(list(values))
         if asked.then is not None:
-            self.found |= asked.then({**self.whole, **self.found}, self.hyper)
+            self.known |= asked.then(self.known, self.hyper)
+
+    def thin(self) -> tuple[Tensor, Tensor, Any]:
+        """See `ThinRule.thin`: for all matrices, worked out once."""
+        if self._thin is None:
+            s = self.scalars.named(self.members[0].view)
+            self._thin = cast(ThinRule, self.rule).thin(self.known, s)
+        return self._thin
+
+    def write(self) -> "dict[int, Informed]":
+        """New whole state; and the rules, informed, by id of the view."""
+        new = self.rule.finish(self.known, self.scalars.named(self.members[0].view))
+        informed = {}
+        for one in self.members:
+            ok = self.scalars.ok_of(one.view)
+            for name, tensor in one.kept.items() if new else ():
+                value = (new[name][one.span] if isinstance(self.rule, ThinRule) else new[name]).reshape(tensor.shape)
+                tensor.copy_(value if ok is True else torch.where(ok, value, tensor))
+            informed[id(one.view)] = Informed(self, one.view, one.span)
+        return informed
 
 
 class Reductions:
@@ -55,80 +113,95 @@ class Reductions:
         group: the processes that hold parts.
         pairs: all views that move in this step, with gradients; those whose rules have no reductions are passed over.
         scalars: of the step.
+        products: what works out those with thin matrices; together: whether of several views at once.
     """
 
-    def __init__(self, group: ReduceGroup, pairs: Iterable[tuple[ParamView, Tensor]], scalars: StepScalars) -> None:
+    def __init__(
+        self,
+        group: ReduceGroup,
+        pairs: Iterable[tuple[ParamView, Tensor]],
+        scalars: StepScalars,
+        products: Products,
+        together: bool,
+    ) -> None:
         self.group, self.scalars = group, scalars
-        self._pending: list[_Pending] = []
+        found: dict[Any, list[tuple[ParamView, Tensor]]] = {}
         for view, g in pairs:
             if view.rule.reductions:
-                kept = view.state_of("whole")
-                whole = {name: tensor.to(view.dtype, copy=True) for name, tensor in kept.items()}
-                self._pending.append(_Pending(view, view.rows_of(g), kept, whole, scalars.hyper(view)))
+                one = not (together and isinstance(view.rule, ThinRule))
+                shape = part_of(view).shape[1:]
+                key = id(view) if one else (scalars.class_key(view), shape, view.dtype, view.shard.cut)
+                found.setdefault(key, []).append((view, g))
+        self._batches = [_Batch(own, scalars, products) for own in found.values()]
 
     def begin(self, bucket: Bucket) -> None:
         """Add the first sums to the bucket of the norm and the sums over blocks: one collective serves them all."""
-        for one in self._pending:
-            first = one.rule.reductions[0]
-            if first.op == "sum" and one.view.shard.cut:
-                one.first = bucket.add(one.term(first), one.view.shard)
+        for batch in self._batches:
+            first = batch.rule.reductions[0]
+            if first.op == "sum" and batch.cut:
+                pairs = zip(batch.terms(first), batch.members, strict=True)
+                batch.first = [bucket.add(term, one.view.shard) for term, one in pairs]
 
     def run(self, clip: Any) -> None:
         """Complete all reductions, with one collective per stage and operation."""
-        for one in self._pending:
-            own = self.scalars.placed("clip", clip, one.g.device)
-            if one.first is not None:
-                first = one.rule.reductions[0]
-                one.complete(first, one.first.values if own is None else one.first.values * own**first.degree)
-            elif not one.view.shard.cut:  # one after the other, while the gradient is in the cache
-                for asked in one.rule.reductions:
-                    one.complete(asked, one.term(asked, own))
-        pending = [one for one in self._pending if one.view.shard.cut]
-        for k in range(max((len(one.rule.reductions) for one in pending), default=0)):
-            due = [one for one in pending if k < len(one.rule.reductions) and not (k == 0 and one.first)]
+        for batch in self._batches:
+            own, first = self._clip_of(batch, clip), batch.rule.reductions[0]
+            if batch.first:
+                scale = 1.0 if own is None else own**first.degree
+                batch.complete(first, [partial.values * scale for partial in batch.first])
+        for k in range(max((len(batch.rule.reductions) for batch in self._batches), default=0)):
+            due = [own for own in self._batches if k < len(own.rule.reductions) and not (k == 0 and own.first)]
             for op in ("sum", "max"):
-                self._reduce([one for one in due if one.rule.reductions[k].op == op], k, op, clip)
+                self._reduce([own for own in due if own.rule.reductions[k].op == op], k, op, clip)
 
-    def _reduce(self, due: Sequence[_Pending], k: int, op: Any, clip: Any) -> None:
-        bucket = Bucket(self.group, op)
-        own = [self.scalars.placed("clip", clip, one.g.device) for one in due]
-        terms = [one.term(one.rule.reductions[k], factor) for one, factor in zip(due, own, strict=True)]
-        partials = [bucket.add(term, one.view.shard) for one, term in zip(due, terms, strict=True)]
+    def _reduce(self, due: Sequence[_Batch], k: int, op: Any, clip: Any) -> None:
+        bucket, partials = Bucket(self.group, op), []
+        for batch in due:
+            terms = batch.terms(batch.rule.reductions[k], self._clip_of(batch, clip))
+            partials.append([bucket.add(t, one.view.shard) for t, one in zip(terms, batch.members, strict=True)])
         bucket.reduce()
-        for one, partial in zip(due, partials, strict=True):
-            one.complete(one.rule.reductions[k], partial.values)
+        for batch, own in zip(due, partials, strict=True):
+            batch.complete(batch.rule.reductions[k], [partial.values for partial in own])
+
+    def _clip_of(self, batch: _Batch, clip: Any) -> Any:
+        return self.scalars.placed("clip", clip, batch.members[0].view.device)
 
     def written(self) -> "dict[int, Informed]":
         """Write whole state, and give the rules as back ends call them, by id of the view."""
-        rules, scalars = {}, self.scalars
-        for one in self._pending:
-            view, ok = one.view, scalars.ok_of(one.view)
-            known = {**one.whole, **one.found}
-            for name, value in one.rule.finish(known, scalars.named(view)).items():
-                tensor = one.kept[name]
-                value = value.reshape(tensor.shape)
-                tensor.copy_(value if ok is True else torch.where(ok, value, tensor))
-            rules[id(view)] = Informed(view, known)
-        return rules
+        return {key: rule for batch in self._batches for key, rule in batch.write().items()}
 
 
 class Informed:
     """The rule of a view with what its reductions found. Its own whole state is as it was before the step."""
 
-    def __init__(self, view: ParamView, known: State) -> None:
-        self.view, self.rule, self.known = view, view.rule, known
+    def __init__(self, batch: _Batch, view: ParamView, span: slice) -> None:
+        self.batch, self.view, self.rule, self.span = batch, view, view.rule, span
         self.state, self.stage = view.rule.state, view.rule.stage
 
-    def fill(self, x: Tensor, g: Tensor, s: Scalars, scale: Any = None) -> Tensor:
-        """Write what a thin rule has of every element to x, which lies as the view does."""
-        if x.numel():
-            into, given = as_matrices(self.view, x), as_matrices(self.view, g)
-            cast(ThinRule, self.rule).fill(into, given, self.known, part_of(self.view), s, scale)
-        return x
+    def fill(self, x: Tensor, g: Tensor, clip: Any = None) -> Tensor | None:
+        """Write what a thin rule has of every element to x, which lies as the view does.
+
+        Args:
+            g: of any type; it is to be multiplied by clip (None: 1).
+
+        Returns:
+            Sums of x*x over rows or columns of the view, fp64, where they are had without another read.
+        """
+        if not x.numel():
+            return None
+        copies, rows, columns = part_of(self.view).region
+        a, b, beta = self.batch.thin()
+        a, b = a[self.span][copies, rows].to(x.dtype), b[self.span][copies, :, columns].to(x.dtype)
+        beta = beta if clip is None else beta * clip
+        sums = self.batch.products.fill(as_matrices(self.view, x), a, b, as_matrices(self.view, g), beta)
+        return None if sums is None else sums.view(-1)
 
     def direction(self, g: Tensor, state: State, s: Scalars) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        x = {"x": self.fill(torch.empty_like(g), g, s)} if isinstance(self.rule, ThinRule) else {}
-        return self.rule.direction(g, {**state, **self.known, **x}, s)
+        if not isinstance(self.rule, ThinRule):
+            return self.rule.direction(g, {**state, **self.batch.known}, s)
+        x = torch.empty_like(g)
+        self.fill(x, g)
+        return self.rule.direction(g, {**state, "x": x}, s)
 
 
 # -- a view as matrices ------------------------------------------------------------------------------------------------
@@ -155,3 +228,17 @@ def part_of(view: ParamView) -> Part:
         view.kept["part"] = Part(shape, (copies, slice(begin, end), region[first.inputs[0]]))
     found: Part = view.kept["part"]
     return found
+
+
+def _placed(found: Tensor, shape: tuple[int, ...], where: tuple[slice, ...]) -> Tensor:
+    """What a part gives, at its place in the whole."""
+    if tuple(found.shape) == shape:
+        return found
+    whole = found.new_zeros(shape)
+    whole[where] = found
+    return whole
+
+
+def _three(tensor: Tensor) -> Tensor:
+    """Whole state of a thin rule as [copies, ...]."""
+    return tensor if tensor.dim() == 3 else tensor[None]

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from sharpwise.engine import capture
 from sharpwise.engine.backends import Backends
 from sharpwise.engine.backends.base import Found
+from sharpwise.engine.backends.products import Products
 from sharpwise.engine.control import Bounds
 from sharpwise.engine.counter import StepCounter
 from sharpwise.engine.guard import Guard, Scaling, decided_by_host
@@ -30,6 +31,7 @@ from sharpwise.engine.plan import Plan
 from sharpwise.engine.reductions import Reductions
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import ParamView
+from sharpwise.rules.base import ThinRule
 
 
 class Stepper:
@@ -91,6 +93,12 @@ class Stepper:
         exact = clips and any(t.dtype.itemsize < 4 for t in kept)
         return Sums(self.group, self.plan.backends if self.plan.kernels else None, self.options.guarded, exact)
 
+    @cached_property
+    def products(self) -> Products:
+        """What works out those with thin matrices."""
+        own = self.plan.kernels and any(isinstance(v.rule, ThinRule) and v.device.type == "cpu" for v in self.views)
+        return self.plan.backends.cpp.products if own else Products()
+
     def run(self, gradients: Sequence[Tensor | None], scaling: Scaling | None = None) -> None:
         """Take a step with the parameters that have gradients, unless it is skipped for a non-finite one.
 
@@ -102,12 +110,12 @@ class Stepper:
         if scaling is not None and scaling.decided_by_device:
             self.counter.leave_to_device()
         scalars, (works, by_block) = self.scalars, self.plan.works(active, grads)
+        scalars.clear()
         bucket, pairs = Bucket(self.group), zip(active, grads, strict=True) if self._reduces else ()
-        reductions = Reductions(self.group, pairs, scalars)
+        reductions = Reductions(self.group, pairs, scalars, self.products, self.plan.kernels)
         reductions.begin(bucket)
         if self.bounds is not None:
             self.bounds.snr.begin(active, grads, bucket)
-        scalars.clear()
         if capture.capturing():
             capture.check(self.options, [(work.backend.name, work.views) for work in works], scalars)
             self.counter.leave_to_device()  # which counts when the graph is replayed

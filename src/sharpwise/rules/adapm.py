@@ -41,7 +41,7 @@ from sharpwise.rules.adam_mini import AdamMini
 from sharpwise.rules.adamw import AdamW
 from sharpwise.rules.base import (
     Kind,
-    Reduction,
+    Product,
     Rule,
     Scalars,
     State,
@@ -51,7 +51,6 @@ from sharpwise.rules.base import (
     check_nonnegative,
     divide,
 )
-from sharpwise.shards import Part
 from sharpwise.storage.dense import mix
 
 Momentum = Literal["none", "full", "low_rank"]
@@ -159,29 +158,19 @@ class LowRank(_Partial, ThinRule):
     # -- the factors -----------------------------------------------------------------------------------------------
 
     @property
-    def reductions(self) -> tuple[Reduction, ...]:
+    def reductions(self) -> tuple[Product, ...]:
         return (
-            Reduction("g_right", _times_right, then=_new_left),
-            Reduction("left_g", _times_left, then=_new_right),
+            Product("g_right", "right", lambda state: _unit(state["right"]).mT, then=_new_left),
+            Product("left_g", "left", lambda state: state["new_left"], then=_new_right),
         )
 
     def finish(self, state: State, s: Scalars) -> dict[str, Tensor]:
         return {"left": state["new_left"], "right": state["new_right"]}
 
-    def fill(self, x: Tensor, g: Tensor, found: State, part: Part, s: Scalars, scale: Any = None) -> None:
-        copies, rows, columns = part.region
-        left, right, new_left, new_right = (
-            _three(found[name]).to(x.dtype) for name in ("left", "right", "new_left", "new_right")
-        )
-        a = torch.cat([new_left * s["of_new"], left * s["of_old"]], -1)[copies, rows]
-        b = torch.cat([new_right, right], -2)[copies, :, columns]
-        beta = s["of_gradient"] if scale is None else s["of_gradient"] * scale
-        if isinstance(beta, float):
-            for own, gradient, tall, wide in zip(x, g, a, b, strict=True):
-                torch.addmm(gradient.to(x.dtype), tall, wide, beta=beta, out=own)
-        else:
-            torch.matmul(a, b, out=x)
-            x.add_(g.to(x.dtype) * beta)
+    def thin(self, found: State, s: Scalars) -> tuple[Tensor, Tensor, Any]:
+        left, right = found["left"], found["right"]
+        a = torch.cat([found["new_left"].to(left.dtype) * s["of_new"], left * s["of_old"]], -1)
+        return a, torch.cat([found["new_right"].to(right.dtype), right], -2), s["of_gradient"]
 
 
 def sketch(rank: int, columns: int, device: torch.device) -> Tensor:
@@ -190,60 +179,32 @@ def sketch(rank: int, columns: int, device: torch.device) -> Tensor:
     return (mix(places).double() * 2.0**-31 - 1).float().view(rank, columns)
 
 
-def _three(factor: Tensor) -> Tensor:
-    """A factor as [copies, ...]."""
-    return factor if factor.dim() == 3 else factor[None]
-
-
 def _unit(right: Tensor) -> Tensor:
     """A right factor whose largest number is 1: products with it neither vanish nor overflow."""
+    return right / _largest(right)
+
+
+def _largest(right: Tensor) -> Tensor:
     largest = right.abs().amax((-2, -1), keepdim=True)
-    return right / torch.where(largest > 0, largest, 1.0)
-
-
-def _times_right(g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
-    copies, rows, columns = part.region
-    unit = _unit(_three(state["right"]))
-    product = _product(g, unit[copies, :, columns].mT)
-    return _placed(product, (*part.shape[:2], unit.shape[1]), (copies, rows))
-
-
-def _times_left(g: Tensor, state: State, hyper: Mapping[str, Any], part: Part) -> Tensor:
-    copies, rows, columns = part.region
-    left = state["new_left"]
-    product = _product(left[copies, rows].to(g.dtype).mT, g)
-    return _placed(product, (part.shape[0], left.shape[-1], part.shape[2]), (copies, slice(None), columns))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of each copy; one alone is no batch, which is slower."""
-    return torch.mm(a[0], b[0])[None] if len(a) == 1 else a @ b
-
-
-def _placed(product: Tensor, shape: tuple[int, ...], where: tuple[slice, ...]) -> Tensor:
-    """What a part gives, at its place in the whole."""
-    if tuple(product.shape) == shape:
-        return product
-    whole = product.new_zeros(shape)
-    whole[where] = product
-    return whole
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def _new_left(state: State, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
     """fp64: it is thin, and inverses magnify the last bits."""
     b1 = hyper["betas"][0]
-    left, right, g_right = (_three(state[name]).double() for name in ("left", "right", "g_right"))
-    unit = _unit(right)
-    m_right = b1 * (left @ (right @ unit.mT)) + (1 - b1) * g_right
-    left = torch.cholesky_solve(m_right.mT, _root(unit @ unit.mT)).mT
-    return {"new_left": torch.linalg.solve_triangular(_root(left.mT @ left), left.mT, upper=False).mT}
+    left, right, g_right = (state[name].double() for name in ("left", "right", "g_right"))
+    scale = _largest(right)
+    gram = right @ right.mT / scale
+    m_right = torch.baddbmm(g_right * (1 - b1), left, gram * b1)
+    left = m_right @ torch.cholesky_inverse(_root(gram / scale))
+    return {"new_left": left @ _inverse(_root(left.mT @ left)).mT}
 
 
 def _new_right(state: State, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
     b1, new = hyper["betas"][0], state["new_left"]
-    left, right, left_g = (_three(state[name]).double() for name in ("left", "right", "left_g"))
-    left_m = b1 * ((new.mT @ left) @ right) + (1 - b1) * left_g
-    found = torch.cholesky_solve(left_m, _root(new.mT @ new))
+    left, right, left_g = (state[name].double() for name in ("left", "right", "left_g"))
+    left_m = torch.baddbmm(left_g * (1 - b1), new.mT @ left * b1, right)
+    found = torch.cholesky_inverse(_root(new.mT @ new)) @ left_m
     # NaN moves on: only what is known to be small does not.
     stays = found.abs().amax((-2, -1), keepdim=True) < SMALLEST
     return {"new_left": torch.where(stays, 0.0, new), "new_right": torch.where(stays, right, found)}
@@ -255,6 +216,11 @@ def _root(gram: Tensor) -> Tensor:
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     root: Tensor = torch.linalg.cholesky_ex(gram + unit * torch.where(mean == 0, 1.0, RIDGE * mean))[0]
     return root
+
+
+def _inverse(root: Tensor) -> Tensor:
+    unit = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    return torch.linalg.solve_triangular(root, unit.expand_as(root), upper=False)
 
 
 # -- which matrix keeps what -------------------------------------------------------------------------------------------

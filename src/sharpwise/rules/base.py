@@ -58,6 +58,25 @@ class Reduction:
     then: Callable[[State, Mapping[str, Any]], dict[str, Tensor]] | None = None
 
 
+@dataclass(frozen=True)
+class Product:
+    """A reduction that is a product of the gradient g [copies, rows, columns] with a thin matrix F.
+
+    Args:
+        name, then: as of a `Reduction`.
+        side: "right": g F, F [copies, columns, r]; "left": F^T g, F [copies, rows, r].
+        factor: state -> F of the whole, where g may be a part; any type.
+    """
+
+    name: str
+    side: Literal["right", "left"]
+    factor: Callable[[State], Tensor]
+    then: Callable[[State, Mapping[str, Any]], dict[str, Tensor]] | None = None
+
+    op: ClassVar[Literal["sum"]] = "sum"
+    degree: ClassVar[int] = 1
+
+
 class Rule:
     """Base of all rules. Concrete rules are frozen dataclasses; nothing concrete is overridden twice.
 
@@ -167,7 +186,7 @@ class Rule:
         raise NotImplementedError
 
     @property
-    def reductions(self) -> tuple[Reduction, ...]:
+    def reductions(self) -> tuple[Reduction | Product, ...]:
         """What has to be known of the whole matrix, in order. Such a rule moves matrices only, those of one role of a
         parameter."""
         return ()
@@ -215,16 +234,15 @@ class MatrixRule(Rule):
 
 
 class ThinRule(Rule):
-    """A rule whose reductions are sums of products with thin matrices, from which it has a number `x` per element.
+    """A rule whose reductions are products with thin matrices, from which it has a number x of every element.
 
-    `fill` writes x of all elements, and `direction` finds that of its own in its state.
+    x = a b + c g, and `direction` finds that of its own element in its state.
     """
 
-    def fill(self, x: Tensor, g: Tensor, found: State, part: Part, s: Scalars, scale: Any = None) -> None:
-        """Write x [copies, rows, columns] of the part at hand.
+    def thin(self, found: State, s: Scalars) -> tuple[Tensor, Tensor, Any]:
+        """a [copies, rows, n], b [copies, n, columns], both of the whole, and c.
 
         Args:
-            g: the gradient, of any type, as x is; it is to be multiplied by `scale` (None: 1).
             found: whole state as it was before the step, and what the reductions found.
         """
         raise NotImplementedError

@@ -72,7 +72,8 @@ class Found(NamedTuple):
         lines: of those with a control, in place of `rates` and of the rates and decays among the scalars.
         bound: what gives the lines of views whose updates are known only in the step; every process calls it alike.
         rates_of: what bounds the rates per block of a view of which its back end alone has the numerators of all
-            elements: (view, numerators, rates) -> rates. None where there is no such bound.
+            elements: (view, numerators, sums of their squares per row or None, rates) -> rates. None where there is no
+            such bound.
         told: what a control is told of views that have no `lines`; None without a control.
         snr_factors: of each unit of such a view the factor of its gradient SNR, fp64; None for 1.
     """
@@ -81,7 +82,7 @@ class Found(NamedTuple):
     rules: Mapping[int, Any]
     lines: Mapping[int, Lines] = {}
     bound: Callable[[Sequence[ParamView], Sequence[Tensor]], Mapping[int, Lines]] = unbounded
-    rates_of: Callable[[ParamView, Tensor, Tensor], Tensor] | None = None
+    rates_of: Callable[[ParamView, Tensor, Tensor | None, Tensor], Tensor] | None = None
     told: Callable[[ParamView], Told] | None = None
     snr_factors: Callable[[ParamView], Tensor | None] | None = None
 

@@ -18,6 +18,7 @@ from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler
 from sharpwise.engine.backends.cpp_print import Form
 from sharpwise.engine.backends.launch import LaunchTable, index_refused, units_of
 from sharpwise.engine.backends.loops import SHARED
+from sharpwise.engine.backends.products import OwnProducts, Products
 from sharpwise.engine.layout import Rectangle
 from sharpwise.engine.scalars import StepScalars
 from sharpwise.engine.view import HELD, ParamView
@@ -163,13 +164,19 @@ class Cpp(Backend):
     @property
     def of_squares(self) -> loops.Squares | None:
         """The kernel of sums of squares; None where there is none."""
-        kernel = self._kernel(None)
+        kernel = self._kernel(loops.Squares)
         return kernel if isinstance(kernel, loops.Squares) else None
 
-    def _kernel(self, form: Form | None) -> Any:
-        """The kernel of a form, or (None) that of sums of squares; why it cannot be built, if so. See `loops`."""
+    @property
+    def products(self) -> Products:
+        """What works out products with thin matrices: by torch where there is no kernel."""
+        kernel = self._kernel(OwnProducts)
+        return kernel if isinstance(kernel, OwnProducts) else Products()
+
+    def _kernel(self, form: Form | type) -> Any:
+        """The kernel of a form, or one of its own class; why it cannot be built, if so. See `loops`."""
         if form not in self._kernels:
-            build = loops.Squares if form is None else partial(loops.Kernel, form)
+            build = form if isinstance(form, type) else partial(loops.Kernel, form)
             self._kernels[form] = built(build) if compiler_present() else ABSENT
         return self._kernels[form]
 

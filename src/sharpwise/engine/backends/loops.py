@@ -33,8 +33,8 @@ class Squares:
     """Sums of squares of tensors. Raises whatever building the library raises."""
 
     def __init__(self) -> None:
-        self.source = _text("sums") + _text("squares")
-        self._library = _built(self.source)
+        self.source = text("sums") + text("squares")
+        self._library = library(self.source)
         self._library.total.restype = ctypes.c_double
 
     @staticmethod
@@ -57,7 +57,7 @@ class Squares:
         threads = torch.get_num_threads()
         scratch = [empty(widest * threads, torch.float64) for _ in range(2)]
         arguments = torch.tensor(table, dtype=torch.int64, device="cpu")
-        self._library.squares(_at(arguments), ctypes.c_int64(len(matrices)), *map(_at, scratch), int(exact), threads)
+        self._library.squares(at(arguments), ctypes.c_int64(len(matrices)), *map(at, scratch), int(exact), threads)
         return list(sums.split(sizes))
 
     def total(self, tensors: Sequence[Tensor], exact: bool = False) -> float:
@@ -90,8 +90,8 @@ class Kernel:
         self.control = form.control
         self.scalars = (*program.scalars, *OURS)
         self.width = len(self.tensors) + len(NUMBERS) + len(TABLES) + len(BOUNDS)
-        self.source = _text("sums") + written(program, form) + _text("units") + _text("step")
-        self._library = _built(self.source)
+        self.source = text("sums") + written(program, form) + text("units") + text("step")
+        self._library = library(self.source)
 
     def call(
         self, table: Tensor, total: int, widest: int, threads: int, sums: bool = False
@@ -108,7 +108,7 @@ class Kernel:
         parts = (3 if self.control is not None else 1) * widest  # a control has three sums of each column or unit
         scratch = [empty(widest * threads, torch.float64), empty(parts * threads, torch.float64)]
         scratch += [empty(2 * widest * (threads + 1), torch.float32), empty(widest * (threads + 1), torch.float64)]
-        fixed = (_at(table), ctypes.c_int64(len(table)), ctypes.c_int64(total), *map(_at, scratch))
+        fixed = (at(table), ctypes.c_int64(len(table)), ctypes.c_int64(total), *map(at, scratch))
         sizes, function = (ctypes.c_int64(widest), ctypes.c_int(threads)), self._library["sums" if sums else "step"]
         function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double]
 
@@ -129,15 +129,18 @@ def empty(n: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(n, dtype=dtype, device="cpu")
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
+def at(tensor: Tensor) -> ctypes.c_void_p:
+    """Its address, as an argument."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _text(name: str) -> str:
+def text(name: str) -> str:
+    """One of our sources in C++."""
     return Path(__file__).with_name(f"{name}.cpp").read_text(encoding="utf-8")
 
 
-def _built(source: str) -> ctypes.CDLL:
+def library(source: str, *flags: str) -> ctypes.CDLL:
+    """What a source is compiled to, with flags of its own."""
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
@@ -149,7 +152,7 @@ def _built(source: str) -> ctypes.CDLL:
         # processor's own flags are read all the same.
         with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():
             wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-            return CppCodeCache.load(source, extra_flags=(*_FLAGS, *(_WIDEST if wide else ())))
+            return CppCodeCache.load(source, extra_flags=(*_FLAGS, *flags, *(_WIDEST if wide else ())))
     finally:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
         if before is not None:

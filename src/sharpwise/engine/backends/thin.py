@@ -106,10 +106,10 @@ class Thin(Backend):
             stage = self._current(view, g.dtype)
             own = stage.views[0]
             clip = None if scalars.clip is None else scalars.clip_of(view)
-            found.rules[id(view)].fill(stage.x, view.rows_of(g), scalars.named(view), clip)
+            squares = found.rules[id(view)].fill(stage.x, view.rows_of(g), clip)
             rates, bounded = found.rates.get(id(view)), id(view) in found.lines or view.shard.cut
             if rates is not None and found.rates_of is not None and not bounded:
-                rates = found.rates_of(view, stage.x, rates)
+                rates = found.rates_of(view, stage.x, squares, rates)
             if stage.copied:
                 view.put_rows(stage.whole, stage.x)
             given = [g] if stage.beside else [stage.whole]
