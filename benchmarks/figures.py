@@ -28,8 +28,9 @@ from figures_docs import (
     muon,
     storage,
 )
+from figures_methods import adapm, blockwise_adam
 from figures_rates import rates
-from figures_results import adapm, blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
+from figures_results import blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
 from figures_updates import update_size
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,7 @@ DOCUMENTS: dict[str, Callable[[Load], Iterator[str]]] = {
     "docs/guides/measure.md": measure,
     "docs/guides/memory.md": capped,
     "docs/methods/adapm.md": adapm,
+    "docs/methods/blockwise_adam.md": blockwise_adam,
     "docs/methods/muon.md": muon,
     "docs/results/fine_tuning.md": fine_tuning,
     "docs/results/rates.md": rates,

@@ -164,12 +164,6 @@ def controls(load: Load) -> Iterator[str]:
         yield f"{name} {linear:.1f} and {conv:.1f}"
 
 
-def adapm(load: Load) -> Iterator[str]:
-    layouts = load("benchmarks/results/step_time_further.json")["layouts"]
-    linear, conv = (layouts[of]["arms"]["sharpwise AdaPM r=16, block v"]["ratio"] for of in ("linear", "conv1d"))
-    yield f"takes {linear:.1f} times as long where matrices are `Linear`, {conv:.1f} where they are `Conv1D`"
-
-
 def of_steps(found: dict[str, Any]) -> Iterator[str]:
     where, conv, linear = found["environment"], found["layouts"]["conv1d"], found["layouts"]["linear"]
     assert "AVX512" not in where["capability"]

@@ -5,6 +5,7 @@ from statistics import mean
 from typing import Any
 
 from figures_docs import losses, seeds_apart, span
+from figures_methods import edge
 from figures_results import best, to_baseline
 
 Load = Callable[[str], Any]
@@ -22,6 +23,7 @@ def update_size(load: Load) -> Iterator[str]:
     budget = study["budget"]
     yield f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
     yield from hyperball(load)
+    yield from edge(load)
 
 
 def hyperball(load: Load) -> Iterator[str]:

@@ -89,14 +89,15 @@ LONGEST = 1 << 18
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
     *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks", "line"),
-    *("over", "pitch", "unit"),
+    *("over", "pitch", "own_pitch", "unit"),
 )
 """What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
 if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
 where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
 its factors of decay likewise; where the scalars are; the global number of its first element, from row to row; the key
 of its noise; blocks of columns; elements of a line, where blocks of state lie within those; of what a control bounds,
-which of `overs_of` it is, how far its rows are apart, and 1 if all of it is one unit."""
+which of `overs_of` it is; how far its rows are apart in the parameter and its gradient, and in state; and 1 if a
+control bounds all of it as one unit."""
 TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
 """And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
 rates are; `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
@@ -123,7 +124,7 @@ def written(program: Program, form: Form) -> str:
     stored = {"p": Dense.of(form.param), **{name: own for name, own in state.items() if name not in blocks}}
     read = {**stored, "g": Dense.of(form.grad)}
     scalars = [*_scalars(program).values(), *(f"s.{name}" for name in OURS)]
-    pointers = "".join(_pointer(name, own, "at", "const " * (name == "g")) for name, own in read.items())
+    pointers = "".join(_pointer(name, own, _at(name), "const " * (name == "g")) for name, own in read.items())
     return f"""
 using P = {CPP.types[form.param]};
 using G = {CPP.types[form.grad]};
@@ -158,8 +159,9 @@ inline void begin_step(Job* jobs, int64_t count, const int64_t* gradients, const
 inline float rate(const Job& m, int64_t r) {{ return m.rates[m.rate_of ? m.rate_of[r] : r * m.rate_stride]; }}
 inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.decay_of[r] : r * m.decay_stride]; }}
 template <typename Rates, typename Decays>
-inline void move(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, Decays decays, int64_t index) {{
-{pointers}  const int64_t key = m.key;
+inline void move(const Scalars s, const Job& m, int64_t r, int64_t c, int64_t n, Rates rates, Decays decays,
+                 int64_t index) {{
+{_PLACES}{pointers}  const int64_t key = m.key;
 {_moves(program, read, list(stored), form)}}}
 {_denominator(program, blocks) if blocks else _NO_PHASE}
 {_aims(program, read) if form.aims else _NO_AIM}
@@ -210,7 +212,7 @@ def _by_block(loop: str, after: str, read: Mapping[str, Format]) -> str:
 _NO_AIM = """
 constexpr bool AIMS = false;
 constexpr int64_t CODED = 0;
-template <typename Rates> inline void aim(const Scalars, const Job&, int64_t, int64_t, Rates, float*) {}
+template <typename Rates> inline void aim(const Scalars, const Job&, int64_t, int64_t, int64_t, Rates, float*) {}
 """
 _NO_BOUND = """
 constexpr bool CONTROLLED = false, SCALES = false;
@@ -219,10 +221,10 @@ inline void bound(const Job&, int64_t, double, const double*, float&, float&) {}
 
 
 def _aims(program: Program, read: Mapping[str, Format]) -> str:
-    """What would be subtracted of n elements from `at` on; where elements have codes by block, of one block alone."""
+    """What would be subtracted of n elements of a row; where elements have codes by block, of one block alone."""
     assert program.aim is not None
     blocked = [name for name, own in read.items() if own.block]
-    pointers = "".join(_pointer(name, own, "at", "const ") for name, own in read.items())
+    pointers = "".join(_pointer(name, own, _at(name), "const ") for name, own in read.items())
     after = "".join(f"  ++{_named(f'absmax.{name}')};\n" for name in blocked)
     inputs = {name: f"{_named(name)}[i]" for name in read} | {"rate": "rates[i]", "clip": "s.clip"}
     inputs |= {f"absmax.{name}": f"{_named(name)}old" for name in blocked} | _scalars(program)
@@ -232,8 +234,8 @@ def _aims(program: Program, read: Mapping[str, Format]) -> str:
 constexpr bool AIMS = true;
 constexpr int64_t CODED = {max((read[name].block for name in blocked), default=0)};
 template <typename Rates>
-inline void aim(const Scalars s, const Job& m, int64_t at, int64_t n, Rates rates, float* __restrict__ u) {{
-{pointers}{_by_block(loop, after, read)}}}
+inline void aim(const Scalars s, const Job& m, int64_t r, int64_t c, int64_t n, Rates rates, float* __restrict__ u) {{
+{_PLACES}{pointers}{_by_block(loop, after, read)}}}
 """
 
 
@@ -286,6 +288,14 @@ def _named(name: str) -> str:
     if name.startswith("absmax."):
         return f"{_named(name.removeprefix('absmax.'))}absmax"
     return f"{name.removeprefix('state.')}_" if name.startswith("state.") else name  # none of ours has a _ there
+
+
+_PLACES = "  const int64_t there = r * m.pitch + c, at = r * m.own_pitch + c;\n"
+
+
+def _at(name: str) -> str:
+    """Where the elements at hand begin: the parameter and its gradient may be columns of a wider matrix."""
+    return "there" if name in ("p", "g") else "at"
 
 
 def _type(own: Format) -> str:

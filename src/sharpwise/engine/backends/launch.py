@@ -129,7 +129,8 @@ class LaunchTable:
             row |= {"counts": self._address(layout.counts), "block_of": self._address(layout.block_of_row)}
             return [row | self._by_line(view, segments)]
         blocked = any(held.format.block for held in view.stored())  # whose lines are taken one by one
-        if view.uniform and not given and not blocked and not lines and not (stochastic and scattered(view)):
+        flat = view.uniform and view.contiguous and not (stochastic and scattered(view))
+        if flat and not given and not blocked and not lines:
             return [self._row(view, 0, (1, view.numel), True) | {"first": first}]
         if by_row and shape[1] == 1:
             shape, by_row = (1, shape[0]), False  # numbers with rates of their own
@@ -175,7 +176,8 @@ class LaunchTable:
     def _unit(self, view: ParamView, own: "Unit") -> dict[str, int]:
         """A unit that is bounded as a whole, by all threads if it is large."""
         row = self._row(view, own.start, (own.rows, own.columns), False, together=view.numel >= SHARED)
-        row |= {"first": first_index(view)[0] + own.start, "stride": own.pitch, "pitch": own.pitch}
+        row |= {"first": first_index(view)[0] + own.start, "stride": own.pitch}
+        row |= {"pitch": own.pitch, "own_pitch": own.pitch}
         return row | {"unit": 1, "segment": own.segment, "first unit": own.number}
 
     def _by_line(self, view: ParamView, segments: Tensor | None, start: int = 0) -> dict[str, int]:
@@ -198,8 +200,11 @@ class LaunchTable:
             if held.absmax is not None:
                 at = start // view.shape[-1] * held.absmax.shape[-1]
                 absmax[f"absmax.state.{name}"] = self._address(held.absmax, at)
-        skipped = rows.start * view.shape[1] if isinstance(rows, slice) else 0
+        skipped = rows.start * (view.shape[1] if view.by_row else 1) if isinstance(rows, slice) else 0
         numbers = {"rows": shape[0], "columns": shape[1], "by_row": by_row, "before": before}
+        numbers |= {"pitch": shape[1], "own_pitch": shape[1]}
+        if not view.contiguous:
+            numbers |= columns_of(view)
         addresses = {name: self._address(tensor, start) for name, tensor in tensors.items()} | absmax
         return {**addresses, **numbers, "offset": skipped + start}
 
@@ -282,7 +287,7 @@ class Unit(NamedTuple):
 def units_of(view: ParamView) -> list[Unit]:
     """The units of a view that is bounded by whole matrices, or by vectors; none if not each is one rectangle here."""
     coded = any(held.format.block for held in view.stored())
-    if view.unit != "matrix" or view.shard.cut or view.rule.has_blocks or coded:
+    if view.unit != "matrix" or view.shard.cut or view.rule.has_blocks or coded or not view.contiguous:
         return []
     counts = [view.units_of(segment) for segment in view.segments]
     numbers = list(accumulate(counts, initial=0))
@@ -298,6 +303,17 @@ def units_of(view: ParamView) -> list[Unit]:
             found.append(Unit(start, *shape, own.pitch if own.rows > 1 else width, own.segment, numbers[own.segment]))
             numbers[own.segment] += 1
     return found if len(found) == sum(counts) else []
+
+
+def columns_of(view: ParamView) -> dict[str, int]:
+    """How far the rows of a view are apart that is some columns of a parameter; {} for others, which are not."""
+    stored = view.stored()
+    if view.by_row or not isinstance(view.layout.rows, slice) or len(view.shape) != 2:
+        return {}
+    apart = {held.codes.stride(0) for held in stored}
+    if len(apart) > 1 or any(held.format.block for held in stored) or not local(view.param).is_contiguous():
+        return {}
+    return {"pitch": view.whole_shape[-1], "own_pitch": min(apart, default=view.shape[1])}
 
 
 def scattered(view: ParamView) -> bool:
@@ -316,7 +332,7 @@ def first_index(view: ParamView) -> tuple[int, int]:
     stride = 1
     if len(shape) > 1:
         stride = math.prod(shape[view.segments[0].dim + 1 :]) if view.by_row else int(shape[-1])
-    return first + (rows.start * stride if isinstance(rows, slice) else 0), stride
+    return first + (rows.start * (stride if view.by_row else 1) if isinstance(rows, slice) else 0), stride
 
 
 def index_refused(view: ParamView) -> str:

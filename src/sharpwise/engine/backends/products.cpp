@@ -1,6 +1,7 @@
 // Products of a matrix with thin ones, by the row or the vector. Comes after sums.cpp.
 //
-// A matrix m is [rows, columns], its rows `pitch` apart. Thin ones are as wide as a multiple of WIDE, filled up with zeros.
+// A matrix m is [rows, columns], its rows `pitch` apart. Thin ones are packed first: as wide as a multiple of WIDE, filled
+// up with zeros.
 
 namespace {
 
@@ -21,6 +22,29 @@ struct Lying {
   int64_t rows, columns, pitch;
   const float* operator[](int64_t r) const { return data + r * pitch; }
 };
+
+// A thin matrix as it is given: numbers `down` apart from row to row, `across` from column to column.
+struct Thin {
+  const float* data;
+  int64_t rows, columns, down, across;
+  float at(int64_t r, int64_t c) const { return c < columns ? data[r * down + c * across] : 0.0f; }
+  int64_t width() const { return (columns + WIDE - 1) / WIDE * WIDE; }
+};
+// As [rows, width].
+void pack_rows(const Team& team, const Thin& thin, float* packed) {
+  const int64_t width = thin.width();
+  for (int64_t r = team.begin(thin.rows, 1), end = team.end(thin.rows, 1); r < end; ++r)
+    for (int64_t c = 0; c < width; ++c) packed[r * width + c] = thin.at(r, c);
+  team.meet();
+}
+// As panels of WIDE columns, [panels, rows, WIDE].
+void pack_panels(const Team& team, const Thin& thin, float* packed) {
+  const int64_t width = thin.width();
+  for (int64_t c = team.begin(width, WIDE), end = team.end(width, WIDE); c < end; c += WIDE)
+    for (int64_t r = 0; r < thin.rows; ++r)
+      for (int64_t i = 0; i < WIDE; ++i) packed[c * thin.rows + r * WIDE + i] = thin.at(r, c + i);
+  team.meet();
+}
 
 // out = m thin, for N rows from r on and WIDE columns from k on; thin [columns, width].
 template <int N> void right_rows(const Lying& m, const float* thin, float* out, int64_t width, int64_t r, int64_t k) {
@@ -55,7 +79,7 @@ void left_rows(const Lying& m, const float* thin, float* out, int64_t width, int
 struct Sum {
   Lying m;
   const float *a, *b;
-  int64_t inner;
+  int64_t inner, pitch;
   float beta, *x;
 };
 template <int N, int P> void fill_panels(const Sum& s, int64_t r, int64_t c) {
@@ -64,7 +88,10 @@ template <int N, int P> void fill_panels(const Sum& s, int64_t r, int64_t c) {
   #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
     #pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) sum[i][j] = s.beta * wide(s.m[r + i] + c + j * WIDE);
+    for (int j = 0; j < P; ++j) {
+      sum[i][j] = s.beta * wide(s.m[r + i] + c + j * WIDE);
+      __builtin_prefetch(s.m[r + i + ROWS] + c + j * WIDE, 0, 2);
+    }
   for (int64_t k = 0; k < s.inner; ++k) {
     #pragma GCC unroll 8
     for (int j = 0; j < P; ++j) t[j] = wide(panel + (j * s.inner + k) * WIDE);
@@ -76,7 +103,7 @@ template <int N, int P> void fill_panels(const Sum& s, int64_t r, int64_t c) {
   #pragma GCC unroll 8
   for (int i = 0; i < N; ++i)
     #pragma GCC unroll 8
-    for (int j = 0; j < P; ++j) wide(s.x + (r + i) * s.m.columns + c + j * WIDE) = sum[i][j];
+    for (int j = 0; j < P; ++j) wide(s.x + (r + i) * s.pitch + c + j * WIDE) = sum[i][j];
 }
 template <int N> void fill_rows(const Sum& s, int64_t r) {
   int64_t c = 0;
@@ -86,7 +113,7 @@ template <int N> void fill_rows(const Sum& s, int64_t r) {
     for (int64_t i = r; i < r + N; ++i) {
       float sum = s.beta * s.m[i][c];
       for (int64_t k = 0; k < s.inner; ++k) sum += s.a[i * s.inner + k] * s.b[(c / WIDE * s.inner + k) * WIDE + c % WIDE];
-      s.x[i * s.m.columns + c] = sum;
+      s.x[i * s.pitch + c] = sum;
     }
 }
 void fill(const Sum& s, int64_t begin, int64_t end) {
@@ -96,13 +123,14 @@ void fill(const Sum& s, int64_t begin, int64_t end) {
 
 }  // namespace
 
-// out [rows, width] = m thin, thin [columns, width].
-extern "C" void right(const float* data, int64_t rows, int64_t columns, int64_t pitch, const float* thin, float* out,
-                      int64_t width, int threads) {
-  const Lying m{data, rows, columns, pitch};
+// out [rows, width] = m thin.
+extern "C" void right(const Lying* given, const Thin* factor, float* thin, float* out, int threads) {
+  const Lying m = *given;
+  const int64_t rows = m.rows, width = factor->width();
   #pragma omp parallel num_threads(threads)
   {
     const Team team = all_threads();
+    pack_rows(team, *factor, thin);
     int64_t r = team.begin(rows, ROWS);
     const int64_t end = team.end(rows, ROWS);
     for (; r + ROWS <= end; r += ROWS)
@@ -112,13 +140,14 @@ extern "C" void right(const float* data, int64_t rows, int64_t columns, int64_t 
   }
 }
 
-// out [width, columns] = thin^T m, thin [rows, width]. Threads share columns: each reads a part of every row.
-extern "C" void left(const float* data, int64_t rows, int64_t columns, int64_t pitch, const float* thin, float* out,
-                     int64_t width, int threads) {
-  const Lying m{data, rows, columns, pitch};
+// out [width, columns] = thin^T m. Threads share columns: each reads a part of every row.
+extern "C" void left(const Lying* given, const Thin* factor, float* thin, float* out, int threads) {
+  const Lying m = *given;
+  const int64_t rows = m.rows, columns = m.columns, width = factor->width();
   #pragma omp parallel num_threads(threads)
   {
     const Team team = all_threads();
+    pack_rows(team, *factor, thin);
     const int64_t first = team.begin(columns, WIDE), last = team.end(columns, WIDE), whole = last / WIDE * WIDE;
     for (int64_t k = 0; k < width; ++k) std::fill(out + k * columns + first, out + k * columns + last, 0.0f);
     for (int64_t begin = 0; begin < rows; begin += GROUP_ROWS) {
@@ -133,29 +162,30 @@ extern "C" void left(const float* data, int64_t rows, int64_t columns, int64_t p
 }
 
 // x = a b + beta m, and sums of x*x over its columns, or over its rows; `groups` and `parts` hold its columns per thread.
-extern "C" void filled(const float* data, int64_t rows, int64_t columns, int64_t pitch, const float* a, const float* b,
-                       float* x, double* sums, double* groups, double* parts, int64_t inner, float beta, int by_row,
-                       int threads) {
-  const Sum s{{data, rows, columns, pitch}, a, b, inner, beta, x};
+extern "C" void filled(const Lying* given, const Thin* factor, float* b, const float* a, float* x, double* sums,
+                       double* groups, double* parts, int64_t x_pitch, float beta, int by_row, int threads) {
+  const Sum s{*given, a, b, factor->rows, x_pitch, beta, x};
+  const int64_t rows = s.m.rows, columns = s.m.columns;
   #pragma omp parallel num_threads(threads)
   {
     const Team team = all_threads();
+    pack_panels(team, *factor, b);
     const int64_t end = team.end(rows, ROWS), at = team.thread * columns;
     if (!by_row) std::fill(parts + at, parts + at + columns, 0.0);
     for (int64_t r = team.begin(rows, ROWS), last; r < end; r = last) {
       last = std::min(end, r + (by_row ? ROWS : GROUP_ROWS));
       fill(s, r, last);
       if (by_row)
-        for (int64_t i = r; i < last; ++i) sums[i] = row_squares<float>(x + i * columns, columns);
+        for (int64_t i = r; i < last; ++i) sums[i] = row_squares<float>(x + i * x_pitch, columns);
       else
-        column_squares(x + r * columns, last - r, columns, reinterpret_cast<float*>(groups + at), parts + at);
+        column_squares(x + r * x_pitch, last - r, columns, x_pitch, reinterpret_cast<float*>(groups + at), parts + at);
     }
     team.meet();
     if (!by_row) {
       bool finite = true;
       for (int64_t c = 0; c < columns; ++c) finite &= std::isfinite(added(team, parts, columns, c));
       team.meet();
-      if (!finite) all_column_squares<double>(team, x, rows, columns, groups, parts);
+      if (!finite) all_column_squares<double>(team, x, rows, columns, x_pitch, groups, parts);
       for (int64_t c = team.begin(columns, 1), to = team.end(columns, 1); c < to; ++c) sums[c] = added(team, parts, columns, c);
     }
   }

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sharpwise.engine.backends.loops import at, empty, library, text, threads_for
 
@@ -61,28 +60,31 @@ class OwnProducts(Products):
         by_row, n, rows = _rows_lie(m), *m.shape[:2]
         if not by_row:
             x, a, b, m = x.mT, b.mT, a.mT, m.mT
-        if not (_taken(m) and x.dtype == m.dtype and x.is_contiguous()):
+        if not (_taken(m) and x.dtype == m.dtype and _rows_lie(x)):
             return super().fill(x, a, b, m, beta)
-        inner, columns = b.shape[1:]
-        panels = F.pad(b, (0, -columns % self._wide)).unflatten(-1, (-1, self._wide)).transpose(1, 2).contiguous()
         sums, threads = empty(n * rows, torch.float64).view(n, rows), threads_for(m[0].numel())
-        scratch = [empty(0 if by_row else threads * columns, torch.float64) for _ in range(2)]
-        numbers = ctypes.c_int64(inner), ctypes.c_float(beta), int(by_row), threads
-        for own, *rest in zip(m, a.contiguous(), panels, x, sums, strict=True):
-            self._library.filled(*_told(own), *map(at, (*rest, *scratch)), *numbers)
+        scratch = [empty(0 if by_row else threads * m.shape[2], torch.float64) for _ in range(2)]
+        numbers = ctypes.c_int64(x.stride(1)), ctypes.c_float(beta), int(by_row), threads
+        a, b = a.to(m.dtype).contiguous(), b.to(m.dtype)
+        packed = empty(b.shape[1] * self._up(b.shape[2]), m.dtype)
+        for i in range(n):
+            given = (packed, a[i], x[i], sums[i], *scratch)
+            self._library.filled(_lying(m[i]), _thin(b[i]), *map(at, given), *numbers)
         return sums
 
     def _times(self, side: str, m: Tensor, thin: Tensor) -> Tensor:
         """m thin, or thin^T m, of matrices whose rows lie."""
         n, rows, columns = m.shape
-        width = -(-thin.shape[2] // self._wide) * self._wide
-        padded = F.pad(thin, (0, width - thin.shape[2])).contiguous()
+        thin, own, width = thin.to(m.dtype), thin.shape[2], self._up(thin.shape[2])
         shape = (n, rows, width) if side == "right" else (n, width, columns)
-        out = empty(math.prod(shape), m.dtype).view(shape)
-        for own, *thin_ones in zip(m, padded, out, strict=True):
-            numbers = ctypes.c_int64(width), threads_for(own.numel())
-            self._library[side](*_told(own), *map(at, thin_ones), *numbers)
-        return out[:, :, : thin.shape[2]] if side == "right" else out[:, : thin.shape[2]]
+        out, packed = empty(math.prod(shape), m.dtype).view(shape), empty(thin.shape[1] * width, m.dtype)
+        for i in range(n):
+            self._library[side](_lying(m[i]), _thin(thin[i]), at(packed), at(out[i]), threads_for(rows * columns))
+        return out[:, :, :own] if side == "right" else out[:, :own]
+
+    def _up(self, width: int) -> int:
+        """A width, filled up."""
+        return -(-width // self._wide) * self._wide
 
 
 def _rows_lie(m: Tensor) -> bool:
@@ -94,6 +96,11 @@ def _taken(m: Tensor) -> bool:
     return m.device.type == "cpu" and m.dtype == torch.float32 and bool(m.numel()) and 1 in (m.stride(1), m.stride(2))
 
 
-def _told(m: Tensor) -> tuple[Any, ...]:
-    """A matrix whose rows lie: its address, shape, and how far its rows are apart."""
-    return at(m), *map(ctypes.c_int64, (*m.shape, m.stride(0)))
+def _lying(m: Tensor) -> Any:
+    """A matrix whose rows lie, as the library takes it."""
+    return (ctypes.c_int64 * 4)(m.data_ptr(), *m.shape, m.stride(0))
+
+
+def _thin(thin: Tensor) -> Any:
+    """A thin one, as it takes that."""
+    return (ctypes.c_int64 * 5)(thin.data_ptr(), *thin.shape, *thin.stride())

@@ -15,7 +15,7 @@ template <typename A, typename T> void squares_of(const Matrix& m, double* group
     #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < m.rows; ++r) m.sums[r] = row_squares<A>(x + r * m.columns, m.columns);
   } else {
-    all_column_squares<A>(team, x, m.rows, m.columns, groups, parts);
+    all_column_squares<A>(team, x, m.rows, m.columns, m.columns, groups, parts);
     #pragma omp for schedule(static)
     for (int64_t c = 0; c < m.columns; ++c) m.sums[c] = added(team, parts, m.columns, c);
   }

@@ -5,14 +5,14 @@
 // Comes after sums.cpp, what loops.py writes: the types P, G, Scalars and Job, and out of the rule
 //   BLOCKS                                     whether it has block state, and then
 //   denominator(s, m, b, mean)                 moves the state of a block on and returns its denominator
-//   move(s, m, at, n, rates, decays, index)    moves n elements from `at` on, each by its rate; `index` is the first's
+//   move(s, m, r, c, n, rates, decays, index)  moves n elements of row r from c on, each by its rate; `index` is the first's
 // and units.cpp.
 
 namespace {
 
 // Threads share a row of a thing that is all alike.
 void step_flat(const Job& m, const Range& part) {
-  move(*m.scalars, m, part.begin, part.end - part.begin, Same{rate(m, 0)}, Same{decay(m, 0)}, m.first + part.begin);
+  move(*m.scalars, m, 0, part.begin, part.end - part.begin, Same{rate(m, 0)}, Same{decay(m, 0)}, m.first + part.begin);
 }
 
 // False at once for rules without: nothing is compiled for what they do not have.
@@ -27,24 +27,24 @@ void step_rows(const Job& m, const Range& part, double clip) {
   for (int64_t r = part.begin / m.columns; r * m.columns < part.end; ++r) {
     float own = rate(m, r), shrunk = decay(m, r);
     if (has_blocks(m)) {
-      const double squares = row_squares<float>(static_cast<const G*>(m.g) + r * m.columns, m.columns);
+      const double squares = row_squares<float>(static_cast<const G*>(m.g) + r * m.pitch, m.columns);
       own = float(own / denominator(s, m, r, mean_square(m, r, squares, clip)));
     }
     if (is_bounded(m)) bound_row(s, m, r, own, shrunk);
-    move(s, m, r * m.columns, m.columns, Same{own}, Same{shrunk}, m.first + r * m.stride);
+    move(s, m, r, 0, m.columns, Same{own}, Same{shrunk}, m.first + r * m.stride);
   }
 }
 
 void step_columns(const Job& m, int64_t begin, int64_t end, const float* rates, const float* decays) {
   const Scalars s = *m.scalars;
   for (int64_t r = begin; r < end; ++r)
-    move<const float*, const float*>(s, m, r * m.columns, m.columns, rates, decays, m.first + r * m.stride);
+    move<const float*, const float*>(s, m, r, 0, m.columns, rates, decays, m.first + r * m.stride);
 }
 
 void step_columns_of_blocks(const Team& team, const Job& m, double clip, double* groups, double* parts, float* rates,
                             float* decays, double* sums) {
   const Scalars s = *m.scalars;
-  all_column_squares<float>(team, static_cast<const G*>(m.g), m.rows, m.columns, groups, parts);
+  all_column_squares<float>(team, static_cast<const G*>(m.g), m.rows, m.columns, m.pitch, groups, parts);
   if (m.block_of && team.thread == 0) {
     std::fill(sums, sums + m.blocks, 0.0);
     for (int64_t c = 0; c < m.columns; ++c) sums[m.block_of[c]] += added(team, parts, m.columns, c);
@@ -71,7 +71,7 @@ void step_units(const Team& team, const Job& m, double* parts, float* own, float
   }
   bound_unit(team, s, m, parts, rates, decays);
   for (int64_t r = team.begin(m.rows, 1), end = team.end(m.rows, 1); r < end; ++r)
-    move(s, m, r * m.pitch, m.columns, Same{*rates}, Same{*decays}, m.first + r * m.stride);
+    move(s, m, r, 0, m.columns, Same{*rates}, Same{*decays}, m.first + r * m.stride);
 }
 
 }  // namespace

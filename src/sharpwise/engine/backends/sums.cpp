@@ -91,27 +91,27 @@ template <typename A, typename T> double row_squares(const T* x, int64_t n) {
 
 // Adds to `sums`. Of more rows side by side the processor loses track, of fewer a group is written too often.
 template <typename A, typename T>
-void column_squares(const T* x, int64_t rows, int64_t columns, A* group, double* sums) {
+void column_squares(const T* x, int64_t rows, int64_t columns, int64_t pitch, A* group, double* sums) {
   for (int64_t begin = 0; begin < rows; begin += GROUP_ROWS) {
     const int64_t end = std::min(rows, begin + GROUP_ROWS);
     std::fill(group, group + columns, A(0));
     int64_t r = begin;
     for (; r + STREAMS <= end; r += STREAMS) {
-      const T* y = x + r * columns;
+      const T* y = x + r * pitch;
       int64_t c = 0;
       for (; c + 2 * LANES <= columns; c += 2 * LANES) {
         Lanes<A>*own = reinterpret_cast<Lanes<A>*>(group + c), a = own[0], b = own[1];
         for (int64_t k = 0; k < STREAMS; ++k) {
-          add_square<A>(a, y + k * columns + c);
-          add_square<A>(b, y + k * columns + c + LANES);
+          add_square<A>(a, y + k * pitch + c);
+          add_square<A>(b, y + k * pitch + c + LANES);
         }
         own[0] = a, own[1] = b;
       }
       for (; c < columns; ++c)
-        for (int64_t k = 0; k < STREAMS; ++k) group[c] += A(to<float>(y[k * columns + c])) * to<float>(y[k * columns + c]);
+        for (int64_t k = 0; k < STREAMS; ++k) group[c] += A(to<float>(y[k * pitch + c])) * to<float>(y[k * pitch + c]);
     }
     for (; r < end; ++r)
-      for (int64_t c = 0; c < columns; ++c) group[c] += A(to<float>(x[r * columns + c])) * to<float>(x[r * columns + c]);
+      for (int64_t c = 0; c < columns; ++c) group[c] += A(to<float>(x[r * pitch + c])) * to<float>(x[r * pitch + c]);
     for (int64_t c = 0; c < columns; ++c) sums[c] += group[c];
   }
 }
@@ -152,15 +152,16 @@ struct Range {
 
 // For all of a team to call: sums over the rows, in parts that `added` adds up, as [threads][columns].
 template <typename A, typename T>
-void all_column_squares(const Team& team, const T* x, int64_t rows, int64_t columns, double* groups, double* parts) {
+void all_column_squares(const Team& team, const T* x, int64_t rows, int64_t columns, int64_t pitch, double* groups,
+                        double* parts) {
   const int64_t begin = team.begin(rows, STREAMS), end = team.end(rows, STREAMS);
   double *group = groups + team.thread * columns, *sums = parts + team.thread * columns;
   std::fill(sums, sums + columns, 0.0);
-  column_squares(x + begin * columns, end - begin, columns, reinterpret_cast<A*>(group), sums);
+  column_squares(x + begin * pitch, end - begin, columns, pitch, reinterpret_cast<A*>(group), sums);
   if constexpr (OVERFLOWS<A>)
     if (!std::all_of(sums, sums + columns, [](double sum) { return std::isfinite(sum); })) {
       std::fill(sums, sums + columns, 0.0);
-      column_squares(x + begin * columns, end - begin, columns, group, sums);
+      column_squares(x + begin * pitch, end - begin, columns, pitch, group, sums);
     }
   team.meet();
 }

@@ -1,0 +1,59 @@
+"""The sentences of the studies of AdaPM, of the geometry of l_inf, and of the edge of learning rates; see `figures.py`."""
+
+from collections.abc import Callable, Iterator
+from statistics import mean
+from typing import Any
+
+from figures_docs import by_name, losses
+from figures_results import best, to_baseline
+
+Load = Callable[[str], Any]
+
+
+def adapm(load: Load) -> Iterator[str]:
+    layouts = load("benchmarks/results/step_time_further.json")["layouts"]
+    linear, conv = (layouts[of]["arms"]["sharpwise AdaPM r=16, block v"]["ratio"] for of in ("linear", "conv1d"))
+    yield f"takes {linear:.1f} times as long where matrices are `Linear`, {conv:.1f} where they are `Conv1D`"
+    study = load("recipes/adapm/result.json")
+    yield from rows(study)
+    yield length(study)
+
+
+def blockwise_adam(load: Load) -> Iterator[str]:
+    for name in ("gpt2", "digits"):
+        study, curvature = load(f"recipes/l_inf/{name}.json"), load(f"recipes/l_inf/{name}-curvature.json")
+        measured = {arm["name"]: arm["runs"] for arm in curvature["arms"]}
+        for arm in (one["name"] for one in study["arms"]):
+            norms = [f"{mean(run[of]['value'] for run in measured[arm]):.3g}" for of in ("norm_11 / d", "norm_2")]
+            cells = [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm), *norms]
+            yield f"| `{arm}` | {' | '.join(cells)} |"
+        for of, words in (("norm_11 / d", "the (1,1)-norm"), ("norm_2", "the spectral norm")):
+            agreeing, pairs = curvature["agrees"][of]
+            yield f"{words} orders {agreeing} of {pairs} pairs"
+    yield length(load("recipes/l_inf/gpt2.json"))
+
+
+def edge(load: Load) -> Iterator[str]:
+    """How large a learning rate is stood (`recipes/warmup_edge`)."""
+    found = load("recipes/warmup_edge/edge.json")
+    for row in found["rows"]:
+        means = [f"{mean(own):.3f}" for own in row["losses"].values()]
+        yield f"| `{row['optimizer']}` | {row['warmup']} | {' | '.join(means)} | {row['edge']:g} |"
+    gains = [
+        mean(cold) - mean(warm)
+        for k in (0, 2)
+        for cold, warm in zip(*(found["rows"][k + i]["losses"].values() for i in range(2)), strict=True)
+    ]
+    yield f"by {min(gains):.2f} to {max(gains):.2f} nats"
+
+
+def rows(study: dict[str, Any]) -> Iterator[str]:
+    """A row for each arm: best rate, loss, difference, state."""
+    for arm in (one["name"] for one in study["arms"]):
+        cells = [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm)]
+        yield f"| `{arm}` | {' | '.join(cells)} | {by_name(study, arm)['state_bytes'] / 2**20:.2f} MiB |"
+
+
+def length(study: dict[str, Any]) -> str:
+    budget = study["budget"]
+    return f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
