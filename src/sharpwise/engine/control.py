@@ -210,11 +210,11 @@ class Bounds:
         assert counts is not None
         of = torch.zeros_like(counts, dtype=torch.int64) if of is None else of
         if self.control.scales_only:
-            lr, decay = (_filled(scalars.spread([view], what, of), counts) for what in ("lr", "decay"))
+            lr, decay = (_exact(scalars.spread([view], what, of), counts) for what in ("lr", "decay"))
             s: dict[str, Any] = {"lr": lr, "decay": decay}
         else:
             s = self._settings(view, scalars, of, counts)
-        uu, pu, pp = sums if len(sums) == 3 else (sums[0], *torch.zeros_like(sums).expand(2, -1))
+        uu, pu, pp = sums if len(sums) == 3 else (sums[0],) * 3  # a control that scales only reads the first
         none = 0.0 if self.control.scales_only else torch.zeros_like(counts)  # nor would these read it
         s["held"] = view.origin.own[HELD].double() if view.holds else none
         a, decay, held = bounded(self.control, Sums(uu, pu, pp, counts), s, view.holds)
@@ -255,9 +255,9 @@ class Bounds:
         return found
 
 
-def _filled(value: Any, like: Tensor) -> Tensor:
-    """A number, or several, as a tensor like this; numbers of the host are not copied."""
-    return value.to(like.dtype).expand_as(like) if isinstance(value, Tensor) else torch.full_like(like, value)
+def _exact(value: Any, like: Tensor) -> Any:
+    """Several numbers in the type of a tensor; one of the host as it is."""
+    return value.to(like.dtype).expand_as(like) if isinstance(value, Tensor) else value
 
 
 def _step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | float:

@@ -1,6 +1,6 @@
 """Reductions: what rules have to know of whole matrices in a step, completed over the processes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,9 @@ from sharpwise.engine.view import ParamView
 from sharpwise.rules.base import Product, Reduction, Scalars, State, ThinRule
 from sharpwise.shards import Part
 
+THIN = 1 << 17
+"""Numbers of thin matrices that are worked on at a time: a MiB in fp64. Each operation makes as many, and memory for
+more goes back to the system and has to come from there again, which takes as long as all else."""
 DOWN = 2.0**-20
 """A factor on thin matrices, so that products with gradients that are yet to be clipped do not overflow."""
 
@@ -132,7 +135,7 @@ class Reductions:
                 shape = part_of(view).shape[1:]
                 key = id(view) if one else (scalars.class_key(view), shape, view.dtype, view.shard.cut)
                 found.setdefault(key, []).append((view, g))
-        self._batches = [_Batch(own, scalars, products) for own in found.values()]
+        self._batches = [_Batch(some, scalars, products) for own in found.values() for some in _by_size(own)]
 
     def begin(self, bucket: Bucket) -> None:
         """Add the first sums to the bucket of the norm and the sums over blocks: one collective serves them all."""
@@ -202,6 +205,13 @@ class Informed:
         x = torch.empty_like(g)
         self.fill(x, g)
         return self.rule.direction(g, {**state, "x": x}, s)
+
+
+def _by_size(pairs: Sequence[tuple[ParamView, Tensor]]) -> Iterator[Sequence[tuple[ParamView, Tensor]]]:
+    """Views of matrices of one shape, as many at a time as `THIN` allows for."""
+    largest = max((tensor.numel() for tensor in pairs[0][0].state_of("whole").values()), default=1)
+    most = max(1, THIN // largest)
+    return (pairs[i : i + most] for i in range(0, len(pairs), most))
 
 
 # -- a view as matrices ------------------------------------------------------------------------------------------------

@@ -185,8 +185,14 @@ def _unit(right: Tensor) -> Tensor:
 
 
 def _largest(right: Tensor) -> Tensor:
-    largest = right.abs().amax((-2, -1), keepdim=True)
+    """The largest number of each, 1 where all are 0."""
+    largest = _size(right)
     return torch.where(largest > 0, largest, 1.0)
+
+
+def _size(matrix: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(matrix, torch.inf, (-2, -1), keepdim=True)
+    return size
 
 
 def _new_left(state: State, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -206,7 +212,7 @@ def _new_right(state: State, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
     left_m = torch.baddbmm(left_g * (1 - b1), new.mT @ left * b1, right)
     found = torch.cholesky_inverse(_root(new.mT @ new)) @ left_m
     # NaN moves on: only what is known to be small does not.
-    stays = found.abs().amax((-2, -1), keepdim=True) < SMALLEST
+    stays = _size(found) < SMALLEST
     return {"new_left": torch.where(stays, 0.0, new), "new_right": torch.where(stays, right, found)}
 
 

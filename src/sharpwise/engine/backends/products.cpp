@@ -173,7 +173,7 @@ extern "C" void filled(const Lying* given, const Thin* factor, float* b, const f
     const int64_t end = team.end(rows, ROWS), at = team.thread * columns;
     if (!by_row) std::fill(parts + at, parts + at + columns, 0.0);
     for (int64_t r = team.begin(rows, ROWS), last; r < end; r = last) {
-      last = std::min(end, r + (by_row ? ROWS : GROUP_ROWS));
+      last = std::min(end, r + (by_row ? ROWS : GROUP_ROWS / 4));
       fill(s, r, last);
       if (by_row)
         for (int64_t i = r; i < last; ++i) sums[i] = row_squares<float>(x + i * x_pitch, columns);
