@@ -1,6 +1,7 @@
-"""The sentences of the studies of AdaPM, of the geometry of l_inf, and of the edge of learning rates; see `figures.py`."""
+"""The sentences of studies of methods: AdaPM, the geometry of l_inf, the edge of learning rates; see `figures.py`."""
 
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from statistics import mean
 from typing import Any
 
@@ -19,18 +20,35 @@ def adapm(load: Load) -> Iterator[str]:
     yield length(study)
 
 
+NORM, OF_WEIGHTS, SPECTRAL = "norm_11 / d", "norm_11 / d, of the weights", "norm_2"
+PAPERS = ("adamw", "adasgd", "rotated adam")
+
+
 def blockwise_adam(load: Load) -> Iterator[str]:
     for name in ("gpt2", "digits"):
         study, curvature = load(f"recipes/l_inf/{name}.json"), load(f"recipes/l_inf/{name}-curvature.json")
         measured = {arm["name"]: arm["runs"] for arm in curvature["arms"]}
-        for arm in (one["name"] for one in study["arms"]):
-            norms = [f"{mean(run[of]['value'] for run in measured[arm]):.3g}" for of in ("norm_11 / d", "norm_2")]
+        for arm, runs in measured.items():
+            norms = [f"{norm(runs, of):.3g}" for of in (NORM, OF_WEIGHTS, SPECTRAL)]
             cells = [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm), *norms]
             yield f"| `{arm}` | {' | '.join(cells)} |"
-        for of, words in (("norm_11 / d", "the (1,1)-norm"), ("norm_2", "the spectral norm")):
+        for of, words in ((NORM, "the (1,1)-norm"), (SPECTRAL, "the spectral norm")):
             agreeing, pairs = curvature["agrees"][of]
             yield f"{words} orders {agreeing} of {pairs} pairs"
+            if name == "gpt2":
+                yield f"{words} orders {ordered([measured[arm] for arm in PAPERS], of)} of 3"
     yield length(load("recipes/l_inf/gpt2.json"))
+
+
+def norm(runs: list[dict[str, Any]], of: str) -> float:
+    """The mean over runs; of the weights it is that of the optimizer's basis, where there is no other."""
+    return mean(run.get(of, run[NORM])["value"] for run in runs)
+
+
+def ordered(arms: list[list[dict[str, Any]]], of: str) -> int:
+    """How many pairs of arms it orders as their losses are."""
+    points = [(mean(run["loss"] for run in runs), norm(runs, of)) for runs in arms]
+    return sum((one[0] < two[0]) == (one[1] < two[1]) for one, two in combinations(points, 2))
 
 
 def edge(load: Load) -> Iterator[str]:

@@ -6,8 +6,10 @@
                                          median of |(H v)_i| over 50 of them, corrected for its bias (1.026)
     |H|_2 = max |lambda|                 Lanczos, every vector orthogonal to all before
 
-of the mean loss over the same windows of the validation text for all runs. Errors: of the first half the 95% t-interval
-over rounds of ten vectors; of the second the residual |H x - lambda x|, within which an eigenvalue lies for certain.
+of the mean loss over the same windows of the validation text for all runs. The first depends on the basis: for a
+rotated optimizer it is that of R^T H R, in the basis that it works in, and of H too ("norm_11 / d, of the weights").
+Errors: of the first half the 95% t-interval over rounds of ten vectors; of the second the residual |H x - lambda x|,
+within which an eigenvalue lies for certain.
 See `sharpwise.probes.norm_11` and `eigenvalues`; Xie et al., arXiv 2410.08198.
 """
 
@@ -18,10 +20,33 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+import sharpwise
 from sharpwise import probes
 from sharpwise.measure.subject import open_subject
+from sharpwise.train.config_file import make_config, read_given
 
 QUANTITIES = ("norm_11 / d", "norm_2")
+OF_WEIGHTS = "norm_11 / d, of the weights"
+
+
+class Turned(probes.Operator):
+    """R^T H R of the Hessian of a model whose parameters, all together, an optimizer turns by R."""
+
+    def __init__(self, matrix: probes.Operator, model: torch.nn.Module, optimizer: sharpwise.Rotated) -> None:
+        super().__init__(matrix.selection, matrix.dtype, matrix.device)
+        self.matrix, self.optimizer = matrix, optimizer
+        self.names = [name for name, _ in model.named_parameters()]
+
+    def multiply(self, v: Tensor) -> Tensor:
+        return self._turned(self.matrix.multiply(self._turned(v, back=True)))
+
+    def _turned(self, v: Tensor, back: bool = False) -> Tensor:
+        whole = self.selection.scatter(v)
+        turned = self.optimizer._turned(self.names, [whole[name] for name in self.names], back)
+        return self.selection.gather(dict(zip(self.names, turned, strict=True)))
 
 
 def main() -> None:
@@ -52,11 +77,18 @@ def measured(folder: Path, batches: int, samples: int) -> dict[str, Any]:
     subject = open_subject(folder, trust_code=True)
     load_model(subject.model, str(folder / "final" / "model.safetensors"))
     matrix = probes.Curvature(subject.model, list(subject.batches(batches, 16)))
+    own = make_config(read_given(folder / "config.toml")).optimizer
+    found = {}
     with matrix.kept():
         norm = probes.norm_11(matrix, samples=samples).select(by="model")[0]
         largest = probes.eigenvalues(matrix, which="magnitude")[0]
+        if own.name == "rotated":
+            found[OF_WEIGHTS] = {"value": norm.value, "error": norm.error}
+            said = {name: own.options[name] for name in ("rule", "by", "rotation_seed") if name in own.options}
+            turned = Turned(matrix, subject.model, sharpwise.Rotated(subject.model, **said))
+            norm = probes.norm_11(turned, samples=samples).select(by="model")[0]
     pairs = zip(QUANTITIES, ((norm.value, norm.error), (abs(largest.value), largest.error)), strict=True)
-    return {name: {"value": value, "error": error} for name, (value, error) in pairs}
+    return found | {name: {"value": value, "error": error} for name, (value, error) in pairs}
 
 
 def line(name: str, runs: list[dict[str, Any]]) -> str:

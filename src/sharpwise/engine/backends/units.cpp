@@ -20,16 +20,12 @@ template <typename T> Lanes<double> wide(const T* x) { return __builtin_convertv
 inline void add_to(double* at, const Lanes<double>& x) { *reinterpret_cast<Lanes<double>*>(at) += x; }
 
 // Sums of u u and, if it has to be, of p u and p p. With vectors in so many words: of a loop over numbers of two types
-// GCC makes one that takes four times as long. Alone those of u u are added as gradients are: in groups.
+// GCC makes one that takes four times as long.
 template <bool SCALES> struct Products {
   Lanes<double> uu[2] = {}, pu[2] = {}, pp[2] = {};
   double rest[3] = {};
 
   void add(const float* u, const P* p, int64_t n) {
-    if (SCALES) {
-      rest[0] += row_squares<float>(u, n);
-      return;
-    }
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES)
       for (int64_t k = 0; k < 2; ++k) add(wide(u + i + k * LANES), p + i + k * LANES, k);
@@ -39,8 +35,10 @@ template <bool SCALES> struct Products {
     }
   }
   void add(const Lanes<double> y, const P* p, int64_t k) {
+    uu[k] += y * y;
+    if (SCALES) return;
     const Lanes<double> x = wide(p);
-    uu[k] += y * y, pu[k] += x * y, pp[k] += x * x;
+    pu[k] += x * y, pp[k] += x * x;
   }
   void store(double* sums) const {
     sums[0] = sum_of(uu[0] + uu[1]) + rest[0];
@@ -65,9 +63,8 @@ inline void bound_row(const Scalars s, const Job& m, int64_t r, float& rate, flo
   bound(m, r, m.columns, sums, rate, decay);
 }
 
-// Sums of n columns from `first` on over some rows, each kind `apart` from the last. Those of u u alone are of the type A over
-// a few rows.
-template <bool SCALES, typename A>
+// Sums of n columns from `first` on over some rows, each kind `apart` from the last.
+template <bool SCALES>
 void column_sums(const Scalars s, const Job& m, int64_t begin, int64_t end, int64_t first, int64_t n, const float* rates,
                  double* sums, int64_t apart) {
   for (int64_t k = 0; k < 3; ++k) std::fill(sums + k * apart, sums + k * apart + n, 0.0);
@@ -80,21 +77,19 @@ void column_sums(const Scalars s, const Job& m, int64_t begin, int64_t end, int6
       const P* p = static_cast<const P*>(m.p) + r * m.pitch + first + c;
       int64_t i = 0;
       for (; i + LANES <= size; i += LANES) {
-        if constexpr (SCALES) {
-          Lanes<A> uu = {};
-          for (int64_t k = 0; k < rows; ++k) add_square<A>(uu, u[k] + i);
-          add_to(sums + c + i, __builtin_convertvector(uu, Lanes<double>));
-          continue;
-        }
         Lanes<double> uu = {}, pu = {}, pp = {};
         for (int64_t k = 0; k < rows; ++k) {
-          const Lanes<double> y = wide(u[k] + i), x = wide(p + k * m.pitch + i);
-          uu += y * y, pu += x * y, pp += x * x;
+          const Lanes<double> y = wide(u[k] + i);
+          uu += y * y;
+          if (SCALES) continue;
+          const Lanes<double> x = wide(p + k * m.pitch + i);
+          pu += x * y, pp += x * x;
         }
-        add_to(sums + c + i, uu), add_to(sums + apart + c + i, pu), add_to(sums + 2 * apart + c + i, pp);
+        add_to(sums + c + i, uu);
+        if (!SCALES) add_to(sums + apart + c + i, pu), add_to(sums + 2 * apart + c + i, pp);
       }
       for (; i < size; ++i) {
-        Products<false> found;
+        Products<SCALES> found;
         for (int64_t k = 0; k < rows; ++k) found.add(u[k] + i, p + k * m.pitch + i, 1);
         for (int64_t k = 0; k < 3; ++k) sums[k * apart + c + i] += found.rest[k];
       }
@@ -106,13 +101,9 @@ void column_sums(const Scalars s, const Job& m, int64_t begin, int64_t end, int6
 void bound_columns(const Team& team, const Scalars s, const Job& m, double* parts, float* own, float* rates, float* decays) {
   const int64_t n = m.columns;
   for (int64_t c = 0; c < n; ++c) own[c] = rate(m, c);
-  const int64_t begin = team.begin(m.rows, STREAMS), end = team.end(m.rows, STREAMS);
-  double* mine = parts + 3 * n * team.thread;
-  column_sums<SCALES, float>(s, m, begin, end, 0, n, own, mine, n);
-  if (SCALES && !std::all_of(mine, mine + n, [](double sum) { return std::isfinite(sum); }))
-    column_sums<SCALES, double>(s, m, begin, end, 0, n, own, mine, n);
+  column_sums<SCALES>(s, m, team.begin(m.rows, STREAMS), team.end(m.rows, STREAMS), 0, n, own, parts + 3 * n * team.thread, n);
   team.meet();
-  for (int64_t c = team.begin(n, 16), last = team.end(n, 16); c < last; ++c) {
+  for (int64_t c = team.begin(n, 16), end = team.end(n, 16); c < end; ++c) {
     double sums[3];
     for (int64_t k = 0; k < 3; ++k) sums[k] = added(team, parts, 3 * n, k * n + c);
     rates[c] = own[c], decays[c] = decay(m, c);
@@ -152,7 +143,7 @@ void sums_of(const Team& team, const Job& m, float* rates) {
   }
   const int64_t unit = CODED ? CODED : 16, begin = team.begin(m.columns, unit), n = team.end(m.columns, unit) - begin;
   for (int64_t c = 0; c < n; ++c) rates[c] = rate(m, begin + c);
-  column_sums<false, double>(s, m, 0, m.rows, begin, n, rates, m.sums + begin, m.apart);
+  column_sums<false>(s, m, 0, m.rows, begin, n, rates, m.sums + begin, m.apart);
 }
 
 }  // namespace
