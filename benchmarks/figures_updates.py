@@ -22,8 +22,21 @@ def update_size(load: Load) -> Iterator[str]:
         yield f"| `{arm}` | {best(study, arm)} | {' | '.join(cells)} |"
     budget = study["budget"]
     yield f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
+    yield from batch(load)
     yield from hyperball(load)
     yield from edge(load)
+
+
+def batch(load: Load) -> Iterator[str]:
+    """Four times the batch and twice the learning rates."""
+    study = load("recipes/update_size/batch.json")
+    for arm in ("adamw", "lionar, momentum", "lionar, snr"):
+        gap = seeds_apart(study, unwarmed(arm), arm)
+        cells = [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm)]
+        cells.append(f"{gap.mean:+.3f} ({span((gap.low, gap.high), 3)})")
+        yield f"| `{arm}` | {' | '.join(cells)} |"
+    budget = study["budget"]
+    yield f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
 
 
 def hyperball(load: Load) -> Iterator[str]:

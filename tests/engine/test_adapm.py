@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import sharpwise
 from sharpwise import testing
+from sharpwise.train.models import load_model
 
 # AdamW; AdaPM of rank 16; with Adam-mini's second moments; beside that the momentum of v in 8 bits and factors in bf16.
 BYTES = {
@@ -206,3 +207,20 @@ def test_interleaved_and_stacked_matrices_move_as_those_alone(second):
         *zip(one.experts, (two.a, two.b, two.c), strict=True),
     ]:
         assert torch.allclose(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"second_moment": "block"}], ids=["element", "block"])
+@pytest.mark.parametrize("build", [testing.tiny_model, lambda: load_model("gpt2-tiny")], ids=["rows", "columns"])
+def test_updates_are_bounded_as_they_move(options, build, monkeypatch):
+    """By kernels: torch does not work them out a second time. Of block state the sums come with the numerators."""
+    model = build()
+    optimizer = sharpwise.AdaPM(model, rank=2, lr=1e-2, clip=0.1, **options)
+    testing.run(model, optimizer, [0])
+    rows = [(row["role"], row["backend"], row["why"]) for row in optimizer.explain() if row["rule"] == "adapm-low-rank"]
+    assert {(backend, why) for _, backend, why in rows} == {("thin (one pass)" if not options else "thin", "")}
+
+    def again(*given):
+        raise AssertionError("worked out twice")
+
+    monkeypatch.setattr("sharpwise.engine.control.aimed", again)
+    testing.run(model, optimizer, [1])

@@ -5,7 +5,7 @@ is written. Where a mesh cuts rows or matrices, one collective completes all sum
 end, by rates and decays per row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharpwise.controls import Control, Sums
 from sharpwise.controls.base import bounded
-from sharpwise.engine.backends import Backends
+from sharpwise.engine.backends import Backend, Backends
 from sharpwise.engine.backends.base import Found, Lines, Told, row_step
 from sharpwise.engine.backends.reference import aimed, cut_rows, pieces
 from sharpwise.engine.layout import Layout, Layouts
@@ -110,7 +110,8 @@ class Bounds:
 
     def _moves_bounded(self, view: ParamView, grad: torch.dtype) -> bool:
         """Whether its back end bounds it as it moves. While norms are not held, all processes have to hear of them."""
-        backends = () if self.backends is None else self.backends.by_name.values()
+        own = self.backends
+        backends: Iterable[Backend] = () if own is None else (*own.by_name.values(), own.thin[True])
         specs = [(own, view.kept[own.name, grad]) for own in backends if (own.name, grad) in view.kept]
         return any(own.bounds(spec) for own, spec in specs) and (not view.shard.cut or _all_held(view))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sharpwise.engine.backends import loops
 from sharpwise.engine.backends.base import Backend, Found, Spec, built, compiler_present, say_once, tensors_refused
 from sharpwise.engine.backends.cpp_print import Form
-from sharpwise.engine.backends.launch import LaunchTable, columns_of, index_refused, units_of
+from sharpwise.engine.backends.launch import LaunchTable, index_refused, is_columns, units_of
 from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.backends.products import OwnProducts, Products
 from sharpwise.engine.layout import Rectangle
@@ -53,7 +53,7 @@ class Cpp(Backend):
             return "the rule looks at whole matrices"
         if not view.numel:
             return "empty"
-        if view.copied or not (view.contiguous or columns_of(view)):
+        if view.copied or not (view.contiguous or is_columns(view)):
             return "state is not contiguous" if view.contiguous else "not contiguous"
         if reason := tensors_refused(view, spec.grad):
             return reason

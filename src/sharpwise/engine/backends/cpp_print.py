@@ -89,15 +89,15 @@ LONGEST = 1 << 18
 NUMBERS = (
     *("owner", "offset", "rows", "columns", "by_row", "before"),
     *("rates_at", "rate_stride", "decays_at", "decay_stride", "scalars_at", "first", "stride", "key", "blocks", "line"),
-    *("over", "pitch", "own_pitch", "unit"),
+    *("over", "pitch", "unit"),
 )
 """What of a tensor the kernel is told in numbers: the number of its gradient, and where it begins there; its shape; 1
 if rows have a rate each (0: columns); how many elements there are before it, or -1 if all threads are to meet over it;
 where among the values of the step its rates are (-1: elsewhere), how far the rate of one row is from that of the last,
 its factors of decay likewise; where the scalars are; the global number of its first element, from row to row; the key
 of its noise; blocks of columns; elements of a line, where blocks of state lie within those; of what a control bounds,
-which of `overs_of` it is; how far its rows are apart in the parameter and its gradient, and in state; and 1 if a
-control bounds all of it as one unit."""
+which of `overs_of` it is; how far its rows are apart in the parameter and its gradient; and 1 if a control bounds all
+of it as one unit."""
 TABLES = ("rates", "rate_of", "decays", "decay_of", "scalars", "counts", "block_of")
 """And by addresses: rates, fp32, and which is that of a row or column, int64 (0: by the stride); factors of decay, as
 rates are; `scalars`; elements per block, fp64; the block of each column, int64 (0: each is one)."""
@@ -109,6 +109,11 @@ not moved, where its sums are, fp64, and how far one kind of sums is from the ne
 def absmax_of(form: Form) -> tuple[str, ...]:
     """Names of the tensors of what blocks share."""
     return tuple(f"absmax.state.{name}" for name, format in form.state if format.block)
+
+
+def pitches_of(form: Form) -> tuple[str, ...]:
+    """Names of how far the rows of element state are apart."""
+    return tuple(f"pitch.state.{name}" for name, _ in form.state)
 
 
 def written(program: Program, form: Form) -> str:
@@ -131,7 +136,7 @@ using G = {CPP.types[form.grad]};
 struct Scalars {{ float {", ".join(name.removeprefix("s.") for name in scalars)}; }};
 struct Job {{
   void {", ".join(f"*{_named(name)}" for name in ("p", "g", *state, *absmax_of(form)))};
-  int64_t {", ".join(NUMBERS)};
+  int64_t {", ".join((*map(_named, pitches_of(form)), *NUMBERS))};
   const float* rates;
   const int64_t* rate_of;
   const float* decays;
@@ -285,17 +290,18 @@ def _scalars(program: Program) -> dict[str, str]:
 
 
 def _named(name: str) -> str:
-    if name.startswith("absmax."):
-        return f"{_named(name.removeprefix('absmax.'))}absmax"
+    for what in ("absmax", "pitch"):
+        if name.startswith(f"{what}."):
+            return f"{_named(name.removeprefix(f'{what}.'))}{what}"
     return f"{name.removeprefix('state.')}_" if name.startswith("state.") else name  # none of ours has a _ there
 
 
-_PLACES = "  const int64_t there = r * m.pitch + c, at = r * m.own_pitch + c;\n"
+_PLACES = "  const int64_t at = r * m.columns + c;\n"
 
 
 def _at(name: str) -> str:
-    """Where the elements at hand begin: the parameter and its gradient may be columns of a wider matrix."""
-    return "there" if name in ("p", "g") else "at"
+    """Where the elements at hand begin: any tensor may be columns of a wider one."""
+    return f"r * m.{'pitch' if name in ('p', 'g') else _named(f'pitch.{name}')} + c"
 
 
 def _type(own: Format) -> str:

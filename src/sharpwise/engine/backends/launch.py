@@ -176,8 +176,9 @@ class LaunchTable:
     def _unit(self, view: ParamView, own: "Unit") -> dict[str, int]:
         """A unit that is bounded as a whole, by all threads if it is large."""
         row = self._row(view, own.start, (own.rows, own.columns), False, together=view.numel >= SHARED)
-        row |= {"first": first_index(view)[0] + own.start, "stride": own.pitch}
-        row |= {"pitch": own.pitch, "own_pitch": own.pitch}
+        first, stride = first_index(view)
+        row |= {"first": first + own.start, "stride": own.pitch or stride}
+        row |= {name: own.pitch for name in row if name.startswith("pitch")} if own.pitch else {}
         return row | {"unit": 1, "segment": own.segment, "first unit": own.number}
 
     def _by_line(self, view: ParamView, segments: Tensor | None, start: int = 0) -> dict[str, int]:
@@ -202,9 +203,9 @@ class LaunchTable:
                 absmax[f"absmax.state.{name}"] = self._address(held.absmax, at)
         skipped = rows.start * (view.shape[1] if view.by_row else 1) if isinstance(rows, slice) else 0
         numbers = {"rows": shape[0], "columns": shape[1], "by_row": by_row, "before": before}
-        numbers |= {"pitch": shape[1], "own_pitch": shape[1]}
-        if not view.contiguous:
-            numbers |= columns_of(view)
+        pairs = zip(view.elements, view.stored(), strict=True)
+        apart = {f"pitch.state.{name}": held.codes.stride(0) if is_columns(view) else shape[1] for name, held in pairs}
+        numbers |= {"pitch": view.whole_shape[-1] if is_columns(view) else shape[1], **apart}
         addresses = {name: self._address(tensor, start) for name, tensor in tensors.items()} | absmax
         return {**addresses, **numbers, "offset": skipped + start}
 
@@ -273,7 +274,8 @@ class Unit(NamedTuple):
     """A unit of a control as a rectangle of what a view has here.
 
     Attributes:
-        start, rows, columns, pitch: of the rectangle; segment: its number; number: of the unit.
+        start, rows, columns, pitch: of the rectangle, the last 0 where it is all of the view; segment: its number;
+            number: of the unit.
     """
 
     start: int
@@ -287,8 +289,10 @@ class Unit(NamedTuple):
 def units_of(view: ParamView) -> list[Unit]:
     """The units of a view that is bounded by whole matrices, or by vectors; none if not each is one rectangle here."""
     coded = any(held.format.block for held in view.stored())
-    if view.unit != "matrix" or view.shard.cut or view.rule.has_blocks or coded or not view.contiguous:
+    if view.unit != "matrix" or view.shard.cut or view.rule.has_blocks or coded:
         return []
+    if is_columns(view):
+        return [Unit(0, view.shape[0], view.shape[1], 0, 0, 0)] if view.n_matrices == 1 else []
     counts = [view.units_of(segment) for segment in view.segments]
     numbers = list(accumulate(counts, initial=0))
     found = []
@@ -305,15 +309,12 @@ def units_of(view: ParamView) -> list[Unit]:
     return found if len(found) == sum(counts) else []
 
 
-def columns_of(view: ParamView) -> dict[str, int]:
-    """How far the rows of a view are apart that is some columns of a parameter; {} for others, which are not."""
-    stored = view.stored()
-    if view.by_row or not isinstance(view.layout.rows, slice) or len(view.shape) != 2:
-        return {}
-    apart = {held.codes.stride(0) for held in stored}
-    if len(apart) > 1 or any(held.format.block for held in stored) or not local(view.param).is_contiguous():
-        return {}
-    return {"pitch": view.whole_shape[-1], "own_pitch": min(apart, default=view.shape[1])}
+def is_columns(view: ParamView) -> bool:
+    """Whether a view is some columns of a parameter, which lie apart from row to row, and its state may as well."""
+    if view.contiguous or view.by_row or not isinstance(view.layout.rows, slice) or len(view.shape) != 2:
+        return False
+    coded = [held.codes for held in view.stored() if held.format.block]  # whose blocks are counted as they lie
+    return local(view.param).is_contiguous() and all(codes.stride(0) == view.shape[1] for codes in coded)
 
 
 def scattered(view: ParamView) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sharpwise.engine.backends.base import TYPES, check_own
-from sharpwise.engine.backends.cpp_print import BOUNDS, NUMBERS, OURS, TABLES, Form, absmax_of, written
+from sharpwise.engine.backends.cpp_print import BOUNDS, NUMBERS, OURS, TABLES, Form, absmax_of, pitches_of, written
 from sharpwise.engine.program import Program, usual_defaults
 
 _FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-fwrapv")
@@ -79,14 +79,14 @@ class Kernel:
     A library is built once per source, whatever the rule that it was written for.
 
     Attributes:
-        tensors: names of the tensors whose addresses it takes, `p` and `g` first; then come `NUMBERS`, `TABLES` and
-            `BOUNDS`. control: by which it bounds rows; None without.
+        tensors: names of the tensors whose addresses it takes, `p` and `g` first, and of how far rows of state are
+            apart; then come `NUMBERS`, `TABLES` and `BOUNDS`. control: by which it bounds rows; None without.
         scalars: names of those that it takes.
     """
 
     def __init__(self, form: Form) -> None:
         program = Program.of(form.rule, coupled=form.coupled, cautious=form.cautious, aims=form.aims)
-        self.tensors = ("p", "g", *(f"state.{name}" for name, _ in form.state), *absmax_of(form))
+        self.tensors = ("p", "g", *(f"state.{name}" for name, _ in form.state), *absmax_of(form), *pitches_of(form))
         self.control = form.control
         self.scalars = (*program.scalars, *OURS)
         self.width = len(self.tensors) + len(NUMBERS) + len(TABLES) + len(BOUNDS)

@@ -98,6 +98,10 @@ class Thin(Backend):
         found: Sequence[tuple[str, str]] = spec.view.kept["thin refusals"]
         return found
 
+    def bounds(self, spec: Spec) -> bool:
+        stage = self._current(spec.view, spec.grad)
+        return stage.beside and stage.backend.bounds(spec._replace(view=stage.views[0]))
+
     def step(self, views: Sequence[ParamView], grads: Sequence[Tensor], scalars: StepScalars, found: Found) -> None:
         self.scratch.of(views[0], max(local(view.param).numel() for view in views))
         for view, g in zip(views, grads, strict=True):
@@ -114,7 +118,7 @@ class Thin(Backend):
                 view.put_rows(stage.whole, stage.x)
             given = [g] if stage.beside else [stage.whole]
             lines = {id(own): found.lines[id(view)]} if id(view) in found.lines else {}
-            moved = Found({} if rates is None else {id(own): rates}, {}, lines)
+            moved = Found({} if rates is None else {id(own): rates}, {}, lines, told=found.told)
             stage.backend.prepare(stage.views, given, [False], scalars)
             stage.backend.step(stage.views, given, scalars, moved)
 
