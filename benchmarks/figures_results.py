@@ -66,6 +66,7 @@ def best(study: dict[str, Any], arm: str) -> str:
 def where(load: Load) -> Iterator[str]:
     yield from of_versions(load("benchmarks/results/versions.json"))
     names = "adam_mini/result blockwise_lr/result int8/adamw int8/muon llr/result muon/result sgd_sai/gpt sgd_sai/vit"
+    names += " update_size/batch"
     longest = max(load(f"recipes/{name}.json")["budget"]["tokens_per_parameter"] for name in names.split())
     yield f"Anything longer than {longest:.1f} tokens per parameter outside the embeddings."
 

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sharpwise.block_lr import make_block_lr
 from sharpwise.blocks import BlockMap, Role, Segment
 from sharpwise.controls import L2, Angular, Hyperball
+from sharpwise.controls.rms_clip import RMSClip
 from sharpwise.engine import BlockOptimizer, control
 from sharpwise.engine.backends.base import compiler_present
+from sharpwise.engine.backends.cpp_print import _bound
 from sharpwise.engine.backends.launch import LaunchTable
 from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.options import Options, Storage
@@ -205,3 +207,33 @@ def test_they_move_as_the_reference_moves_them(rule, storage):
             other = found[1][1].state[q][key].double()
             assert (value.double() - other).norm() <= 1e-6 * other.norm() or value.dtype == torch.uint8, (name, key)
         assert (found[0][1].state[p]["held_norm"] > 0).all()
+
+
+@pytest.mark.parametrize("bound", [L2(), Hyperball(), Angular()], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_parts_of_a_single_row_move(rows, bound):
+    """Of q, k and v in the columns of a matrix of one row each is less than a row."""
+    parts = [
+        Segment("w", (rows, 96), role, dim=1, start=32 * i, length=32, source="said")
+        for i, role in enumerate((Role.Q, Role.K, Role.V))
+    ]
+    found = []
+    for compiled in (None, False):
+        model = nn.Module()
+        model.w = nn.Parameter(torch.linspace(-1, 1, rows * 96).view(rows, 96))
+        how = Options(control=bound, compile=compiled)
+        optimizer = BlockOptimizer(model, RULES["lion"], lr=0.02, weight_decay=0.1, options=how, blocks=BlockMap(parts))
+        for step in range(2):
+            fill_gradients(model, step)
+            optimizer.step()
+        found.append((model.w.detach(), optimizer.state[model.w]["exp_avg"]))
+    for mine, theirs in zip(*found, strict=True):
+        assert theirs.norm() > 0 and (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("bound", "alone"), [(L2(), True), (RMSClip(), True), (Hyperball(), False), (Angular(), False)]
+)
+def test_what_only_scales_is_told_of_the_update_alone(bound, alone):
+    """The weights are not read for it."""
+    assert ("SCALES = true" in _bound(bound)) is alone

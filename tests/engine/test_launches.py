@@ -133,7 +133,7 @@ def test_a_control_launches_two_more(launches, name, control, model, monkeypatch
     monkeypatch.setitem(launches.OF_OPTIMIZER, "sgd", {"momentum": 0.9, "decoupled_weight_decay": True})
     monkeypatch.setitem(launches.OPTIONS, "control", {"control": control})
     monkeypatch.setitem(launches.OPTIONS, "all", launches.OPTIONS["everything"] | {"control": control})
-    for option, plain, of_blocks in (("control", "plain", 9), ("all", "everything", 13)):
+    for option, plain, of_blocks in (("control", "plain", 10), ("all", "everything", 14)):
         counts = launches.counted(launches.Case(model, name, option), 3)[-1]
         most = of_blocks if name == "adam-mini" else table(model)[name, plain] + 2
         assert counts.launches.total() <= most, counts.launches

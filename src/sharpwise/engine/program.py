@@ -113,6 +113,7 @@ class Arithmetic:
             with _Recorder(numbers, constants) as recorder:
                 found = function(numbers)
         recorder.graph.output(tuple(recorder.node(value) for value in found.values()))
+        recorder.graph.eliminate_dead_code()
         return Arithmetic(recorder.graph, inputs, list(found))
 
     def __call__(self, **values: Tensor) -> dict[str, Tensor]:
@@ -165,7 +166,11 @@ class Arithmetic:
                 names[node] = inputs[node.target]
                 continue
             dtype = node.meta["val"].dtype
-            value = inputs[next(given)] if node.op == "placeholder" else expression(language, node, names)
+            if node.op == "placeholder":
+                name = next(given)
+                if not node.users:
+                    continue
+            value = inputs[name] if node.op == "placeholder" else expression(language, node, names)
             names[node] = f"v{len(names)}"
             written = language.statement.format(type=language.types[dtype], name=names[node], value=value)
             lines.append(indent + written)

@@ -300,7 +300,8 @@ def units_of(view: ParamView) -> list[Unit]:
         size, elements = view.segments[own.segment].numel // counts[own.segment], own.rows * own.columns
         if not size or elements % size or (elements > size and own.rows > 1):
             return []
-        width = view.shape[-1] if own.rows == 1 and view.is_matrix else min(own.columns, size)
+        rows_lie = own.rows == 1 and view.is_matrix and size % view.shape[-1] == 0  # one after the other
+        width = view.shape[-1] if rows_lie else min(own.columns, size)
         starts = range(own.own, own.own + elements, size) if own.rows == 1 else (own.own,)
         for start in starts:
             shape = (own.rows, width) if own.rows > 1 else (size // width, width)
