@@ -113,8 +113,16 @@ class Arithmetic:
             with _Recorder(numbers, constants) as recorder:
                 found = function(numbers)
         recorder.graph.output(tuple(recorder.node(value) for value in found.values()))
-        recorder.graph.eliminate_dead_code()
         return Arithmetic(recorder.graph, inputs, list(found))
+
+    @property
+    def needed(self) -> set[str]:
+        """Inputs that an output depends on; others are read for nothing."""
+        reached = set(next(node for node in self.graph.nodes if node.op == "output").all_input_nodes)
+        for node in reversed(self.graph.nodes):
+            reached |= set(node.all_input_nodes) if node in reached else set()
+        placeholders = (node for node in self.graph.nodes if node.op == "placeholder")
+        return {name for name, node in zip(self.inputs, placeholders, strict=True) if node in reached}
 
     def __call__(self, **values: Tensor) -> dict[str, Tensor]:
         """What it computes of tensors, by name: that of a reference."""
@@ -166,11 +174,7 @@ class Arithmetic:
                 names[node] = inputs[node.target]
                 continue
             dtype = node.meta["val"].dtype
-            if node.op == "placeholder":
-                name = next(given)
-                if not node.users:
-                    continue
-            value = inputs[name] if node.op == "placeholder" else expression(language, node, names)
+            value = inputs[next(given)] if node.op == "placeholder" else expression(language, node, names)
             names[node] = f"v{len(names)}"
             written = language.statement.format(type=language.types[dtype], name=names[node], value=value)
             lines.append(indent + written)

@@ -250,9 +250,10 @@ def _bound(control: Control) -> str:
     known |= {name: f"sums[{i}]" for i, name in enumerate(("uu", "pu", "pp"))}
     known |= {"held": "m.held ? m.held[unit] : 0.0f", "over": "m.over"}
     known |= {"snr_factor": "m.snr_factors ? m.snr_factors[unit] : 1.0"}
-    worked_out, given = bounding(control, overs_of(control)).printed(CPP, known)
+    found = bounding(control, overs_of(control))
+    worked_out, given = found.printed(CPP, known)
     return f"""
-constexpr bool CONTROLLED = true, SCALES = {str("sums[1]" not in worked_out and "sums[2]" not in worked_out).lower()};
+constexpr bool CONTROLLED = true, SCALES = {str(not {"pu", "pp"} & found.needed).lower()};
 inline void bound(const Job& m, int64_t r, double elements, const double* sums, float& rate, float& decay) {{
   const int64_t unit = m.unit_of ? m.unit_of[r] : r;
   const double* told = m.settings + (m.setting_of ? m.setting_of[r] : 0) * {len(SETTINGS)};
