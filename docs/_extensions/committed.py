@@ -19,9 +19,9 @@ def load(path: str) -> Any:
 
 
 def committed() -> list[str]:
-    """The results of studies, by path; measurements of one model are lists."""
+    """The results of studies, by path; what was measured of models has no baseline."""
     paths = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/*/*.json"))
-    return [path for path in paths if isinstance(load(path), dict) and "arms" in load(path)]
+    return [path for path in paths if isinstance(load(path), dict) and "baseline" in load(path)]
 
 
 def setting(study: dict[str, Any]) -> str:
