@@ -105,7 +105,8 @@ class Kernel:
             widest: the most columns, or blocks of columns, of any whose columns have rates.
             sums: what gives the sums of a control instead, and moves nothing.
         """
-        parts = (3 if self.control is not None else 1) * widest  # a control has three sums of each column or unit
+        # A control has three sums of each column or unit, and of groups of rows in fp32.
+        parts = (5 if self.control is not None else 1) * widest
         scratch = [empty(widest * threads, torch.float64), empty(parts * threads, torch.float64)]
         scratch += [empty(2 * widest * (threads + 1), torch.float32), empty(widest * (threads + 1), torch.float64)]
         fixed = (at(table), ctypes.c_int64(len(table)), ctypes.c_int64(total), *map(at, scratch))

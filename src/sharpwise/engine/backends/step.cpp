@@ -102,7 +102,7 @@ extern "C" void step(const int64_t* gradients, const float* values, double clip,
       const Range part(team, total, m->before, n, whole ? n : flat ? 64 : m->columns);
       if (part.begin >= part.end) continue;
       if (units) {
-        step_units(alone, *m, parts + 3 * at, own, own, decays);
+        step_units(alone, *m, parts + 5 * at, own, own, decays);
       } else if (whole) {
         step_columns_of_blocks(alone, *m, clip, groups + at, parts + at, own, decays, sums + at);
       } else if (flat) {
