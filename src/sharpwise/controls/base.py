@@ -100,8 +100,7 @@ def bounded(control: Control, sums: Sums, s: Mapping[str, Any], holds: bool) -> 
         sums: with u in units of the weights, times the learning rate.
         s: as `Control.factors` is told, `held` as it was before the step; holds: whether norms are held.
     """
-    lr = s["lr"]
-    per_lr = torch.where(lr != 0, lr.reciprocal(), 0.0) if isinstance(lr, Tensor) else 1 / lr if lr else 0.0
+    per_lr = torch.where(s["lr"] != 0, s["lr"].reciprocal(), 0.0)
     own = Sums(sums.uu * per_lr * per_lr, sums.pu * per_lr, sums.pp, sums.elements)
     held = held_norms(own, s["held"]) if holds else s["held"]
     a, c = control.factors(own, {**s, "held": held})

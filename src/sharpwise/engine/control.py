@@ -211,7 +211,7 @@ class Bounds:
         assert counts is not None
         of = torch.zeros_like(counts, dtype=torch.int64) if of is None else of
         if self.control.scales_only:
-            lr, decay = (_exact(scalars.spread([view], what, of), counts) for what in ("lr", "decay"))
+            lr, decay = (_filled(scalars.spread([view], what, of), counts) for what in ("lr", "decay"))
             s: dict[str, Any] = {"lr": lr, "decay": decay}
         else:
             s = self._settings(view, scalars, of, counts)
@@ -256,9 +256,9 @@ class Bounds:
         return found
 
 
-def _exact(value: Any, like: Tensor) -> Any:
-    """Several numbers in the type of a tensor; one of the host as it is."""
-    return value.to(like.dtype).expand_as(like) if isinstance(value, Tensor) else value
+def _filled(value: Any, like: Tensor) -> Tensor:
+    """A number, or several, as a tensor like this; numbers of the host are not copied."""
+    return value.to(like.dtype).expand_as(like) if isinstance(value, Tensor) else torch.full_like(like, value)
 
 
 def _step(view: ParamView, scalars: StepScalars, found: Found) -> Tensor | float:
