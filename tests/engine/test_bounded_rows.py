@@ -18,6 +18,7 @@ from sharpwise.engine.backends.cpp_print import _bound
 from sharpwise.engine.backends.launch import LaunchTable
 from sharpwise.engine.backends.loops import SHARED
 from sharpwise.engine.options import Options, Storage
+from sharpwise.rules import SGD
 from sharpwise.storage import BF16, FP32, Int8
 from sharpwise.testing import fill_gradients
 
@@ -237,3 +238,30 @@ def test_parts_of_a_single_row_move(rows, bound):
 def test_what_only_scales_is_told_of_the_update_alone(bound, alone):
     """The weights are not read for it."""
     assert ("SCALES = true" in _bound(bound)) is alone
+
+
+@pytest.mark.parametrize("along", [False, True], ids=["random", "along the weights"])
+@pytest.mark.parametrize("scale", [1e-22, 1.0, 1e19])
+@pytest.mark.parametrize("bound", [L2(), Hyperball(), Angular()], ids=str)
+def test_sums_in_fp32_are_taken_again_where_they_are_not_sure(bound, scale, along):
+    """Squares beyond its range, and updates of which little is left beside the weights; of rows, columns, zeros."""
+    segments = [
+        Segment(n, (40, 65), Role.UP, dim=d, source="said") for n, d in (("rows", 0), ("columns", 1), ("zeros", 0))
+    ]
+    found = []
+    for compiled in (None, False):
+        model = nn.Module()
+        for i, segment in enumerate(segments):
+            numbers = torch.randn(40, 65, generator=torch.Generator().manual_seed(i))
+            model.register_parameter(segment.name, nn.Parameter(numbers * (segment.name != "zeros")))
+        how = Options(control=bound, compile=compiled)
+        optimizer = BlockOptimizer(model, SGD(0.9), lr=0.02, weight_decay=0.0, options=how, blocks=BlockMap(segments))
+        for step in range(2):
+            fill_gradients(model, step)
+            for p in model.parameters():
+                p.grad.mul_(1e-3 * scale if along else scale).add_(p.detach() * scale * along)
+            optimizer.step()
+        assert {row["backend"] for row in optimizer.explain()} <= {"cpp (one pass)", "reference"}
+        found.append([p.detach() for p in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
