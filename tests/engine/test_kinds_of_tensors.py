@@ -137,7 +137,7 @@ def test_a_kernel_that_cannot_be_built_is_said_once(monkeypatch, caplog):
     def broken(source):
         raise RuntimeError("the compiler is ill\nin many lines")
 
-    monkeypatch.setattr(loops, "_built", broken)
+    monkeypatch.setattr(loops, "library", broken)
     with caplog.at_level(logging.WARNING, "sharpwise"):
         one, two = (trained("adam-mini", FP32, FP32, compile, storage="fp32") for compile in (None, False))
     assert [record.message for record in caplog.records] == [

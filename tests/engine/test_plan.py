@@ -122,7 +122,7 @@ def test_a_kernel_that_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setattr(loops, "_built", fail)
+    monkeypatch.setattr(loops, "library", fail)
     models = [large() for _ in range(2)]
     options = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
     first, second = (sharpwise.SGD(m, **options, compile=c) for m, c in zip(models, (True, False), strict=True))
