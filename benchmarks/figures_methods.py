@@ -5,8 +5,8 @@ from itertools import combinations
 from statistics import mean
 from typing import Any
 
-from figures_docs import by_name, losses
-from figures_results import best, to_baseline
+from figures_docs import by_name
+from figures_results import ended, length
 
 Load = Callable[[str], Any]
 
@@ -30,8 +30,7 @@ def blockwise_adam(load: Load) -> Iterator[str]:
         measured = {arm["name"]: arm["runs"] for arm in curvature["arms"]}
         for arm, runs in measured.items():
             norms = [f"{norm(runs, of):.3g}" for of in (NORM, OF_WEIGHTS, SPECTRAL)]
-            cells = [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm), *norms]
-            yield f"| `{arm}` | {' | '.join(cells)} |"
+            yield f"| `{arm}` | {' | '.join((*ended(study, arm), *norms))} |"
         for of, words in ((NORM, "the (1,1)-norm"), (SPECTRAL, "the spectral norm")):
             agreeing, pairs = curvature["agrees"][of]
             yield f"{words} orders {agreeing} of {pairs} pairs"
@@ -68,10 +67,4 @@ def edge(load: Load) -> Iterator[str]:
 def rows(study: dict[str, Any]) -> Iterator[str]:
     """A row for each arm: best rate, loss, difference, state."""
     for arm in (one["name"] for one in study["arms"]):
-        cells = [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm)]
-        yield f"| `{arm}` | {' | '.join(cells)} | {by_name(study, arm)['state_bytes'] / 2**20:.2f} MiB |"
-
-
-def length(study: dict[str, Any]) -> str:
-    budget = study["budget"]
-    return f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
+        yield f"| `{arm}` | {' | '.join(ended(study, arm))} | {by_name(study, arm)['state_bytes'] / 2**20:.2f} MiB |"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
-from figures_docs import by_name, compared, span
+from figures_docs import by_name, compared, losses, span
 
 Load = Callable[[str], Any]
 ARMS = [  # of the table of steps: how it is written, and the arm
@@ -65,9 +65,11 @@ def best(study: dict[str, Any], arm: str) -> str:
 
 def where(load: Load) -> Iterator[str]:
     yield from of_versions(load("benchmarks/results/versions.json"))
-    names = "adam_mini/result blockwise_lr/result int8/adamw int8/muon llr/result muon/result sgd_sai/gpt sgd_sai/vit"
-    names += " update_size/batch"
-    longest = max(load(f"recipes/{name}.json")["budget"]["tokens_per_parameter"] for name in names.split())
+    names = (
+        *("adam_mini/result", "blockwise_lr/result", "int8/adamw", "int8/muon", "llr/result", "muon/result"),
+        *("sgd_sai/gpt", "sgd_sai/vit", "update_size/batch"),
+    )
+    longest = max(load(f"recipes/{name}.json")["budget"]["tokens_per_parameter"] for name in names)
     yield f"Anything longer than {longest:.1f} tokens per parameter outside the embeddings."
 
 
@@ -75,6 +77,17 @@ def to_baseline(study: dict[str, Any], arm: str) -> str:
     """How far an arm ended from the baseline, with the verdict; "" of the baseline itself."""
     found = compared(study).get(arm)
     return f"{found['mean']:+.3f} ({span(found, 3)}), {found['verdict']}" if found else ""
+
+
+def ended(study: dict[str, Any], arm: str) -> list[str]:
+    """Cells of a table: the learning rate that was best, the mean final loss, how far that is from the baseline."""
+    return [best(study, arm), f"{mean(losses(study, arm)):.3f}", to_baseline(study, arm)]
+
+
+def length(study: dict[str, Any]) -> str:
+    """How long its runs are."""
+    budget = study["budget"]
+    return f"{budget['steps']} steps, {budget['tokens']:,} tokens, {budget['tokens_per_parameter']:.1f} per parameter"
 
 
 def fine_tuning(load: Load) -> Iterator[str]:
