@@ -166,7 +166,7 @@ inline float decay(const Job& m, int64_t r) {{ return m.decays[m.decay_of ? m.de
 template <typename Rates, typename Decays>
 inline void move(const Scalars s, const Job& m, int64_t r, int64_t c, int64_t n, Rates rates, Decays decays,
                  int64_t index) {{
-{_PLACES}{pointers}  const int64_t key = m.key;
+{pointers}  const int64_t key = m.key;
 {_moves(program, read, list(stored), form)}}}
 {_denominator(program, blocks) if blocks else _NO_PHASE}
 {_aims(program, read) if form.aims else _NO_AIM}
@@ -207,7 +207,7 @@ def _by_block(loop: str, after: str, read: Mapping[str, Format]) -> str:
     before = ""
     for name in blocked:
         own, absmax = _named(name), _named(f"absmax.{name}")
-        before += f"  float* {absmax} = line(m.{absmax}, at, m.line, {size});\n"
+        before += f"  float* {absmax} = line(m.{absmax}, r * m.columns + c, m.line, {size});\n"
         loop = f"  const float {own}old = *{absmax};\n{loop}"
     each = "  for (int64_t begin = 0, end = 0, last = 0; begin < n; begin = end) {\n"
     each += "  last += begin == last ? m.line : 0;\n"
@@ -240,7 +240,7 @@ constexpr bool AIMS = true;
 constexpr int64_t CODED = {max((read[name].block for name in blocked), default=0)};
 template <typename Rates>
 inline void aim(const Scalars s, const Job& m, int64_t r, int64_t c, int64_t n, Rates rates, float* __restrict__ u) {{
-{_PLACES}{pointers}{_by_block(loop, after, read)}}}
+{pointers}{_by_block(loop, after, read)}}}
 """
 
 
@@ -295,9 +295,6 @@ def _named(name: str) -> str:
         if name.startswith(f"{what}."):
             return f"{_named(name.removeprefix(f'{what}.'))}{what}"
     return f"{name.removeprefix('state.')}_" if name.startswith("state.") else name  # none of ours has a _ there
-
-
-_PLACES = "  const int64_t at = r * m.columns + c;\n"
 
 
 def _at(name: str) -> str:

@@ -203,9 +203,9 @@ class LaunchTable:
                 absmax[f"absmax.state.{name}"] = self._address(held.absmax, at)
         skipped = rows.start * (view.shape[1] if view.by_row else 1) if isinstance(rows, slice) else 0
         numbers = {"rows": shape[0], "columns": shape[1], "by_row": by_row, "before": before}
-        pairs = zip(view.elements, view.stored(), strict=True)
-        apart = {f"pitch.state.{name}": held.codes.stride(0) if is_columns(view) else shape[1] for name, held in pairs}
-        numbers |= {"pitch": view.whole_shape[-1] if is_columns(view) else shape[1], **apart}
+        columns, pairs = is_columns(view), zip(view.elements, view.stored(), strict=True)
+        apart = {f"pitch.state.{name}": held.codes.stride(0) if columns else shape[1] for name, held in pairs}
+        numbers |= {"pitch": view.whole_shape[-1] if columns else shape[1], **apart}
         addresses = {name: self._address(tensor, start) for name, tensor in tensors.items()} | absmax
         return {**addresses, **numbers, "offset": skipped + start}
 

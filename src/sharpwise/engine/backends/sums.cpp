@@ -57,8 +57,9 @@ inline Lanes<float> lanes(const bfloat16* x) {
   const Lanes<uint16_t> bits = *reinterpret_cast<const Lanes<uint16_t>*>(x);
   return __builtin_bit_cast(Lanes<float>, __builtin_convertvector(bits, Lanes<uint32_t>) << 16);
 }
+template <typename A, typename T> Lanes<A> as(const T* x) { return __builtin_convertvector(lanes(x), Lanes<A>); }
 template <typename A, typename T> void add_square(Lanes<A>& sum, const T* x) {
-  const Lanes<A> value = __builtin_convertvector(lanes(x), Lanes<A>);
+  const Lanes<A> value = as<A>(x);
   sum += value * value;
 }
 template <typename V> auto sum_of(const V& x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }

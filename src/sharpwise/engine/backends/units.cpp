@@ -17,7 +17,6 @@ constexpr int64_t CHUNK = CODED && CODED < 256 ? CODED : 256;
 inline int64_t chunk(int64_t c, int64_t n) { return std::min(std::min(CHUNK, n), CODED ? CODED - c % CODED : n); }
 
 inline void add_to(double* at, const Lanes<double>& x) { *reinterpret_cast<Lanes<double>*>(at) += x; }
-template <typename A, typename T> Lanes<A> as(const T* x) { return __builtin_convertvector(lanes(x), Lanes<A>); }
 
 // Sums of u u and, if it has to be, of p u and p p, of a chunk in the type A, and of chunks in fp64. With vectors in so many
 // words: of a loop over numbers of two types GCC makes one that takes four times as long.
