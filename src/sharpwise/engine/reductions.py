@@ -102,8 +102,9 @@ class _Batch:
         informed = {}
         for one in self.members:
             ok = self.scalars.ok_of(one.view)
-            for name, tensor in one.kept.items() if new else ():
-                value = (new[name][one.span] if isinstance(self.rule, ThinRule) else new[name]).reshape(tensor.shape)
+            for name, whole in new.items():
+                tensor = one.kept[name]
+                value = (whole[one.span] if isinstance(self.rule, ThinRule) else whole).reshape(tensor.shape)
                 tensor.copy_(value if ok is True else torch.where(ok, value, tensor))
             informed[id(one.view)] = Informed(self, one.view, one.span)
         return informed
