@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sharpwise.engine.backends.loops import at, empty, library, text, threads_for
 
+_FOUR, _FIVE = ctypes.c_int64 * 4, ctypes.c_int64 * 5
+
 
 class Products:
     """By torch, of [n, ...] matrices each; one alone is no batch, which is slower."""
@@ -78,8 +80,9 @@ class OwnProducts(Products):
         thin, own, width = thin.to(m.dtype), thin.shape[2], self._up(thin.shape[2])
         shape = (n, rows, width) if side == "right" else (n, width, columns)
         out, packed = empty(math.prod(shape), m.dtype).view(shape), empty(thin.shape[1] * width, m.dtype)
+        product = getattr(self._library, side)
         for i in range(n):
-            self._library[side](_lying(m[i]), _thin(thin[i]), at(packed), at(out[i]), threads_for(rows * columns))
+            product(_lying(m[i]), _thin(thin[i]), at(packed), at(out[i]), threads_for(rows * columns))
         return out[:, :, :own] if side == "right" else out[:, :own]
 
     def _up(self, width: int) -> int:
@@ -98,9 +101,9 @@ def _taken(m: Tensor) -> bool:
 
 def _lying(m: Tensor) -> Any:
     """A matrix whose rows lie, as the library takes it."""
-    return (ctypes.c_int64 * 4)(m.data_ptr(), *m.shape, m.stride(0))
+    return _FOUR(m.data_ptr(), *m.shape, m.stride(0))
 
 
 def _thin(thin: Tensor) -> Any:
     """A thin one, as it takes that."""
-    return (ctypes.c_int64 * 5)(thin.data_ptr(), *thin.shape, *thin.stride())
+    return _FIVE(thin.data_ptr(), *thin.shape, *thin.stride())
