@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sharpwise
+from sharpwise.engine import checks
 from sharpwise.testing import TinyGPT, fill_gradients, run, same, tiny_model
 
 
@@ -71,6 +72,31 @@ def test_data_of_parameters_exchanged_between_steps(name, compile):
         for p in models[1].parameters():
             p.data = p.data.clone()
     assert same(*models)
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_whether_tensors_are_as_before_is_asked_with_and_without_the_guards_of_torch(guards, monkeypatch):
+    """These are quick and promised by nobody; under autocast they say no, which binds nothing anew."""
+    if not guards:
+        monkeypatch.setattr(checks, "TensorGuards", None)
+    model = tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2)
+    run(model, optimizer, range(2))
+    bound = optimizer._stepper
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, optimizer, [2])
+    assert optimizer._stepper is bound
+    assert bool(optimizer._marks._as_before(*model.parameters())) is guards
+    first = next(model.parameters())
+    fill_gradients(model, 3)
+    first.grad = first.grad.to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    run(model, optimizer, [3])
+    assert optimizer._stepper is bound
+    first.requires_grad_(False)
+    optimizer.state_dict()
+    assert optimizer._stepper is not bound
 
 
 def test_memory_format_changed_after_a_step():

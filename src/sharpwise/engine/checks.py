@@ -16,6 +16,11 @@ from sharpwise.engine.view import ParamView
 from sharpwise.rules import Rule
 from sharpwise.shards import is_dtensor, local, place_gradient
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is none of what torch promises
+    TensorGuards = None  # type: ignore[assignment, misc]
+
 _ROUNDING = 1e-12
 """By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
 
@@ -115,6 +120,7 @@ class Gradients:
         self._named, self._who = named, who
         self._kinds = [(p.shape, p.device, p.dtype, torch.strided) for _, p in named]
         self._placed = any(is_dtensor(p) for _, p in named)
+        self._as_before: Callable[..., bool] = _never
 
     def local(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The local gradients, None where there is none.
@@ -124,12 +130,17 @@ class Gradients:
             ValueError: for one of another shape or on another device than its parameter.
         """
         found = list(grads)
+        if self._as_before(*grads):
+            return found
         for i, (g, kind) in enumerate(zip(grads, self._kinds, strict=True)):
             if g is None:
                 continue
             if self._placed or type(g) is not Tensor or (g.shape, g.device, g.dtype, g.layout) != kind:
                 check_gradient(*self._named[i], self._who)
                 found[i] = local(self._named[i][1].grad)  # type: ignore[arg-type]
+        plain = [g for g in grads if type(g) is Tensor]
+        if len(plain) == len(found) and not self._placed:
+            self._as_before = _guard_of(plain)
         return found
 
 
@@ -177,26 +188,32 @@ class Marks:
     """What must be as it was when the stepper was built: kinds and places of parameters, objects and places of state.
 
     Asked at every step, of every tensor: lists are compared, not tensors one by one.
+
+    Args:
+        params: of all groups; those without state are frozen.
     """
 
     def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        self._params, self._kinds = list(params), _kinds_of(params)
-        self._held = [state[p] for p in params]
+        self._params, self._kinds, self._as_before = list(params), _kinds_of(params), _guard_of(params)
+        moved = [p for p in params if p in state]
+        self._held = [state[p] for p in moved]
         self._keys, self._states = list(state), list(state.values())
         self._values = [value for own in self._held for value in own.values()]
         self._askers = [local(t).data_ptr for t in self._values if isinstance(t, Tensor) and has_address(t)]
         # Of a parameter its data may be exchanged, and of a DTensor the local tensor: back ends keep what they move.
-        self._askers += [_asker(p) for p in params if has_address(p)]
-        self._places = [ask() for ask in self._askers]
+        self._askers += [_asker(p) for p in moved if has_address(p)]
+        self._trained, self._places = _trained(params), list(map(operator.call, self._askers))
 
     def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """False once a parameter was exchanged, recast or given other data, or somebody moved the state."""
-        if not _same(params, self._params) or _kinds_of(params) != self._kinds:
+        """False once a parameter was exchanged, frozen, recast or given other data, or somebody moved the state."""
+        if not _same(params, self._params) or _trained(params) != self._trained:
+            return False
+        if not self._as_before(*params) and _kinds_of(params) != self._kinds:
             return False
         if not _same(list(state), self._keys) or not _same(list(state.values()), self._states):
             return False
         values = [value for own in self._held for value in own.values()]
-        return _same(values, self._values) and [ask() for ask in self._askers] == self._places
+        return _same(values, self._values) and list(map(operator.call, self._askers)) == self._places
 
 
 def _asker(param: Tensor) -> Callable[[], int]:
@@ -215,3 +232,22 @@ def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(p.dtype, p.device, p.is_contiguous(), p.shape) for p in params]
+
+
+def _trained(params: Sequence[Tensor]) -> list[bool]:
+    return [p.requires_grad for p in params]
+
+
+def _guard_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """What says in one call that tensors are of the kinds that these are: types, devices, shapes, strides.
+
+    It is quick, and may say no for reasons of its own, such as autocast.
+    """
+    if TensorGuards is None or not tensors:
+        return _never
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
+    return check
+
+
+def _never(*tensors: Tensor | None) -> bool:
+    return False
