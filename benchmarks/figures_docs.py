@@ -164,7 +164,7 @@ def of_costs(found: dict[str, Any]) -> Iterator[str]:
     low, high = (100 * limit(cost["median"] for cost in costs) for limit in (min, max))
     most = 100 * max(cost["interval"][1] for cost in costs)
     more = [
-        f"{100 * (layout[f'{rule} with SharpnessLR']['median'] - 1):.0f}%"
+        f"{round(100 * (layout[f'{rule} with SharpnessLR']['median'] - 1))}%"
         for layout in (conv, linear)
         for rule in ("AdamW", "AdamMini")
     ]
@@ -172,7 +172,7 @@ def of_costs(found: dict[str, Any]) -> Iterator[str]:
         f"At the default cadence measuring adds {low:.1f}% to {high:.1f}% to their steps, and at most {most:.1f}% by "
         f"the 95% intervals; multipliers as such, where no step measures, add {more[0]} and {more[1]} in the Conv1D "
         f"layout, whose fused QKV has two, and {more[2]} and {more[3]} in the Linear one (`benchmarks/block_lr.py`, "
-        f"GPT-2 124M, one process, on {found['environment']['date'][:10]} before the loops in C++)."
+        f"GPT-2 124M, one process, on {found['environment']['date'][:10]})."
     )
 
 
@@ -370,6 +370,8 @@ def distributed(load: Load) -> Iterator[str]:
         "on GPT-2 124M over two processes the block sums of Adam-mini are "
         f"{100 * mini['fsdp']['of_gradient_traffic']:.2f}% of the gradient traffic"
     )
+    thin = next(one for one in found["meshes"]["fsdp"] if one["arm"] == "AdaPM, block v")
+    yield f"the sums of AdaPM (rank 16, second moments by block) {100 * thin['of_gradient_traffic']:.0f}%"
     fsdp, tp = mini["fsdp"], mini["tensor parallel"]
     yield (
         f"its step takes {fsdp['ratio']:.2f} ({span(fsdp['interval'])}) times that of AdamW on the same mesh under "
