@@ -1,6 +1,7 @@
 """What happens to an optimizer between steps: state moved or recast, groups frozen, empty or added, settings saved."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -366,6 +367,21 @@ def test_a_group_added_later_is_checked_as_the_first():
         optimizer.add_param_group({"params": [("strange.weight", nn.Parameter(torch.ones(3, 3)))]})
     assert len(optimizer.param_groups) == 1
     run(model, optimizer, range(1))
+
+
+@pytest.mark.parametrize("name", sharpwise.list_optimizers())
+def test_a_step_leaves_nothing_that_only_the_garbage_collector_finds(name):
+    model = TinyGPT(width=64, heads=4, vocabulary=64)
+    optimizer = sharpwise.create_optimizer(model, name, lr=1e-2)
+    run(model, optimizer, range(2))
+    fill_gradients(model, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.step()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_temporaries_stay_small():

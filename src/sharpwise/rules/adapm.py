@@ -191,8 +191,7 @@ def _largest(right: Tensor) -> Tensor:
 
 
 def _size(matrix: Tensor) -> Tensor:
-    size: Tensor = torch.linalg.vector_norm(matrix, torch.inf, (-2, -1), keepdim=True)
-    return size
+    return matrix.abs().amax((-2, -1), keepdim=True)  # torch's infinity norm takes six times as long
 
 
 def _new_left(state: State, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
