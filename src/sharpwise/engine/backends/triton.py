@@ -313,7 +313,7 @@ def kernel_and_constants(key: Any, granule: int) -> tuple[str, dict[str, Any]]:
     if name == "aim":
         return name, {"BY": how[0], "BR": TILE[0], "BC": TILE[1], **own}
     if name == "tiles":
-        own |= {"BY": how[0], "maxnreg": 112 if aligned else 128}
+        own |= {"BY": how[0], "maxnreg": 120 if aligned else 160}
     return name, {"BLOCK": BLOCK, **own}
 
 
