@@ -50,6 +50,22 @@ def test_they_are_kept_in_a_folder_of_the_users_own(tmp_path: Path) -> None:
     assert list(folder.rglob("*.so"))
 
 
+def test_they_are_found_again_without_what_compiles_them(tmp_path: Path) -> None:
+    """That takes half a second to import. A file that is no library is replaced."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    asks = f"{ONE_STEP}\nimport sys\nprint('torch._inductor.codecache' in sys.modules)"
+    asked = []
+    for broken in (False, False, True, False):
+        if broken:
+            for file in (tmp_path / "sharpwise").glob("*.so"):
+                file.unlink()
+                file.write_bytes(b"no library")
+        done = subprocess.run([sys.executable, "-c", asks], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "going on without" not in done.stderr, done.stderr
+        asked.append(done.stdout.strip())
+    assert asked == ["True", "False", "True", "False"]
+
+
 @pytest.mark.parametrize("kind", ["open to others", "somebody else's", "a link", "a file", "below a file"])
 def test_another_folder_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str

@@ -6,10 +6,14 @@ and put into the loop.
 """
 
 import ctypes
+import hashlib
 import os
+import platform
 import stat
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,23 +145,51 @@ def text(name: str) -> str:
 
 
 def library(source: str, *flags: str) -> ctypes.CDLL:
-    """What a source is compiled to, with flags of its own."""
+    """What a source is compiled to, with flags of its own.
+
+    torch compiles it, once for each kind of processor. What it does that with takes half a second to import, and is not
+    needed to find a library again.
+    """
+    folder, capability = _own_folder(), torch.backends.cpu.get_cpu_capability()
+    flags = (*_FLAGS, *flags, *(_WIDEST if capability == "AVX512" else ()))
+    source = f"// {_processor()}\n{source}"
+    key = "\0".join((source, *flags, capability, torch.__version__))
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.so"
+    with suppress(OSError):
+        return ctypes.CDLL(str(path))
+    built = _compiled(source, flags, folder)
+    with suppress(OSError):  # another process was first, or files cannot have two names there: torch finds it again
+        path.unlink(missing_ok=True)
+        path.hardlink_to(built._name)
+    return built
+
+
+def _compiled(source: str, flags: Sequence[str], folder: Path) -> ctypes.CDLL:
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
     # Not in torch's own folder: its name below /tmp can be foreseen, and anybody could have put a library there.
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_own_folder())
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     try:
         # torch proves each vector instruction set by building and importing a test library, 15 s on a cold machine. The
         # processor's own flags are read all the same.
         with config.patch({"cpp.vec_isa_ok": True}), usual_defaults():
-            wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-            return CppCodeCache.load(source, extra_flags=(*_FLAGS, *flags, *(_WIDEST if wide else ())))
+            return CppCodeCache.load(source, extra_flags=flags)
     finally:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
         if before is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
+@cache
+def _processor() -> str:
+    """A hash of what this processor can do: machines that share a home need not be alike."""
+    known = [platform.machine(), platform.processor()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        known += [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    return hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
 
 
 def _own_folder() -> Path:
