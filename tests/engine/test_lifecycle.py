@@ -95,9 +95,30 @@ def test_whether_tensors_are_as_before_is_asked_with_and_without_the_guards_of_t
         optimizer.step()
     run(model, optimizer, [3])
     assert optimizer._stepper is bound
-    first.requires_grad_(False)
-    optimizer.state_dict()
-    assert optimizer._stepper is not bound
+    first.requires_grad_(False)  # it has state, which stays
+    run(model, optimizer, [4], skip=[next(iter(dict(model.named_parameters())))])
+    assert optimizer._stepper is bound
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.strided], ids=str)
+def test_frozen_parameters_may_be_of_any_kind(layout):
+    """torch's guards end the process where a tensor has no strides."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trained = nn.Parameter(torch.ones(3, 4))
+            frozen = torch.eye(4).to_sparse_csr() if layout is torch.sparse_csr else torch.eye(4)
+            self.frozen = nn.Parameter(frozen, requires_grad=False)
+
+    model = Model()
+    optimizer = sharpwise.AdamW([("trained", model.trained), ("frozen", model.frozen)], model=model, lr=1e-2)
+    for _ in range(2):
+        model.trained.grad = torch.ones(3, 4)
+        optimizer.step()
+    assert (model.trained < 1).all()
+    assert list(optimizer.state) == [model.trained]
 
 
 def test_memory_format_changed_after_a_step():

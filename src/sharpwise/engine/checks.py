@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpwise.engine import state as states
 from sharpwise.engine.mesh import ReduceGroup
@@ -21,6 +21,7 @@ try:
 except ImportError:  # it is none of what torch promises
     TensorGuards = None  # type: ignore[assignment, misc]
 
+_PLAIN = {Tensor, nn.Parameter}
 _ROUNDING = 1e-12
 """By how much a schedule that ends at 0 may miss it: torch's LinearLR does, by 1e-16 of the learning rate."""
 
@@ -138,9 +139,9 @@ class Gradients:
             if self._placed or type(g) is not Tensor or (g.shape, g.device, g.dtype, g.layout) != kind:
                 check_gradient(*self._named[i], self._who)
                 found[i] = local(self._named[i][1].grad)  # type: ignore[arg-type]
-        plain = [g for g in grads if type(g) is Tensor]
-        if len(plain) == len(found) and not self._placed:
-            self._as_before = _guard_of(plain)
+        given = [g for g in grads if g is not None]
+        if len(given) == len(found) and not self._placed:
+            self._as_before = _guard_of(given)
         return found
 
 
@@ -188,25 +189,21 @@ class Marks:
     """What must be as it was when the stepper was built: kinds and places of parameters, objects and places of state.
 
     Asked at every step, of every tensor: lists are compared, not tensors one by one.
-
-    Args:
-        params: of all groups; those without state are frozen.
     """
 
     def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         self._params, self._kinds, self._as_before = list(params), _kinds_of(params), _guard_of(params)
-        moved = [p for p in params if p in state]
-        self._held = [state[p] for p in moved]
+        self._held = [state[p] for p in params]
         self._keys, self._states = list(state), list(state.values())
         self._values = [value for own in self._held for value in own.values()]
         self._askers = [local(t).data_ptr for t in self._values if isinstance(t, Tensor) and has_address(t)]
         # Of a parameter its data may be exchanged, and of a DTensor the local tensor: back ends keep what they move.
-        self._askers += [_asker(p) for p in moved if has_address(p)]
-        self._trained, self._places = _trained(params), list(map(operator.call, self._askers))
+        self._askers += [_asker(p) for p in params if has_address(p)]
+        self._places = list(map(operator.call, self._askers))
 
     def hold(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """False once a parameter was exchanged, frozen, recast or given other data, or somebody moved the state."""
-        if not _same(params, self._params) or _trained(params) != self._trained:
+        """False once a parameter was exchanged, recast or given other data, or somebody moved the state."""
+        if not _same(params, self._params):
             return False
         if not self._as_before(*params) and _kinds_of(params) != self._kinds:
             return False
@@ -234,16 +231,14 @@ def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(p.dtype, p.device, p.is_contiguous(), p.shape) for p in params]
 
 
-def _trained(params: Sequence[Tensor]) -> list[bool]:
-    return [p.requires_grad for p in params]
-
-
 def _guard_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """What says in one call that tensors are of the kinds that these are: types, devices, shapes, strides.
 
-    It is quick, and may say no for reasons of its own, such as autocast.
+    It is quick, and may say no for reasons of its own, such as autocast. Of tensors that are not plain it would end the
+    process.
     """
-    if TensorGuards is None or not tensors:
+    plain = all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested for t in tensors)
+    if TensorGuards is None or not tensors or not plain:
         return _never
     check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=[]).check
     return check

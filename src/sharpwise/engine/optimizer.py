@@ -182,13 +182,11 @@ class BlockOptimizer(KnownOptions, Optimizer):
 
     def _bind(self, loading: Collection[str] = ()) -> Stepper:
         """The stepper of the parameters as they are now, with state allocated; also of frozen ones that are loaded."""
-        stepper, params = self._stepper, [p for group in self.param_groups for p in group["params"]]
+        current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or self._holds(p) or n in loading]
+        stepper, params = self._stepper, [p for _, p, _ in current]
         as_bound = self._marks.hold(params, self.state) and self._variants_now() == self._variants
-        if loading:
-            as_bound &= all(self._holds(p) for n, p, _ in self._parameters() if n in loading)
         if stepper is not None and as_bound and not stepper.multipliers.overwritten():
             return stepper
-        current = [(n, p, g) for n, p, g in self._parameters() if p.requires_grad or self._holds(p) or n in loading]
         self._stepper = self._bound(current)
         self._marks, self._variants = checks.Marks(params, self.state), self._variants_now()
         self._gradients = checks.Gradients(self._stepper.named, self.who)
