@@ -165,8 +165,9 @@ def test_another_library_takes_them_too():
         ({"Emb": {"lr": 0.1}}, "optimizer.settings_of: 'Emb' has an lr, and the schedule sets that of all .*block_lr"),
         (
             {"Emb": {"weight_decy": 0.1}},
-            r"'Emb' has 'weight_decy' \(did you mean 'weight_decay'\?\); the groups of adamw",
+            "AdamW: a group has 'weight_decy', which nothing reads; did you mean 'weight_decay'",
         ),
+        ({"Emb": {"decay": 0.1}}, "'Emb' has 'decay'; the groups of adamw may differ in"),
         (
             {"Emb": {"storage": "bf16"}},
             "AdamW: storage is fixed when the optimizer is built",

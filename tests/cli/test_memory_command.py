@@ -68,7 +68,12 @@ def test_the_page_has_it_all(tmp_path: Path) -> None:
         (["gpt2-tiny", "--shard", "zero3"], "shard must be one of replicate, fsdp, tp, got 'zero3'"),
         (["gpt2-tiny", "--optimizer", "adafactor"], "--optimizer adafactor: no optimizer is called so"),
         (["gpt2-tiny", "--gpus", "2", "--shard", "tp"], "no plan for tensor parallelism"),
+        (["gpt2-tiny", "--context", "500"], "context=500, and the model has 128 positions"),
         (["gpt3"], "unknown model 'gpt3'"),
+        (
+            ["meta/llama"],
+            "unknown model 'meta/llama': there is no such file or folder, and nothing is fetched",
+        ),
         (["models_of_mine:reads"], "it is called on the meta device, where tensors have shapes and no values"),
     ],
 )

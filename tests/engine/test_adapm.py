@@ -71,7 +71,7 @@ def test_a_rank_above_a_matrix_keeps_its_momentum_and_says_so(caplog):
         ({"rank": 2.0}, ValueError, r"rank must be a whole number >= 1, got 2.0"),
         ({"momentum": {"query": "full"}}, ValueError, r"'query' is none \(did you mean 'q'\?\); roles are"),
         ({"momentum": {"q": "some"}}, ValueError, r"momentum of q must be one of 'none', 'full', 'low_rank', got 'so"),
-        ({"momentum": "half"}, ValueError, r"must be one of 'none', 'full', 'low_rank', got 'half'"),
+        ({"momentum": "half"}, ValueError, r"a table.* or one of 'none', 'full', 'low_rank' for all, got 'half'"),
         ({"momentum": ["q"]}, TypeError, r"must be a table of roles, such as \{'o': 'full'\}, or one of"),
         ({"second_moment": "row"}, ValueError, r"second_moment must be 'element' or 'block', got 'row'"),
         ({"debias": -1.0}, ValueError, r"debias must be a finite number >= 0, got -1.0"),

@@ -366,3 +366,14 @@ def test_bad_lr_written_by_a_schedule(rule, lr):
     with pytest.raises(ValueError, match=r"lr must be a finite number >= 0"):
         optimizer.step()
     unchanged(before, model)
+
+
+@pytest.mark.parametrize("key", ["weigth_decay", "weight_deacy", "beta"])
+def test_a_setting_of_a_group_that_is_misspelled(key):
+    """Others keep things in groups too: what is almost a setting is none of these."""
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=f"AdamW: a group has '{key}', which nothing reads; did you mean '"):
+        sharpwise.AdamW([{"params": [model.weight], key: 0.5}], model=model, lr=1e-3)
+    theirs = {"initial_lr": 1e-3, "max_momentum": 0.9, "name": "all", "lr_scale": 2.0, "min_lr": 0.0, 3: None}
+    optimizer = sharpwise.AdamW([{"params": [model.weight], **theirs}], model=model, lr=1e-3)
+    assert theirs.items() <= optimizer.param_groups[0].items()

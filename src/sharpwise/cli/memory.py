@@ -16,7 +16,7 @@ from sharpwise.cli.errors import user_errors
 from sharpwise.hints import nearest
 from sharpwise.memory import PRECISIONS, SHARDS, MemoryPlan, parse_size, size_text
 from sharpwise.memory import plan as planned_for
-from sharpwise.memory.text import estimates, refusals, title
+from sharpwise.memory.text import estimates, refusals, title, what_fits
 from sharpwise.train.models import load_model
 
 
@@ -102,6 +102,8 @@ def memory(
     for line in estimates(found):
         console.print(Text(line))
     console.print(_combinations(found, size, fits or ""))
+    if size is not None:
+        console.print(Text(what_fits(found, size)))
     for line in refusals(found):
         console.print(Text(line, style="yellow"))
     if page is not None:

@@ -1,5 +1,6 @@
 """What is checked at every step: groups, gradients, and whether parameters and state are as they were bound."""
 
+import difflib
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -44,6 +45,14 @@ def check_settings(group: Mapping[str, Any], defaults: Mapping[str, Any], rule: 
             raise ValueError(f"{who}: {key} must be a finite number >= 0, got {float(value)}")
     rule.validate(group)
     _check_places(group, rule, who)
+
+
+def check_spelled(group: Mapping[str, Any], defaults: Mapping[str, Any], who: str) -> None:
+    """Raise ValueError for a setting that is almost one of ours: what others keep in groups is left alone."""
+    for key in map(str, set(group) - set(defaults)):
+        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.85)
+        if near:
+            raise ValueError(f"{who}: a group has {key!r}, which nothing reads; did you mean {near[0]!r}?")
 
 
 def _check_places(group: Mapping[str, Any], rule: Rule, who: str) -> None:

@@ -118,6 +118,7 @@ class BlockOptimizer(KnownOptions, Optimizer):
         """
         binding.check_is_group(param_group, self.who)
         group = dict(param_group)
+        checks.check_spelled(group, self.defaults, self.who)
         binding.check_ordered(group["params"], self.who)
         own = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         names = binding.names_of(self._model())

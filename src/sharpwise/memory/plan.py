@@ -180,11 +180,16 @@ def plan(
     how: How = shard  # type: ignore[assignment]
     parts = blocks_for(model, blocks, _WHO, include_frozen=True)
     cut = cut_dimensions(model, processes, how)
+    most = max_context(model)
+    if context and most and context > most:
+        raise ValueError(
+            f"{_WHO}: context={context}, and the model has {most} positions: give no more, or another config"
+        )
     first = next(model.parameters())
     kind, size = PRECISIONS[precision] if precision else (None, first.element_size())
     pieces = pieces_of(model, parts, processes, cut, rank, getattr(torch, kind) if kind else None)
     trained = [piece for piece in pieces if piece.held.requires_grad]
-    tokens = context or min(max_context(model) or LONGEST, LONGEST)
+    tokens = context or min(most or LONGEST, LONGEST)
     kept = activations_of(
         model, parts.segments, tokens, size, autocast=precision == "bf16-autocast", eager=attention == "eager",
         cut=cut if how == "tp" else {}, processes=processes,

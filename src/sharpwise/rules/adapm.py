@@ -306,12 +306,13 @@ def momentum_of(who: str, given: Any) -> tuple[tuple[str, Momentum], ...]:
         TypeError, ValueError: for anything but a table of roles, or one word for all.
     """
     roles = sorted(str(role) for role in Role)
-    given = {} if given is None else dict.fromkeys(roles, given) if isinstance(given, str) else given
-    if not isinstance(given, Mapping):
-        raise TypeError(
+    if given is not None and given not in MOMENTUM and not isinstance(given, Mapping):
+        kind = ValueError if isinstance(given, str) else TypeError
+        raise kind(
             f"{who}: momentum must be a table of roles, such as {{'o': 'full'}}, or one of "
             f"{', '.join(map(repr, MOMENTUM))} for all, got {given!r}"
         )
+    given = {} if given is None else dict.fromkeys(roles, given) if isinstance(given, str) else given
     for role, word in given.items():
         if role not in roles:
             raise ValueError(

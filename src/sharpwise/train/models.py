@@ -56,6 +56,11 @@ def load_model(
         return _from_function(build, text, device, settings)
     if names_model_type(text):
         return _from_config({"model_type": text}, f"model_type {text!r}", device, settings)
+    if "/" in text:
+        raise ValueError(
+            f"unknown model {text!r}: there is no such file or folder, and nothing is fetched from a hub; give a "
+            "Hugging Face config, or a folder with one"
+        )
     raise ValueError(
         f"unknown model {text!r}{nearest(text.lower(), PRESETS, 0.8)}; give one of the presets {', '.join(PRESETS)}, "
         "a folder or .json file with a Hugging Face config, a model_type of transformers, or module:function"
