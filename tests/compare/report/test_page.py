@@ -187,12 +187,12 @@ def test_seeds_are_said_to_move_arms_together_only_where_they_do() -> None:
     result = canned.result(3)
     for arm in result["arms"][1:]:
         arm["difference"] |= {"low": -1e-3, "high": 1e-3}
-    assert together(result) == "Seeds move all arms together, so that differences are surer than these."
+    assert together(result) == "A seed moves all arms alike, so that differences are surer than these means."
     assert together(result) in _parse(result).text
     result["arms"][2]["difference"] |= {"low": -1.0, "high": 1.0}
-    assert together(result).startswith("Seeds move only adamw+blockwise together with adamw")
+    assert together(result).startswith("A seed moves adamw+blockwise, adamw alike; differences of the other arms")
     result["arms"][1]["interval"] = [4.0, 4.0001]  # surer by itself than the difference
-    assert together(result).startswith("Seeds do not move the arms and adamw together here")
+    assert together(result).startswith("Here a seed does not move the arms and adamw alike")
     assert together(canned.result(3, 1)) == ""
 
 

@@ -157,11 +157,13 @@ def together(result: Result) -> str:
     if not surer:
         return ""
     if all(surer.values()):
-        return "Seeds move all arms together, so that differences are surer than these."
+        return "A seed moves all arms alike, so that differences are surer than these means."
     if not any(surer.values()):
-        return f"Seeds do not move the arms and {base['name']} together here: differences are no surer than these."
-    names = ", ".join(name for name, so in surer.items() if so)
-    return f"Seeds move only {names} together with {base['name']}: no other difference is surer than these."
+        return (
+            f"Here a seed does not move the arms and {base['name']} alike: differences are no surer than these means."
+        )
+    names = ", ".join((*(name for name, so in surer.items() if so), base["name"]))
+    return f"A seed moves {names} alike; differences of the other arms are no surer than these means."
 
 
 def _width(ends: Sequence[float | None] | None) -> float | None:
