@@ -180,16 +180,11 @@ def plan(
     how: How = shard  # type: ignore[assignment]
     parts = blocks_for(model, blocks, _WHO, include_frozen=True)
     cut = cut_dimensions(model, processes, how)
-    most = max_context(model)
-    if context and most and context > most:
-        raise ValueError(
-            f"{_WHO}: context={context}, and the model has {most} positions: give no more, or another config"
-        )
     first = next(model.parameters())
     kind, size = PRECISIONS[precision] if precision else (None, first.element_size())
     pieces = pieces_of(model, parts, processes, cut, rank, getattr(torch, kind) if kind else None)
     trained = [piece for piece in pieces if piece.held.requires_grad]
-    tokens = context or min(most or LONGEST, LONGEST)
+    tokens = context or min(max_context(model) or LONGEST, LONGEST)
     kept = activations_of(
         model, parts.segments, tokens, size, autocast=precision == "bf16-autocast", eager=attention == "eager",
         cut=cut if how == "tp" else {}, processes=processes,
@@ -312,6 +307,10 @@ def _check(
     for what, value in (("processes", processes), ("micro_batch", micro_batch), ("context", context)):
         if (type(value) is not int or value < 1) and not (what == "context" and value is None):
             raise ValueError(f"{_WHO}: {what} must be a whole number >= 1, got {value!r}")
+    if context and (most := max_context(model)) and context > most:
+        raise ValueError(
+            f"{_WHO}: context={context}, and the model has {most} positions: give no more, or another config"
+        )
     if type(rank) is not int or not 0 <= rank < processes:
         raise ValueError(f"{_WHO}: rank must be a whole number from 0 to {processes - 1}, got {rank!r}")
     for what, word, known in (

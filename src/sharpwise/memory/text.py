@@ -39,12 +39,12 @@ def conclusion(plan: MemoryPlan) -> str:
 
 def what_fits(plan: MemoryPlan, size: int) -> str:
     """How much of it fits into so many bytes, in a line."""
-    shown = {id(one) for one in plan.distinct}
-    every = [one for one in plan.fits(size) if id(one.planned) in shown]
+    shown = plan.distinct
+    every = [one for one in plan.fits(size) if one.planned in shown]
     fits = [one for one in every if one.fits]
     said = f"Into {size_text(size)} {len(fits)} of {len(every)} combinations fit."
     if not fits:
-        return f"{said} Share it among more GPUs: --gpus {2 * plan.processes}."
+        return f"{said} Share it among more GPUs: --gpus {2 * plan.processes} --shard fsdp."
     most = max((one for one in fits if one.micro_batch), key=lambda one: one.micro_batch or 0, default=None)
     if most is not None:
         said += f" The largest micro-batch is {most.micro_batch}, with {most.planned.name}."
