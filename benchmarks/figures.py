@@ -22,7 +22,6 @@ from figures_docs import (
     block_lr,
     coverage_of_draws,
     coverage_of_speedup,
-    distributed,
     kept_graph,
     measure,
     muon,
@@ -30,7 +29,7 @@ from figures_docs import (
 )
 from figures_methods import adapm, blockwise_adam
 from figures_rates import rates
-from figures_results import blocks, capped, choose, controls, evidence, fine_tuning, readme, speed, where
+from figures_results import blocks, capped, choose, controls, distributed, evidence, fine_tuning, readme, speed, where
 from figures_updates import update_size
 
 ROOT = Path(__file__).parents[1]

@@ -360,25 +360,6 @@ def _text(one: dict[str, Any]) -> str:
     return json.dumps(one)
 
 
-# --- docs/guides/distributed.md --------------------------------------------------------------------------------------
-
-
-def distributed(load: Load) -> Iterator[str]:
-    found = load("benchmarks/results/distributed.json")
-    mini = {mesh: next(one for one in rows if one["arm"] == "Adam-mini") for mesh, rows in found["meshes"].items()}
-    yield (
-        "on GPT-2 124M over two processes the block sums of Adam-mini are "
-        f"{100 * mini['fsdp']['of_gradient_traffic']:.2f}% of the gradient traffic"
-    )
-    thin = next(one for one in found["meshes"]["fsdp"] if one["arm"] == "AdaPM, block v")
-    yield f"the sums of AdaPM (rank 16, second moments by block) {100 * thin['of_gradient_traffic']:.0f}%"
-    fsdp, tp = mini["fsdp"], mini["tensor parallel"]
-    yield (
-        f"its step takes {fsdp['ratio']:.2f} ({span(fsdp['interval'])}) times that of AdamW on the same mesh under "
-        f"FSDP2, {tp['ratio']:.2f} ({span(tp['interval'])}) under tensor parallelism"
-    )
-
-
 # --- docstrings ------------------------------------------------------------------------------------------------------
 
 

@@ -105,8 +105,7 @@ def fine_tuning(load: Load) -> Iterator[str]:
 def speed(load: Load) -> Iterator[str]:
     yield from of_steps(load("benchmarks/results/step_time.json"))
     meshes = load("benchmarks/results/distributed.json")
-    mini = {mesh: next(row for row in rows if row["arm"] == "Adam-mini") for mesh, rows in meshes["meshes"].items()}
-    fsdp, tp = mini["fsdp"], mini["tensor parallel"]
+    fsdp, tp = (on_mesh(meshes, mesh, "Adam-mini") for mesh in ("fsdp", "tensor parallel"))
     yield (
         f"Over two processes on CPUs (gloo, one thread each, GPT-2 124M, {day(meshes)}) Adam-mini takes "
         f"{fsdp['ratio']:.2f} ({span(fsdp['interval'])}) times the step of `sharpwise.AdamW` on the same mesh under "
@@ -124,6 +123,25 @@ def speed(load: Load) -> Iterator[str]:
     yield f"read, tokenized and wrote {rate:.1f} MB of text per second on the same two cores"
 
 
+def on_mesh(found: dict[str, Any], mesh: str, arm: str) -> dict[str, Any]:
+    return next(one for one in found["meshes"][mesh] if one["arm"] == arm)
+
+
+def distributed(load: Load) -> Iterator[str]:
+    found = load("benchmarks/results/distributed.json")
+    fsdp, tp = (on_mesh(found, mesh, "Adam-mini") for mesh in ("fsdp", "tensor parallel"))
+    yield (
+        "on GPT-2 124M over two processes the block sums of Adam-mini are "
+        f"{100 * fsdp['of_gradient_traffic']:.2f}% of the gradient traffic"
+    )
+    thin = on_mesh(found, "fsdp", "AdaPM, block v")["of_gradient_traffic"]
+    yield f"the sums of AdaPM (rank 16, second moments by block) {100 * thin:.0f}%"
+    yield (
+        f"its step takes {fsdp['ratio']:.2f} ({span(fsdp['interval'])}) times that of AdamW on the same mesh under "
+        f"FSDP2, {tp['ratio']:.2f} ({span(tp['interval'])}) under tensor parallelism"
+    )
+
+
 def capped(load: Load) -> Iterator[str]:
     found = load("benchmarks/results/capped.json")
     yield (
@@ -131,8 +149,8 @@ def capped(load: Load) -> Iterator[str]:
         f"private memory has a limit of {found['cap'] >> 20} MiB"
     )
     for name, row in found["arms"].items():
-        speed = f"{row['ratio']:.2f} ({span(row['ratio_95'])})"
-        yield f"| {name} | {mib(row['state_bytes'])} MiB | {row['micro_batch']} | {speed} |"
+        tokens = f"{row['ratio']:.2f} ({span(row['ratio_95'])})"
+        yield f"| {name} | {mib(row['state_bytes'])} MiB | {row['micro_batch']} | {tokens} |"
     yield f"on {day(found)}, {found['threads']} threads"
 
 
@@ -225,8 +243,7 @@ def of_steps(found: dict[str, Any]) -> Iterator[str]:
         f"afterwards. Beyond its state a step holds at most {mib(beyond)} MiB."
     )
     models = found["tiny_models"]
-    ours, torchs = ({n: own[name]["median_ms"] for n, own in models.items()} for name in (SMALL[1], SMALL[0]))
-    few, many = (ours[n] / torchs[n] for n in ("1.0M", "12.3M"))
+    few, many = (models[n][SMALL[1]]["median_ms"] / models[n][SMALL[0]]["median_ms"] for n in ("1.0M", "12.3M"))
     yield f"AdamW's step takes {few:.2f} of torch's fused one at 1.0M parameters, {many:.2f} at 12.3M"
     for size, arms in models.items():
         cells = " | ".join(f"{arms[name]['median_ms']:.2f}" for name in SMALL)
