@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import sharpwise
+from sharpwise import testing
+from sharpwise.engine import checks
 from sharpwise.engine.backends import cpp
 
 PATHS = pytest.mark.parametrize("compiled", [None, False], ids=lambda c: f"compile={c}")
@@ -268,3 +270,31 @@ def test_steps_that_a_device_leaves_out(compiled, name, options):
         near(model, twin)
         counts = [[float(o.state[p]["step"]) for p in m.parameters()] for m, o in ((model, optimizer), (twin, steady))]
         assert counts[0] == counts[1], t
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_whether_tensors_are_as_before_is_asked_with_and_without_the_guards_of_torch(guards, monkeypatch):
+    """These are quick and promised by nobody; under autocast they say no, which binds nothing anew."""
+    if not guards:
+        monkeypatch.setattr(checks, "TensorGuards", None)
+    model = testing.tiny_model()
+    optimizer = sharpwise.AdamW(model, lr=1e-2)
+    testing.run(model, optimizer, range(2))
+    bound = optimizer._stepper
+    with torch.autocast("cpu", torch.bfloat16):
+        testing.run(model, optimizer, [2])
+    assert optimizer._stepper is bound
+    assert bool(optimizer._marks._as_before(*model.parameters())) is guards
+    first = next(model.parameters())
+    testing.fill_gradients(model, 3)
+    first.grad = first.grad.to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    testing.run(model, optimizer, [3])
+    assert optimizer._stepper is bound
+    first.requires_grad_(False)  # it has state, which stays
+    testing.run(model, optimizer, [4], skip=[next(iter(dict(model.named_parameters())))])
+    assert optimizer._stepper is bound

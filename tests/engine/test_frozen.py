@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from reference.rig import through_disk
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import sharpwise
@@ -144,3 +145,24 @@ def test_a_state_dict_refused_leaves_frozen_parameters_without_state():
     after = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n][k], v) for n, own in before.items() for k, v in own.items())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.strided], ids=str)
+def test_frozen_parameters_may_be_of_any_kind(layout):
+    """torch's guards end the process where a tensor has no strides."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trained = nn.Parameter(torch.ones(3, 4))
+            frozen = torch.eye(4).to_sparse_csr() if layout is torch.sparse_csr else torch.eye(4)
+            self.frozen = nn.Parameter(frozen, requires_grad=False)
+
+    model = Model()
+    optimizer = sharpwise.AdamW([("trained", model.trained), ("frozen", model.frozen)], model=model, lr=1e-2)
+    for _ in range(2):
+        model.trained.grad = torch.ones(3, 4)
+        optimizer.step()
+    assert (model.trained < 1).all()
+    assert list(optimizer.state) == [model.trained]

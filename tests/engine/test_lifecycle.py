@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import sharpwise
-from sharpwise.engine import checks
 from sharpwise.testing import TinyGPT, fill_gradients, run, same, tiny_model
 
 
@@ -73,52 +72,6 @@ def test_data_of_parameters_exchanged_between_steps(name, compile):
         for p in models[1].parameters():
             p.data = p.data.clone()
     assert same(*models)
-
-
-@pytest.mark.parametrize("guards", [True, False])
-def test_whether_tensors_are_as_before_is_asked_with_and_without_the_guards_of_torch(guards, monkeypatch):
-    """These are quick and promised by nobody; under autocast they say no, which binds nothing anew."""
-    if not guards:
-        monkeypatch.setattr(checks, "TensorGuards", None)
-    model = tiny_model()
-    optimizer = sharpwise.AdamW(model, lr=1e-2)
-    run(model, optimizer, range(2))
-    bound = optimizer._stepper
-    with torch.autocast("cpu", torch.bfloat16):
-        run(model, optimizer, [2])
-    assert optimizer._stepper is bound
-    assert bool(optimizer._marks._as_before(*model.parameters())) is guards
-    first = next(model.parameters())
-    fill_gradients(model, 3)
-    first.grad = first.grad.to_sparse()
-    with pytest.raises(TypeError, match="sparse"):
-        optimizer.step()
-    run(model, optimizer, [3])
-    assert optimizer._stepper is bound
-    first.requires_grad_(False)  # it has state, which stays
-    run(model, optimizer, [4], skip=[next(iter(dict(model.named_parameters())))])
-    assert optimizer._stepper is bound
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
-@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.strided], ids=str)
-def test_frozen_parameters_may_be_of_any_kind(layout):
-    """torch's guards end the process where a tensor has no strides."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.trained = nn.Parameter(torch.ones(3, 4))
-            frozen = torch.eye(4).to_sparse_csr() if layout is torch.sparse_csr else torch.eye(4)
-            self.frozen = nn.Parameter(frozen, requires_grad=False)
-
-    model = Model()
-    optimizer = sharpwise.AdamW([("trained", model.trained), ("frozen", model.frozen)], model=model, lr=1e-2)
-    for _ in range(2):
-        model.trained.grad = torch.ones(3, 4)
-        optimizer.step()
-    assert (model.trained < 1).all()
-    assert list(optimizer.state) == [model.trained]
 
 
 def test_memory_format_changed_after_a_step():
