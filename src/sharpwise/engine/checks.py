@@ -241,10 +241,10 @@ def _kinds_of(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 
 
 def _guard_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """What says in one call that tensors are of the kinds that these are: types, devices, shapes, strides.
+    """A function that says in one call whether tensors have the types, devices, shapes and strides of these.
 
-    It is quick, and may say no for reasons of its own, such as autocast. Of tensors that are not plain it would end the
-    process.
+    It may say no for other reasons too, such as autocast. torch's guards end the process where tensors are sparse,
+    nested or of a subclass: of these the function always says no.
     """
     plain = all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested for t in tensors)
     if TensorGuards is None or not tensors or not plain:

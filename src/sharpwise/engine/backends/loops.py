@@ -145,10 +145,13 @@ def text(name: str) -> str:
 
 
 def library(source: str, *flags: str) -> ctypes.CDLL:
-    """What a source is compiled to, with flags of its own.
+    """Compile a C++ source and load it, or load what was compiled before.
 
-    torch compiles it, once for each kind of processor. What it does that with takes half a second to import, and is not
-    needed to find a library again.
+    torch compiles it, once for each kind of processor. Its compiler takes half a second to import, and is not needed
+    for a library that is there already.
+
+    Args:
+        flags: for this source, besides those for all.
     """
     folder, capability = _own_folder(), torch.backends.cpu.get_cpu_capability()
     flags = (*_FLAGS, *flags, *(_WIDEST if capability == "AVX512" else ()))
